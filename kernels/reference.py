@@ -1,0 +1,162 @@
+"""Every operator of the engine in plain torch: the specification that other backends are tested against.
+
+Shapes: T tokens of a step, E hidden size, H query heads, K key-value heads, D head dimension, S sequences.
+All functions return new tensors except where they say that they write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sleb.kernels.batch import PagedBatch
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x − mean) / sqrt(var + eps) · weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] times weight [out, in] transposed, plus bias [out]: [T, out]."""
+    return F.linear(x, weight, bias)
+
+
+def rope(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of heads [T, heads, D]; cos and sin [T, R/2] float32, R ≤ D the rotated part.
+
+    The first R features are rotated in pairs (i, i + R/2), the rest pass (Su et al. 2021, arXiv 2104.09864, in
+    the half-split order of Llama checkpoints). Computed in float32.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    first, second = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+    if 2 * half == heads.shape[-1]:
+        return rotated
+    return torch.cat((rotated, heads[..., 2 * half :]), dim=-1)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation named in the checkpoint's config, elementwise."""
+    return ACTIVATIONS[activation](x)
+
+
+def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) · up, where gate_up [T, 2I] holds gate in its first half: [T, I] (arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Writes key and value [T, K, D] into the flat caches [num_slots, K, D] at slots [T]."""
+    key_cache.index_copy_(0, slots, key)
+    value_cache.index_copy_(0, slots, value)
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention of new tokens over their sequences' cached context.
+
+    Args:
+        query: [T, H, D].
+        key_cache, value_cache: [num_slots, K, D], this step's tokens already stored; H is a multiple of K.
+        scale: factor on the scores.
+        window: a token sees itself and the window − 1 tokens before it; None for all.
+
+    Returns: [T, H, D].
+    """
+    output = torch.empty_like(query)
+    if batch.decode_rows:
+        tokens = batch.decode_tokens
+        output[tokens] = _decode_attention(query[tokens], key_cache, value_cache, batch, scale, window)
+    for row in batch.chunk_rows:
+        start, end = batch.query_starts[row], batch.query_starts[row + 1]
+        slots = batch.slots(row)
+        output[start:end] = causal_attention(
+            query[start:end], key_cache[slots], value_cache[slots], scale, window
+        )
+    return output
+
+
+def _decode_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch, scale: float, window: int | None
+) -> Tensor:
+    """One new token a row, [D, H, head_dim]: the rows' contexts are gathered side by side and masked."""
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads = key_cache.shape[1]
+    slots, lens = batch.decode_slots, batch.decode_lens
+    positions = torch.arange(slots.shape[1], device=query.device)
+    visible = positions < lens[:, None]
+    if window is not None:
+        visible &= positions >= lens[:, None] - window
+    # The heads of a group share their keys, so they can stand in the place of the query's length.
+    grouped = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    keys, values = key_cache[slots].transpose(1, 2), value_cache[slots].transpose(1, 2)
+    attended = F.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=visible[:, None, None, :], scale=scale
+    )
+    return attended.reshape(num_rows, num_heads, head_dim)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of the last Q of L positions: query [..., Q, H, D] over key and value [..., L, K, D].
+
+    Query i sits at position L − Q + i. Leading dimensions are batched. Returns [..., Q, H, D].
+    """
+    num_queries, num_keys = query.shape[-3], key.shape[-3]
+    mask: Tensor | None = None
+    if num_queries != num_keys or (window is not None and window < num_keys):
+        positions = torch.arange(num_keys, device=query.device)
+        own = positions[num_keys - num_queries :, None]
+        mask = positions <= own
+        if window is not None:
+            mask &= positions > own - window
+    # Four dimensions and no more: other ranks miss the fused path.
+    batched = query.dim() > 3
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+    attended = F.scaled_dot_product_attention(
+        query.transpose(-3, -2),
+        key.transpose(-3, -2),
+        value.transpose(-3, -2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[-2] != key.shape[-2],
+    ).transpose(-3, -2)
+    return attended if batched else attended[0]
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """[B, V] to [B] int64: the most probable token."""
+    return logits.argmax(dim=-1)
+
+
+def log_softmax_gather(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probability of token_ids [B] under logits [B, V]: [B] float32."""
+    logits = logits.float()
+    return logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
