@@ -1,0 +1,121 @@
+"""Options of an engine, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sleb.engine.sampling_params import is_integer
+from sleb.errors import ConfigError
+from sleb.layer_map import LayerMap
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+@dataclass
+class EngineConfig:
+    """Options of an engine.
+
+    Attributes:
+        model: a Hugging Face folder, a hub id, a .gguf file or the alias smollm2.
+        layer_map: a LayerMap or the path of one; "none" refuses the map that an alias brings.
+        tiers: depths to serve; None: the map's recommended depth alone (0 without a map; 0, 3, 6 for smollm2).
+        dtype: auto (the checkpoint's) | float32 | bfloat16 | float16.
+        weights: auto (as dtype) | int8 | int4.
+        device: auto | cpu | cuda | cuda:N.
+        load_format: auto | safetensors | dummy (random weights; only a config is needed).
+        max_model_len: tokens of prompt and answer together; None: what the model allows and the KV cache holds.
+        max_num_seqs: requests computed at once. max_num_batched_tokens: tokens of one step.
+        page_size: tokens in a KV page.
+        kv_cache_memory: GiB for KV pages; None: chosen from the free memory.
+        gpu_memory_utilization: share of the card's memory that weights and KV may take.
+        kernels: auto, or a backend of sleb.kernels.registry.
+        num_threads: CPU threads of torch; None: torch's own choice.
+        seed: of random weights and of requests without a seed; None: different in every run.
+
+    Raises ConfigError from `check()` for a value out of range.
+    """
+
+    model: str
+    layer_map: LayerMap | str | Path | None = None
+    tiers: Sequence[int] | None = None
+    dtype: str = "auto"
+    weights: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    page_size: int = 16
+    kv_cache_memory: float | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    kernels: str = "auto"
+    num_threads: int | None = None
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for the first option out of its range."""
+        self._check_choice("dtype", ("auto", *DTYPES))
+        self._check_choice("load_format", _LOAD_FORMATS)
+        if self.weights not in ("auto", *DTYPES):
+            raise ConfigError(f"weights '{self.weights}' is not available; choose one of: auto, {', '.join(DTYPES)}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "num_threads"):
+            value = getattr(self, name)
+            optional = name in ("max_model_len", "num_threads")
+            if value is None and optional:
+                continue
+            if not is_integer(value) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+        if self.kv_cache_memory is not None and not self.kv_cache_memory > 0:
+            raise ConfigError(f"kv_cache_memory is {self.kv_cache_memory} GiB; it must be above 0")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
+        if self.tiers is not None:
+            self._check_tiers(self.tiers)
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} '{value}' is not known; choose one of: {', '.join(allowed)}")
+
+    @staticmethod
+    def _check_tiers(tiers: Sequence[int]) -> None:
+        if not tiers:
+            raise ConfigError("tiers is empty; name at least one depth, 0 for the full model")
+        for depth in tiers:
+            if not is_integer(depth) or depth < 0:
+                raise ConfigError(f"tier {depth!r} is not a depth; depths are integers of at least 0")
+        if len(set(tiers)) != len(tiers):
+            raise ConfigError(f"tiers {list(tiers)} names a depth twice; name each once")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first CUDA card, else the CPU. Raises ConfigError if it is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device '{name}' is not known; choose one of: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported; choose one of: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA cards); try cpu")
+    return device
+
+
+def resolve_dtype(name: str, weights: str, checkpoint: str | None) -> torch.dtype:
+    """The dtype of weights and activations: `weights` if it names one, else `name`, else the checkpoint's."""
+    for choice in (weights, name):
+        if choice != "auto":
+            return DTYPES[choice]
+    return DTYPES.get(checkpoint or "float32", torch.float32)

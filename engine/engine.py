@@ -1,0 +1,271 @@
+"""The engine: schedule, run, sample, commit; from requests to increments of their answers."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sleb.engine.architecture import resolve_spec
+from sleb.engine.block_manager import BlockManager
+from sleb.engine.config import EngineConfig
+from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.outputs import StepOutput, TokenLogprobs
+from sleb.engine.request import Request, Tier
+from sleb.engine.runner import Runner, StepResult
+from sleb.engine.sampling_params import SamplingParams, is_integer
+from sleb.engine.scheduler import Scheduler
+from sleb.engine.step import ScheduledRow, Step
+from sleb.engine.text import TextProcessor
+from sleb.engine.tiers import find_tier, load_layer_map, make_tiers
+from sleb.errors import RequestError
+from sleb.fetch import resolve_model
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and the present state; kv_cache_usage is a share, 0 to 1."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+
+
+class Engine:
+    """Serves several depths of one model from one copy of its weights. Not thread-safe: one thread owns it.
+
+    Raises ConfigError, ModelError or LayerMapError when it cannot be built from `config`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        config.check()
+        self.config = config
+        resolved = resolve_model(config.model)
+        self.spec = resolve_spec(resolved.path)
+        self.model_name = resolved.name.lower()
+        self.layer_map, shipped = load_layer_map(config.layer_map, resolved, self.spec)
+        self.tiers = make_tiers(self.layer_map, self.model_name, config.tiers, shipped)
+        recommended = [tier for tier in self.tiers if tier.depth == self.layer_map.depth]
+        self.default_tier = (recommended or list(self.tiers))[0]
+        self.text = TextProcessor(resolved.path)
+        self.tokenizer = self.text.tokenizer
+        self.eos_token_ids = self.text.eos_token_ids(self.spec.config)
+        depths = [tier.depth for tier in self.tiers]
+        self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
+        self.max_model_len = self.runner.max_model_len
+        block_manager = BlockManager(self.runner.num_pages, config.page_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self._requests: dict[str, Request] = {}
+        self._seeds = random.Random(config.seed)
+        self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
+
+    def step(self) -> list[StepOutput]:
+        """One forward pass; the increments that it made. Empty when there is nothing to do."""
+        step = self.scheduler.schedule()
+        if not step.rows:
+            return []
+        self._mark_scheduled(step)
+        result = self.runner.run(step)
+        return self._commit(step, result)
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, depth: int | None = None
+    ) -> None:
+        """Queues a request; `step` computes it.
+
+        Raises RequestError for a prompt that is empty, holds an unknown id or does not fit the context (code
+        context_length_exceeded), for a depth that is not served and for a request id in use.
+        """
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}; the engine takes each choice as a request", param="n")
+        tier = self.tier(depth)
+        tokens = list(prompt_token_ids)
+        params = params.resolved(self.text.generation_config)
+        self._check_prompt(tokens, params)
+        self._check_token_ids([*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids or logit_bias")
+        room = self.max_model_len - len(tokens)
+        request = Request(
+            request_id=request_id,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            tier=tier,
+            rng=random.Random(self._seeds.getrandbits(64) if params.seed is None else params.seed),
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                tokens,
+                params.stop_strings,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+            ),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+        self._requests[request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request and frees its pages at once; an id that is not (or no longer) there is no error."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            request.finish_reason = "abort"
+            self.scheduler.remove(request)
+
+    def tier(self, name: str | int | None) -> Tier:
+        """The tier with that id or depth; None is the default one. Raises RequestError listing those served."""
+        return self.default_tier if name is None else find_tier(self.tiers, name)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Raises RequestError when the model has no tokenizer."""
+        return self.text.encode(text, add_special_tokens)
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """The prompt of a conversation; see `TextProcessor.render_chat`."""
+        return self.text.render_chat(messages, **options)
+
+    def has_unfinished(self) -> bool:
+        """Whether any request is queued or running."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def stats(self) -> EngineStats:
+        """Counters and present state; cheap enough to call after every step."""
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_cache_usage=self.scheduler.block_manager.usage,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=self.scheduler.num_preemptions,
+        )
+
+    def weight_bytes(self, depth: int) -> int:
+        """Bytes of the weights that a request at `depth` uses."""
+        return self.runner.weight_bytes(depth)
+
+    def kv_bytes_per_token(self, depth: int) -> int:
+        """Bytes of K and V that a token of a request at `depth` needs."""
+        return self.runner.kv_bytes_per_token(depth)
+
+    def check_integrity(self) -> None:
+        """Asserts that pages, queues and the table of requests agree."""
+        self.scheduler.check_integrity()
+        assert {id(request) for request in self._requests.values()} == {
+            id(request) for request in self.scheduler.requests
+        }, "the table of requests and the queues differ"
+
+    def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
+        if not tokens:
+            raise RequestError("the prompt is empty; send at least one token", param="prompt")
+        self._check_token_ids(tokens, "prompt")
+        needed = len(tokens) + (params.max_tokens != 0)  # scoring alone may fill the context
+        if needed > self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, but the context holds {self.max_model_len} tokens of "
+                "prompt and answer together; shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        for token_id in token_ids:
+            if not is_integer(token_id) or not 0 <= token_id < self.spec.vocab_size:
+                raise RequestError(
+                    f"{token_id!r} in {param} is not a token id; ids go from 0 to {self.spec.vocab_size - 1}",
+                    param=param,
+                )
+
+    def _mark_scheduled(self, step: Step) -> None:
+        now = time.monotonic()
+        for row in step.rows:
+            request = row.request
+            if request.timings.first_scheduled is None:
+                request.timings.first_scheduled = now
+                self._num_prompt_tokens += request.num_prompt_tokens
+                self._num_cached_tokens += request.num_cached_tokens
+
+    def _commit(self, step: Step, result: StepResult) -> list[StepOutput]:
+        self.scheduler.commit(step.rows)
+        outputs = []
+        now = time.monotonic()
+        for row in step.rows:
+            request = row.request
+            if request in result.prompt_logprobs and request.prompt_logprobs is not None:
+                request.prompt_logprobs.extend(result.prompt_logprobs[request])
+            if row.samples:
+                outputs.append(self._advance(row, result, now))
+        return outputs
+
+    def _advance(self, row: ScheduledRow, result: StepResult, now: float) -> StepOutput:
+        """Adds the sampled token to its request, decides whether that ends it, and reports."""
+        request = row.request
+        sampled = result.sampled.get(request)
+        text = ""
+        if sampled is None:  # max_tokens is 0: the prompt was all there was to compute
+            request.finish_reason = "length"
+        else:
+            text = self._append(request, sampled.token_id, now)
+        if request.finish_reason is not None:
+            request.timings.finished = now
+            del self._requests[request.request_id]
+            self.scheduler.remove(request)
+        return StepOutput(
+            request_id=request.request_id,
+            new_token_ids=[] if sampled is None else [sampled.token_id],
+            new_text=text,
+            new_logprobs=None if sampled is None or sampled.logprobs is None else [sampled.logprobs],
+            prompt_logprobs=_take_prompt_logprobs(request),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=request.num_output_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            timings=request.timings,
+        )
+
+    def _append(self, request: Request, token_id: int, now: float) -> str:
+        """Adds a token; sets finish_reason if it is the last one; returns the text that is certain now."""
+        params, detokenizer = request.params, request.detokenizer
+        request.tokens.append(token_id)
+        self._num_output_tokens += 1
+        if request.timings.first_token is None:
+            request.timings.first_token = now
+        may_stop = request.num_output_tokens >= params.min_tokens
+        ends = token_id in self.eos_token_ids and not params.ignore_eos
+        stops = token_id in params.stop_token_ids
+        if may_stop and (ends or stops):
+            request.finish_reason = "stop"
+            request.stop_reason = token_id if stops else None
+            text = detokenizer.push(token_id, check_stop=False) if params.include_stop_str_in_output else ""
+            return text + detokenizer.flush()
+        text = detokenizer.push(token_id, check_stop=may_stop)
+        if detokenizer.stopped_by is not None:
+            request.finish_reason = "stop"
+            request.stop_reason = detokenizer.stopped_by
+        elif request.num_output_tokens >= request.max_tokens:
+            request.finish_reason = "length"
+        return text if request.finish_reason is None else text + detokenizer.flush()
+
+
+def _take_prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:
+    """The prompt's log-probabilities, the first time that they are whole."""
+    if request.prompt_logprobs is None or request.prompt_logprobs_sent:
+        return None
+    request.prompt_logprobs_sent = True
+    return request.prompt_logprobs

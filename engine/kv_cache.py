@@ -1,0 +1,91 @@
+"""The KV tensors: one slot per kept attention sublayer, keyed by original block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sleb.engine.architecture import DecoderSpec
+from sleb.errors import ConfigError
+
+GIB = 1 << 30
+_CPU_MEMORY_SHARE = 0.25
+_CPU_MEMORY_LIMIT = 8 * GIB
+
+
+class PagedKVCache:
+    """K and V of `blocks`, each [num_pages · page_size, K, D]; a token's slot is page · page_size + offset.
+
+    With several tiers a page spans the union of their kept attention sublayers. The memory starts as zeros, so
+    that a masked position can never bring in a NaN.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        blocks: Sequence[int],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        shape = (len(blocks), num_pages * page_size, spec.num_kv_heads, spec.head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = {block: (self._keys[slot], self._values[slot]) for slot, block in enumerate(blocks)}
+
+    def layer(self, block: int) -> tuple[Tensor, Tensor]:
+        """Key and value cache of an original block, each [num_pages · page_size, K, D]."""
+        return self._layers[block]
+
+
+def bytes_per_token(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype) -> int:
+    """Bytes of K and V that one token takes in `num_blocks` attention sublayers."""
+    return 2 * num_blocks * spec.kv_size * dtype.itemsize
+
+
+def choose_num_pages(
+    page_bytes: int,
+    max_useful_pages: int,
+    memory: float | None,
+    device: torch.device,
+    gpu_memory_utilization: float,
+) -> int:
+    """How many pages to allocate: what `memory` GiB hold, or a share of the free memory, at most what is useful.
+
+    Raises ConfigError when not one page fits.
+    """
+    if page_bytes == 0:  # a map that removes all attention needs page numbers, but no bytes
+        return max_useful_pages
+    if memory is not None:
+        num_bytes = int(memory * GIB)
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        num_bytes = int(free - (1 - gpu_memory_utilization) * total)
+    else:
+        num_bytes = min(int(_available_memory() * _CPU_MEMORY_SHARE), _CPU_MEMORY_LIMIT)
+    num_pages = min(num_bytes // page_bytes, max_useful_pages)
+    if num_pages < 1:
+        raise ConfigError(
+            f"{num_bytes / GIB:.3f} GiB for the KV cache hold no page of {page_bytes} bytes; "
+            "give more with kv_cache_memory (--kv-cache-memory), or a smaller page_size"
+        )
+    return num_pages
+
+
+def _available_memory() -> int:
+    """Bytes that a process can take without swapping; half the physical memory where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,86 @@
+"""What comes out of the engine: increments of each step, and whole answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's natural-log probability under the model, before penalties, bias and temperature.
+
+    top: the most probable alternatives, best first; the token itself need not be among them.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Timings:
+    """Monotonic clock readings in seconds; None until the event happens."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass
+class StepOutput:
+    """What one step added to one request; the joined `new_text` of all steps is the answer's text."""
+
+    request_id: str
+    new_token_ids: list[int]
+    new_text: str
+    new_logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    timings: Timings
+
+
+@dataclass
+class Choice:
+    """One answer to a prompt."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass
+class Output:
+    """The answers to one prompt; `text`, `token_ids`, `finish_reason` and `logprobs` are the first one's."""
+
+    prompt_token_ids: list[int]
+    depth: int
+    choices: list[Choice]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    num_cached_tokens: int
+    timings: Timings | None
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.choices[0].logprobs

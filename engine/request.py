@@ -1,0 +1,80 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.outputs import FinishReason, Timings, TokenLogprobs
+from sleb.engine.sampling_params import SamplingParams
+from sleb.layer_map import Unit
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A served model id bound to one depth of the chain.
+
+    num_blocks_kept counts blocks of which at least one sublayer runs; `digest` seeds the prefix cache.
+    """
+
+    id: str
+    depth: int
+    digest: str
+    num_blocks_kept: int
+    removed: tuple[Unit, ...]
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens, progress and pages of one sequence.
+
+    `num_computed` tokens have their K and V in `pages`; the request tries to catch up with `len(tokens)`. There
+    is no prefill and no decode phase: preemption sets num_computed to 0, a prefix hit sets it ahead.
+
+    params is resolved (`SamplingParams.resolved`) and max_tokens is an integer that fits the context.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_tokens: int
+    tier: Tier
+    rng: random.Random
+    detokenizer: Detokenizer
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    num_registered_pages: int = 0
+    last_content: Hashable = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs_sent: bool = False
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    timings: Timings = field(default_factory=lambda: Timings(arrival=time.monotonic()))
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens still to compute before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None
+
+    def reset(self) -> None:
+        """Forgets what was computed; its pages must be freed already. Gathered prompt logprobs stay."""
+        self.num_computed = 0
+        self.num_registered_pages = 0
+        self.last_content = None

@@ -1,0 +1,136 @@
+"""Which requests run in the next step, and how many tokens of each. Plain Python, no tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from sleb.engine.block_manager import BlockManager
+from sleb.engine.request import Request
+from sleb.engine.step import ScheduledRow, Step
+
+
+class Scheduler:
+    """Plans steps under one token budget.
+
+    Every request tries to catch up `num_computed` with `len(tokens)`. Running requests come first, in order of
+    admission; what is left of the budget admits waiting ones, first come first served. Chunked prefill, prefix
+    hits and resumption after preemption are nothing special: they are other starting values of num_computed.
+    When pages run out, the latest admitted of the running gives its pages back and waits to be recomputed.
+
+    It must be possible to hold one request of the longest allowed length alone, or nothing would ever finish:
+    the engine limits max_model_len to the pages there are.
+    """
+
+    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+        self.num_preemptions = 0
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All live requests."""
+        yield from self.running
+        yield from self.waiting
+
+    def add(self, request: Request) -> None:
+        """Puts a new request at the end of the queue."""
+        self.waiting.append(request)
+
+    def schedule(self) -> Step:
+        """The next step; its rows are empty when there is nothing to do."""
+        rows: list[ScheduledRow] = []
+        budget = self.max_num_batched_tokens
+        preempted = False
+        for request in list(self.running):
+            if budget == 0:
+                break
+            if request not in self.running:  # preempted for one before it
+                continue
+            num_tokens = min(request.num_missing, budget)
+            preempted |= self._make_room(request, num_tokens)
+            if request in self.running:
+                rows.append(ScheduledRow(request, request.num_computed, num_tokens))
+                budget -= num_tokens
+        if not preempted:
+            rows.extend(self._admit(budget))
+        return Step(sorted(rows, key=lambda row: row.request.tier.depth))
+
+    def remove(self, request: Request) -> None:
+        """Takes a finished or aborted request out and frees its pages."""
+        self.block_manager.free(request.pages)
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def commit(self, rows: Iterable[ScheduledRow]) -> None:
+        """Records that the rows' tokens are in the cache, and makes their full pages findable."""
+        for row in rows:
+            request = row.request
+            request.num_computed += row.num_tokens
+            if request.num_computed // self.block_manager.page_size == request.num_registered_pages:
+                continue
+            root = request.tier.digest
+            request.num_registered_pages, request.last_content = self.block_manager.register(
+                root,
+                request.tokens[: request.num_computed],
+                request.pages,
+                request.num_registered_pages,
+                root if request.last_content is None else request.last_content,
+            )
+
+    def check_integrity(self) -> None:
+        """Asserts page accounting and that no request is in two places or holds pages while it waits."""
+        self.block_manager.check_integrity(request.pages for request in self.requests)
+        live = list(self.requests)
+        assert len({id(request) for request in live}) == len(live), "a request is listed twice"
+        assert not any(request.pages for request in self.waiting), "a waiting request holds pages"
+        assert len(self.running) <= self.max_num_seqs, "too many requests run"
+        for request in self.running:
+            held = len(request.pages) * self.block_manager.page_size
+            assert request.num_computed <= min(held, len(request.tokens)), f"{request.request_id} is past its pages"
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Grows the request's pages, preempting the latest admitted as needed, in the end the request itself."""
+        preempted = False
+        while not self.block_manager.grow(request.pages, request.num_computed + num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            preempted = True
+            if victim is request:
+                break
+        return preempted
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.block_manager.free(request.pages)
+        request.reset()
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _admit(self, budget: int) -> Iterator[ScheduledRow]:
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            hit = [] if request.wants_prompt_logprobs else self._prefix(request)
+            num_computed = len(hit) * self.block_manager.page_size
+            num_tokens = min(len(request.tokens) - num_computed, budget)
+            needed = self.block_manager.num_needed(num_computed + num_tokens, len(hit))
+            if needed > self.block_manager.num_free_without(hit):
+                return
+            self.waiting.popleft()
+            self.block_manager.take(hit)
+            request.pages.extend(hit)
+            self.block_manager.grow(request.pages, num_computed + num_tokens)
+            request.num_computed = num_computed
+            if request.timings.first_scheduled is None:
+                request.num_cached_tokens = num_computed
+            self.running.append(request)
+            yield ScheduledRow(request, num_computed, num_tokens)
+            budget -= num_tokens
+
+    def _prefix(self, request: Request) -> list[int]:
+        return self.block_manager.match_prefix(request.tier.digest, request.tokens)
