@@ -1,0 +1,185 @@
+"""`sleb prune`: find the blocks that a model can do without."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from sleb.layer_map import LayerMap
+from sleb.prune_options import PruneOptions, set_threads
+from sleb.pruning import PruneReport, run_pruning
+from sleb.search import SearchProgress
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).")],
+    remove: Annotated[str, typer.Option(help="How many blocks: 6, or a share like 20%.")] = "20%",
+    calibration: Annotated[str, typer.Option(help="wikitext2, c4, or a text file.")] = "wikitext2",
+    sampler: Annotated[
+        str, typer.Option(help="packed: the text cut into windows; rows: the paper's.")
+    ] = "packed",
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens a window.", show_default="2048, or the model's context")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Number of windows.", show_default="up to 128")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Shuffle the windows, or the rows.", show_default="not shuffled; rows: 0"),
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(help="Depth that the map recommends.", show_default="all removed")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the map in --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the map in --output.")] = False,
+) -> None:
+    """Find the blocks that a model can do without, and write them to a layer map.
+
+    Ctrl-C keeps what is decided; the same command with --resume goes on from there.
+    """
+    options = PruneOptions(
+        remove=remove,
+        calibration=calibration,
+        output=output,
+        depth=depth,
+        sampler=sampler,
+        seqlen=seqlen,
+        windows=windows,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        resume=resume,
+        force=force,
+    )
+    set_threads(threads)
+    console = Console(stderr=True)
+    decided: LayerMap | None = None
+
+    def keep(layer_map: LayerMap) -> None:
+        nonlocal decided
+        decided = layer_map
+
+    try:
+        with _ProgressBar(console) as bar:
+            report = run_pruning(
+                model,
+                options,
+                progress=bar.update,
+                on_round=keep,
+                note=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
+            )
+    except KeyboardInterrupt:
+        console.print(interrupted_message(decided, output), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    print_report(report, output, Console())
+
+
+def interrupted_message(decided: LayerMap | None, output: Path) -> str:
+    """What Ctrl-C left behind, and how to go on."""
+    if decided is None:
+        return f"Interrupted before the first new removal was decided; {output} is as it was."
+    order = ", ".join(map(str, decided.removed))
+    return (
+        f"Interrupted with {decided.max_depth} of the removals decided ({order}) and saved in {output}. "
+        "Run the same command with --resume to go on."
+    )
+
+
+def print_report(report: PruneReport, output: Path, console: Console) -> None:
+    """The table of rounds, what the search cost beside the authors' implementation, and where the map is."""
+    layer_map, num_tokens = report.layer_map, report.num_windows * report.seqlen
+    losses = layer_map.losses or ()
+    table = Table(
+        title=Text(f"{layer_map.model}: {layer_map.max_depth} of {layer_map.num_blocks} blocks removed")
+    )
+    for heading in ("round", "removed", "loss", "perplexity", "change"):
+        table.add_column(heading, justify="right")
+    for number, loss in enumerate(losses):
+        unit = str(layer_map.removed[number - 1]) if number else "none"
+        change = perplexity(loss - losses[0], num_tokens) - 1
+        table.add_row(
+            str(number),
+            unit,
+            f"{loss:.2f}",
+            f"{perplexity(loss, num_tokens):.3f}",
+            f"{change:+.1%}" if number else "",
+        )
+    console.print(table)
+    spent, reference = report.result.num_passes, report.result.reference_passes
+    if spent:
+        console.print(
+            f"{spent} block passes a window over {report.num_windows} windows of {report.seqlen} tokens in "
+            f"{report.seconds:.1f} s; the authors' implementation takes {reference} passes for these rounds "
+            f"({reference / spent:.2f} times as many).",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"Written to {output}; it recommends depth {layer_map.depth}.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def perplexity(loss: float, num_tokens: int) -> float:
+    """exp of the loss a token, infinite where that is too large for a float."""
+    try:
+        return math.exp(loss / num_tokens)
+    except OverflowError:
+        return math.inf
+
+
+class _ProgressBar:
+    """Block passes done of all, the round, the best candidate so far; appears with the first report."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._seqlen = 0
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def update(self, at: SearchProgress) -> None:
+        self._progress.start()  # does nothing once it is started
+        best = (
+            "none yet"
+            if at.best is None
+            else f"{at.best} (loss {at.best_loss / at.best_windows:.2f} a window)"
+        )
+        self._progress.update(
+            self._task,
+            total=at.passes_total,
+            completed=int(at.passes_done),
+            description=f"round {at.round}/{at.num_rounds}, best {best}",
+        )

@@ -1,0 +1,86 @@
+"""What `prune` can be asked, and what is wrong with it before any work is done."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from pathlib import Path
+
+import torch
+
+from sleb.calibration import check_options
+from sleb.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """What to search for, on what, and where it goes.
+
+    Attributes:
+        remove: a number of blocks, or a share of them like "20%".
+        calibration: "wikitext2", "c4" or a text file; `sampler` is "packed" or "rows" (`sleb.calibration`).
+        output: file that gets the map after each round; None: nowhere.
+        depth: the depth that the map recommends; None: all that `remove` asks for.
+        seqlen: tokens a window; None: 2,048, or the model's context if that is shorter.
+        windows: how many windows; None: up to 128. seed: shuffles them; the rows sampler has seed 0.
+        dtype, device: of the model while searching.
+        batch_windows: windows that run at once; None: as many as fit the search's memory bound.
+        resume: continue the map in `output`. force: replace it.
+    """
+
+    remove: int | str = "20%"
+    calibration: str | Path = "wikitext2"
+    output: str | os.PathLike[str] | None = None
+    depth: int | None = None
+    sampler: str = "packed"
+    seqlen: int | None = None
+    windows: int | None = None
+    seed: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    batch_windows: int | None = None
+    resume: bool = False
+    force: bool = False
+
+    def check(self) -> None:
+        """ConfigError for what can be seen without the model: a slip must not cost the time to load it."""
+        parse_remove(self.remove, 10**6)
+        check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} does not exist: choose {', '.join(DTYPES)}")
+        if self.resume and self.output is None:
+            raise ConfigError("resume needs the output file that it continues")
+
+
+def parse_remove(remove: int | str, num_blocks: int) -> int:
+    """How many blocks `6`, `"6"` or `"20%"` of `num_blocks` are.
+
+    A share is rounded to the nearest block, halves up, and is one block at least.
+    """
+    text = str(remove).strip()
+    try:
+        amount = Decimal(text.removesuffix("%"))
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    share = text.endswith("%")
+    whole = amount.is_finite() and (share or amount == amount.to_integral_value())
+    if not whole or amount <= 0 or isinstance(remove, bool):
+        raise ConfigError(
+            f"remove {remove!r} must be a number of blocks, like 6, or a share of them, like 20%"
+        )
+    if not share:
+        return int(amount)
+    if amount > 100:
+        raise ConfigError(f"remove {remove!r} is more than the whole model: a share is at most 100%")
+    return max(1, int((num_blocks * amount / 100).to_integral_value(ROUND_HALF_UP)))
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Let torch use `num_threads` threads (None: its own choice)."""
+    if num_threads is not None:
+        if num_threads < 1:
+            raise ConfigError(f"threads {num_threads} must be 1 or more")
+        torch.set_num_threads(num_threads)
