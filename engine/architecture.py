@@ -196,7 +196,9 @@ def resolve_spec(path: Path) -> DecoderSpec:
     learned = family.position == "learned"
     activation = config.activation_function if learned else config.hidden_act
     if activation not in ACTIVATIONS:
-        raise ModelError(f"{path}: activation '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}")
+        raise ModelError(
+            f"{path}: activation '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}"
+        )
     norm_first = bool(getattr(config, "do_layer_norm_before", True))
     return DecoderSpec(
         architecture=architecture,

@@ -95,7 +95,12 @@ class BlockManager:
             self._references[page] += 1
 
     def register(
-        self, root: Hashable, tokens: Sequence[int], pages: Sequence[int], num_registered: int, parent: Hashable
+        self,
+        root: Hashable,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        num_registered: int,
+        parent: Hashable,
     ) -> tuple[int, Hashable]:
         """Makes the full pages of computed `tokens` findable, from page `num_registered` on.
 
@@ -132,7 +137,9 @@ class BlockManager:
         """Asserts that references, free queue and prefix index agree with the page lists of all live requests."""
         counts = Counter(page for pages in owners for page in pages)
         for page in range(self.num_pages):
-            assert self._references[page] == counts[page], f"page {page}: {self._references[page]} != {counts[page]}"
+            assert self._references[page] == counts[page], (
+                f"page {page}: {self._references[page]} != {counts[page]}"
+            )
             assert (page in self._free) == (counts[page] == 0), f"page {page}: free queue disagrees"
         assert len(self._by_key) == len(self._key_of), "prefix index sizes differ"
         for page, key in self._key_of.items():

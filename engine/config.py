@@ -67,7 +67,9 @@ class EngineConfig:
         self._check_choice("dtype", ("auto", *DTYPES))
         self._check_choice("load_format", _LOAD_FORMATS)
         if self.weights not in ("auto", *DTYPES):
-            raise ConfigError(f"weights '{self.weights}' is not available; choose one of: auto, {', '.join(DTYPES)}")
+            raise ConfigError(
+                f"weights '{self.weights}' is not available; choose one of: auto, {', '.join(DTYPES)}"
+            )
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "num_threads"):
             value = getattr(self, name)
             optional = name in ("max_model_len", "num_threads")
@@ -78,7 +80,9 @@ class EngineConfig:
         if self.kv_cache_memory is not None and not self.kv_cache_memory > 0:
             raise ConfigError(f"kv_cache_memory is {self.kv_cache_memory} GiB; it must be above 0")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1")
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at most 1"
+            )
         if self.tiers is not None:
             self._check_tiers(self.tiers)
 
@@ -108,8 +112,12 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device '{name}' is not known; choose one of: auto, cpu, cuda, cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device '{name}' is not supported; choose one of: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA cards); try cpu")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA cards); try cpu"
+        )
     return device
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sleb.engine.architecture import DecoderSpec
 from sleb.engine.rotary import rotary_tables
-from sleb.engine.weights import DecoderWeights, Norm, Sublayer
+from sleb.engine.weights import DecoderWeights, Norm
 from sleb.kernels.registry import Kernels
+from sleb.units import Sublayer
 
 # (block, query [T, H, D], key [T, K, D], value [T, K, D]) -> [T, H, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +41,12 @@ class Decoder:
     """Weights and arithmetic of the kept sublayers. T is the number of tokens, E the hidden size."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: DecoderWeights, kernels: Kernels, max_model_len: int, device: torch.device
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        kernels: Kernels,
+        max_model_len: int,
+        device: torch.device,
     ) -> None:
         self.spec = spec
         self.weights = weights

@@ -75,7 +75,11 @@ class Engine:
         return self._commit(step, result)
 
     def add_request(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, depth: int | None = None
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        depth: int | None = None,
     ) -> None:
         """Queues a request; `step` computes it.
 
@@ -90,7 +94,9 @@ class Engine:
         tokens = list(prompt_token_ids)
         params = params.resolved(self.text.generation_config)
         self._check_prompt(tokens, params)
-        self._check_token_ids([*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids or logit_bias")
+        self._check_token_ids(
+            [*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids or logit_bias"
+        )
         room = self.max_model_len - len(tokens)
         request = Request(
             request_id=request_id,
@@ -210,6 +216,9 @@ class Engine:
                 request.prompt_logprobs.extend(result.prompt_logprobs[request])
             if row.samples:
                 outputs.append(self._advance(row, result, now))
+        if not self._requests:  # a leaked page would never come back, so say so while the cause is near
+            pages = self.scheduler.block_manager
+            assert pages.num_free == pages.num_pages, "pages are owned, but no request is left"
         return outputs
 
     def _advance(self, row: ScheduledRow, result: StepResult, now: float) -> StepOutput:

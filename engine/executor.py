@@ -10,8 +10,8 @@ from torch import Tensor
 from sleb.engine.decoder import Decoder
 from sleb.engine.kv_cache import PagedKVCache
 from sleb.engine.step import StepInput
-from sleb.engine.weights import Sublayer
 from sleb.kernels.batch import PagedBatch
+from sleb.units import Sublayer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class EagerExecutor:
                 continue
             num_tokens = prefix.num_tokens
             attend = partial(self._attend, step.slots[:num_tokens], prefix.batch)
-            updated = decoder.run(planned.sublayer, residual[:num_tokens], rotation.prefix(num_tokens), attend)
+            updated = decoder.run(
+                planned.sublayer, residual[:num_tokens], rotation.prefix(num_tokens), attend
+            )
             if num_tokens == residual.shape[0]:
                 residual = updated
             else:

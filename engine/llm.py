@@ -113,7 +113,9 @@ class LLM:
             request_id = f"{name}-{number}"
             # Choices of one seeded prompt must differ from each other, and be the same in every run.
             seed = None if params.seed is None else params.seed + number
-            own = replace(params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if number == 0 else None)
+            own = replace(
+                params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if number == 0 else None
+            )
             self.engine.add_request(request_id, token_ids, own, tier.depth)
             owners[request_id] = (output, choice)
 
@@ -149,6 +151,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _one_each(value: Any, count: int, name: str) -> list[Any]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != count:
-            raise RequestError(f"{name} has {len(value)} entries for {count} prompts; give one, or one a prompt")
+            raise RequestError(
+                f"{name} has {len(value)} entries for {count} prompts; give one, or one a prompt"
+            )
         return list(value)
     return [value] * count

@@ -11,11 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb.engine.architecture import DecoderSpec
-from sleb.engine.weights import DecoderWeights, Sublayer, Targets, all_sublayers, allocate
+from sleb.engine.weights import DecoderWeights, Targets, all_sublayers, allocate
 from sleb.errors import ModelError
+from sleb.units import Sublayer
 
 # Buffers that old checkpoints carry and that are computed instead of read.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".self_attn.rotary_emb.inv_freq")
+_IGNORED_SUFFIXES = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".self_attn.rotary_emb.inv_freq",
+)
 _NUM_TENSORS_PER_OPEN = 16
 
 
@@ -62,7 +68,9 @@ def _tensor_files(path: Path) -> dict[str, Path]:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): path / str(file) for name, file in weight_map.items()}
         except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is not a safetensors index ({error!r}); download the model again") from None
+            raise ModelError(
+                f"{index} is not a safetensors index ({error!r}); download the model again"
+            ) from None
         _check_shards(path, set(files.values()))
         return files
     shards = sorted(path.glob("*.safetensors"))

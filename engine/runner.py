@@ -19,10 +19,11 @@ from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.request import Request
 from sleb.engine.sampler import SampledToken, Sampler
 from sleb.engine.step import ScheduledRow, Step, StepInput
-from sleb.engine.weights import Sublayer, all_sublayers, num_bytes
+from sleb.engine.weights import all_sublayers, num_bytes
 from sleb.errors import ConfigError
 from sleb.kernels.registry import select_kernels
 from sleb.layer_map import LayerMap
+from sleb.units import Sublayer
 
 # Rows of logits computed at once for prompt logprobs: 256 rows of 128k entries in float32 are 128 MiB.
 _LOGPROB_ROWS = 256
@@ -133,7 +134,9 @@ class Runner:
         limit = self.spec.max_positions
         wanted = config.max_model_len or limit
         if wanted > limit:
-            raise ConfigError(f"max_model_len is {wanted}, but the model has {limit} positions; ask for no more")
+            raise ConfigError(
+                f"max_model_len is {wanted}, but the model has {limit} positions; ask for no more"
+            )
         page_bytes = bytes_per_token(self.spec, num_blocks, self.dtype) * self.page_size
         pages_a_request = -(-wanted // self.page_size)
         num_pages = choose_num_pages(

@@ -104,7 +104,9 @@ def _adjusts(request: Request) -> bool:
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """One token a row by inverting the cumulative distribution at the request's own random number: [B] int64."""
     device = logits.device
-    temperatures = torch.tensor([float(request.params.temperature or 1.0) for request in requests], device=device)
+    temperatures = torch.tensor(
+        [float(request.params.temperature or 1.0) for request in requests], device=device
+    )
     probabilities = _filter(logits.double() / temperatures[:, None], requests).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     points = torch.tensor([request.rng.random() for request in requests], dtype=torch.float64, device=device)
@@ -116,7 +118,9 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 def _filter(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """min-p, then top-k, then top-p on logits [B, V] already divided by the temperature; removed ones are −inf."""
-    min_p = torch.tensor([request.params.min_p for request in requests], dtype=logits.dtype, device=logits.device)
+    min_p = torch.tensor(
+        [request.params.min_p for request in requests], dtype=logits.dtype, device=logits.device
+    )
     if bool((min_p > 0).any()):  # a probability ratio is a difference of logits (arXiv 2407.01082)
         floor = logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
         logits = logits.masked_fill(logits < floor, NEVER)

@@ -92,7 +92,9 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs, "too many requests run"
         for request in self.running:
             held = len(request.pages) * self.block_manager.page_size
-            assert request.num_computed <= min(held, len(request.tokens)), f"{request.request_id} is past its pages"
+            assert request.num_computed <= min(held, len(request.tokens)), (
+                f"{request.request_id} is past its pages"
+            )
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Grows the request's pages, preempting the latest admitted as needed, in the end the request itself."""

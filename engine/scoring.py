@@ -66,9 +66,7 @@ class DecoderScorer:
         flat = hidden.reshape(num_windows * length, -1)
 
         def attend(block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (
-                part.unflatten(0, (num_windows, length)) for part in (query, key, value)
-            )
+            query, key, value = (part.unflatten(0, (num_windows, length)) for part in (query, key, value))
             window = self._decoder.spec.windows[block]
             return causal_attention(query, key, value, self._decoder.scale, window)
 

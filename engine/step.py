@@ -63,16 +63,16 @@ class StepInput:
     def __init__(self, step: Step, page_size: int, device: torch.device) -> None:
         self.rows = step.rows
         self.page_size = page_size
-        token_ids = [
-            token for row in step.rows for token in row.request.tokens[row.start : row.end]
-        ]
+        token_ids = [token for row in step.rows for token in row.request.tokens[row.start : row.end]]
         positions = [position for row in step.rows for position in range(row.start, row.end)]
         slots = [
             row.request.pages[position // page_size] * page_size + position % page_size
             for row in step.rows
             for position in range(row.start, row.end)
         ]
-        self.token_ids, self.positions, self.slots = torch.tensor([token_ids, positions, slots], device=device)
+        self.token_ids, self.positions, self.slots = torch.tensor(
+            [token_ids, positions, slots], device=device
+        )
         width = max(len(row.request.pages) for row in step.rows)
         table = [row.request.pages + [0] * (width - len(row.request.pages)) for row in step.rows]
         self._page_table = torch.tensor(table, device=device)

@@ -83,7 +83,9 @@ class TextProcessor:
                 **(self._named_tokens | variables),
             )
         except Exception as error:
-            raise RequestError(f"the chat template refuses the messages: {error}", param="messages") from error
+            raise RequestError(
+                f"the chat template refuses the messages: {error}", param="messages"
+            ) from error
         return self.encode(rendered[0][0], add_special_tokens=False)
 
     def eos_token_ids(self, config: Any) -> frozenset[int]:
@@ -105,5 +107,7 @@ def _read_generation_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds no JSON object; remove it or download it again")
     if config.get("do_sample") is False:  # then the file's sampling values are not in use
-        return {name: value for name, value in config.items() if name not in ("temperature", "top_p", "top_k")}
+        return {
+            name: value for name, value in config.items() if name not in ("temperature", "top_p", "top_k")
+        }
     return config

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sleb.engine.architecture import DecoderSpec
+from sleb.units import Sublayer, Unit
 
-Part = Literal["attention", "mlp"]
-Sublayer = tuple[int, Part]
 Targets = dict[str, Tensor]
 
 
@@ -89,8 +87,7 @@ def num_bytes(node: object) -> int:
 
 def all_sublayers(spec: DecoderSpec) -> set[Sublayer]:
     """Every (block, part) of the dense model."""
-    parts: tuple[Part, ...] = ("attention", "mlp")
-    return {(block, part) for block in range(spec.num_blocks) for part in parts}
+    return {sublayer for block in range(spec.num_blocks) for sublayer in Unit(block).sublayers}
 
 
 def allocate(
@@ -172,7 +169,9 @@ class _Allocator:
         bias = self._tensor(f"{name}.bias", size) if self.spec.norm == "layer" else None
         return Norm(self._tensor(f"{name}.weight", size), bias)
 
-    def _fused(self, prefix: str, modules: tuple[str, ...], sizes: list[int], width: int, bias: bool) -> Linear:
+    def _fused(
+        self, prefix: str, modules: tuple[str, ...], sizes: list[int], width: int, bias: bool
+    ) -> Linear:
         if len(modules) == 1:  # the checkpoint holds them fused
             sizes = [sum(sizes)]
         return self._linear([f"{prefix}.{module}" for module in modules], sizes, width, bias)

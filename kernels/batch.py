@@ -85,7 +85,9 @@ class PagedBatch:
         finite, so a row never depends on what another one left in the cache.
         """
         lens = self.decode_lens
-        positions = torch.arange(int(max(self.context_lens[row] for row in self.decode_rows)), device=lens.device)
+        positions = torch.arange(
+            int(max(self.context_lens[row] for row in self.decode_rows)), device=lens.device
+        )
         positions = torch.where(positions[None, :] < lens[:, None], positions[None, :], 0)
         rows = torch.tensor(self.decode_rows, device=lens.device)
         pages = self.page_table[rows[:, None], positions // self.page_size]

@@ -56,5 +56,7 @@ def select_kernels(name: str, device: torch.device, dtype: torch.dtype) -> Kerne
     """
     chosen = "torch" if name == "auto" else name
     if chosen not in BACKENDS:
-        raise ConfigError(f"kernel backend '{name}' does not exist; choose one of: auto, {', '.join(BACKENDS)}")
+        raise ConfigError(
+            f"kernel backend '{name}' does not exist; choose one of: auto, {', '.join(BACKENDS)}"
+        )
     return BACKENDS[chosen](device, dtype)
