@@ -1,0 +1,132 @@
+"""What the README shows exists: make targets, commands and flags, public names, files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sleb
+from sleb import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL))
+
+
+def shell_lines() -> list[str]:
+    """Every command of the shell blocks, comments and leading variables off, continued lines joined."""
+    text = "\n".join(body for language, body in BLOCKS if language == "sh").replace("\\\n", " ")
+    lines = [re.sub(r"\s#.*", "", line).strip() for line in text.splitlines()]
+    return [re.sub(r"^([A-Z_]+=\S+\s+)+", "", line) for line in lines if line]
+
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The click command that `sleb WORDS…` reaches, and the words left for it."""
+    command, rest = cli.build(), words
+    while rest and hasattr(command, "get_command"):
+        found = command.get_command(command.make_context("sleb", [], resilient_parsing=True), rest[0])
+        assert found is not None, (
+            f"README shows 'sleb {' '.join(words)}', but there is no command '{rest[0]}'"
+        )
+        command, rest = found, rest[1:]
+    return command, rest
+
+
+def options(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    shown = [line for line in (*shell_lines(), *SPANS) if line.startswith("make ")]
+    assert {"make serve", "make test"} <= set(shown)
+    for line in shown:
+        named = [word for word in shlex.split(line)[1:] if "=" not in word]
+        assert named, line
+        assert set(named) <= targets, line
+
+
+def test_make_variables_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for line in (*shell_lines(), *SPANS):
+        if line.startswith("make "):
+            for name in re.findall(r"\b([A-Z]+)=", line):
+                assert re.search(rf"^{name}\s*\?=", makefile, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("sleb ")])
+def test_shown_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "map.json").write_text("{}")  # an argument that must exist
+    command, rest = find_command(shlex.split(line)[1:])
+    with command.make_context("sleb", rest):
+        pass
+
+
+@pytest.mark.parametrize("span", [span for span in SPANS if span.startswith("sleb ")])
+def test_named_commands_exist(span: str) -> None:
+    words = shlex.split(span)[1:]
+    if words[0] == "COMMAND":
+        return
+    command, rest = find_command(words)
+    flags = {word for word in rest if word.startswith("-")}
+    assert flags <= options(command), f"{span}: {command.name} has {sorted(options(command))}"
+
+
+def test_flags_in_the_table_exist() -> None:
+    rows = re.findall(r"^\| `(sleb [^`]+)` \|(.*)\|$", README, re.MULTILINE)
+    assert {row[0].split()[1] for row in rows} == set(cli.COMMANDS)
+    for shown, description in rows:
+        command, _ = find_command(shlex.split(shown)[1:])
+        for flag in re.findall(r"`(--[a-z-]+)", description):
+            assert flag in options(command), f"{shown}: no {flag}"
+
+
+def test_flags_in_the_text_exist() -> None:
+    """A flag named outside the table belongs to some command, or to pip or pytest."""
+    known = {"--no-build-isolation"}
+    for name in cli.COMMANDS:
+        command = cli.load_command(name)
+        below = getattr(command, "commands", {"": command})
+        known |= set().union(*(options(each) for each in below.values())) | {"--help"}
+    for span in SPANS:
+        for flag in re.findall(r"(?<!\S)(--[a-z][a-z-]*)", span):
+            assert flag in known, f"{span}: no command has {flag}"
+
+
+def test_python_examples_use_public_names() -> None:
+    examples = [body for language, body in BLOCKS if language == "python"]
+    assert examples
+    for body in examples:
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.ImportFrom) and node.module == "sleb":
+                names = {alias.name for alias in node.names}
+                assert names <= set(sleb.__all__)
+                assert all(hasattr(sleb, name) for name in names)
+
+
+def test_files_and_links_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    results = re.findall(r"benchmarks/results/[\w./-]*\w\.\w+", README)
+    for path in (*links, *results):
+        assert (ROOT / path).is_file(), f"README names {path}, which is not there"
+
+
+def test_figures_name_their_file() -> None:
+    """A measured figure without the file it comes from cannot be checked by a reader."""
+    [section] = re.findall(r"^## Measured\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", section, flags=re.DOTALL)
+    assert not re.search(r"\d", text) or "benchmarks/results/" in text
+
+
+def test_extras_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    for extra in re.findall(r'\."?\[(\w+)\]', README) + re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE):
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
