@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-_NUM_CONTEXT_TOKENS = 8  # how many prompt tokens a decoder may look back at to place a space
+_NUM_CONTEXT_TOKENS = 8  # how many earlier tokens a decoder may look back at to place a space
+_UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
+# A character is at most 4 tokens; far more without a whole one are broken bytes, not to be held for ever.
+_MAX_PENDING_TOKENS = 32
+_MAX_TOKENS_PER_CHARACTER = 4
 
 
 class Detokenizer:
@@ -39,54 +42,72 @@ class Detokenizer:
         self._include_stop = include_stop
         self._held = ""  # text that may turn out to be the start of a stop string
         self._pending: list[int] = []  # tokens whose text is not out yet
-        self._stream = self._new_stream(list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:]))
+        self._context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
+        while self._context and self._text(self._context).endswith(_UNFINISHED):
+            self._context.pop()
+        self._settled = self._text(self._context)
         self.stopped_by: str | None = None
 
     def push(self, token_id: int, *, check_stop: bool = True) -> str:
         """The text that `token_id` makes certain; sets `stopped_by` when it completes a stop string."""
         text = self._held + self._decode(token_id)
         self._held = ""
-        if not self._stop:
-            return text
         if check_stop:
-            found = self._find_stop(text)
-            if found is not None:
-                self.stopped_by = found
-                start = text.index(found)
-                self._pending.clear()
-                return text[: start + len(found)] if self._include_stop else text[:start]
+            text = self._cut(text)
+        if not self._stop or self.stopped_by is not None:
+            return text
         keep = self._num_held(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def flush(self) -> str:
-        """What was held back; an unfinished character becomes U+FFFD. Call once, when the answer has ended."""
-        text = self._held
-        if self._pending and self._tokenizer is not None:
-            text += self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special)
-        self._held = ""
-        self._pending.clear()
-        return text
+    def flush(self, *, check_stop: bool = True) -> str:
+        """What was held back; an unfinished character becomes U+FFFD. Call once, when the answer has ended.
 
-    def _new_stream(self, context: list[int]) -> DecodeStream:
-        return DecodeStream(ids=context, skip_special_tokens=self._skip_special)
+        A token that ends inside a character holds back what it has before that; a stop string found there sets
+        `stopped_by` as in `push`.
+        """
+        text = self._held + self._settle(len(self._pending))
+        self._held = ""
+        return self._cut(text) if check_stop else text
+
+    def _cut(self, text: str) -> str:
+        """`text`, or what stands before (and with) the first stop string in it, which is then noted."""
+        found = self._find_stop(text)
+        if found is None:
+            return text
+        self.stopped_by = found
+        self._pending.clear()
+        start = text.index(found)
+        return text[: start + len(found)] if self._include_stop else text[:start]
 
     def _decode(self, token_id: int) -> str:
-        if self._tokenizer is None:
-            return ""
+        """The text of the pending tokens and this one; empty while they end inside a character.
+
+        `tokenizers.DecodeStream` does the same, but gives up where a decoder rewrites what stands before, and
+        mistakes a prompt that ends inside a character for text of the answer.
+        """
         self._pending.append(token_id)
-        try:
-            piece = self._stream.step(self._tokenizer, token_id)
-        except Exception as error:
-            # Some decoders rewrite earlier text when a token is added; the stream then refuses to go on.
-            if "prefix" not in str(error).lower():
-                raise
-            self._stream = self._new_stream([])
-            piece = self._stream.step(self._tokenizer, token_id)
-        if piece is None:
-            return ""
-        self._pending.clear()
+        if not self._text(self._pending).endswith(_UNFINISHED):
+            return self._settle(len(self._pending))
+        if len(self._pending) > _MAX_PENDING_TOKENS:
+            return self._settle(len(self._pending) - _MAX_TOKENS_PER_CHARACTER)
+        return ""
+
+    def _settle(self, num_tokens: int) -> str:
+        """The text of the first pending tokens, which become context."""
+        tokens, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
+        whole = self._text(self._context + tokens)
+        fits = whole.startswith(self._settled)
+        self._context = (self._context + tokens)[-_NUM_CONTEXT_TOKENS:]
+        piece = whole[len(self._settled) :] if fits else self._text(tokens)
+        self._settled = self._text(self._context)
         return piece
+
+    def _text(self, token_ids: list[int]) -> str:
+        if self._tokenizer is None or not token_ids:
+            return ""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
+        return text
 
     def _find_stop(self, text: str) -> str | None:
         """The stop string that begins first in `text`; the longest of those that begin together."""

@@ -105,7 +105,8 @@ class Engine:
             params=params,
             max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
             tier=tier,
-            rng=random.Random(self._seeds.getrandbits(64) if params.seed is None else params.seed),
+            # As text, because random.Random takes the absolute value of a number.
+            rng=random.Random(str(self._seeds.getrandbits(64) if params.seed is None else params.seed)),
             detokenizer=Detokenizer(
                 self.tokenizer,
                 tokens,
@@ -258,18 +259,22 @@ class Engine:
         may_stop = request.num_output_tokens >= params.min_tokens
         ends = token_id in self.eos_token_ids and not params.ignore_eos
         stops = token_id in params.stop_token_ids
+        text = ""
         if may_stop and (ends or stops):
             request.finish_reason = "stop"
             request.stop_reason = token_id if stops else None
-            text = detokenizer.push(token_id, check_stop=False) if params.include_stop_str_in_output else ""
-            return text + detokenizer.flush()
-        text = detokenizer.push(token_id, check_stop=may_stop)
+            if params.include_stop_str_in_output:
+                text = detokenizer.push(token_id)
+        else:
+            text = detokenizer.push(token_id, check_stop=may_stop)
+            if request.num_output_tokens >= request.max_tokens:
+                request.finish_reason = "length"
+        if request.finish_reason is not None and detokenizer.stopped_by is None:
+            text += detokenizer.flush(check_stop=may_stop)
         if detokenizer.stopped_by is not None:
             request.finish_reason = "stop"
             request.stop_reason = detokenizer.stopped_by
-        elif request.num_output_tokens >= request.max_tokens:
-            request.finish_reason = "length"
-        return text if request.finish_reason is None else text + detokenizer.flush()
+        return text
 
 
 def _take_prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:

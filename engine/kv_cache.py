@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,13 +37,21 @@ class PagedKVCache:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (len(blocks), num_pages * page_size, spec.num_kv_heads, spec.head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._keys = _zeros(shape, dtype, device)
+        self._values = _zeros(shape, dtype, device)
         self._layers = {block: (self._keys[slot], self._values[slot]) for slot, block in enumerate(blocks)}
 
     def layer(self, block: int) -> tuple[Tensor, Tensor]:
         """Key and value cache of an original block, each [num_pages · page_size, K, D]."""
         return self._layers[block]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory, on a CPU, the system hands out only as pages are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def bytes_per_token(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype) -> int:

@@ -104,10 +104,11 @@ def _adjusts(request: Request) -> bool:
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """One token a row by inverting the cumulative distribution at the request's own random number: [B] int64."""
     device = logits.device
-    temperatures = torch.tensor(
-        [float(request.params.temperature or 1.0) for request in requests], device=device
-    )
-    probabilities = _filter(logits.double() / temperatures[:, None], requests).softmax(dim=-1)
+    temperatures = [float(request.params.temperature or 1.0) for request in requests]
+    divisors = torch.tensor(temperatures, dtype=torch.float64, device=device)
+    # Relative to the highest, so that the smallest temperature divides 0 and no overflow meets another.
+    relative = logits.double() - logits.amax(dim=-1, keepdim=True)
+    probabilities = _filter(relative / divisors[:, None], requests).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     points = torch.tensor([request.rng.random() for request in requests], dtype=torch.float64, device=device)
     # Strictly greater, so that a token of probability 0 is never met; the rounded end is caught by the clamp.
