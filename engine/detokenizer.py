@@ -42,9 +42,7 @@ class Detokenizer:
         self._include_stop = include_stop
         self._held = ""  # text that may turn out to be the start of a stop string
         self._pending: list[int] = []  # tokens whose text is not out yet
-        self._context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
-        while self._context and self._text(self._context).endswith(_UNFINISHED):
-            self._context.pop()
+        self._context = self._whole_characters(list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:]))
         self._settled = self._text(self._context)
         self.stopped_by: str | None = None
 
@@ -94,14 +92,27 @@ class Detokenizer:
         return ""
 
     def _settle(self, num_tokens: int) -> str:
-        """The text of the first pending tokens, which become context."""
+        """The text of the first pending tokens, which become the context of the next ones.
+
+        The context is what was settled last and no more: cut anywhere else it could begin inside a character,
+        and then a decoder that joins bytes makes nothing of them all.
+        """
         tokens, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
         whole = self._text(self._context + tokens)
         fits = whole.startswith(self._settled)
-        self._context = (self._context + tokens)[-_NUM_CONTEXT_TOKENS:]
         piece = whole[len(self._settled) :] if fits else self._text(tokens)
-        self._settled = self._text(self._context)
+        if piece:
+            self._context = tokens
+            self._settled = self._text(tokens)
         return piece
+
+    def _whole_characters(self, token_ids: list[int]) -> list[int]:
+        """The longest end of a prompt that begins between characters, less a character that it leaves open."""
+        while token_ids and self._text(token_ids).endswith(_UNFINISHED):
+            token_ids.pop()
+        while _UNFINISHED in self._text(token_ids):
+            token_ids.pop(0)
+        return token_ids
 
     def _text(self, token_ids: list[int]) -> str:
         if self._tokenizer is None or not token_ids:

@@ -1,0 +1,132 @@
+"""The speedup that a depth would have if time were nothing but the work that cannot be avoided.
+
+Two limits, after the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785):
+
+* Decoding reads every weight of its depth once a step, and the K and V of every context. Its time is modelled as
+  those bytes over a bandwidth, which cancels in a ratio.
+* A prompt is computed many tokens at once, so its time is modelled as floating point operations over a rate, which
+  cancels as well. The head counts only for the rows that sample.
+
+What is small is left out: norms, activations, rotary embedding, writing K and V. At a large batch decoding is
+bound by bytes only where arithmetic is cheap (a GPU); on a CPU it lies between the two models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sleb.engine.architecture import DecoderSpec
+from sleb.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class DepthCost:
+    """What one depth of a model holds.
+
+    Attributes:
+        attention_blocks, mlp_blocks: original numbers of the blocks whose attention, or MLP, runs.
+        weight_bytes: of all weights of this depth, embedding and head included (once, if tied).
+        kv_bytes_per_token: of K and V over the kept attention sublayers.
+        embed_itemsize: bytes of one element of the embedding table.
+    """
+
+    spec: DecoderSpec
+    attention_blocks: tuple[int, ...]
+    mlp_blocks: tuple[int, ...]
+    weight_bytes: int
+    kv_bytes_per_token: int
+    embed_itemsize: int
+
+    @classmethod
+    def of(cls, engine: Engine, depth: int) -> DepthCost:
+        """The cost of a depth that `engine` serves."""
+        kept = sorted(engine.runner.kept_sublayers(depth))
+        return cls(
+            spec=engine.spec,
+            attention_blocks=tuple(block for block, part in kept if part == "attention"),
+            mlp_blocks=tuple(block for block, part in kept if part == "mlp"),
+            weight_bytes=engine.weight_bytes(depth),
+            kv_bytes_per_token=engine.kv_bytes_per_token(depth),
+            embed_itemsize=engine.runner.dtype.itemsize,
+        )
+
+
+def step_weight_bytes(cost: DepthCost, batch: int) -> int:
+    """Bytes of weights that one decode step of `batch` rows reads.
+
+    All weights once, but of tables that are only looked into (positions; the embedding unless it is tied, when
+    the head reads it whole) one row a sequence.
+    """
+    spec, itemsize = cost.spec, cost.embed_itemsize
+    total = cost.weight_bytes + batch * spec.embed_size * itemsize
+    if not spec.tied_embeddings:
+        total -= spec.vocab_size * spec.embed_size * itemsize
+    if spec.position == "learned":
+        num_positions = spec.max_positions + spec.position_offset
+        total -= (num_positions - batch) * spec.hidden_size * itemsize
+    return total
+
+
+def context_kv_bytes(cost: DepthCost, context: int) -> int:
+    """Bytes of K and V that one new token reads when its context, itself included, has `context` tokens."""
+    if not cost.attention_blocks:
+        return 0
+    block_bytes = cost.kv_bytes_per_token // len(cost.attention_blocks)
+    return block_bytes * sum(_visible(cost.spec, block, context) for block in cost.attention_blocks)
+
+
+def decode_bytes(cost: DepthCost, batch: int, prompt_tokens: int, output_tokens: int) -> int:
+    """Bytes read by the decode steps of `batch` equal requests.
+
+    The prompt's own step gives the first of the output tokens, so output_tokens − 1 decode steps remain; the
+    n-th of them sees contexts of prompt_tokens + n tokens:
+
+        Σ_n  step_weight_bytes + batch · context_kv_bytes(prompt_tokens + n),   n = 1 … output_tokens − 1
+    """
+    contexts = range(prompt_tokens + 1, prompt_tokens + output_tokens)
+    kv_bytes = sum(context_kv_bytes(cost, context) for context in contexts)
+    return len(contexts) * step_weight_bytes(cost, batch) + batch * kv_bytes
+
+
+def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
+    """Floating point operations to compute `batch` prompts and the logits after each one's last token.
+
+    A multiply and an add count two. With T prompt tokens, E hidden, I intermediate, Q query and K key-value features:
+
+        attention   2·T·E·(Q + 2K) + 2·T·Q·E + 4·Q·(1 + 2 + … + T)     scores and values see the causal half only
+        MLP         2·T·E·I · (3 if gated else 2)
+        head        2·E·V, for one row
+    """
+    spec = cost.spec
+    projections = 2 * prompt_tokens * spec.hidden_size * 2 * (spec.query_size + spec.kv_size)
+    attended = sum(
+        _visible(spec, block, context)
+        for block in cost.attention_blocks
+        for context in range(1, prompt_tokens + 1)
+    )
+    mlp = 2 * prompt_tokens * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    head = 2 * spec.embed_size * spec.vocab_size
+    if spec.embed_size != spec.hidden_size:  # projected in for every token, out for the one that samples
+        head += 2 * spec.embed_size * spec.hidden_size * (prompt_tokens + 1)
+    blocks = (
+        len(cost.attention_blocks) * projections + 4 * spec.query_size * attended + len(cost.mlp_blocks) * mlp
+    )
+    return batch * (blocks + head)
+
+
+def ideal_prompt_speedup(baseline: DepthCost, cost: DepthCost, batch: int, prompt_tokens: int) -> float:
+    """How much faster than `baseline` prompts would be if only FLOPs took time."""
+    return prompt_flops(baseline, batch, prompt_tokens) / prompt_flops(cost, batch, prompt_tokens)
+
+
+def ideal_decode_speedup(
+    baseline: DepthCost, cost: DepthCost, batch: int, prompt_tokens: int, output_tokens: int
+) -> float:
+    """How much faster than `baseline` the decode steps would be if only reading bytes took time."""
+    shape = (batch, prompt_tokens, output_tokens)
+    return decode_bytes(baseline, *shape) / decode_bytes(cost, *shape)
+
+
+def _visible(spec: DecoderSpec, block: int, context: int) -> int:
+    window = spec.windows[block]
+    return context if window is None else min(context, window)

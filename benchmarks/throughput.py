@@ -1,0 +1,213 @@
+"""Throughput of one model at several depths, measured so that the depths can be compared.
+
+The tests are those of the SLEB paper's section on speed (arXiv 2402.09025): processing one long prompt, and
+generating 128 tokens after 64-token prompts, where tokens/s counts the new tokens over the whole run, prompts
+included. One engine holds all depths and they take turns: every repetition runs each of them once, on the same
+random prompts, so that whatever slows the machine down for a while meets them alike, and a speedup is the
+median of ratios within repetitions. One run of each depth goes before, uncounted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sleb.benchmarks.environment import describe_environment, shown_command
+from sleb.benchmarks.harness import Progress, Samples, measure
+from sleb.benchmarks.ideal import DepthCost, ideal_decode_speedup, ideal_prompt_speedup
+from sleb.benchmarks.report import Report
+from sleb.benchmarks.results import Row, make_row
+from sleb.benchmarks.workloads import (
+    ThroughputOptions,
+    Workload,
+    check_options,
+    choose_depths,
+    plan_workloads,
+)
+from sleb.engine.architecture import DecoderSpec, resolve_spec
+from sleb.engine.config import EngineConfig, resolve_dtype
+from sleb.engine.engine import Engine
+from sleb.engine.kv_cache import GIB, bytes_per_token
+from sleb.engine.llm import LLM
+from sleb.engine.sampling_params import SamplingParams
+from sleb.engine.tiers import load_layer_map
+from sleb.fetch import resolve_model
+from sleb.layer_map import LayerMap
+
+_PAGE_SIZE = 16
+# Prompts of a batch are computed in one step up to this many tokens; more would cost memory and gain nothing.
+_MAX_STEP_TOKENS = 8192
+
+
+class ThroughputBench:
+    """A model loaded at several depths, and the workloads to run on it.
+
+    Attributes:
+        depths: in the order asked. baseline: the one that speedups refer to: 0, else the first.
+
+    Raises SlebError subclasses for a model, map, depth or option that does not work.
+    """
+
+    def __init__(self, options: ThroughputOptions) -> None:
+        check_options(options)
+        EngineConfig(
+            options.model,
+            dtype=options.dtype,
+            weights=options.weights,
+            load_format=options.load_format,
+            num_threads=options.threads,
+        ).check()
+        self.options = options
+        resolved = resolve_model(options.model)
+        spec = resolve_spec(resolved.path)
+        layer_map, _ = load_layer_map(options.layer_map, resolved, spec)
+        self.depths = choose_depths(options.depths, layer_map, resolved.name)
+        self.baseline = 0 if 0 in self.depths else self.depths[0]
+        self.workloads = plan_workloads(options, spec.max_positions)
+        self.llm = LLM(options.model, layer_map, self.depths, **self._engine_options(spec, layer_map))
+        self._token_ids = plain_token_ids(self.llm.engine)
+
+    def _engine_options(self, spec: DecoderSpec, layer_map: LayerMap) -> dict[str, Any]:
+        """Room for the largest workload and no more; no prefix cache, which would skip what is to be measured."""
+        options, workloads = self.options, self.workloads
+        max_model_len = max(workload.context for workload in workloads)
+        num_pages = max(workload.batch * -(-workload.context // _PAGE_SIZE) for workload in workloads)
+        fullest = min(self.depths)
+        num_attention = sum(
+            layer_map.active((block, "attention"), fullest) for block in range(spec.num_blocks)
+        )
+        dtype = resolve_dtype(options.dtype, options.weights, spec.checkpoint_dtype)
+        page_bytes = _PAGE_SIZE * bytes_per_token(spec, num_attention, dtype)
+        batch = max(workload.batch for workload in workloads)
+        longest_prompt = max(workload.prompt_tokens for workload in workloads)
+        all_prompts = max(workload.batch * workload.prompt_tokens for workload in workloads)
+        return {
+            "dtype": options.dtype,
+            "weights": options.weights,
+            "device": options.device,
+            "load_format": options.load_format,
+            "num_threads": options.threads,
+            "seed": options.seed,
+            "max_model_len": max_model_len,
+            "max_num_seqs": batch,
+            "max_num_batched_tokens": max(longest_prompt, batch, min(all_prompts, _MAX_STEP_TOKENS)),
+            "page_size": _PAGE_SIZE,
+            # Half a page more, so that rounding to GiB and back does not lose the last one.
+            "kv_cache_memory": (num_pages + 0.5) * page_bytes / GIB if page_bytes else None,
+            "enable_prefix_caching": False,
+        }
+
+    def prepare(self, workload: Workload, repetition: int) -> Callable[[int], None]:
+        """Draws the repetition's prompts, the same for all depths, and returns what runs them at a depth."""
+        rng = random.Random(f"{self.options.seed} {workload} {repetition}")
+        prompts = [rng.choices(self._token_ids, k=workload.prompt_tokens) for _ in range(workload.batch)]
+        # Greedy, and nothing of the model's generation config, whose penalties would cost time of their own.
+        params = SamplingParams(
+            max_tokens=workload.output_tokens,
+            ignore_eos=True,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+        )
+
+        def run(depth: int) -> None:
+            outputs = self.llm.generate(prompts, params, depth)
+            num_tokens = sum(len(output.token_ids) for output in outputs)
+            assert num_tokens == workload.batch * workload.output_tokens, (
+                f"{num_tokens} new tokens for {workload}"
+            )
+
+        return run
+
+    def rows(self, samples: Samples[Workload]) -> list[Row]:
+        """One row a workload and depth, workloads without a complete repetition left out."""
+        costs = {depth: DepthCost.of(self.llm.engine, depth) for depth in self.depths}
+        return [
+            self._row(workload, depth, repetitions, costs)
+            for workload, repetitions in samples.items()
+            for depth in self.depths
+        ]
+
+    def _row(
+        self,
+        workload: Workload,
+        depth: int,
+        repetitions: Sequence[Mapping[int, float]],
+        costs: Mapping[int, DepthCost],
+    ) -> Row:
+        baseline, cost = costs[self.baseline], costs[depth]
+        shape = (workload.batch, workload.prompt_tokens)
+        if workload.test == "prompt":
+            ideal = ideal_prompt_speedup(baseline, cost, *shape)
+        else:
+            ideal = ideal_decode_speedup(baseline, cost, *shape, workload.output_tokens)
+        return make_row(
+            workload.test,
+            depth,
+            self.baseline,
+            repetitions,
+            num_blocks_kept=self.llm.engine.tier(depth).num_blocks_kept,
+            batch=workload.batch,
+            prompt_tokens=workload.prompt_tokens,
+            output_tokens=workload.output_tokens,
+            counted_tokens=workload.counted_tokens,
+            ideal_speedup=ideal,
+            weight_bytes=cost.weight_bytes,
+            kv_bytes_per_token=cost.kv_bytes_per_token,
+            # The last new token is never fed back, so its K and V are never there.
+            kv_bytes=workload.batch * (workload.context - 1) * cost.kv_bytes_per_token,
+        )
+
+
+def plain_token_ids(engine: Engine) -> list[int]:
+    """Ids of ordinary tokens: none that the tokenizer or the config calls special, none past the tokenizer's end."""
+    spec, tokenizer = engine.spec, engine.tokenizer
+    special = set(engine.eos_token_ids)
+    num_ids = spec.vocab_size
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(spec.config, name, None)
+        special |= {value} if isinstance(value, int) else set(value or ())
+    if tokenizer is not None:
+        special |= set(tokenizer.get_added_tokens_decoder())
+        num_ids = min(num_ids, tokenizer.get_vocab_size())
+    return [token_id for token_id in range(num_ids) if token_id not in special]
+
+
+def run_throughput(
+    options: ThroughputOptions,
+    command: Sequence[str] = (),
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Loads the model, measures, and reports; interrupted while measuring, it reports what is complete.
+
+    command: the command line to record. Raises SlebError subclasses before anything is measured.
+    """
+    bench = ThroughputBench(options)
+    engine = bench.llm.engine
+    environment = describe_environment(engine, shown_command(command, options.model))
+    samples: Samples[Workload] = {}
+    complete = True
+    try:
+        measure(
+            bench.prepare,
+            bench.workloads,
+            bench.depths,
+            options.repetitions,
+            options.seed,
+            samples,
+            on_progress=on_progress,
+        )
+    except KeyboardInterrupt:
+        complete = False
+    model = {
+        "name": engine.model_name,
+        "architecture": engine.spec.architecture,
+        "num_blocks": engine.spec.num_blocks,
+        "fingerprint": engine.spec.fingerprint,
+        "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
+    }
+    settings = {"repetitions": options.repetitions, "seed": options.seed, "load_format": options.load_format}
+    return Report(environment, model, settings, bench.rows(samples), complete)

@@ -1,0 +1,139 @@
+"""The model of ideal speedups, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sleb.benchmarks.ideal import (
+    DepthCost,
+    context_kv_bytes,
+    decode_bytes,
+    ideal_decode_speedup,
+    ideal_prompt_speedup,
+    prompt_flops,
+    step_weight_bytes,
+)
+from sleb.engine.architecture import DecoderSpec, resolve_spec
+from sleb.engine.engine import Engine
+from sleb.engine.llm import LLM
+from sleb.layer_map import LayerMap
+
+_SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+# q and o 576 × 576, k and v 192 × 576, gate, up and down 1536 × 576
+_BLOCK_LINEARS = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576
+_BLOCK_WEIGHTS = _BLOCK_LINEARS + 2 * 576  # and two norms
+_HEAD = 49152 * 576
+
+
+def make_spec(folder: Path, **changes: Any) -> DecoderSpec:
+    (folder / "config.json").write_text(json.dumps(_SMOLLM2 | changes))
+    return resolve_spec(folder)
+
+
+def smollm2_cost(spec: DecoderSpec, num_blocks: int) -> DepthCost:
+    """In bfloat16, with the first `num_blocks` blocks."""
+    blocks = tuple(range(num_blocks))
+    head = _HEAD * (1 if spec.tied_embeddings else 2)
+    weights = 2 * (num_blocks * _BLOCK_WEIGHTS + head + 576)
+    return DepthCost(spec, blocks, blocks, weights, num_blocks * 2 * 192 * 2, 2)
+
+
+def test_prompt_flops_by_hand(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    linears = 2 * 100 * _BLOCK_LINEARS
+    attention = 4 * 9 * 64 * (100 * 101 // 2)
+    assert prompt_flops(smollm2_cost(spec, 30), 1, 100) == 30 * (linears + attention) + 2 * _HEAD
+    assert prompt_flops(smollm2_cost(spec, 30), 3, 100) == 3 * prompt_flops(smollm2_cost(spec, 30), 1, 100)
+
+
+def test_decode_bytes_by_hand(tmp_path: Path) -> None:
+    """Three new tokens after 10: the prompt's step gives the first, contexts of 11 and 12 tokens are read."""
+    spec = make_spec(tmp_path)
+    weights = 2 * (30 * _BLOCK_WEIGHTS + _HEAD + 576)
+    lookups = 4 * 576 * 2
+    kv = 30 * 2 * 192 * 2 * (11 + 12)
+    assert decode_bytes(smollm2_cost(spec, 30), 4, 10, 3) == 2 * (weights + lookups) + 4 * kv
+
+
+def test_ideal_speedups_of_six_of_thirty_blocks(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    dense, pruned = smollm2_cost(spec, 30), smollm2_cost(spec, 24)
+    assert _HEAD / (dense.weight_bytes / 2) == pytest.approx(0.21, abs=0.001)
+    assert ideal_decode_speedup(dense, pruned, 1, 64, 128) == pytest.approx(1.19, abs=0.005)
+    assert ideal_prompt_speedup(dense, pruned, 1, 2048) == pytest.approx(1.25, abs=0.001)
+    assert ideal_decode_speedup(dense, dense, 64, 64, 128) == 1.0
+    # Every context adds to what pruning saves, until the head no longer counts: 30 blocks over 24.
+    at_64 = ideal_decode_speedup(dense, pruned, 64, 64, 128)
+    assert ideal_decode_speedup(dense, pruned, 1, 64, 128) < at_64 < 30 / 24
+
+
+def test_an_untied_embedding_is_only_looked_into(tmp_path: Path) -> None:
+    """The head of its own is read whole, the embedding one row a sequence: as many bytes as when they are tied."""
+    untied = smollm2_cost(make_spec(tmp_path, tie_word_embeddings=False), 30)
+    tied = smollm2_cost(make_spec(tmp_path), 30)
+    assert untied.weight_bytes > tied.weight_bytes
+    assert step_weight_bytes(untied, 8) == step_weight_bytes(tied, 8)
+
+
+def test_a_sliding_window_bounds_what_is_read_and_computed(tmp_path: Path) -> None:
+    changes = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+    windowed = smollm2_cost(make_spec(tmp_path, **changes), 30)
+    full = smollm2_cost(make_spec(tmp_path), 30)
+    assert context_kv_bytes(windowed, 100) == context_kv_bytes(full, 16)
+    visible = 16 * 17 // 2 + 84 * 16
+    saved = 30 * 4 * 9 * 64 * (100 * 101 // 2 - visible)
+    assert prompt_flops(full, 1, 100) - prompt_flops(windowed, 1, 100) == saved
+
+
+def test_no_attention_left(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    cost = DepthCost(spec, (), (0, 1), 1000, 0, 2)
+    assert context_kv_bytes(cost, 100) == 0
+    assert prompt_flops(cost, 1, 10) == 2 * (2 * 10 * 3 * 1536 * 576) + 2 * _HEAD
+
+
+def test_costs_of_an_engine(tiny_model_dir: Path, tiny_chain: LayerMap) -> None:
+    """Depth 3 of the chain lacks blocks 3 and 1, and of block 4 the attention."""
+    engine: Engine = LLM(tiny_model_dir, tiny_chain, [0, 3], kv_cache_memory=0.01).engine
+    cost = DepthCost.of(engine, 3)
+    assert cost.attention_blocks == (0, 2, 5)
+    assert cost.mlp_blocks == (0, 2, 4, 5)
+    dense = DepthCost.of(engine, 0)
+    spec = engine.spec
+    block_kv = 2 * spec.num_kv_heads * spec.head_dim * 4
+    assert (dense.kv_bytes_per_token, cost.kv_bytes_per_token) == (6 * block_kv, 3 * block_kv)
+    assert dense.weight_bytes > cost.weight_bytes
+
+
+def test_the_position_table_is_only_looked_into(tiny_model: Callable[[str], Any]) -> None:
+    engine = LLM(tiny_model("opt").path, kv_cache_memory=0.01).engine
+    cost = DepthCost.of(engine, 0)
+    table = (64 + 2) * 32 * 4
+    rows = 2 * (32 + 32) * 4  # two sequences, an embedding and a position each
+    assert step_weight_bytes(cost, 2) == cost.weight_bytes - table + rows
+
+
+def test_projected_embeddings_count_for_prompts(tiny_model: Callable[[str], Any]) -> None:
+    """OPT-350M's kind: 16 features into 32 for each of 10 tokens, and back for the one that samples."""
+    engine = LLM(tiny_model("opt-350m").path, kv_cache_memory=0.01).engine
+    cost = DepthCost.of(engine, 0)
+    block = 2 * 10 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * 32 * 55
+    assert prompt_flops(cost, 1, 10) == 5 * block + 2 * 16 * 96 + 2 * 16 * 32 * 11
