@@ -1,0 +1,122 @@
+"""What every request passes: path, request id, key, HEAD and OPTIONS, and the net under unforeseen errors."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sleb.server.errors import ApiError, to_api_error
+
+MAX_HEADER_BYTES = 64 * 1024
+_MAX_REQUEST_ID = 128
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
+_OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ready"})
+_SLASHES = re.compile(r"/{2,}")
+
+
+class ApiKeys:
+    """Keys as digests, compared in constant time; without any key everybody may pass."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def check(self, path: str, headers: Headers) -> None:
+        """Raises ApiError 401 unless the path is open or the request bears a key."""
+        if not self._digests or path in _OPEN_PATHS:
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = _digest(token.strip().encode("latin-1"))  # as the headers were decoded
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send the header 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def request_id(headers: Headers) -> str:
+    """The client's X-Request-Id, cut and without characters that could forge a header or a log line, or a new one."""
+    given = _NOT_IN_REQUEST_ID.sub("", headers.get("x-request-id", "")[:_MAX_REQUEST_ID])
+    return given or f"req-{uuid.uuid4().hex}"
+
+
+def clean_path(path: str) -> str:
+    """One slash for several, and none at the end."""
+    path = _SLASHES.sub("/", path)
+    return path.rstrip("/") or "/"
+
+
+class Gate:
+    """ASGI middleware around the routes; plain rather than BaseHTTPMiddleware, which delays disconnects."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, routes: list[BaseRoute]) -> None:
+        self._app = app
+        self._keys = keys
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        identifier = request_id(headers)
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = identifier
+            await send(message)
+
+        path = clean_path(scope["path"])
+        inner = dict(scope, path=path, raw_path=path.encode(), state={**scope.get("state", {})})
+        inner["state"]["request_id"] = identifier
+        if scope["method"] == "HEAD":  # the server drops the body: it looks at its own copy of the method
+            inner["method"] = "GET"
+        try:
+            self._check_headers(headers)
+            self._keys.check(path, headers)
+            if scope["method"] == "OPTIONS":
+                await self._options(inner)(inner, receive, send_with_id)
+            else:
+                await self._app(inner, receive, send_with_id)
+        except ClientDisconnect:
+            if not started:  # nobody reads this; without it the server would log a missing answer
+                await Response(status_code=499)(inner, receive, send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await to_api_error(error).response()(inner, receive, send_with_id)
+
+    @staticmethod
+    def _check_headers(headers: Headers) -> None:
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            raise ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
+
+    def _options(self, scope: Scope) -> Response:
+        """The methods of a path, as a bare OPTIONS asks."""
+        methods: set[str] = set()
+        for route in self._routes:
+            match, _ = route.matches(scope)
+            if match != Match.NONE:
+                methods |= getattr(route, "methods", None) or set()
+        if not methods:
+            return ApiError(404, "this path does not exist; the API begins at /v1").response()
+        methods |= {"OPTIONS", "HEAD"} if "GET" in methods else {"OPTIONS"}
+        return Response(status_code=204, headers={"Allow": ", ".join(sorted(methods))})

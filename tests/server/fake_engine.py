@@ -1,0 +1,237 @@
+"""An engine without a model: it answers with the prompt's own tokens, one a step, and misbehaves on request.
+
+Run as a script it serves itself: `python fake_engine.py PORT [--delay S] [--fail-after N] [--drain-timeout S]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
+from sleb.engine.request import Tier
+from sleb.errors import RequestError
+from sleb.layer_map import CalibrationRecord, LayerMap, Unit
+
+NUM_BLOCKS = 6
+
+
+def make_tokenizer():
+    """Every byte is a token; one special token."""
+    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return tokenizer
+
+
+def make_layer_map():
+    return LayerMap(
+        model="fake",
+        fingerprint=None,
+        num_blocks=NUM_BLOCKS,
+        removed=(Unit(3), Unit(1)),
+        losses=(200.0, 210.0, 230.0),
+        calibration=CalibrationRecord(source="some text", seqlen=50, windows=2),
+        depth=1,
+    )
+
+
+class FakeEngine:
+    """The interface of sleb.engine.engine.Engine as far as the server uses it.
+
+    Switches: `delay` seconds a step; `hold` (an event: a cleared one stops all steps); `error` is raised by the
+    next step, `add_error` by the next add_request; `max_running` requests advance, the others wait.
+    """
+
+    def __init__(self, max_model_len=256):
+        self.layer_map = make_layer_map()
+        self.tiers = tuple(self._make_tier(depth) for depth in (0, 1, 2))
+        self.default_tier = self.tiers[1]
+        self.model_name = "fake"
+        self.max_model_len = max_model_len
+        self.tokenizer = make_tokenizer()
+        self.max_running = 4
+        self.delay = 0.0
+        self.hold = threading.Event()
+        self.hold.set()
+        self.error = self.add_error = None
+        self.fail_after = None
+        self.num_steps = 0
+        self.threads = set()
+        self.seen = []  # (prompt, params, depth) of every request
+        self._requests = {}
+
+    def _make_tier(self, depth):
+        return Tier(
+            id=f"fake:sleb-{depth}" if depth else "fake",
+            depth=depth,
+            digest=self.layer_map.digest(depth),
+            num_blocks_kept=NUM_BLOCKS - depth,
+            removed=self.layer_map.removed[:depth],
+        )
+
+    def tier(self, name):
+        for tier in self.tiers:
+            if name in (tier.id, tier.depth):
+                return tier
+        if name is None:
+            return self.default_tier
+        served = ", ".join(tier.id for tier in self.tiers)
+        raise RequestError(f"no {name}; served: {served}", param="model", code="model_not_found")
+
+    def encode(self, text, add_special_tokens=True):
+        return self.tokenizer.encode(text).ids
+
+    def render_chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, **kwargs):
+        if any(message["role"] == "forbidden" for message in messages):
+            raise RequestError("the chat template refuses the messages: no such role", param="messages")
+        return self.encode(
+            "".join(str(message["content"]) for message in messages) + kwargs.get("suffix", "")
+        )
+
+    def weight_bytes(self, depth):
+        return 1000 * (NUM_BLOCKS - depth)
+
+    def kv_bytes_per_token(self, depth):
+        return 10 * (NUM_BLOCKS - depth)
+
+    def add_request(self, request_id, prompt_token_ids, params, depth=None):
+        self.threads.add(threading.get_ident())
+        if self.add_error is not None:
+            raise self.add_error
+        tokens = list(prompt_token_ids)
+        if not tokens:
+            raise RequestError("the prompt is empty", param="prompt")
+        if len(tokens) + (params.max_tokens != 0) > self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, but the context holds {self.max_model_len}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        assert params.n == 1
+        self.seen.append((tokens, params, depth))
+        room = self.max_model_len - len(tokens)
+        self._requests[request_id] = SimpleNamespace(
+            tokens=tokens,
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            num_output=0,
+            detokenizer=Detokenizer(self.tokenizer, tokens, params.stop_strings),
+            timings=Timings(arrival=time.monotonic()),
+        )
+
+    def abort(self, request_id):
+        self._requests.pop(request_id, None)
+
+    def has_unfinished(self):
+        return bool(self._requests)
+
+    @property
+    def num_running(self):
+        return min(len(self._requests), self.max_running)
+
+    @property
+    def num_waiting(self):
+        return len(self._requests) - self.num_running
+
+    def stats(self):
+        return SimpleNamespace(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_cache_usage=0.0,
+            num_prompt_tokens=0,
+            num_cached_tokens=0,
+            num_output_tokens=self.num_steps,
+            num_preemptions=0,
+        )
+
+    def check_integrity(self):
+        pass
+
+    def step(self):
+        self.threads.add(threading.get_ident())
+        self.hold.wait()
+        time.sleep(self.delay)
+        self.num_steps += 1
+        if self.error is not None or self.num_steps == self.fail_after:
+            raise self.error or RuntimeError("the fake engine breaks")
+        return [self._advance(request_id) for request_id in list(self._requests)[: self.max_running]]
+
+    def _advance(self, request_id):
+        request = self._requests[request_id]
+        params, now = request.params, time.monotonic()
+        request.timings.first_scheduled = request.timings.first_scheduled or now
+        new_ids, text, reason, stop = [], "", None, None
+        first = request.num_output == 0
+        if request.max_tokens > 0:
+            token = request.tokens[request.num_output % len(request.tokens)]
+            request.timings.first_token = request.timings.first_token or now
+            request.num_output += 1
+            new_ids, text = [token], request.detokenizer.push(token)
+            if request.detokenizer.stopped_by is not None:
+                reason, stop = "stop", request.detokenizer.stopped_by
+            elif request.num_output == len(request.tokens) and not params.ignore_eos:
+                reason = "stop"
+        if reason is None and request.num_output >= request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            text += request.detokenizer.flush()
+            request.timings.finished = now
+            del self._requests[request_id]
+        logprobs, prompt_logprobs = None, None
+        if params.logprobs is not None:
+            logprobs = [_fake_logprobs(token, params.logprobs) for token in new_ids]
+        if params.prompt_logprobs is not None and first:
+            rest = [_fake_logprobs(token, params.prompt_logprobs) for token in request.tokens[1:]]
+            prompt_logprobs = [None, *rest]
+        return StepOutput(
+            request_id=request_id,
+            new_token_ids=new_ids,
+            new_text=text,
+            new_logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_reason=stop,
+            num_prompt_tokens=len(request.tokens),
+            num_output_tokens=request.num_output,
+            num_cached_tokens=0,
+            timings=request.timings,
+        )
+
+
+def _fake_logprobs(token, num_top):
+    """The token itself is the third most probable: two others come first."""
+    return TokenLogprobs(token, -1.5, [(each, -1.0 - each / 100) for each in range(num_top)])
+
+
+def main():
+    from sleb.server.context import ServerOptions
+    from sleb.server.run import bind_socket, serve
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("port", type=int)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--fail-after", type=int)
+    parser.add_argument("--drain-timeout", type=float, default=10.0)
+    arguments = parser.parse_args()
+
+    def make_engine(config):
+        engine = FakeEngine(max_model_len=100_000)
+        engine.delay, engine.fail_after = arguments.delay, arguments.fail_after
+        return engine
+
+    options = ServerOptions(port=arguments.port, drain_timeout=arguments.drain_timeout)
+    config = SimpleNamespace(model="fake", max_num_seqs=4)
+    sys.exit(serve(bind_socket("127.0.0.1", arguments.port), config, options, make_engine=make_engine))
+
+
+if __name__ == "__main__":
+    main()

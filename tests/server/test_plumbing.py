@@ -1,0 +1,133 @@
+"""What is the same for every endpoint: paths, methods, request ids; and the small GET endpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import time
+
+import pytest
+
+import sleb
+from sleb.layer_map import LayerMap
+from sleb.server.models import perplexities
+from sleb.server.run import curl_line
+
+
+def test_models_tell_what_was_removed(server):
+    answer = server.http.get("/v1/models").json()
+    assert answer["object"] == "list"
+    assert [card["id"] for card in answer["data"]] == ["fake", "fake:sleb-1", "fake:sleb-2"]
+    card = server.http.get("/v1/models/fake:sleb-2").json()
+    assert card == answer["data"][2]
+    created = card.pop("created")
+    assert isinstance(created, int)
+    assert card == {
+        "id": "fake:sleb-2",
+        "object": "model",
+        "owned_by": "sleb",
+        "root": "fake",
+        "parent": "fake",
+        "max_model_len": 256,
+        "pruning": {
+            "depth": 2,
+            "num_blocks": 6,
+            "blocks_kept": 4,
+            "units_removed": ["3", "1"],
+            "weight_bytes": 4000,
+            "kv_bytes_per_token": 40,
+            "perplexity": {
+                "dense": pytest.approx(math.exp(2.0)),
+                "pruned": pytest.approx(math.exp(2.3)),
+                "dataset": "some text",
+            },
+            "speedup": None,
+        },
+    }
+    assert answer["data"][0]["parent"] is None
+
+
+def test_perplexity_needs_losses_and_the_name_of_their_text(server):
+    dense = LayerMap.dense("m", 4)
+    assert perplexities(dense, 0) is None
+    assert perplexities(server.engine.layer_map, 1)["pruned"] == pytest.approx(math.exp(2.1))
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/v1/health", "/ready", "/version", "/", "/v1//models", "//v1/models/"]
+)
+def test_get_and_head(server, path):
+    response = server.http.get(server.url + path)
+    assert response.status_code == 200
+    head = server.http.head(server.url + path)
+    assert head.status_code == 200
+    assert head.content == b""
+
+
+def test_version(server):
+    assert server.http.get("/version").json() == {"version": sleb.__version__}
+
+
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [("/v1/models", "GET, HEAD, OPTIONS"), ("/v1/chat/completions", "OPTIONS, POST"), ("/nowhere", None)],
+)
+def test_options(server, path, allow):
+    response = server.http.options(path)
+    assert response.status_code == (204 if allow else 404)
+    assert response.headers.get("allow") == allow
+
+
+def test_request_id_is_echoed_made_and_cleaned(server):
+    def sent(value):
+        return server.http.get("/health", headers={"X-Request-Id": value}).headers["x-request-id"]
+
+    assert sent("abc-1.2:3") == "abc-1.2:3"
+    assert sent("a b\tc<d>") == "abcd"
+    assert len(sent("x" * 1000)) == 128
+    made = {server.http.get("/health").headers["x-request-id"], sent("<>")}
+    assert len(made) == 2
+    assert all(len(each) > 20 for each in made)
+    assert server.chat("a", stream=True).headers["x-request-id"]
+    assert server.http.get("/nowhere").headers["x-request-id"]
+
+
+def test_pipelined_requests_on_one_connection(server):
+    for _ in range(20):
+        assert server.complete("ab").json()["choices"][0]["text"] == "ab"
+
+
+@pytest.mark.parametrize("can_chat", [True, False])
+def test_the_curl_line_works_as_printed(server, can_chat):
+    line = curl_line(server.url, "fake", can_chat, needs_key=False)
+    done = subprocess.run(["bash", "-c", line.replace("curl", "curl -s", 1)], capture_output=True, timeout=20)
+    if done.returncode == 127:
+        pytest.skip("curl is not installed")
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_throughput_is_logged_while_there_is_any(serve_engine, fake_engine, wait_until, caplog):
+    caplog.set_level("INFO")
+    server = serve_engine(fake_engine, log_interval=0.05)
+    fake_engine.delay = 0.01
+    server.complete("x" * 30, max_tokens=30)
+
+    def lines():
+        return [each.getMessage() for each in caplog.records if "running" in each.getMessage()]
+
+    wait_until(lines)
+    assert re.search(r"generation \d+\.\d tokens/s, running \d, waiting \d", lines()[0])
+    server.wait_idle()
+    time.sleep(0.15)
+    before = len(lines())
+    time.sleep(0.15)
+    assert len(lines()) == before
+
+
+def test_the_engine_is_touched_by_one_thread_only(server):
+    server.chat("a")
+    assert len(server.engine.threads) == 1
+    assert server.thread.ident not in server.engine.threads

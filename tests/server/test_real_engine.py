@@ -1,0 +1,200 @@
+"""The server over the real engine and a tiny random model, with transformers as the judge of its numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+
+import openai
+import pytest
+import torch
+
+from sleb.engine.config import EngineConfig
+from sleb.engine.engine import Engine
+
+MESSAGES = [{"role": "user", "content": "Say something, 世界!"}]
+TIERS = ["tiny-llama", "tiny-llama:sleb-3", "tiny-llama:sleb-5"]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir, tiny_chain):
+    config = EngineConfig(
+        model=str(tiny_model_dir),
+        layer_map=tiny_chain,
+        tiers=(0, 3, 5),
+        dtype="float32",
+        device="cpu",
+        kv_cache_memory=0.01,
+        max_num_batched_tokens=64,
+    )
+    return Engine(config)
+
+
+@pytest.fixture(scope="module")
+def server(engine, start_server):
+    running = start_server(engine, max_num_seqs=64)
+    yield running
+    running.wait_idle()
+    engine.check_integrity()
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.client() as client:
+        yield client
+
+
+def collect(stream):
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_openai_client_streams_what_it_gets_whole(client, tier, temperature):
+    fields = {"model": tier, "messages": MESSAGES, "max_tokens": 40, "temperature": temperature, "seed": 3}
+    whole = client.chat.completions.create(**fields)
+    streamed = collect(client.chat.completions.create(**fields, stream=True))
+    assert whole.choices[0].message.content == streamed
+    assert streamed
+    assert whole.model == tier
+
+
+def test_a_random_model_never_breaks_a_character(client):
+    for seed in range(3):
+        fields = {
+            "model": TIERS[0],
+            "messages": MESSAGES,
+            "temperature": 2.0,
+            "seed": seed,
+            "max_tokens": 60,
+        }
+        whole = client.chat.completions.create(**fields, stop=["e", "zz"]).choices[0].message.content
+        assert collect(client.chat.completions.create(**fields, stop=["e", "zz"], stream=True)) == whole
+        assert "e" not in whole
+
+
+def test_echoed_logprobs_are_those_of_transformers(client, tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    ids = list(b"The sea is wide and the sky is high.")
+    answer = client.completions.create(
+        model=TIERS[0], prompt=ids, echo=True, logprobs=3, max_tokens=1, temperature=0
+    )
+    logprobs = answer.choices[0].logprobs
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = wanted[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert logprobs.token_logprobs[0] is None
+    got = torch.tensor(logprobs.token_logprobs[1 : len(ids)])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    best = torch.tensor([max(top.values()) for top in logprobs.top_logprobs[1 : len(ids)]])
+    torch.testing.assert_close(best, wanted[:-1].max(-1).values, atol=1e-4, rtol=0)
+    assert len(logprobs.token_logprobs) == len(ids) + 1
+    assert answer.choices[0].text.startswith("The sea is wide")
+
+
+def test_many_clients_on_all_tiers_get_what_each_gets_alone(server, client):
+    def fields(number):
+        content = "x" * (7 * number % 60) + str(number)
+        messages = [{"role": "user", "content": content}]
+        return {"model": TIERS[number % 3], "messages": messages, "max_tokens": 12, "temperature": 0}
+
+    alone = [
+        client.chat.completions.create(**fields(number)).choices[0].message.content for number in range(12)
+    ]
+
+    async def together():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+
+            async def stream(number):
+                answer = await client.chat.completions.create(**fields(number), stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+            return await asyncio.gather(*map(stream, range(12)))
+
+    assert asyncio.run(together()) == alone
+    server.wait_idle()
+
+
+def test_repeated_prompt_reports_cached_tokens(client):
+    messages = [{"role": "user", "content": "a prompt of more than one page of tokens " * 3}]
+    fields = {"model": TIERS[1], "messages": messages, "max_tokens": 2}
+    client.chat.completions.create(**fields)
+    again = client.chat.completions.create(**fields)
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+    assert again.timings["cache_n"] == again.usage.prompt_tokens_details.cached_tokens
+
+
+def test_refusals_of_the_engine_arrive(client):
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model=TIERS[0], prompt="x" * 600)
+    assert too_long.value.code == "context_length_exceeded"
+    assert "600" in str(too_long.value)
+    assert "512" in str(too_long.value)
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.completions.create(model=TIERS[0], prompt=[5, 10**6])
+    assert unknown.value.param == "prompt"
+    with pytest.raises(openai.NotFoundError) as not_found:
+        client.completions.create(model="tiny-llama:sleb-1", prompt="a")
+    assert all(tier in str(not_found.value) for tier in TIERS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_closed_connection_frees_the_engine(server, engine, client, stream):
+    fields = {
+        "model": TIERS[0],
+        "prompt": "x",
+        "max_tokens": 500,
+        "n": 64,
+        "extra_body": {"ignore_eos": True},
+    }
+    if stream:
+        with client.completions.create(**fields, stream=True) as answer:
+            next(iter(answer))
+    else:
+        with server.client(timeout=0.3) as impatient, pytest.raises(openai.APITimeoutError):
+            impatient.completions.create(**fields)
+    server.wait_idle()
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+    engine.check_integrity()
+
+
+def test_command_line_serves_and_its_curl_line_works(start_process, tiny_model_dir, tiny_chain, tmp_path):
+    layer_map = tmp_path / "map.json"
+    tiny_chain.save(layer_map)
+    process = start_process(
+        "-m",
+        "sleb",
+        "serve",
+        tiny_model_dir,
+        "--layer-map",
+        layer_map,
+        "--tiers",
+        "0,3",
+        "--port",
+        0,
+        "--threads",
+        1,
+    )
+    with openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == TIERS[:2]
+        assert client.models.list().data[1].pruning["blocks_kept"] == 4
+        options = {"include_usage": True}
+        chunks = list(
+            client.chat.completions.create(
+                model=TIERS[1], messages=MESSAGES, stream=True, max_tokens=10, stream_options=options
+            )
+        )
+    assert chunks[-1].usage.completion_tokens >= 1
+    line = re.search(r"^curl .*$", process.output, re.MULTILINE)[0]
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=20)
+    if done.returncode != 127:  # curl is not installed
+        assert json.loads(done.stdout)["model"] == TIERS[1]
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "Traceback" not in process.output
