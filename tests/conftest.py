@@ -1,0 +1,336 @@
+"""Fixtures for everyone: tiny random models of every architecture, made by transformers, nothing downloaded.
+
+    architecture    parametrises a test over all variants in ARCHITECTURES
+    tiny_model      tiny_model("qwen3") -> TinyModel: the folder and, as the oracle, the transformers model
+    tiny_model_dir  a 6-block Llama folder with a byte-level tokenizer, chat template and generation config
+    tiny_chain      a LayerMap of 5 removals over it
+
+Weights are drawn much wider than any initialiser's, norms and biases too: logits differ by whole units, so that a
+token attended too many or a rotation off by one position cannot hide in a tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+
+from sleb.layer_map import LayerMap, Unit
+
+settings.register_profile(
+    "sleb",
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sleb"))
+torch.set_num_threads(1)
+
+_SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_OPT_SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+# Phi-3 rotates half of each head of 16 features: four frequencies.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.5, 2.5, 4.0, 8.0],
+    "partial_rotary_factor": 0.5,
+}
+_PHI3_LONGROPE = {
+    "hidden_size": 64,
+    "rope_parameters": _LONGROPE,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 24,
+}
+
+# name: (transformers class, what its config changes in the common shape)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "llama-gqa": ("Llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama3": ("Llama", {"rope_parameters": _LLAMA3}),
+    "llama-linear": ("Llama", {"rope_parameters": _LINEAR}),
+    "llama-yarn": ("Llama", {"rope_parameters": _YARN}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral-window": ("Mistral", {"sliding_window": 6}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    "qwen2-window-off": ("Qwen2", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 2}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-window": (
+        "Qwen3",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 1, 0]}),
+    "smollm3-interval": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+    "smollm3-window": (
+        "SmolLM3",
+        {"no_rope_layers": [0, 1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-partial": ("Phi3", {"hidden_size": 64, "partial_rotary_factor": 0.5, "sliding_window": None}),
+    "phi3-window": ("Phi3", {"sliding_window": 7, "num_key_value_heads": 4}),
+    "phi3-longrope": ("Phi3", _PHI3_LONGROPE),
+    "opt": ("OPT", {"do_layer_norm_before": True}),
+    "opt-untied": ("OPT", {"tie_word_embeddings": False, "activation_function": "gelu"}),
+    "opt-350m": ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    "opt-no-bias": ("OPT", {"enable_bias": False}),
+    "opt-no-affine": ("OPT", {"layer_norm_elementwise_affine": False}),
+    "opt-no-final-norm": ("OPT", {"_remove_final_layer_norm": True}),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "architecture" in metafunc.fixturenames:
+        metafunc.parametrize("architecture", list(ARCHITECTURES))
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint folder and the transformers model that wrote it (float32, eager attention)."""
+
+    name: str
+    path: Path
+    model: Any
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return int(self.model.config.num_hidden_layers)
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """transformers' logits [L, V] of one sequence, computed at once and without a cache."""
+        with torch.inference_mode():
+            return self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].float()
+
+    def logprobs(self, token_ids: Sequence[int]) -> Tensor:
+        """log-softmax of `logits`, [L, V]."""
+        return self.logits(token_ids).log_softmax(dim=-1)
+
+    def without(self, blocks: Sequence[int]) -> TinyModel:
+        """The same model with blocks deleted and the others renumbered, configuration included."""
+        model = copy.deepcopy(self.model)
+        parent = next(
+            module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        )
+        kept = [block for block in range(self.num_blocks) if block not in blocks]
+        parent.layers = nn.ModuleList(parent.layers[block] for block in kept)
+        for index, layer in enumerate(parent.layers):
+            layer.self_attn.layer_idx = index
+            if hasattr(layer, "layer_idx"):
+                layer.layer_idx = index
+        for config in {id(each.config): each.config for each in (model, parent)}.values():
+            for name in ("layer_types", "no_rope_layers"):
+                if getattr(config, name, None) is not None:
+                    setattr(config, name, [getattr(config, name)[block] for block in kept])
+            config.num_hidden_layers = len(kept)
+        return TinyModel(f"{self.name} without {list(blocks)}", self.path, model)
+
+    def without_sublayers(self, units: Sequence[Unit]) -> TinyModel:
+        """The same model with the output projections of these sublayers zeroed: their residual adds nothing."""
+        model = copy.deepcopy(self.model)
+        layers = next(
+            module.layers
+            for module in model.modules()
+            if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        )
+        with torch.no_grad():
+            for unit in units:
+                for block, part in unit.sublayers:
+                    layer = layers[block]
+                    if part == "attention":
+                        output = getattr(layer.self_attn, "o_proj", None) or layer.self_attn.out_proj
+                    else:
+                        output = layer.mlp.down_proj if hasattr(layer, "mlp") else layer.fc2
+                    output.weight.zero_()
+                    if output.bias is not None:
+                        output.bias.zero_()
+        return TinyModel(f"{self.name} without {', '.join(map(str, units))}", self.path, model)
+
+
+def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
+    """A random transformers model of an architecture of ARCHITECTURES, in float32."""
+    import transformers
+
+    family, overrides = ARCHITECTURES[architecture]
+    shape = _OPT_SHAPE if family == "OPT" else _SHAPE
+    config_class = getattr(transformers, f"{family}Config")
+    config = config_class(**copy.deepcopy({**shape, **overrides, **changes}), attn_implementation="eager")
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Every parameter anew: matrices with deviation 1.7 / sqrt(inputs), norm weights around 1, biases around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
+            deviation = 1.7 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 0.3
+            parameter.copy_(centre + deviation * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """tiny_model(name) -> TinyModel of that variant; made once a session."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[str, TinyModel] = {}
+
+    def get(name: str) -> TinyModel:
+        if name not in made:
+            model = make_model(name)
+            model.save_pretrained(root / name)
+            (root / name / "generation_config.json").unlink(missing_ok=True)
+            made[name] = TinyModel(name, root / name, model)
+        return made[name]
+
+    return get
+
+
+# The tokenizer of tiny_model_dir: token i < 256 is byte i, then these.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('unknown role ' ~ message['role']) }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def make_byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """A `tokenizers.Tokenizer`: ids below 256 are bytes, then SPECIAL_TOKENS, then the merges' results."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    for token in SPECIAL_TOKENS:
+        vocabulary[token] = len(vocabulary)
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """The tokenizer of tiny_model_dir: token i is byte i, then four special tokens."""
+    return make_byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def merged_tokenizer() -> Any:
+    """Byte-level with merges, some of which end inside a character, as real vocabularies have."""
+    characters = _byte_characters()
+    space, euro = characters[0x20], [characters[byte] for byte in "€".encode()]
+    return make_byte_tokenizer(
+        [
+            ("a", "b"),
+            ("ab", "c"),
+            (space, "a"),
+            (space, euro[0]),
+            (space + euro[0], euro[1]),
+            (euro[1], euro[2]),
+        ]
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
+    """A Llama of 6 blocks, 512 positions and a vocabulary of 264 (four more than the tokenizer knows)."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    model = make_model(
+        "llama-gqa",
+        vocab_size=264,
+        num_hidden_layers=6,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=258,
+        pad_token_id=259,
+    )
+    model.save_pretrained(folder)
+    byte_tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[3],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    generation_config = {"bos_token_id": 256, "eos_token_id": [258, 256], "pad_token_id": 259}
+    (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chain() -> LayerMap:
+    """Five removals over tiny_model_dir, whole blocks and one attention and one MLP alone; recommends depth 3."""
+    order = (Unit(3), Unit(1), Unit(4, "attention"), Unit(2), Unit(4, "mlp"))
+    return LayerMap(model="tiny-llama", fingerprint=None, num_blocks=6, removed=order, depth=3)

@@ -1,0 +1,108 @@
+"""Helpers of the engine's tests, as fixtures, because test modules cannot import each other."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.engine import Engine
+from sleb.engine.llm import LLM
+from sleb.engine.outputs import TokenLogprobs
+from sleb.engine.request import Request, Tier
+from sleb.engine.sampling_params import SamplingParams
+from sleb.engine.step import ScheduledRow, Step, StepInput
+from sleb.layer_map import LayerMap, Unit
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="session")
+def make_llm() -> Callable[..., LLM]:
+    """make_llm(TinyModel or folder, removed=units or blocks, tiers=…, **options): float32, small pages.
+
+    Without `tiers` it serves the one depth that all of `removed` makes.
+    """
+
+    def make(
+        model: Any, removed: Sequence[Unit | int] = (), tiers: Sequence[int] | None = None, **options: Any
+    ) -> LLM:
+        path = Path(getattr(model, "path", model))
+        num_blocks = model.num_blocks if hasattr(model, "num_blocks") else 6
+        units = tuple(unit if isinstance(unit, Unit) else Unit(unit) for unit in removed)
+        layer_map = LayerMap(model=path.name, fingerprint=None, num_blocks=num_blocks, removed=units)
+        options = {"page_size": 4, "max_num_seqs": 8, "dtype": "float32", "device": "cpu"} | options
+        return LLM(path, layer_map, tiers, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_request() -> Callable[..., Request]:
+    """make_request(tokens, tier=…, pages=…, max_tokens=…, **sampling params): a request without an engine."""
+    numbers = iter(range(1_000_000))
+
+    def make(
+        tokens: Sequence[int],
+        tier: Tier | None = None,
+        pages: Sequence[int] = (),
+        tokenizer: Any = None,
+        num_prompt_tokens: int | None = None,
+        **params: Any,
+    ) -> Request:
+        resolved = SamplingParams(**params).resolved({})
+        return Request(
+            request_id=f"request-{next(numbers)}",
+            tokens=list(tokens),
+            num_prompt_tokens=len(tokens) if num_prompt_tokens is None else num_prompt_tokens,
+            params=resolved,
+            max_tokens=16 if resolved.max_tokens is None else resolved.max_tokens,
+            tier=tier or Tier("model", 0, "digest-0", 1, ()),
+            rng=random.Random(resolved.seed),
+            detokenizer=Detokenizer(tokenizer, list(tokens), resolved.stop_strings),
+            pages=list(pages),
+            prompt_logprobs=None if resolved.prompt_logprobs is None else [None],
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def forward() -> Callable[..., Tensor]:
+    """forward(engine, [(request, start, end), …]): logits [T, V] of a step made by hand, past the scheduler."""
+
+    def run(engine: Engine, rows: Sequence[tuple[Request, int, int]]) -> Tensor:
+        runner = engine.runner
+        step = Step([ScheduledRow(request, start, end - start) for request, start, end in rows])
+        with torch.inference_mode():
+            hidden = runner._execute(StepInput(step, runner.page_size, runner.device))
+            return runner.decoder.logits(hidden)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_logprobs() -> Callable[..., None]:
+    """assert_logprobs(entries, reference [n, V]): chosen and top values agree with the reference within 1e-4.
+
+    The alternatives must be the most probable ones: their values are compared with the reference's best, since
+    the ids of a near tie may swap.
+    """
+
+    def check(entries: Sequence[TokenLogprobs], reference: Tensor) -> None:
+        assert len(entries) == reference.shape[0]
+        for entry, row in zip(entries, reference, strict=True):
+            assert abs(entry.logprob - row[entry.token_id].item()) < TOLERANCE
+            ids = [token for token, _ in entry.top]
+            values = torch.tensor([value for _, value in entry.top])
+            assert len(set(ids)) == len(ids)
+            torch.testing.assert_close(values, row[ids], atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(values, row.topk(len(ids)).values, atol=TOLERANCE, rtol=0)
+
+    return check
