@@ -92,7 +92,9 @@ class EngineConfig:
             raise ConfigError(f"{name} '{value}' is not known; choose one of: {', '.join(allowed)}")
 
     @staticmethod
-    def _check_tiers(tiers: Sequence[int]) -> None:
+    def _check_tiers(tiers: object) -> None:
+        if isinstance(tiers, str) or not isinstance(tiers, Sequence):
+            raise ConfigError(f"tiers is {tiers!r}; it must be a list of depths, such as [0, 3, 6]")
         if not tiers:
             raise ConfigError("tiers is empty; name at least one depth, 0 for the full model")
         for depth in tiers:

@@ -111,11 +111,9 @@ class LLM:
             choice = Choice(logprobs=None if params.logprobs is None else [])
             output.choices.append(choice)
             request_id = f"{name}-{number}"
-            # Choices of one seeded prompt must differ from each other, and be the same in every run.
-            seed = None if params.seed is None else params.seed + number
-            own = replace(
-                params, n=1, seed=seed, prompt_logprobs=params.prompt_logprobs if number == 0 else None
-            )
+            own = params.for_choice(number)
+            if number:  # a prompt's log-probabilities are the same for all its choices
+                own = replace(own, prompt_logprobs=None)
             self.engine.add_request(request_id, token_ids, own, tier.depth)
             owners[request_id] = (output, choice)
 

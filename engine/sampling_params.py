@@ -96,6 +96,11 @@ class SamplingParams:
                 chosen[name] = off if value is None else value
         return replace(self, **chosen) if chosen else self
 
+    def for_choice(self, number: int) -> SamplingParams:
+        """The parameters of one of the `n` answers to a prompt: a seed gives each its own random numbers."""
+        seed = None if self.seed is None else (self.seed + number) % 2**64
+        return replace(self, n=1, seed=self.seed if number == 0 else seed)
+
     def _check_counts(self) -> None:
         ranges: list[tuple[str, int, float]] = [
             ("n", 1, MAX_CHOICES),
