@@ -94,9 +94,8 @@ class Engine:
         tokens = list(prompt_token_ids)
         params = params.resolved(self.text.generation_config)
         self._check_prompt(tokens, params)
-        self._check_token_ids(
-            [*params.stop_token_ids, *(params.logit_bias or {})], "stop_token_ids or logit_bias"
-        )
+        self._check_token_ids(params.stop_token_ids, "stop_token_ids")
+        self._check_token_ids(list(params.logit_bias or {}), "logit_bias")
         room = self.max_model_len - len(tokens)
         request = Request(
             request_id=request_id,

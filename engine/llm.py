@@ -62,7 +62,7 @@ class LLM:
         *,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Output]:
-        """Answers to `prompts` (strings or lists of token ids), in their order.
+        """Answers to `prompts` (strings, or token ids in lists, arrays or tensors), in their order.
 
         sampling_params and depth: one for all, or one a prompt; depth None is the default tier. on_progress is
         called with the number of new tokens after every step. Raises RequestError; nothing is then left queued.
@@ -90,7 +90,7 @@ class LLM:
     def score(self, token_ids: Sequence[int], depth: int | None = None) -> Tensor:
         """float32 log-probabilities of token_ids[1:] given what stands before each: shape [len − 1]."""
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, temperature=0.0)
-        output = self.generate([list(token_ids)], params, depth)[0]
+        output = self.generate([token_ids], params, depth)[0]
         gathered = output.prompt_logprobs or []
         return torch.tensor([entry.logprob for entry in gathered if entry is not None], dtype=torch.float32)
 
@@ -103,7 +103,7 @@ class LLM:
         outputs: list[Output],
         owners: dict[str, tuple[Output, Choice]],
     ) -> None:
-        token_ids = self.engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = list(self.engine.encode(prompt) if isinstance(prompt, str) else prompt)
         tier = self.engine.tier(depth)
         output = Output(token_ids, tier.depth, [], None, 0, None)
         outputs.append(output)
@@ -139,11 +139,15 @@ def _collect(increment: StepOutput, owners: dict[str, tuple[Output, Choice]]) ->
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(prompt, int) for prompt in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+    batch: list[Any] = [prompts] if isinstance(prompts, str) else _plain(prompts)
+    if batch and all(isinstance(prompt, int) for prompt in batch):
+        return [batch]
+    return [prompt if isinstance(prompt, str) else _plain(prompt) for prompt in batch]
+
+
+def _plain(values: Any) -> list[Any]:
+    """A list; of Python numbers if `values` is an array or a tensor of them."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _one_each(value: Any, count: int, name: str) -> list[Any]:

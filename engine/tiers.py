@@ -70,7 +70,9 @@ def find_tier(tiers: Sequence[Tier], name: str | int) -> Tier:
             return tier
     if isinstance(name, int):
         served = ", ".join(str(tier.depth) for tier in tiers)
-        raise RequestError(f"depth {name} is not served; served depths: {served}", param="depth")
+        raise RequestError(
+            f"depth {name} is not served; served depths: {served}", param="depth", code="model_not_found"
+        )
     shown = name if len(name) <= 200 else name[:200] + "..."
     served = ", ".join(tier.id for tier in tiers)
     raise RequestError(

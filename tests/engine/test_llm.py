@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -553,3 +554,13 @@ def test_bad_sampling_values(params, match):
     with pytest.raises(RequestError, match=match) as caught:
         SamplingParams(**params)
     assert caught.value.param == next(iter(params))
+
+
+@pytest.mark.parametrize("as_type", [torch.tensor, np.array, tuple], ids=["tensor", "array", "tuple"])
+def test_prompts_may_be_arrays_and_tensors(as_type, llm):
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    ids = [5, 6, 7, 8]
+    [expected] = llm.generate([ids], params)
+    assert llm.generate([as_type(ids)], params)[0].token_ids == expected.token_ids
+    assert llm.generate(as_type(ids), params)[0].token_ids == expected.token_ids
+    assert torch.equal(llm.score(as_type(ids)), llm.score(ids))
