@@ -353,3 +353,28 @@ def test_show_of_a_published_list_and_of_errors() -> None:
         find_map("no-such-map")
     with pytest.raises(LayerMapError, match="depths 0 to 8"):
         shown(find_map("opt-13b"), 9)
+
+
+def test_the_shipped_demo_map_fits_the_hubs_own_checkpoints() -> None:
+    """config.json of HuggingFaceTB/SmolLM2-135M and -Instruct on the hub, as far as the shape goes."""
+    hub = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "torch_dtype": "bfloat16",
+    }
+    layer_map = LayerMap.load(shipped_maps()["smollm2-135m-instruct"])
+    layer_map.check_model(num_blocks=30, fingerprint=model_fingerprint(hub), model="SmolLM2-135M")
+    assert (layer_map.depth, layer_map.max_depth) == (3, 12)
+    assert {layer_map.removed[0].block, layer_map.removed[-1].block}.isdisjoint({0, 29})
+    assert all(
+        min(losses, key=losses.__getitem__) == unit and losses[unit] == loss
+        for unit, losses, loss in zip(
+            layer_map.removed, layer_map.candidate_losses or (), (layer_map.losses or ())[1:], strict=True
+        )
+    )
