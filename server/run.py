@@ -232,8 +232,11 @@ def curl_line(url: str, model: str, can_chat: bool, needs_key: bool) -> str:
     """A command that works as it stands; a key is taken from the shell's SLEB_API_KEY, not shown."""
     path, prompt = "completions", '"prompt": "The sea is"'
     if can_chat:
-        path, prompt = "chat/completions", '"messages": [{"role": "user", "content": "What is the sea?"}]'
-    body = f'{{"model": {json.dumps(model)}, {prompt}, "max_tokens": 64}}'
+        path, prompt = (
+            "chat/completions",
+            '"messages": [{"role": "user", "content": "What is the capital of France?"}]',
+        )
+    body = f'{{"model": {json.dumps(model)}, {prompt}, "max_tokens": 64, "temperature": 0}}'
     key = ' -H "Authorization: Bearer $SLEB_API_KEY"' if needs_key else ""
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'"
 
