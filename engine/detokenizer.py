@@ -54,7 +54,9 @@ class Detokenizer:
             text = self._cut(text)
         if not self._stop or self.stopped_by is not None:
             return text
-        keep = self._num_held(text)
+        # A stop string that was complete too early to count is text now, and must not be looked at again.
+        past = max((text.rfind(stop) + len(stop) for stop in self._stop if stop in text), default=0)
+        keep = self._num_held(text[past:])
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -130,6 +130,13 @@ def test_stop_strings_that_may_not_stop_yet_are_text(ids, stops, check_from, byt
         assert whole.startswith("".join(pieces) + detokenizer.stopped_by)
 
 
+def test_a_stop_string_that_came_too_early_is_not_looked_at_again(byte_tokenizer):
+    """ "ab" is complete before it may stop, and also begins "abc": it is text, whatever comes after."""
+    detokenizer = Detokenizer(byte_tokenizer, [], ["ab", "abc"])
+    pieces, num_used = feed(detokenizer, list(b"abdab!"), check_from=2)
+    assert ("".join(pieces), num_used, detokenizer.stopped_by) == ("abd", 5, "ab")
+
+
 @settings(max_examples=200)
 @given(context=byte_ids, ids=token_ids)
 @example(context=[0xE2], ids=[0x82, 0xAC, 0x61])
