@@ -57,7 +57,7 @@ def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, An
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": str(device),
         "dtype": str(engine.runner.dtype).removeprefix("torch."),
-        "kernels": engine.runner.decoder.kernels.name,
+        "kernels": engine.runner.executor.name,
         "command": " ".join(command),
     }
 

@@ -27,7 +27,7 @@ class DepthCost:
         attention_blocks, mlp_blocks: original numbers of the blocks whose attention, or MLP, runs.
         weight_bytes: of all weights of this depth, embedding and head included (once, if tied).
         kv_bytes_per_token: of K and V over the kept attention sublayers.
-        embed_itemsize: bytes of one element of the embedding table.
+        embed_row_bytes: of one row of the embedding table. itemsize: of an element of what is not quantised.
     """
 
     spec: DecoderSpec
@@ -35,7 +35,8 @@ class DepthCost:
     mlp_blocks: tuple[int, ...]
     weight_bytes: int
     kv_bytes_per_token: int
-    embed_itemsize: int
+    embed_row_bytes: int
+    itemsize: int
 
     @classmethod
     def of(cls, engine: Engine, depth: int) -> DepthCost:
@@ -47,7 +48,8 @@ class DepthCost:
             mlp_blocks=tuple(block for block, part in kept if part == "mlp"),
             weight_bytes=engine.weight_bytes(depth),
             kv_bytes_per_token=engine.kv_bytes_per_token(depth),
-            embed_itemsize=engine.runner.dtype.itemsize,
+            embed_row_bytes=engine.runner.embed_row_bytes,
+            itemsize=engine.runner.dtype.itemsize,
         )
 
 
@@ -57,13 +59,13 @@ def step_weight_bytes(cost: DepthCost, batch: int) -> int:
     All weights once, but of tables that are only looked into (positions; the embedding unless it is tied, when
     the head reads it whole) one row a sequence.
     """
-    spec, itemsize = cost.spec, cost.embed_itemsize
-    total = cost.weight_bytes + batch * spec.embed_size * itemsize
+    spec = cost.spec
+    total = cost.weight_bytes + batch * cost.embed_row_bytes
     if not spec.tied_embeddings:
-        total -= spec.vocab_size * spec.embed_size * itemsize
+        total -= spec.vocab_size * cost.embed_row_bytes
     if spec.position == "learned":
         num_positions = spec.max_positions + spec.position_offset
-        total -= (num_positions - batch) * spec.hidden_size * itemsize
+        total -= (num_positions - batch) * spec.hidden_size * cost.itemsize
     return total
 
 

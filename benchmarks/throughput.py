@@ -46,10 +46,11 @@ class ThroughputBench:
     Attributes:
         depths: in the order asked. baseline: the one that speedups refer to: 0, else the first.
 
-    Raises SlebError subclasses for a model, map, depth or option that does not work.
+    on_load: as EngineConfig's on_progress. Raises SlebError subclasses for a model, map, depth or option that does
+    not work.
     """
 
-    def __init__(self, options: ThroughputOptions) -> None:
+    def __init__(self, options: ThroughputOptions, on_load: Callable[[int, int], None] | None = None) -> None:
         check_options(options)
         EngineConfig(
             options.model,
@@ -65,7 +66,8 @@ class ThroughputBench:
         self.depths = choose_depths(options.depths, layer_map, resolved.name)
         self.baseline = 0 if 0 in self.depths else self.depths[0]
         self.workloads = plan_workloads(options, spec.max_positions)
-        self.llm = LLM(options.model, layer_map, self.depths, **self._engine_options(spec, layer_map))
+        engine_options = self._engine_options(spec, layer_map)
+        self.llm = LLM(options.model, layer_map, self.depths, on_progress=on_load, **engine_options)
         self._token_ids = plain_token_ids(self.llm.engine)
 
     def _engine_options(self, spec: DecoderSpec, layer_map: LayerMap) -> dict[str, Any]:
@@ -180,12 +182,14 @@ def run_throughput(
     command: Sequence[str] = (),
     *,
     on_progress: Callable[[Progress], None] | None = None,
+    on_load: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Loads the model, measures, and reports; interrupted while measuring, it reports what is complete.
 
-    command: the command line to record. Raises SlebError subclasses before anything is measured.
+    command: the command line to record. on_load: called while weights are loaded. Raises SlebError subclasses
+    before anything is measured.
     """
-    bench = ThroughputBench(options)
+    bench = ThroughputBench(options, on_load)
     engine = bench.llm.engine
     environment = describe_environment(engine, shown_command(command, options.model))
     samples: Samples[Workload] = {}
@@ -209,5 +213,10 @@ def run_throughput(
         "fingerprint": engine.spec.fingerprint,
         "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
     }
-    settings = {"repetitions": options.repetitions, "seed": options.seed, "load_format": options.load_format}
+    settings = {
+        "repetitions": options.repetitions,
+        "seed": options.seed,
+        "load_format": options.load_format,
+        "weights": options.weights,
+    }
     return Report(environment, model, settings, bench.rows(samples), complete)

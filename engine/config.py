@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from sleb.engine.sampling_params import is_integer
+from sleb.engine.weights import WEIGHT_FORMATS, WeightFormat
 from sleb.errors import ConfigError
 from sleb.layer_map import LayerMap
 
@@ -17,6 +19,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# Short names of dtypes that `dtype` and `weights` take as well.
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
@@ -28,8 +32,9 @@ class EngineConfig:
         model: a Hugging Face folder, a hub id, a .gguf file or the alias smollm2.
         layer_map: a LayerMap or the path of one; "none" refuses the map that an alias brings.
         tiers: depths to serve; None: the map's recommended depth alone (0 without a map; 0, 3, 6 for smollm2).
-        dtype: auto (the checkpoint's) | float32 | bfloat16 | float16.
-        weights: auto (as dtype) | int8 | int4.
+        dtype: of activations and KV cache: auto (the checkpoint's) | float32 | bfloat16 | float16, also called
+            fp32, bf16, fp16.
+        weights: auto (as dtype) | int8 | int4 (quantised as they are loaded) | a dtype, which is then that of all.
         device: auto | cpu | cuda | cuda:N.
         load_format: auto | safetensors | dummy (random weights; only a config is needed).
         max_model_len: tokens of prompt and answer together; None: what the model allows and the KV cache holds.
@@ -38,8 +43,11 @@ class EngineConfig:
         kv_cache_memory: GiB for KV pages; None: chosen from the free memory.
         gpu_memory_utilization: share of the card's memory that weights and KV may take.
         kernels: auto, or a backend of sleb.kernels.registry.
-        num_threads: CPU threads of torch; None: torch's own choice.
+        num_threads: CPU threads; None: one a physical core for the C kernels, torch's own choice for torch.
+        cpu_affinity: the processor that each thread of the C kernels is tied to, the engine's own thread first; None:
+            the system moves them as it likes.
         seed: of random weights and of requests without a seed; None: different in every run.
+        on_progress: called while weights are loaded, in the loading thread: weights that have come in, and of all.
 
     Raises ConfigError from `check()` for a value out of range.
     """
@@ -60,16 +68,15 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     kernels: str = "auto"
     num_threads: int | None = None
+    cpu_affinity: Sequence[int] | None = None
     seed: int | None = None
+    on_progress: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
 
     def check(self) -> None:
         """Raises ConfigError for the first option out of its range."""
-        self._check_choice("dtype", ("auto", *DTYPES))
+        self._check_choice("dtype", ("auto", *DTYPES), DTYPE_ALIASES)
+        self._check_choice("weights", ("auto", *WEIGHT_FORMATS, *DTYPES), DTYPE_ALIASES)
         self._check_choice("load_format", _LOAD_FORMATS)
-        if self.weights not in ("auto", *DTYPES):
-            raise ConfigError(
-                f"weights '{self.weights}' is not available; choose one of: auto, {', '.join(DTYPES)}"
-            )
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "num_threads"):
             value = getattr(self, name)
             optional = name in ("max_model_len", "num_threads")
@@ -85,11 +92,14 @@ class EngineConfig:
             )
         if self.tiers is not None:
             self._check_tiers(self.tiers)
+        if self.cpu_affinity is not None:
+            self._check_affinity(self.cpu_affinity)
 
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, allowed: tuple[str, ...], aliases: Collection[str] = ()) -> None:
         value = getattr(self, name)
-        if value not in allowed:
-            raise ConfigError(f"{name} '{value}' is not known; choose one of: {', '.join(allowed)}")
+        if value not in (*allowed, *aliases):
+            shown = ", ".join(allowed) + (f" (or {', '.join(aliases)})" if aliases else "")
+            raise ConfigError(f"{name} '{value}' is not known; choose one of: {shown}")
 
     @staticmethod
     def _check_tiers(tiers: object) -> None:
@@ -102,6 +112,18 @@ class EngineConfig:
                 raise ConfigError(f"tier {depth!r} is not a depth; depths are integers of at least 0")
         if len(set(tiers)) != len(tiers):
             raise ConfigError(f"tiers {list(tiers)} names a depth twice; name each once")
+
+    def _check_affinity(self, cpus: Sequence[int]) -> None:
+        if not hasattr(os, "sched_getaffinity"):
+            raise ConfigError("cpu_affinity needs Linux; leave it out")
+        allowed = sorted(os.sched_getaffinity(0))
+        for cpu in cpus:
+            if not is_integer(cpu) or cpu not in allowed:
+                raise ConfigError(f"cpu_affinity names processor {cpu!r}; this process may use {allowed}")
+        if len(cpus) < (self.num_threads or 1):
+            raise ConfigError(
+                f"cpu_affinity names {len(cpus)} processors for {self.num_threads} threads; name one each"
+            )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -124,8 +146,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, weights: str, checkpoint: str | None) -> torch.dtype:
-    """The dtype of weights and activations: `weights` if it names one, else `name`, else the checkpoint's."""
+    """The dtype of activations, and of weights that are not quantised.
+
+    `weights` if it names a dtype, else `name`, else the checkpoint's.
+    """
     for choice in (weights, name):
-        if choice != "auto":
+        choice = DTYPE_ALIASES.get(choice, choice)
+        if choice in DTYPES:
             return DTYPES[choice]
     return DTYPES.get(checkpoint or "float32", torch.float32)
+
+
+def resolve_weight_format(weights: str) -> WeightFormat | None:
+    """How `weights` says that matrices are quantised; None: they are not."""
+    return WEIGHT_FORMATS.get(weights)

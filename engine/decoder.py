@@ -16,6 +16,7 @@ from torch import Tensor
 from sleb.engine.architecture import DecoderSpec
 from sleb.engine.rotary import rotary_tables
 from sleb.engine.weights import DecoderWeights, Norm
+from sleb.kernels.reference import embedding
 from sleb.kernels.registry import Kernels
 from sleb.units import Sublayer
 
@@ -63,7 +64,7 @@ class Decoder:
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids and positions [T] int64 to the residual stream [T, E]."""
-        hidden = F.embedding(token_ids, self.weights.embed)
+        hidden = embedding(token_ids, self.weights.embed, self.weights.dtype)
         if self.weights.project_in is not None:
             hidden = self.kernels.linear(hidden, self.weights.project_in.weight, None)
         if self.weights.position_embed is not None:

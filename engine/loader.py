@@ -1,18 +1,29 @@
-"""Filling allocated weights: from safetensors, sharded or not, or with random numbers."""
+"""Filling allocated weights: from safetensors, sharded or not, or with random numbers.
+
+Matrices that are to be quantised are read one by one and quantised at once, several at a time in as many threads
+as torch has: the checkpoint's own dtype is never held for more than those.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sleb.engine.architecture import DecoderSpec
-from sleb.engine.weights import DecoderWeights, Targets, all_sublayers, allocate
+from sleb.engine.weight_cache import WeightCache
+from sleb.engine.weights import DecoderWeights, Targets, WeightFormat, all_sublayers, allocate
 from sleb.errors import ModelError
+from sleb.kernels.quantization import QuantizedWeight, Weight
 from sleb.units import Sublayer
 
 # Buffers that old checkpoints carry and that are computed instead of read.
@@ -23,6 +34,10 @@ _IGNORED_SUFFIXES = (
     ".self_attn.rotary_emb.inv_freq",
 )
 _NUM_TENSORS_PER_OPEN = 16
+_MAX_THREADS = 8  # each holds a matrix of the checkpoint; a block has up to seven
+_DEVIATION = 0.02  # of random weights: the initialiser range of Llama and OPT
+
+OnProgress = Callable[[int, int], None]  # weights loaded, of how many
 
 
 def load_weights(
@@ -33,31 +48,96 @@ def load_weights(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
+    *,
+    weight_format: WeightFormat | None = None,
+    on_progress: OnProgress | None = None,
 ) -> DecoderWeights:
     """The weights of the sublayers in `keep` from the checkpoint folder `path`.
 
     load_format: "auto" or "safetensors" read the checkpoint; "dummy" draws random weights from `seed`.
-    Raises ModelError for missing, extra or misshaped tensors, for pickles, and for unreadable files.
+    weight_format: how matrices are quantised; what was made is kept in the cache folder for the next time.
+    on_progress: called in this thread as weights come in. Raises ModelError for missing, extra or misshaped
+    tensors, for pickles, for unreadable files and for values that cannot be quantised.
     """
-    weights, targets = allocate(spec, keep, dtype, device)
+    weights, targets = allocate(spec, keep, dtype, device, weight_format)
+    progress = _Progress(targets, on_progress)
     if load_format == "dummy":
-        _fill_random(targets, seed, device)
+        _fill_random(targets, seed, device, progress)
         return weights
     files = _tensor_files(path)
     _, expected = allocate(spec, all_sublayers(spec), dtype, torch.device("meta"))
     _check_tensors(path, spec, expected, files)
-    for file, names in _grouped(files, targets):
-        _read(file, names, targets)
+    plain = {name: target for name, target in targets.items() if isinstance(target, Tensor)}
+    for file, names in _grouped(files, plain):
+        _read(file, names, plain)
+        progress.add(plain[name] for name in names)
+    quantized = {name: target for name, target in targets.items() if not isinstance(target, Tensor)}
+    if quantized:
+        _quantize(WeightCache(path), files, quantized, progress)
     return weights
 
 
-def _fill_random(targets: Targets, seed: int, device: torch.device) -> None:
+class _Progress:
+    """Counts the weights that have come in, and tells."""
+
+    def __init__(self, targets: Targets, report: OnProgress | None) -> None:
+        self._report = report
+        self._num_done = 0
+        self._total = sum(math.prod(target.shape) for target in targets.values())
+        self.add([])
+
+    def add(self, targets: Iterable[Weight]) -> None:
+        self._num_done += sum(math.prod(target.shape) for target in targets)
+        if self._report is not None:
+            self._report(self._num_done, self._total)
+
+
+def _fill_random(targets: Targets, seed: int, device: torch.device, progress: _Progress) -> None:
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, target in targets.items():
-        if name.endswith("norm.weight"):
+        if not isinstance(target, Tensor):
+            target.fill_random(_DEVIATION, generator)
+        elif name.endswith("norm.weight"):
             target.fill_(1.0)
-        else:  # 0.02 is the initialiser range of Llama and OPT
-            target.normal_(0.0, 0.02, generator=generator)
+        else:
+            target.normal_(0.0, _DEVIATION, generator=generator)
+        progress.add([target])
+
+
+def _quantize(
+    cache: WeightCache, files: dict[str, Path], targets: Mapping[str, QuantizedWeight], progress: _Progress
+) -> None:
+    """Fills every target from the cache, or else from the checkpoint.
+
+    A thread works on one matrix alone: the pieces that stay in a processor's cache are too small to be shared out.
+    """
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        min(num_threads, len(targets), _MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+    def load(name: str) -> None:
+        if not cache.load(name, files[name], targets[name]):
+            _read_quantized(files[name], name, targets[name])
+            cache.store(name, files[name], targets[name])
+
+    try:
+        for name, _ in zip(targets, pool.map(load, targets), strict=True):
+            progress.add([targets[name]])
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)  # the last call counts for threads that start later
+
+
+def _read_quantized(file: Path, name: str, target: QuantizedWeight) -> None:
+    with _opened(file) as handle:
+        try:
+            target.fill(handle.get_tensor(name))
+        except ValueError:
+            raise ModelError(
+                f"{file}: {name} holds values that are not finite, which cannot be quantised; "
+                "use weights auto, or another checkpoint"
+            ) from None
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
@@ -94,11 +174,8 @@ def _check_shards(path: Path, shards: set[Path]) -> None:
 
 
 def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return list(handle.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+    with _opened(file) as handle:
+        return list(handle.keys())
 
 
 def _check_tensors(path: Path, spec: DecoderSpec, expected: Targets, files: dict[str, Path]) -> None:
@@ -122,14 +199,11 @@ def _check_tensors(path: Path, spec: DecoderSpec, expected: Targets, files: dict
 
 
 def _check_shapes(file: Path, names: list[str], expected: Targets) -> None:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            for name in names:
-                shape, wanted = tuple(handle.get_slice(name).get_shape()), tuple(expected[name].shape)
-                if shape != wanted:
-                    raise ModelError(f"{file}: {name} has shape {shape}, but the config asks for {wanted}")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+    with _opened(file) as handle:
+        for name in names:
+            shape, wanted = tuple(handle.get_slice(name).get_shape()), tuple(expected[name].shape)
+            if shape != wanted:
+                raise ModelError(f"{file}: {name} has shape {shape}, but the config asks for {wanted}")
 
 
 def _some(names: list[str]) -> str:
@@ -137,20 +211,27 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more tensors"
 
 
-def _grouped(files: dict[str, Path], targets: Targets) -> Iterator[tuple[Path, list[str]]]:
+def _grouped(files: dict[str, Path], names: Iterable[str]) -> Iterator[tuple[Path, list[str]]]:
     """The wanted tensors by file, a few at a time: a file's pages stay mapped only while it is open."""
     by_file: dict[Path, list[str]] = defaultdict(list)
-    for name in targets:
+    for name in names:
         by_file[files[name]].append(name)
-    for file, names in by_file.items():
-        for start in range(0, len(names), _NUM_TENSORS_PER_OPEN):
-            yield file, names[start : start + _NUM_TENSORS_PER_OPEN]
+    for file, inside in by_file.items():
+        for start in range(0, len(inside), _NUM_TENSORS_PER_OPEN):
+            yield file, inside[start : start + _NUM_TENSORS_PER_OPEN]
 
 
-def _read(file: Path, names: list[str], targets: Targets) -> None:
+def _read(file: Path, names: list[str], targets: Mapping[str, Tensor]) -> None:
+    with _opened(file) as handle:
+        for name in names:
+            targets[name].copy_(handle.get_tensor(name))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The safetensors file, opened. Raises ModelError if it, or what is read while it is open, is not readable."""
     try:
         with safe_open(file, framework="pt") as handle:
-            for name in names:
-                targets[name].copy_(handle.get_tensor(name))
+            yield handle
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None

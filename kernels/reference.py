@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleb.kernels.batch import PagedBatch
+from sleb.kernels.quantization import Weight
+
+# Weights of a quantised matrix that `linear` widens at once: 16 Mi of them in float32 are 64 MiB.
+_WIDENED = 1 << 24
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -25,9 +29,31 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, in] times weight [out, in] transposed, plus bias [out]: [T, out]."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x [T, in] times weight [out, in] transposed, plus bias [out]: [T, out].
+
+    A quantised weight is widened to the dtype of x first, some of its rows at a time; x itself is not quantised.
+    """
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    num_rows, num_columns = weight.shape
+    step = max(1, _WIDENED // num_columns)
+    parts = [
+        F.linear(
+            x,
+            weight.row_slice(start, start + step).dequantize(x.dtype),
+            None if bias is None else bias[start : start + step],
+        )
+        for start in range(0, num_rows, step)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def embedding(token_ids: Tensor, table: Weight, dtype: torch.dtype) -> Tensor:
+    """Rows token_ids [T] of table [V, E]: [T, E]. dtype is that of the result where the table is quantised."""
+    if isinstance(table, Tensor):
+        return F.embedding(token_ids, table)
+    return table.rows(token_ids, dtype)
 
 
 def rope(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

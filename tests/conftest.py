@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +136,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "architecture" in metafunc.fixturenames:
         metafunc.parametrize("architecture", list(ARCHITECTURES))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def weight_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this session keeps quantised weights: those of tiny models have no place in the user's cache."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sleb.engine.weight_cache.cache_dir", lambda: folder)
+        yield folder
 
 
 @dataclass(frozen=True)

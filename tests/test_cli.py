@@ -136,3 +136,21 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert process.stderr.read() == b""
     assert process.wait(timeout=30) == 1
     process.stderr.close()
+
+
+def test_a_loading_bar_appears_with_the_first_weights_and_stays_off_standard_output(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sleb.cli.loading import LoadingBar
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with LoadingBar():
+        pass
+    assert capsys.readouterr() == ("", "")
+    with LoadingBar() as bar:
+        bar.update(0, 10)
+        bar.update(10, 10)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "loading weights" in captured.err and "100%" in captured.err

@@ -48,7 +48,9 @@ def throughput(
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
-    weights: Annotated[str, typer.Option(help="auto (as --dtype), or a dtype.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="auto (as --dtype), int8 or int4 (quantised when loaded), or a dtype.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     load_format: Annotated[
         str, typer.Option(help="auto, safetensors, or dummy: random weights, only a config is needed.")
@@ -86,7 +88,9 @@ def throughput(
     if json_path is not None:
         check_writable(json_path)
     with _RunsBar() as bar:
-        report = run_throughput(options, ["sleb", *sys.argv[1:]], on_progress=bar.update)
+        report = run_throughput(
+            options, ["sleb", *sys.argv[1:]], on_progress=bar.update, on_load=bar.show_loading
+        )
     print_report(report, Console())
     if json_path is not None and report.rows:  # an early Ctrl-C must not replace an older result by nothing
         write_text(json_path, report.to_json())
@@ -127,6 +131,10 @@ class _RunsBar:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+
+    def show_loading(self, num_done: int, num_weights: int) -> None:
+        """Shows how much of the model is loaded, in percent."""
+        self._bar.update(self._task, total=100, completed=100 * num_done // num_weights, refresh=True)
 
     def update(self, progress: Progress) -> None:
         """Shows what has been done and what runs next."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sleb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sleb.engine.config import EngineConfig
+    from sleb.engine.engine import Engine
 
 
 def serve(
@@ -31,7 +36,9 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    weights: Annotated[str, typer.Option(help="auto (as --dtype), or a dtype of the weights.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="auto (as --dtype), int8 or int4 (quantised when loaded), or a dtype.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     load_format: Annotated[str, typer.Option(help="auto, safetensors, or dummy (random weights).")] = "auto",
     max_model_len: Annotated[
@@ -46,7 +53,16 @@ def serve(
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse the KV of equal beginnings.")
     ] = True,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
+    kernels: Annotated[str, typer.Option(help="auto, cpu (C kernels) or torch.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="one a physical core")
+    ] = None,
+    cpu_affinity: Annotated[
+        str | None,
+        typer.Option(
+            help="Processors that the threads are tied to, such as 0,1 or 0-3.", show_default="none"
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 1024,
     drain_timeout: Annotated[float, typer.Option(help="Seconds to finish open requests on SIGTERM.")] = 30.0,
 ) -> None:
@@ -82,11 +98,22 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
         enable_prefix_caching=prefix_caching,
+        kernels=kernels,
         num_threads=threads,
+        cpu_affinity=None if cpu_affinity is None else parse_cpus(cpu_affinity),
     )
-    code = run_server(sock, config, options)
+    code = run_server(sock, config, options, make_engine=_load_engine)
     if code:
         raise typer.Exit(code)
+
+
+def _load_engine(config: EngineConfig) -> Engine:
+    """The engine of `config`, under a progress bar on standard error."""
+    from sleb.cli.loading import LoadingBar
+    from sleb.engine.engine import Engine
+
+    with LoadingBar() as bar:
+        return Engine(replace(config, on_progress=bar.update))
 
 
 def parse_tiers(text: str) -> list[int]:
@@ -95,6 +122,19 @@ def parse_tiers(text: str) -> list[int]:
         return [int(depth) for depth in text.split(",")]
     except ValueError:
         raise ConfigError(f"--tiers '{text}' is not a list of depths; write it like 0,3,6") from None
+
+
+def parse_cpus(text: str) -> list[int]:
+    """Processors from "0,2" or "0-3". Raises ConfigError for anything else."""
+    cpus: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) - int(first) > 4096:
+            raise ConfigError(
+                f"--cpu-affinity '{text}' is not a list of processors; write it like 0,2 or 0-3"
+            )
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
 
 
 def _environment_key() -> list[str]:

@@ -16,7 +16,7 @@ from sleb.engine.llm import LLM
 
 
 def test_environment(tiny_model_dir: Path) -> None:
-    engine = LLM(tiny_model_dir, kv_cache_memory=0.01).engine
+    engine = LLM(tiny_model_dir, kv_cache_memory=0.01, kernels="torch").engine
     found = describe_environment(engine, ["sleb", "bench"])
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()

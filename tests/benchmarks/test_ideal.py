@@ -53,7 +53,7 @@ def smollm2_cost(spec: DecoderSpec, num_blocks: int) -> DepthCost:
     blocks = tuple(range(num_blocks))
     head = _HEAD * (1 if spec.tied_embeddings else 2)
     weights = 2 * (num_blocks * _BLOCK_WEIGHTS + head + 576)
-    return DepthCost(spec, blocks, blocks, weights, num_blocks * 2 * 192 * 2, 2)
+    return DepthCost(spec, blocks, blocks, weights, num_blocks * 2 * 192 * 2, 576 * 2, 2)
 
 
 def test_prompt_flops_by_hand(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_sliding_window_bounds_what_is_read_and_computed(tmp_path: Path) -> No
 
 def test_no_attention_left(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
-    cost = DepthCost(spec, (), (0, 1), 1000, 0, 2)
+    cost = DepthCost(spec, (), (0, 1), 1000, 0, 576 * 2, 2)
     assert context_kv_bytes(cost, 100) == 0
     assert prompt_flops(cost, 1, 10) == 2 * (2 * 10 * 3 * 1536 * 576) + 2 * _HEAD
 

@@ -141,6 +141,15 @@ def test_the_first_depth_is_the_baseline_where_the_full_model_is_not_asked_for(
     assert [(row.depth, row.baseline_depth) for row in report.rows] == [(3, 3), (5, 3)]
 
 
+def test_quantised_weights_are_reported_and_loading_is_told(options: ThroughputOptions) -> None:
+    small = replace(options, tests=("prompt",), repetitions=1, depths=(0,))
+    seen: list[tuple[int, int]] = []
+    report = run_throughput(replace(small, weights="int4"), on_load=lambda *now: seen.append(now))
+    assert report.settings["weights"] == "int4"
+    assert seen[-1][0] == seen[-1][1] > seen[0][0] == 0
+    assert report.rows[0].weight_bytes < run_throughput(small).rows[0].weight_bytes / 2
+
+
 def test_an_interrupted_run_reports_what_is_complete(
     options: ThroughputOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
