@@ -18,9 +18,16 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sleb.kernels.cpu.build import LIBRARY_NAME, find_compiler, has_key, source_key, unsupported
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("engine", "kernels", "server", "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+needs_compiler = pytest.mark.skipif(
+    unsupported() is not None or find_compiler() is None,
+    reason="the CPU kernels need x86-64 Linux and a compiler",
+)
 
 
 def read_pins() -> dict[str, str]:
@@ -39,15 +46,25 @@ def expected_files() -> set[str]:
     names = {f"sleb/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
     own = [*(ROOT / "sleb").glob("*.py"), *(ROOT / "sleb/cli").glob("*.py")]
     data = [ROOT / "sleb/py.typed", *(ROOT / "sleb/maps").glob("*.json")]
-    return names | {str(path.relative_to(ROOT)) for path in (*own, *data)}
+    sources = {f"sleb/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/cpu").glob("*.[ch]")}
+    return names | sources | {str(path.relative_to(ROOT)) for path in (*own, *data)}
 
 
-def build(source: Path, kind: str, destination: Path) -> Path:
-    """Calls the build backend as pip does, in a process of its own; returns the archive's path."""
+def build(source: Path, kind: str, destination: Path, **variables: str) -> Path:
+    """Calls the build backend as pip does, in a process of its own; returns the archive's path.
+
+    The real kernels are not compiled, which takes long and tells nothing new, unless `variables` say otherwise.
+    """
     destination.mkdir()
     program = f"from setuptools import build_meta; build_meta.build_{kind}({str(destination)!r})"
+    environment = os.environ | {"SLEB_NO_COMPILE": "1"} | variables
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=source, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     [archive] = destination.iterdir()
@@ -58,18 +75,38 @@ def build(source: Path, kind: str, destination: Path) -> Path:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build needs, so that nothing is built in the tree and no stale build is picked up."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
     for name in ("sleb", *LINKED):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel_files(checkout: Path) -> set[str]:
-    with zipfile.ZipFile(build(checkout, "wheel", checkout / "wheel")) as archive:
+def wheel(checkout: Path) -> Path:
+    return build(checkout, "wheel", checkout / "wheel")
+
+
+@pytest.fixture(scope="module")
+def wheel_files(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
         return set(archive.namelist())
+
+
+@pytest.fixture
+def small_checkout(checkout: Path, tmp_path: Path) -> Path:
+    """A checkout whose kernels are a file of one line, with a library beside it that is not made from it."""
+    copy = tmp_path / "small"
+    shutil.copytree(
+        checkout, copy, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info", "wheel")
+    )
+    for path in (copy / "kernels/cpu").glob("*.[ch]"):
+        path.unlink()
+    marker = 'const char sleb_source_marker[] = "SLEB_SOURCE_KEY=" SLEB_SOURCE_KEY;'
+    (copy / "kernels/cpu/small.c").write_text(marker + "\n")
+    (copy / "kernels/cpu" / LIBRARY_NAME).write_bytes(b"stale")
+    return copy
 
 
 def test_wheel_holds_the_package_through_the_links(wheel_files: set[str]) -> None:
@@ -90,6 +127,36 @@ def test_source_distribution_builds_the_same_wheel(
     [unpacked] = tmp_path.glob("sleb-*")
     with zipfile.ZipFile(build(unpacked, "wheel", tmp_path / "wheel")) as archive:
         assert set(archive.namelist()) == wheel_files
+
+
+def test_wheel_without_the_library_is_for_every_system(wheel: Path, wheel_files: set[str]) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in wheel_files if name.endswith(".so")]
+
+
+@needs_compiler
+def test_wheel_with_the_library_is_for_this_system(small_checkout: Path, tmp_path: Path) -> None:
+    wheel = build(small_checkout, "wheel", tmp_path / "wheel", SLEB_NO_COMPILE="")
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name.split("/")[0] for name in archive.namelist()} == {"sleb", f"sleb-{_version()}.dist-info"}
+        assert b"Root-Is-Purelib: false" in archive.read(f"sleb-{_version()}.dist-info/WHEEL")
+        archive.extract(f"sleb/kernels/cpu/{LIBRARY_NAME}", tmp_path)
+    assert has_key(tmp_path / "sleb/kernels/cpu" / LIBRARY_NAME, source_key(small_checkout / "kernels/cpu"))
+
+
+def test_a_broken_compiler_does_not_fail_the_install(small_checkout: Path, tmp_path: Path) -> None:
+    wheel = build(small_checkout, "wheel", tmp_path / "wheel", SLEB_NO_COMPILE="", CC="/nowhere/cc")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert f"sleb/kernels/cpu/{LIBRARY_NAME}" not in archive.namelist()
+
+
+@needs_compiler
+def test_editable_install_compiles_beside_the_sources(small_checkout: Path, tmp_path: Path) -> None:
+    build(small_checkout, "editable", tmp_path / "wheel", SLEB_NO_COMPILE="")
+    folder = small_checkout / "kernels/cpu"
+    assert has_key(folder / LIBRARY_NAME, source_key(folder))
 
 
 def _version() -> str:

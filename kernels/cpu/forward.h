@@ -1,0 +1,292 @@
+/* One step: every sublayer over the rows that run it, then the head over the rows that sample. All threads walk the
+ * same plan; what follows a barrier may read what any thread wrote before it. */
+
+#include "simd.h"
+#include "tile.h"
+#include "workspace.h"
+#include "gemm.h"
+#include "attention.h"
+
+typedef struct {
+    const sleb_model *model;
+    const sleb_step *step;
+} pass;
+
+/* Bytes from row to row. Not a multiple of 1 KiB, or the rows of a tile would compete for the same cache sets. */
+INLINE size_t row_bytes(int32_t features, int32_t kind) {
+    size_t bytes = (size_t)round_up(features, SLEB_GROUP) * element_bytes(kind);
+    return bytes % 1024 ? bytes : bytes + 64;
+}
+
+/* Zeroes what lies between the features of each row and its padded end: weights are 0 there, but 0 · NaN is not. */
+static void clear_padding(char *data, int32_t features, int32_t kind, int32_t rows) {
+    size_t used = (size_t)features * element_bytes(kind), whole = (size_t)round_up(features, SLEB_GROUP) * element_bytes(kind);
+    for (int32_t row = 0; used < whole && row < rows; row++) memset(data + row * row_bytes(features, kind) + used, 0, whole - used);
+}
+
+INLINE operand whole_operand(sleb_workspace *ws, int32_t kind, int32_t features) {
+    return (operand){kind, ws->operand, row_bytes(features, kind), ws->group_scale, ws->group_offset, ws->group_init,
+                     (size_t)ceil_div(features, SLEB_GROUP)};
+}
+
+/* x [rows, features], normed if there is a norm, as operand of `w`. A few rows each thread prepares for itself, which
+ * is faster than to wait for one another. */
+static operand prepare(const sleb_model *m, const sleb_linear *w, const sleb_norm *norm, const float *x, size_t stride,
+                       int32_t rows, sleb_local *local) {
+    int32_t kind = operand_kind(w->format, rows);
+    operand into = whole_operand(m->workspace, kind, w->k);
+    if (rows <= SLEB_FEW_ROWS) {
+        into.data = local->few;
+        into.scale = local->few_scale, into.offset = local->few_offset, into.init = local->few_init;
+        for (int32_t row = 0; row < rows; row++)
+            prepare_row(x + (size_t)row * stride, w->k, m->norm_kind, norm, m->norm_eps, local->row, row, &into);
+        return into;
+    }
+    int32_t begin, end;
+    while (sleb_take(m->pool, rows, &begin, &end))
+        for (int32_t row = begin; row < end; row++)
+            prepare_row(x + (size_t)row * stride, w->k, m->norm_kind, norm, m->norm_eps, local->row, row, &into);
+    sleb_barrier(m->pool);
+    return into;
+}
+
+/* Rows that the kernel before has written to `data`: the operand itself, or float32 still to be quantised. */
+static operand written(const sleb_model *m, const sleb_linear *w, char *data, int32_t kind, int32_t rows,
+                       sleb_local *local) {
+    size_t stride = row_bytes(w->k, kind);
+    if (operand_kind(w->format, rows) == kind) return (operand){kind, data, stride, NULL, NULL, NULL, 0};
+    return prepare(m, w, NULL, (const float *)data, stride / 4, rows, local);
+}
+
+/* What the kernel before a product writes: the operand itself, or float32 where it must be quantised first. */
+INLINE int32_t written_kind(const sleb_linear *w, int32_t rows) {
+    return operand_kind(w->format, rows) == ROWS_BF16 ? ROWS_BF16 : ROWS_F32;
+}
+
+static void run_attention(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local, int32_t index) {
+    const sleb_model *m = p->model;
+    sleb_workspace *ws = m->workspace;
+    operand x = prepare(m, &u->first, &u->norm, ws->residual, m->hidden_size, rows, local);
+    epilogue store = {.target = TO_STORE, .out = (char *)ws->first, .stride = (size_t)u->first.n * 4};
+    multiply(m->pool, &u->first, &x, &store, rows, local);
+    sleb_barrier(m->pool);
+    int32_t kind = written_kind(&u->second, rows);
+    if (index == 0) clear_padding(ws->attended, u->second.k, kind, rows);
+    attention at = {m, u, p->step, ws->first, ws->query, ws->attended, row_bytes(u->second.k, kind), kind, rows, sequences};
+    attend(&at, local);
+    x = written(m, &u->second, ws->attended, kind, rows, local);
+    epilogue add = {.target = TO_ADD, .out = (char *)ws->residual, .stride = (size_t)m->hidden_size * 4};
+    multiply(m->pool, &u->second, &x, &add, rows, local);
+    sleb_barrier(m->pool);
+}
+
+static void run_mlp(const pass *p, const sleb_unit *u, int32_t rows, sleb_local *local, int32_t index) {
+    const sleb_model *m = p->model;
+    sleb_workspace *ws = m->workspace;
+    operand x = prepare(m, &u->first, &u->norm, ws->residual, m->hidden_size, rows, local);
+    int32_t kind = written_kind(&u->second, rows);
+    if (index == 0) clear_padding(ws->activated, u->second.k, kind, rows);
+    epilogue act = {.target = TO_ACTIVATE, .activation = u->activation, .kind = kind, .out = ws->activated,
+                    .stride = row_bytes(u->second.k, kind)};
+    multiply(m->pool, &u->first, &x, &act, rows, local);
+    sleb_barrier(m->pool);
+    x = written(m, &u->second, ws->activated, kind, rows, local);
+    epilogue add = {.target = TO_ADD, .out = (char *)ws->residual, .stride = (size_t)m->hidden_size * 4};
+    multiply(m->pool, &u->second, &x, &add, rows, local);
+    sleb_barrier(m->pool);
+}
+
+/* The row of token `id` in the packed head, in the order of features. */
+static void unpack_row(const sleb_linear *w, int32_t id, float *out) {
+    int32_t panel = id / SLEB_PANEL, half = id % SLEB_PANEL / 16, lane = id % 16;
+    const char *data = (const char *)w->data + (size_t)panel * panel_bytes(w);
+    float scale = w->scale ? w->scale[id] : 1.0f;
+    for (int32_t k = 0; k < w->k; k++) {
+        if (w->format == SLEB_F32) {
+            out[k] = read_f32(data + ((size_t)k * 32 + half * 16 + lane) * 4);
+        } else if (w->format == SLEB_I8) {
+            uint8_t q = *(const uint8_t *)(data + (size_t)(k / 4) * 128 + half * 64 + lane * 4 + k % 4);
+            out[k] = scale * (float)(q - 128);
+        } else if (w->format == SLEB_I4) {
+            const char *group = data + (size_t)(k / 32) * I4_GROUP_BYTES;
+            uint8_t both = *(const uint8_t *)(group + k % 32 / 8 * 128 + half * 64 + lane * 4 + k % 4);
+            uint16_t s, least;
+            memcpy(&s, group + 512 + half * 32 + lane * 2, 2);
+            memcpy(&least, group + 576 + half * 32 + lane * 2, 2);
+            out[k] = _cvtsh_ss(s) * (float)(k % 8 >= 4 ? both >> 4 : both & 15) + _cvtsh_ss(least);
+        } else {
+            size_t at = w->format == SLEB_F16 ? (size_t)k * 32 + half * 16 + lane
+                                              : ((size_t)(k / 2) * 32 + half * 16 + lane) * 2 + k % 2;
+            uint16_t bits;
+            memcpy(&bits, data + at * 2, 2);
+            out[k] = w->format == SLEB_F16 ? _cvtsh_ss(bits) : bf16_to_f32(bits);
+        }
+    }
+}
+
+static void embed_row(const sleb_model *m, int32_t id, int32_t position, float *out) {
+    int32_t features = m->hidden_size;
+    if (m->embed_packed) {
+        unpack_row(&m->head, id, out);
+    } else {
+        size_t at = (size_t)id * features;
+        const char *from = m->embed;
+        for (int32_t d = 0; d < features; d += 16) {
+            __mmask16 mask = tail_mask(features - d);
+            __m512 x;
+            if (m->embed_format == SLEB_F32)
+                x = _mm512_maskz_loadu_ps(mask, from + (at + d) * 4);
+            else if (m->embed_format == SLEB_F16)
+                x = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from + (at + d) * 2));
+            else
+                x = _mm512_castsi512_ps(_mm512_slli_epi32(
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + (at + d) * 2)), 16));
+            _mm512_mask_storeu_ps(out + d, mask, x);
+        }
+    }
+    if (m->position_embed) {
+        const float *add = (const float *)m->position_embed + (size_t)(position + m->position_offset) * features;
+        for (int32_t d = 0; d < features; d++) out[d] += add[d];
+    }
+}
+
+/* rows [rows, E] through the final norm and the head: logits, the highest of each row, or both. */
+static void run_head(const sleb_model *m, const float *from, int32_t rows, float *logits, int32_t *argmax,
+                     sleb_local *local, int32_t index) {
+    operand x = prepare(m, &m->head, m->has_final_norm ? &m->final_norm : NULL, from, m->hidden_size, rows, local);
+    epilogue e = {.target = TO_HEAD, .out = (char *)logits, .stride = (size_t)m->vocab_size * 4};
+    if (argmax) {
+        e.best = local->best, e.best_index = local->best_index;
+        for (int32_t row = 0; row < rows; row++) e.best[row] = -INFINITY, e.best_index[row] = INT32_MAX;
+    }
+    multiply(m->pool, &m->head, &x, &e, rows, local);
+    sleb_barrier(m->pool);
+    if (!argmax || index != 0) return;
+    for (int32_t row = 0; row < rows; row++) {
+        float best = -INFINITY;
+        argmax[row] = 0;
+        int32_t found = INT32_MAX;
+        for (int32_t t = 0; t < m->pool->num_threads; t++) {
+            const sleb_local *other = &m->workspace->locals[t];
+            if (other->best_index[row] == INT32_MAX) continue;
+            if (other->best[row] > best || (other->best[row] == best && other->best_index[row] < found))
+                best = other->best[row], found = other->best_index[row];
+        }
+        if (found != INT32_MAX) argmax[row] = found;
+    }
+}
+
+static void forward_thread(void *argument, int32_t index) {
+    const pass *p = argument;
+    const sleb_model *m = p->model;
+    const sleb_step *s = p->step;
+    sleb_workspace *ws = m->workspace;
+    sleb_local *local = &ws->locals[index];
+    int32_t begin, end;
+    tiles_begin();
+    while (sleb_take(m->pool, s->num_tokens, &begin, &end))
+        for (int32_t token = begin; token < end; token++)
+            embed_row(m, s->token_ids[token], s->positions[token], ws->residual + (size_t)token * m->hidden_size);
+    if (index == 0) plan_pieces(m, s, ws);
+    sleb_barrier(m->pool);
+    for (int32_t number = 0; number < m->num_units; number++) {
+        int32_t sequences = s->unit_sequences[number];
+        if (sequences == 0) continue;
+        if (m->units[number].is_attention)
+            run_attention(p, &m->units[number], sequences, s->query_starts[sequences], local, index);
+        else
+            run_mlp(p, &m->units[number], s->query_starts[sequences], local, index);
+    }
+    if (s->num_samples > 0) {
+        while (sleb_take(m->pool, s->num_samples, &begin, &end))
+            for (int32_t row = begin; row < end; row++)
+                memcpy(ws->head_rows + (size_t)row * m->hidden_size,
+                       ws->residual + (size_t)s->samples[row] * m->hidden_size, (size_t)m->hidden_size * 4);
+        sleb_barrier(m->pool);
+        run_head(m, ws->head_rows, s->num_samples, s->logits, s->argmax, local, index);
+    }
+    tiles_end();
+}
+
+static int32_t forward(const sleb_model *m, const sleb_step *s) {
+    pass p = {m, s};
+    sleb_pool_run(m->pool, forward_thread, &p);
+    return 0;
+}
+
+typedef struct {
+    const sleb_model *model;
+    const float *rows;
+    int32_t num_rows;
+    float *logits;
+    int32_t *argmax;
+} head_call;
+
+static void head_thread(void *argument, int32_t index) {
+    const head_call *c = argument;
+    tiles_begin();
+    run_head(c->model, c->rows, c->num_rows, c->logits, c->argmax, &c->model->workspace->locals[index], index);
+    tiles_end();
+}
+
+static int32_t head(const sleb_model *m, const float *rows, int32_t num_rows, float *logits, int32_t *argmax) {
+    head_call c = {m, rows, num_rows, logits, argmax};
+    sleb_pool_run(m->pool, head_thread, &c);
+    return 0;
+}
+
+/* --- single operators, as the tests and the benchmark of kernels call them --- */
+
+typedef struct {
+    const sleb_model *model;
+    const sleb_unit *unit;
+    const sleb_step *step;
+    const float *x;
+    const sleb_linear *linear;
+    const sleb_norm *norm;
+    int32_t rows, target, activation;
+    float *out;
+} operator_call;
+
+static void linear_thread(void *argument, int32_t index) {
+    const operator_call *c = argument;
+    const sleb_model *m = c->model;
+    sleb_local *local = &m->workspace->locals[index];
+    tiles_begin();
+    operand x = prepare(m, c->linear, c->norm, c->x, c->linear->k, c->rows, local);
+    int32_t columns = c->linear->gated ? c->linear->n / 2 : c->linear->n;
+    epilogue e = {.target = c->target, .activation = c->activation, .kind = ROWS_F32, .out = (char *)c->out,
+                  .stride = (size_t)columns * 4};
+    multiply(m->pool, c->linear, &x, &e, c->rows, local);
+    sleb_barrier(m->pool);
+    tiles_end();
+}
+
+/* x [rows, k], normed if `norm` is not NULL, times `w`; target: 0 store, 1 add to out, 2 store activated. */
+static int32_t linear(const sleb_model *m, const sleb_norm *norm, const sleb_linear *w, const float *x, int32_t rows,
+                      int32_t target, int32_t activation, float *out) {
+    operator_call c = {.model = m, .x = x, .linear = w, .norm = norm, .rows = rows, .target = target,
+                       .activation = activation, .out = out};
+    sleb_pool_run(m->pool, linear_thread, &c);
+    return 0;
+}
+
+static void attention_thread(void *argument, int32_t index) {
+    const operator_call *c = argument;
+    const sleb_model *m = c->model;
+    tiles_begin();
+    if (index == 0) plan_pieces(m, c->step, m->workspace);
+    sleb_barrier(m->pool);
+    size_t stride = (size_t)m->num_heads * m->head_dim * 4;
+    attention at = {m, c->unit, c->step, c->x, m->workspace->query, (char *)c->out, stride, ROWS_F32, c->step->num_tokens,
+                    c->step->num_sequences};
+    attend(&at, &m->workspace->locals[index]);
+    tiles_end();
+}
+
+/* qkv [T, (H + 2K) · D] to attended heads [T, H · D]; keys and values are stored. */
+static int32_t attention_op(const sleb_model *m, const sleb_unit *u, const sleb_step *s, const float *qkv, float *out) {
+    operator_call c = {.model = m, .unit = u, .step = s, .x = qkv, .out = out};
+    sleb_pool_run(m->pool, attention_thread, &c);
+    return 0;
+}

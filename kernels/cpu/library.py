@@ -1,0 +1,331 @@
+"""The C kernels as Python sees them: records, memory, packed weights, threads.
+
+`sleb_cpu.h` describes the records field by field; the classes here have the same fields in the same order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb.kernels.cpu.build import find_library, why_unavailable
+from sleb.kernels.cpu.features import cpu_features, isa_level
+from sleb.kernels.quantization import Int4Weight, Int8Weight
+
+F32, F16, BF16, I8, I4 = range(5)
+FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+NORMS = {"rms": 0, "layer": 1}
+ACTIVATIONS = {
+    "silu": 0,
+    "swish": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_new": 3,
+    "gelu_pytorch_tanh": 3,
+}
+PAGE_SIZES = (16, 32, 64, 128)  # a page must hold whole columns of 16 keys and divide a chunk of 128
+EMULATED = "amx-emulated"
+# How often an idle thread looks for work before it sleeps: some 50 µs, the time between the steps of a fast model.
+_SPIN = 2000
+_CHUNK = 64 << 20
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+_pointer, _int = ctypes.c_void_p, ctypes.c_int32
+
+
+class NativeUnavailableError(Exception):
+    """The C kernels cannot run here; the message says why."""
+
+
+class Linear(ctypes.Structure):
+    """sleb_linear"""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("data", "scale", "bias")),
+        *((name, _int) for name in ("format", "n", "k", "gated")),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """sleb_norm"""
+
+    _fields_ = [("weight", _pointer), ("bias", _pointer)]
+
+
+class Unit(ctypes.Structure):
+    """sleb_unit"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("first", Linear),
+        ("second", Linear),
+        *((name, _pointer) for name in ("query_norm", "key_norm", "key_cache", "value_cache")),
+        *((name, _int) for name in ("is_attention", "rotate", "window", "activation", "gated")),
+    ]
+
+
+class Model(ctypes.Structure):
+    """sleb_model"""
+
+    _fields_ = [
+        *(
+            (name, _int)
+            for name in (
+                *("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_half", "vocab_size"),
+                *("norm_kind", "num_units", "page_size", "kv_format", "embed_format", "embed_packed"),
+                *("max_tokens", "position_offset"),
+            )
+        ),
+        ("norm_eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        *((name, _pointer) for name in ("cos", "sin", "embed", "position_embed", "units")),
+        ("final_norm", Norm),
+        ("has_final_norm", _int),
+        ("head", Linear),
+        ("pool", _pointer),
+        ("workspace", _pointer),
+    ]
+
+
+class Step(ctypes.Structure):
+    """sleb_step"""
+
+    _fields_ = [
+        *((name, _int) for name in ("num_tokens", "num_sequences", "num_samples", "reserved")),
+        *(
+            (name, _pointer)
+            for name in (
+                *("token_ids", "positions", "query_starts", "context_lens", "page_starts", "pages"),
+                *("unit_sequences", "samples", "logits", "argmax"),
+            )
+        ),
+    ]
+
+
+_model_p, _unit_p, _step_p = ctypes.POINTER(Model), ctypes.POINTER(Unit), ctypes.POINTER(Step)
+_linear_p, _norm_p = ctypes.POINTER(Linear), ctypes.POINTER(Norm)
+
+
+class Isa(ctypes.Structure):
+    """sleb_isa"""
+
+    _fields_ = [
+        ("forward", ctypes.CFUNCTYPE(_int, _model_p, _step_p)),
+        ("head", ctypes.CFUNCTYPE(_int, _model_p, _pointer, _int, _pointer, _pointer)),
+        (
+            "linear",
+            ctypes.CFUNCTYPE(_int, _model_p, _norm_p, _linear_p, _pointer, _int, _int, _int, _pointer),
+        ),
+        ("attention", ctypes.CFUNCTYPE(_int, _model_p, _unit_p, _step_p, _pointer, _pointer)),
+    ]
+
+
+# Name -> result and arguments.
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "sleb_select": (ctypes.POINTER(Isa), [ctypes.c_char_p]),
+    "sleb_pool_create": (_pointer, [_int, _pointer, _int]),
+    "sleb_pool_num_threads": (_int, [_pointer]),
+    "sleb_pool_destroy": (None, [_pointer]),
+    "sleb_map": (_pointer, [ctypes.c_size_t, _int]),
+    "sleb_unmap": (None, [_pointer, ctypes.c_size_t]),
+    "sleb_packed_bytes": (ctypes.c_size_t, [_linear_p]),
+    "sleb_num_packed_outputs": (_int, [_linear_p]),
+    "sleb_pack_vector": (None, [_linear_p, _pointer, _pointer]),
+    "sleb_pack": (None, [_pointer, _linear_p, _pointer, _pointer, _pointer, _pointer]),
+    "sleb_workspace_create": (
+        _pointer,
+        [_model_p, _int, _int, _int, _int, ctypes.POINTER(ctypes.c_size_t)],
+    ),
+    "sleb_workspace_destroy": (None, [_pointer, ctypes.c_size_t]),
+    "sleb_workspace_residual": (_pointer, [_pointer]),
+    "sleb_read": (ctypes.c_uint64, [_pointer, _pointer, ctypes.c_size_t]),
+}
+
+
+class Arena:
+    """Memory in huge pages, handed out piece by piece and freed together with the arena."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._next = self._end = 0
+
+    def take(self, num_bytes: int) -> int:
+        """The address of num_bytes zeroed bytes, aligned to 64. Raises MemoryError."""
+        size = -(-num_bytes // 64) * 64
+        if self._next + size > self._end:
+            self._next, self._end = self.map(max(size, _CHUNK), huge=True)
+        address, self._next = self._next, self._next + size
+        return address
+
+    def map(self, num_bytes: int, huge: bool) -> tuple[int, int]:
+        """A mapping of its own, from its first address to its end; physical memory comes as it is touched."""
+        address = self._library.sleb_map(num_bytes, huge)
+        if not address:
+            raise MemoryError(f"the system gives no {num_bytes} bytes")
+        weakref.finalize(self, self._library.sleb_unmap, address, num_bytes)
+        return address, address + num_bytes
+
+
+@dataclass
+class PackedLinear:
+    """A matrix as the kernels read it; `num_bytes` of weights, scales and bias."""
+
+    record: Linear
+    num_bytes: int
+
+
+@dataclass
+class NativeKernels:
+    """The kernels of one instruction set, and the threads that run them.
+
+    Attributes:
+        level: avx512, avx512bf16, amx or amx-emulated.
+        isa: the entry points; forward.h and sleb_cpu.h document them.
+    """
+
+    level: str
+    num_threads: int
+    library: Any
+    isa: Any
+    pool: int
+    arena: Arena = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arena = Arena(self.library)
+
+    @classmethod
+    def load(
+        cls, num_threads: int | None = None, level: str | None = None, cpus: Sequence[int] | None = None
+    ) -> NativeKernels:
+        """The kernels for this processor.
+
+        num_threads: the caller included; None: one a physical core that the process may use. level: None for the
+        best one. cpus: the processor that each thread is tied to, the caller's first; None: the system decides.
+        Raises NativeUnavailableError.
+        """
+        level = level or isa_level()
+        if level == "none":
+            raise NativeUnavailableError(_why_no_level())
+        path = find_library()
+        if path is None:
+            raise NativeUnavailableError(why_unavailable() or "the library is not there")
+        try:
+            library: Any = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from None
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        isa = library.sleb_select(level.encode())
+        if not isa and level == "amx":  # the system does not let this process use the tiles
+            level = "avx512bf16"
+            isa = library.sleb_select(level.encode())
+        if not isa:
+            raise NativeUnavailableError(f"there are no kernels for '{level}'")
+        count = num_threads or (len(cpus) if cpus else default_num_threads())
+        pool = library.sleb_pool_create(count, int32_array(cpus) if cpus else None, _SPIN)
+        if not pool:
+            raise NativeUnavailableError("the system gives no memory for threads")
+        kernels = cls(level, library.sleb_pool_num_threads(pool), library, isa.contents, pool)
+        weakref.finalize(kernels, library.sleb_pool_destroy, pool)
+        return kernels
+
+    def pack(
+        self, weight: Tensor | Int8Weight | Int4Weight, bias: Tensor | None = None, gated: bool = False
+    ) -> PackedLinear:
+        """Packs weight [n, k], on the CPU; when `gated` its rows are gate, then up. The tensors may go afterwards."""
+        rows, columns = weight.shape
+        record = Linear(format=format_of(weight), n=rows, k=columns, gated=gated)
+        size = self.library.sleb_packed_bytes(record)
+        record.data = self.arena.take(size)
+        values, scale, minimum = _parts(weight)
+        self.library.sleb_pack(
+            self.pool, record, values.data_ptr(), _address(scale), _address(minimum), record.data
+        )
+        if isinstance(weight, Int8Weight):
+            record.scale = self._pack_vector(record, weight.scale)
+            size += 4 * rows
+        if bias is not None:
+            record.bias = self._pack_vector(record, bias)
+            size += 4 * rows
+        return PackedLinear(record, size)
+
+    def keep(self, vector: Tensor | None) -> int | None:
+        """The address of a float32 copy of a small tensor, or None."""
+        if vector is None:
+            return None
+        values = vector.detach().to(torch.float32).contiguous()
+        address = self.arena.take(values.nbytes)
+        ctypes.memmove(address, values.data_ptr(), values.nbytes)
+        return address
+
+    def read_bandwidth(self, num_bytes: int = 512 << 20) -> float:
+        """GB/s (10⁹ bytes) at which all threads read num_bytes of memory, once: what bounds a small batch."""
+        num_bytes = max(num_bytes >> 20, 1) << 20
+        arena = Arena(self.library)
+        address, _ = arena.map(num_bytes, huge=True)
+        ctypes.memset(address, 1, num_bytes)
+        begin = time.perf_counter()
+        self.library.sleb_read(self.pool, address, num_bytes)
+        return num_bytes / (time.perf_counter() - begin) / 1e9
+
+    def _pack_vector(self, record: Linear, vector: Tensor) -> int:
+        values = vector.to(torch.float32).contiguous()
+        address = self.arena.take(4 * self.library.sleb_num_packed_outputs(record))
+        self.library.sleb_pack_vector(record, values.data_ptr(), address)
+        return address
+
+
+def format_of(weight: Tensor | Int8Weight | Int4Weight) -> int:
+    """The number of a weight's element format in sleb_cpu.h."""
+    if isinstance(weight, Int8Weight):
+        return I8
+    if isinstance(weight, Int4Weight):
+        return I4
+    return FORMATS[weight.dtype]
+
+
+def _parts(weight: Tensor | Int8Weight | Int4Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(weight, Int4Weight):
+        return weight.values.contiguous(), weight.scale.contiguous(), weight.minimum.contiguous()
+    if isinstance(weight, Int8Weight):
+        return weight.values.contiguous(), None, None
+    return weight.detach().contiguous(), None, None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def default_num_threads() -> int:
+    """One thread a physical core that this process may use: two on one core share what a kernel needs whole.
+
+    No more than a container's quota of processor time pays for: threads that wait for one another must all run.
+    """
+    num_cores = max(1, cpu_features().num_cores)
+    try:
+        quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(num_cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return num_cores
+
+
+def _why_no_level() -> str:
+    features = cpu_features()
+    if os.environ.get("SLEB_CPU_ISA") == "none":
+        return "SLEB_CPU_ISA is none"
+    return f"{features.model or features.arch} has no AVX-512 with VNNI"
+
+
+def int32_array(values: Sequence[int]) -> Any:
+    """A C array of 32-bit integers."""
+    return (_int * len(values))(*values)

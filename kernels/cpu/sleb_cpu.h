@@ -1,0 +1,89 @@
+/* The interface of the CPU kernels: plain records, filled in by library.py, read by every file here.
+ *
+ * Shapes: T tokens of a step, E hidden size, H query heads, K key-value heads, D head dimension, Dp = D padded to
+ * 16, S sequences, B rows that sample. All pointers are to 64-byte aligned memory unless they say otherwise.
+ */
+#ifndef SLEB_CPU_H
+#define SLEB_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SLEB_EXPORT __attribute__((visibility("default")))
+
+/* Weights are packed in panels of 32 outputs; the inputs K of a matrix are padded with zeros to a multiple of 32. */
+enum { SLEB_PANEL = 32, SLEB_GROUP = 32, SLEB_LINE = 64 };
+
+/* Element formats. I8: unsigned q, w = scale[n] (q - 128). I4: w = scale q + minimum by groups of 32 inputs. */
+enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4 };
+
+enum { SLEB_NORM_RMS, SLEB_NORM_LAYER };
+enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH };
+
+/* A packed matrix [n, k]. When gated, rows [0, n/2) are gate and the rest up, and a panel holds 16 of each. */
+typedef struct {
+    const void *data;
+    const float *scale; /* I8: [panels · 32] in the panels' order; otherwise NULL */
+    const float *bias;  /* [panels · 32] in the panels' order, or NULL */
+    int32_t format, n, k, gated;
+} sleb_linear;
+
+typedef struct {
+    const float *weight, *bias; /* [features] or NULL */
+} sleb_norm;
+
+/* One sublayer: norm, a first product (qkv, or up), attention or activation, a second product (out, or down). */
+typedef struct {
+    sleb_norm norm;
+    sleb_linear first, second;
+    const float *query_norm, *key_norm; /* [D] or NULL */
+    void *key_cache, *value_cache;      /* attention only; see attention.h for the layout of a page */
+    int32_t is_attention;
+    int32_t rotate;     /* whether this block rotates its queries and keys */
+    int32_t window;     /* a token sees itself and the window - 1 before it; 0 for all */
+    int32_t activation; /* MLP only */
+    int32_t gated;      /* MLP only */
+} sleb_unit;
+
+typedef struct sleb_pool sleb_pool;
+typedef struct sleb_workspace sleb_workspace;
+
+typedef struct {
+    int32_t hidden_size, num_heads, num_kv_heads, head_dim, rotary_half, vocab_size, norm_kind, num_units;
+    int32_t page_size, kv_format, embed_format, embed_packed, max_tokens, position_offset;
+    float norm_eps, scale;
+    const float *cos, *sin;           /* [max_model_len, rotary_half] */
+    const void *embed;                /* row-major [V, E] in embed_format, or the packed head */
+    const void *position_embed;       /* float32 [positions, E], or NULL */
+    const sleb_unit *units;
+    sleb_norm final_norm;
+    int32_t has_final_norm;
+    sleb_linear head;
+    sleb_pool *pool;
+    sleb_workspace *workspace;
+} sleb_model;
+
+/* One forward pass. Sequences by ascending depth, so that every unit runs a prefix of them. */
+typedef struct {
+    int32_t num_tokens, num_sequences, num_samples, reserved;
+    const int32_t *token_ids, *positions;       /* [T] */
+    const int32_t *query_starts;                /* [S + 1] */
+    const int32_t *context_lens;                /* [S], new tokens included */
+    const int32_t *page_starts;                 /* [S], where a sequence's pages begin in `pages` */
+    const int32_t *pages;
+    const int32_t *unit_sequences;              /* [units]: how many sequences run it */
+    const int32_t *samples;                     /* [B], tokens whose logits are wanted */
+    float *logits;                              /* [B, V] or NULL */
+    int32_t *argmax;                            /* [B] or NULL */
+} sleb_step;
+
+/* The entry points compiled for one instruction set. They return 0; forward.h says what each computes. */
+typedef struct {
+    int32_t (*forward)(const sleb_model *, const sleb_step *);
+    int32_t (*head)(const sleb_model *, const float *rows, int32_t num_rows, float *logits, int32_t *argmax);
+    int32_t (*linear)(const sleb_model *, const sleb_norm *, const sleb_linear *, const float *x, int32_t rows,
+                      int32_t target, int32_t activation, float *out);
+    int32_t (*attention)(const sleb_model *, const sleb_unit *, const sleb_step *, const float *qkv, float *out);
+} sleb_isa;
+
+#endif

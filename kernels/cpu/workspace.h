@@ -1,0 +1,47 @@
+/* Memory that a model's steps use again and again: made once, zeroed, so that padding stays finite. */
+#ifndef SLEB_WORKSPACE_H
+#define SLEB_WORKSPACE_H
+
+#include "sleb_cpu.h"
+
+enum { SLEB_FEW_ROWS = 4, SLEB_ATTENTION_ROWS = 32, SLEB_ATTENTION_KEYS = 128 };
+
+/* What one thread needs for itself. */
+typedef struct {
+    char *few;            /* a product's operand of a few rows, which each thread prepares on its own */
+    float *few_scale, *few_offset;
+    int32_t *few_init;
+    float *row;           /* one row in float32 */
+    float *tile;          /* [32, 32] sums */
+    char *panel;          /* a panel of weights widened to bf16 */
+    float *best;          /* [B] highest logit so far */
+    int32_t *best_index;  /* [B] */
+    float *scores;        /* [rows, keys] */
+    char *shares;         /* [rows, keys] softmax numerators */
+    float *mixed;         /* [rows, Dp] */
+    float *stats;         /* [2, rows] maximum and sum */
+} sleb_local;
+
+/* A piece of attention work: one key-value head's part is a task. */
+typedef struct {
+    int32_t sequence, first_row, num_rows, first_key, num_keys, num_splits, partial; /* partial: -1 when whole */
+} sleb_piece;
+
+struct sleb_workspace {
+    int32_t max_tokens, max_rows, max_samples, max_pieces, max_partials;
+    int32_t max_groups;
+    float *residual;              /* [T, E] */
+    float *first;                 /* [T, qkv features] */
+    char *query;                  /* [T, H, Dp] */
+    char *attended, *activated;   /* [T, .], as the next product reads them, or float32 */
+    char *operand;                /* [T, .] */
+    float *group_scale, *group_offset;
+    int32_t *group_init;
+    float *head_rows;             /* [B, E] */
+    sleb_piece *pieces;
+    int32_t *piece_ends;          /* [S + 1]: pieces of the first sequences */
+    float *partials;              /* [partials, K, rows, Dp + 2] */
+    sleb_local *locals;
+};
+
+#endif
