@@ -161,6 +161,11 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
         )
 
+    @property
+    def description(self) -> str:
+        """What computes, with which weights, in one line."""
+        return self.runner.description
+
     def weight_bytes(self, depth: int) -> int:
         """Bytes of the weights that a request at `depth` uses."""
         return self.runner.weight_bytes(depth)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sleb.engine.decoder import Decoder
 from sleb.engine.kv_cache import PagedKVCache
-from sleb.engine.step import StepInput
+from sleb.engine.step import Step, StepInput
 from sleb.kernels.batch import PagedBatch
 from sleb.units import Sublayer
 
@@ -22,17 +25,86 @@ class PlannedSublayer:
     removed_at: int | None
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What a step gives. T tokens, B of them sampled from; E hidden size, V vocabulary.
+
+    Attributes:
+        hidden: [T, E], the residual stream after the last sublayer; valid until the next step.
+        logits: [B, V] float32, to be changed at will; None if nothing is sampled or `greedy` is there.
+        greedy: the most probable token of each of the B, where only that was asked for and the executor can tell.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None
+    greedy: list[int] | None
+
+
+class Executor(Protocol):
+    """Computes steps and stores their K and V."""
+
+    name: str
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads that compute."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What computes, in words."""
+        ...
+
+    def run(self, step: Step, samples: Sequence[int], greedy: bool) -> Forward:
+        """The step's rows; `samples` are the tokens to sample from, `greedy` says that the most probable will do."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: rows of `Forward.hidden` [B, E] to logits [B, V] in float32."""
+        ...
+
+
 class EagerExecutor:
     """Runs the plan in order; every sublayer touches only the prefix of rows whose tier keeps it."""
 
-    def __init__(self, decoder: Decoder, kv_cache: PagedKVCache, plan: tuple[PlannedSublayer, ...]) -> None:
-        self._decoder = decoder
-        self._kv_cache = kv_cache
+    def __init__(
+        self, decoder: Decoder, kv_cache: PagedKVCache, plan: tuple[PlannedSublayer, ...], page_size: int
+    ) -> None:
+        self.name = decoder.kernels.name
+        self.decoder = decoder
+        self.kv_cache = kv_cache
         self._plan = plan
+        self._page_size = page_size
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads that compute."""
+        return torch.get_num_threads()
+
+    @property
+    def description(self) -> str:
+        """What computes, in words."""
+        device = self.decoder.device
+        threads = f", {self.num_threads} threads" if device.type == "cpu" else ""
+        return f"{self.name} operators on {device}{threads}"
+
+    @torch.inference_mode()
+    def run(self, step: Step, samples: Sequence[int], greedy: bool) -> Forward:
+        """One step; see `Executor`. Logits are given whatever `greedy` says."""
+        device = self.decoder.device
+        hidden = self(StepInput(step, self._page_size, device))
+        if not samples:
+            return Forward(hidden, None, None)
+        return Forward(hidden, self.logits(hidden[torch.tensor(samples, device=device)]), None)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Executor`."""
+        return self.decoder.logits(hidden)
 
     def __call__(self, step: StepInput) -> Tensor:
         """The residual stream [T, E] of all the step's tokens after their last sublayer; K and V are stored."""
-        decoder = self._decoder
+        decoder = self.decoder
         residual = decoder.embed(step.token_ids, step.positions)
         rotation = decoder.rotation(step.positions)
         for planned in self._plan:
@@ -53,9 +125,9 @@ class EagerExecutor:
     def _attend(
         self, slots: Tensor, batch: PagedBatch, block: int, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        spec, kernels = self._decoder.spec, self._decoder.kernels
-        key_cache, value_cache = self._kv_cache.layer(block)
+        spec, kernels = self.decoder.spec, self.decoder.kernels
+        key_cache, value_cache = self.kv_cache.layer(block)
         kernels.store_kv(key, value, key_cache, value_cache, slots)
         return kernels.paged_attention(
-            query, key_cache, value_cache, batch, self._decoder.scale, spec.windows[block]
+            query, key_cache, value_cache, batch, self.decoder.scale, spec.windows[block]
         )

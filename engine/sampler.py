@@ -30,6 +30,7 @@ class Sampler:
         self._kernels = kernels
         self._eos = eos_token_ids
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[SampledToken]:
         """logits [B, V] float32, one row a request, changed in place; returns one token a row."""
         reported = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
@@ -49,6 +50,7 @@ class Sampler:
             logprobs = dict(zip(reported, self.logprobs(raw, chosen, tops), strict=True))
         return [SampledToken(token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids)]
 
+    @torch.inference_mode()
     def logprobs(self, logits: Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprobs]:
         """Log-probability of token_ids [B] under logits [B, V], each with its `tops` most probable alternatives."""
         wanted = torch.tensor(token_ids, device=logits.device)
@@ -88,6 +90,12 @@ class Sampler:
             stops = (set() if params.ignore_eos else self._eos) | set(params.stop_token_ids)
             if stops:
                 logits[torch.tensor(sorted(stops), device=logits.device)] = NEVER
+
+
+def takes_most_probable(request: Request) -> bool:
+    """Whether the request wants the token of the highest logit and nothing else."""
+    params = request.params
+    return params.temperature == 0.0 and params.logprobs is None and not _adjusts(request)
 
 
 def _adjusts(request: Request) -> bool:

@@ -48,7 +48,7 @@ class DecoderScorer:
         spec = resolve_spec(resolved.path)
         chosen = resolve_dtype(dtype, "auto", spec.checkpoint_dtype)
         weights = load_weights(resolved.path, spec, all_sublayers(spec), chosen, target)
-        kernels = select_kernels("auto", target, chosen)
+        kernels = select_kernels("torch", target)
         decoder = Decoder(spec, weights, kernels, spec.max_positions, target)
         return cls(decoder, resolved.name, TextProcessor(resolved.path))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from sleb.errors import ConfigError
 from sleb.kernels import reference
 from sleb.kernels.batch import PagedBatch
+from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
+from sleb.kernels.quantization import Weight
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Kernels:
     name: str
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     activate: Callable[[Tensor, str], Tensor]
     gated_activate: Callable[[Tensor, str], Tensor]
@@ -28,11 +30,16 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor]
     greedy: Callable[[Tensor], Tensor]
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
+    native: NativeKernels | None = None
+    """C kernels that run a whole step as one call; the functions above then serve what lies outside of steps."""
+    note: str = ""
+    """Why nothing faster was chosen."""
 
 
-def _torch_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def _torch_kernels(note: str = "") -> Kernels:
     return Kernels(
         name="torch",
+        note=note,
         rms_norm=reference.rms_norm,
         layer_norm=reference.layer_norm,
         linear=reference.linear,
@@ -46,17 +53,28 @@ def _torch_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     )
 
 
-BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Kernels]] = {"torch": _torch_kernels}
+BACKENDS = ("torch", "cpu")
 
 
-def select_kernels(name: str, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernel set called `name`, or the best one for this device and dtype when it is "auto".
+def select_kernels(
+    name: str, device: torch.device, num_threads: int | None = None, cpus: Sequence[int] | None = None
+) -> Kernels:
+    """The kernel set called `name`, or the best one for this device when it is "auto".
 
-    Raises ConfigError when there is none of that name; the message lists those that exist.
+    num_threads, cpus: of the C kernels for a CPU, see `NativeKernels.load`. Raises ConfigError when there is none of
+    that name, with those that exist, and when it cannot run here, with the reason.
     """
-    chosen = "torch" if name == "auto" else name
-    if chosen not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ConfigError(
             f"kernel backend '{name}' does not exist; choose one of: auto, {', '.join(BACKENDS)}"
         )
-    return BACKENDS[chosen](device, dtype)
+    if name == "torch" or (name == "auto" and device.type != "cpu"):
+        return _torch_kernels()
+    if device.type != "cpu":
+        raise ConfigError(f"kernels 'cpu' do not run on {device}; use kernels auto or torch")
+    try:
+        return replace(_torch_kernels(), name="cpu", native=NativeKernels.load(num_threads, cpus=cpus))
+    except NativeUnavailableError as reason:
+        if name == "cpu":
+            raise ConfigError(f"kernels 'cpu' cannot be used: {reason}; use kernels auto or torch") from None
+        return _torch_kernels(note=str(reason))

@@ -166,7 +166,7 @@ def serve(
         begin = time.monotonic()
         engine = (make_engine or _load_engine)(engine_config)
         can_chat = warm_up(engine)
-        _say(console, f"Loaded in {time.monotonic() - begin:.1f} s.")
+        _say(console, f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
         context = ServerContext.create(engine, options, engine_config.max_num_seqs)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again

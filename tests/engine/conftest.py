@@ -17,7 +17,7 @@ from sleb.engine.llm import LLM
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.request import Request, Tier
 from sleb.engine.sampling_params import SamplingParams
-from sleb.engine.step import ScheduledRow, Step, StepInput
+from sleb.engine.step import ScheduledRow, Step
 from sleb.layer_map import LayerMap, Unit
 
 TOLERANCE = 1e-4
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="session")
 def make_llm() -> Callable[..., LLM]:
-    """make_llm(TinyModel or folder, removed=units or blocks, tiers=…, **options): float32, small pages.
+    """make_llm(TinyModel or folder, removed=units or blocks, tiers=…, **options): float32, small pages, torch.
 
     Without `tiers` it serves the one depth that all of `removed` makes.
     """
@@ -37,7 +37,14 @@ def make_llm() -> Callable[..., LLM]:
         num_blocks = model.num_blocks if hasattr(model, "num_blocks") else 6
         units = tuple(unit if isinstance(unit, Unit) else Unit(unit) for unit in removed)
         layer_map = LayerMap(model=path.name, fingerprint=None, num_blocks=num_blocks, removed=units)
-        options = {"page_size": 4, "max_num_seqs": 8, "dtype": "float32", "device": "cpu"} | options
+        defaults = {
+            "page_size": 4,
+            "max_num_seqs": 8,
+            "dtype": "float32",
+            "device": "cpu",
+            "kernels": "torch",
+        }
+        options = defaults | options
         return LLM(path, layer_map, tiers, **options)
 
     return make
@@ -78,11 +85,10 @@ def forward() -> Callable[..., Tensor]:
     """forward(engine, [(request, start, end), …]): logits [T, V] of a step made by hand, past the scheduler."""
 
     def run(engine: Engine, rows: Sequence[tuple[Request, int, int]]) -> Tensor:
-        runner = engine.runner
+        executor = engine.runner.executor
         step = Step([ScheduledRow(request, start, end - start) for request, start, end in rows])
         with torch.inference_mode():
-            hidden = runner._execute(StepInput(step, runner.page_size, runner.device))
-            return runner.decoder.logits(hidden)
+            return executor.logits(executor.run(step, [], greedy=False).hidden)
 
     return run
 

@@ -455,8 +455,8 @@ class TestText:
 class TestLowPrecision:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_runs_and_is_near_float32(self, dtype, tiny_model_dir, llm):
-        low = LLM(tiny_model_dir, dtype=dtype)
-        assert low.engine.runner.weights.embed.dtype == getattr(torch, dtype)
+        low = LLM(tiny_model_dir, dtype=dtype, kernels="torch")
+        assert low.engine.runner.executor.decoder.weights.embed.dtype == getattr(torch, dtype)
         ids = list(range(40, 80))
         assert (low.score(ids) - llm.score(ids, depth=0)).abs().mean() < 0.3
         assert low.engine.weight_bytes(0) * 2 == llm.engine.weight_bytes(0)

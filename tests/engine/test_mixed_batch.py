@@ -9,7 +9,7 @@ import torch
 
 from sleb.engine.kv_cache import GIB
 from sleb.engine.sampling_params import SamplingParams
-from sleb.engine.step import ScheduledRow, Step, StepInput
+from sleb.engine.step import ScheduledRow, Step
 from sleb.layer_map import Unit
 
 TOLERANCE = 1e-4
@@ -187,13 +187,12 @@ class Rig:
 
     @torch.inference_mode()
     def run(self):
-        runner = self.engine.runner
-        return runner._execute(StepInput(Step(self.rows), runner.page_size, runner.device)).clone()
+        return self.engine.runner.executor.run(Step(self.rows), [], greedy=False).hidden.clone()
 
 
 def test_every_sublayer_gets_exactly_the_rows_that_keep_it(tiny_model, make_llm, make_request, monkeypatch):
     engine = make_llm(tiny_model("llama-gqa"), CHAIN, TIERS).engine
-    rig, decoder = Rig(engine, make_request), engine.runner.decoder
+    rig, decoder = Rig(engine, make_request), engine.runner.executor.decoder
     seen, run = {}, decoder.run
 
     def spy(sublayer, residual, rotation, attend):
@@ -217,17 +216,17 @@ def test_a_row_that_runs_nothing_keeps_its_embedding(tiny_model, make_llm, make_
     engine = make_llm(tiny_model("llama-gqa"), CHAIN, TIERS).engine
     rig = Rig(engine, make_request)
     residual = rig.run()
-    embedding = engine.runner.weights.embed[rig.rows[3].request.tokens]
+    embedding = engine.runner.executor.decoder.weights.embed[rig.rows[3].request.tokens]
     assert torch.equal(residual[12:], embedding)
     assert not torch.allclose(
-        residual[6:12], engine.runner.weights.embed[rig.rows[2].request.tokens], atol=0.1
+        residual[6:12], engine.runner.executor.decoder.weights.embed[rig.rows[2].request.tokens], atol=0.1
     )
 
 
 @pytest.mark.parametrize("poisoned", range(4), ids=["depth-0", "depth-0-one-token", "depth-3", "depth-6"])
 def test_nan_in_one_row_stays_in_that_row(poisoned, tiny_model, make_llm, make_request, monkeypatch):
     engine = make_llm(tiny_model("llama-gqa"), CHAIN, TIERS).engine
-    rig, decoder = Rig(engine, make_request), engine.runner.decoder
+    rig, decoder = Rig(engine, make_request), engine.runner.executor.decoder
     clean, embed = rig.run(), decoder.embed
 
     def poison(token_ids, positions):
@@ -247,7 +246,7 @@ def test_nan_in_one_row_stays_in_that_row(poisoned, tiny_model, make_llm, make_r
 def test_what_others_left_in_the_cache_is_never_read(tiny_model, make_llm, make_request):
     """Every slot but a row's own holds NaN, and so do the own ones at the blocks that its depth lacks."""
     engine = make_llm(tiny_model("llama-gqa"), CHAIN, TIERS).engine
-    rig, cache = Rig(engine, make_request), engine.runner._execute._kv_cache
+    rig, cache = Rig(engine, make_request), engine.runner.executor.kv_cache
     clean = rig.run()
     cache._keys.fill_(float("nan"))
     cache._values.fill_(float("nan"))
@@ -259,10 +258,10 @@ def test_a_tier_served_alone_allocates_only_what_it_keeps(tiny_model, make_llm):
     model = tiny_model("llama-gqa")
     alone = make_llm(model, CHAIN, (3,)).engine
     both = make_llm(model, CHAIN, (0, 3)).engine
-    assert sorted(alone.runner.weights.attention) == [0, 2]
-    assert sorted(alone.runner.weights.mlp) == [0, 2, 4]
-    assert sorted(both.runner.weights.attention) == [0, 1, 2, 3, 4]
-    assert len(alone.runner._execute._kv_cache._layers) == 2
+    assert sorted(alone.runner.executor.decoder.weights.attention) == [0, 2]
+    assert sorted(alone.runner.executor.decoder.weights.mlp) == [0, 2, 4]
+    assert sorted(both.runner.executor.decoder.weights.attention) == [0, 1, 2, 3, 4]
+    assert len(alone.runner.executor.kv_cache._layers) == 2
     spec = both.spec
     assert both.kv_bytes_per_token(0) == 2 * 5 * spec.num_kv_heads * spec.head_dim * 4
     assert (

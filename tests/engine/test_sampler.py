@@ -19,7 +19,7 @@ SIZE = 12
 
 @pytest.fixture(scope="session")
 def sampler():
-    return Sampler(select_kernels("torch", torch.device("cpu"), torch.float32), EOS)
+    return Sampler(select_kernels("torch", torch.device("cpu")), EOS)
 
 
 @pytest.fixture(scope="session")

@@ -222,19 +222,22 @@ def test_log_softmax_gather_and_greedy():
 
 
 class TestRegistry:
-    def test_auto_is_the_torch_backend(self):
+    def test_auto_is_the_torch_backend_on_a_card_and_where_the_c_kernels_cannot_run(self, monkeypatch):
+        from sleb.errors import ConfigError
         from sleb.kernels.registry import select_kernels
 
-        device = torch.device("cpu")
-        assert (
-            select_kernels("auto", device, torch.float32).name
-            == select_kernels("torch", device, torch.float32).name
-        )
+        assert select_kernels("auto", torch.device("cuda")).name == "torch"
+        monkeypatch.setenv("SLEB_CPU_ISA", "none")
+        kernels = select_kernels("auto", torch.device("cpu"))
+        assert (kernels.name, kernels.native) == ("torch", None)
+        assert "SLEB_CPU_ISA" in kernels.note
+        with pytest.raises(ConfigError, match="SLEB_CPU_ISA"):
+            select_kernels("cpu", torch.device("cpu"))
 
     def test_an_explicit_choice_that_cannot_be_met_lists_what_can(self):
         from sleb.errors import ConfigError
         from sleb.kernels.registry import BACKENDS, select_kernels
 
         with pytest.raises(ConfigError, match="'cuda-graph'") as caught:
-            select_kernels("cuda-graph", torch.device("cpu"), torch.float32)
+            select_kernels("cuda-graph", torch.device("cpu"))
         assert all(name in str(caught.value) for name in BACKENDS)

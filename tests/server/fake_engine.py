@@ -97,6 +97,10 @@ class FakeEngine:
             "".join(str(message["content"]) for message in messages) + kwargs.get("suffix", "")
         )
 
+    @property
+    def description(self):
+        return "nothing at all"
+
     def weight_bytes(self, depth):
         return 1000 * (NUM_BLOCKS - depth)
 
