@@ -144,7 +144,7 @@ static void place_token(const attention *at, int32_t token, int32_t sequence, sl
 
 /* --- the work, in pieces --- */
 
-enum { MIN_SPLIT_KEYS = 256 };
+enum { MIN_SPLIT_KEYS = 256, AHEAD_KEYS = 64 };
 
 INLINE int32_t rows_a_piece(void) { return SLEB_HAS_AMX ? SLEB_ATTENTION_ROWS : MAX_ROWS; }
 
@@ -261,6 +261,17 @@ static void mix_values(const sleb_model *m, const char *const *pages, int32_t nu
     }
 }
 
+/* Asks for the memory of a page of keys and of one of values: pages lie apart, and nothing else foresees them. */
+static void foresee_page(const attention *at, const int32_t *pages, int32_t number, int32_t head) {
+    const sleb_model *m = at->model;
+    size_t from = page_offset(m, pages[number], head), bytes = page_offset(m, 0, 1);
+    const char *keys = (const char *)at->unit->key_cache + from, *values = (const char *)at->unit->value_cache + from;
+    for (size_t line = 0; line < bytes; line += 64) {
+        _mm_prefetch(keys + line, _MM_HINT_T0);
+        _mm_prefetch(values + line, _MM_HINT_T0);
+    }
+}
+
 /* One piece of one key-value head: local->mixed [rows, Dp] unnormalised, local->stats its maxima and sums. */
 static void attend_piece(const attention *at, const sleb_piece *piece, int32_t head, sleb_local *local) {
     const sleb_model *m = at->model;
@@ -292,8 +303,13 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
             if (key % page_size == 0) value_pages[(key - chunk) / page_size] = (const char *)at->unit->value_cache + from;
         }
         key_columns[columns] = key_columns[columns - 1];
-        for (int32_t c = 0; c < columns; c += 2)
+        for (int32_t c = 0; c < columns; c += 2) {
+            /* A few rows wait for memory; for more the pages are in the cache since the piece before. */
+            for (int32_t key = chunk + 16 * c; rows < MAX_ROWS && key < chunk + 16 * (c + 2); key += 16)
+                if (key + AHEAD_KEYS < end && (key + AHEAD_KEYS) % page_size == 0)
+                    foresee_page(at, pages, (key + AHEAD_KEYS) / page_size, head);
             score_keys(m, query, rows, key_columns[c], key_columns[c + 1], local->scores + 16 * c);
+        }
         int32_t num_pages = ceil_div(keys, page_size), padded_keys = num_pages * page_size;
         for (int32_t row = 0; row < rows; row++) {
             int32_t position = base + (piece->first_row + row) / group;
@@ -308,6 +324,13 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
         }
         mix_values(m, value_pages, num_pages, rows, local);
     }
+}
+
+/* The first pages of the piece after. */
+static void foresee_piece(const attention *at, const sleb_piece *piece, int32_t head) {
+    const int32_t *pages = at->step->pages + at->step->page_starts[piece->sequence];
+    int32_t page_size = at->model->page_size, end = piece->first_key + min_i(piece->num_keys, AHEAD_KEYS);
+    for (int32_t number = piece->first_key / page_size; number * page_size < end; number++) foresee_page(at, pages, number, head);
 }
 
 INLINE size_t partial_floats(const sleb_model *m) {
@@ -375,6 +398,7 @@ static void attend(const attention *at, sleb_local *local) {
         for (int32_t task = begin; task < end; task++) {
             const sleb_piece *piece = &ws->pieces[task % num_pieces];
             int32_t head = task / num_pieces, rows = piece->num_rows;
+            if (task + 1 < end && rows < MAX_ROWS) foresee_piece(at, &ws->pieces[(task + 1) % num_pieces], (task + 1) / num_pieces);
             attend_piece(at, piece, head, local);
             if (piece->partial < 0) {
                 write_attended(at, piece, head, local->mixed, local->stats + SLEB_ATTENTION_ROWS);

@@ -101,6 +101,8 @@ static void unpack_row(const sleb_linear *w, int32_t id, float *out) {
     int32_t panel = id / SLEB_PANEL, half = id % SLEB_PANEL / 16, lane = id % 16;
     const char *data = (const char *)w->data + (size_t)panel * panel_bytes(w);
     float scale = w->scale ? w->scale[id] : 1.0f;
+    for (size_t line = (size_t)half * 64; line < panel_bytes(w); line += 128) /* far apart, so ask for all at once */
+        _mm_prefetch(data + line, _MM_HINT_T0);
     for (int32_t k = 0; k < w->k; k++) {
         if (w->format == SLEB_F32) {
             out[k] = read_f32(data + ((size_t)k * 32 + half * 16 + lane) * 4);

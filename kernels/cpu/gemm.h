@@ -218,8 +218,9 @@ static void multiply_panel(const sleb_linear *w, const operand *x, const epilogu
     }
 }
 
-/* Rows whose operand stays in the second cache while panel after panel passes over them. */
-enum { BLOCK_ROWS = 96 };
+/* Rows whose operand stays in the second cache while panel after panel passes over them. More where there are tiles: a
+ * panel that must be widened for them is widened once a block, and the processors that have them have larger caches. */
+enum { BLOCK_ROWS = SLEB_HAS_AMX ? 256 : 96 };
 
 /* All rows times all panels, shared between the threads; a barrier must follow. */
 static void multiply(sleb_pool *pool, const sleb_linear *w, const operand *x, const epilogue *e, int32_t rows,

@@ -34,9 +34,11 @@ ACTIVATIONS = {
 }
 PAGE_SIZES = (16, 32, 64, 128)  # a page must hold whole columns of 16 keys and divide a chunk of 128
 EMULATED = "amx-emulated"
-# How often an idle thread looks for work before it sleeps: some 50 µs, the time between the steps of a fast model.
-_SPIN = 2000
+# ns for which an idle thread looks for work before it sleeps. Waking it takes some 100 µs, and a fast model's steps are
+# 300 µs of bookkeeping apart.
+_PATIENCE = 2_000_000
 _CHUNK = 64 << 20
+_ENOUGH_CORES = 4
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int32
@@ -132,7 +134,7 @@ class Isa(ctypes.Structure):
 # Name -> result and arguments.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sleb_select": (ctypes.POINTER(Isa), [ctypes.c_char_p]),
-    "sleb_pool_create": (_pointer, [_int, _pointer, _int]),
+    "sleb_pool_create": (_pointer, [_int, _pointer, ctypes.c_int64]),
     "sleb_pool_num_threads": (_int, [_pointer]),
     "sleb_pool_destroy": (None, [_pointer]),
     "sleb_map": (_pointer, [ctypes.c_size_t, _int]),
@@ -232,7 +234,7 @@ class NativeKernels:
         if not isa:
             raise NativeUnavailableError(f"there are no kernels for '{level}'")
         count = num_threads or (len(cpus) if cpus else default_num_threads())
-        pool = library.sleb_pool_create(count, int32_array(cpus) if cpus else None, _SPIN)
+        pool = library.sleb_pool_create(count, int32_array(cpus) if cpus else None, _PATIENCE)
         if not pool:
             raise NativeUnavailableError("the system gives no memory for threads")
         kernels = cls(level, library.sleb_pool_num_threads(pool), library, isa.contents, pool)
@@ -307,16 +309,24 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def default_num_threads() -> int:
-    """One thread a physical core that this process may use: two on one core share what a kernel needs whole.
+    """One thread a physical core that this process may use, since two on one core share what a kernel needs whole.
 
-    No more than a container's quota of processor time pays for: threads that wait for one another must all run.
+    Below four cores every logical processor counts: so few cores cannot keep enough reads under way to use the
+    memory's bandwidth. No more than a container's quota of processor time pays for: threads that wait for one
+    another must all run.
     """
-    num_cores = max(1, cpu_features().num_cores)
+    features = cpu_features()
+    count = features.num_cores if features.num_cores >= _ENOUGH_CORES else num_usable_cpus()
     try:
         quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
-        return max(1, min(num_cores, int(quota) // int(period)))
+        return max(1, min(count, int(quota) // int(period)))
     except (OSError, ValueError):  # no control groups, or "max": no quota
-        return num_cores
+        return max(1, count)
+
+
+def num_usable_cpus() -> int:
+    """Logical processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _why_no_level() -> str:

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct {
@@ -31,10 +32,23 @@ static void futex_wake(_Atomic uint32_t *word) {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
 }
 
+static int64_t now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
 static void await_run(sleb_pool *pool, uint32_t seen) {
-    for (int32_t spins = 0; spins < pool->spin; spins++) {
+    int64_t end = 0;
+    for (int32_t spins = 0;; spins++) {
         if (atomic_load_explicit(&pool->generation, memory_order_acquire) != seen) return;
-        relax();
+        if (spins < SPINS_BEFORE_YIELD) {
+            relax();
+            continue;
+        }
+        if (end == 0) end = now_ns() + pool->patience;
+        sched_yield(); /* whoever else wants this core has it; if nobody does, this looks again at once */
+        if (now_ns() > end) break;
     }
     /* Sequentially consistent on both sides: either the waker sees the sleeper, or the sleeper the new run. */
     atomic_fetch_add(&pool->num_sleeping, 1);
@@ -95,13 +109,13 @@ void sleb_pool_run(sleb_pool *pool, void (*task)(void *, int32_t), void *argumen
 }
 
 /* A pool of num_threads, the caller included; as many as the system gives. cpus: for each thread the processor that it
- * is tied to, the caller's first, or NULL. spin: how often an idle thread looks for work before it sleeps. */
-SLEB_EXPORT sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus, int32_t spin) {
+ * is tied to, the caller's first, or NULL. patience: for how many ns an idle thread looks for work before it sleeps. */
+SLEB_EXPORT sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus, int64_t patience) {
     sleb_pool *pool = NULL;
     if (posix_memalign((void **)&pool, 64, sizeof *pool)) return NULL;
     memset(pool, 0, sizeof *pool);
     pool->num_threads = 1;
-    pool->spin = spin;
+    pool->patience = patience;
     pool->caller_cpu = cpus ? cpus[0] : -1;
     pthread_t *threads = calloc((size_t)num_threads, sizeof *threads);
     pool->threads = threads;

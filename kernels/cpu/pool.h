@@ -1,7 +1,7 @@
 /* Threads that run one function together, with barriers and shared loops inside it.
  *
  * The caller is thread 0. A thread that waits spins for a while, since the next phase is microseconds away, then
- * gives its core up: a spinning thread must never keep one from the thread that it waits for.
+ * offers its core to others between looks: a spinning thread must never keep one from the thread that it waits for.
  */
 #ifndef SLEB_POOL_H
 #define SLEB_POOL_H
@@ -13,7 +13,8 @@
 #include "sleb_cpu.h"
 
 struct sleb_pool {
-    int32_t num_threads, stopping, spin, caller_cpu; /* caller_cpu: -1 when it goes where the system puts it */
+    int64_t patience;
+    int32_t num_threads, stopping, caller_cpu; /* caller_cpu: -1 when it goes where the system puts it */
     pthread_t *threads, caller;
     void (*task)(void *, int32_t);
     void *argument;

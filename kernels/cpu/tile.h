@@ -35,12 +35,16 @@ INLINE void tile_store(const tile *t, const int R, __m512 acc[][2]) {
 #define TILE_BEGIN                                  \
     __m512 acc[MAX_ROWS][2];                        \
     FOR_ROWS acc[r][0] = acc[r][1] = _mm512_setzero_ps(); \
-    const char *a = t->a;                           \
     const size_t lda = t->lda, stride = t->stride;  \
+    const char *a0 = t->a, *a3 = a0 + 3 * lda, *a6 = a3 + 3 * lda, *a9 = a6 + 3 * lda; \
     const ptrdiff_t second = t->second;             \
     for (int32_t block = 0; block < t->num_blocks; block++) { \
         const char *b = t->blocks[block];           \
         for (int32_t step = 0; step < t->steps; step++, b += stride)
+
+/* Row r of A: three rows to a pointer, or the compiler runs out of registers for addresses. */
+#define A_ROW(r) ((r) < 3 ? a0 + (r) * lda : (r) < 6 ? a3 + ((r) - 3) * lda : (r) < 9 ? a6 + ((r) - 6) * lda : a9 + ((r) - 9) * lda)
+#define A_NEXT(bytes) a0 += (bytes), a3 += (bytes), a6 += (bytes), a9 += (bytes)
 
 #define TILE_END \
     }            \
@@ -52,11 +56,11 @@ INLINE void tile_bf16(const tile *t, const int R) {
     TILE_BEGIN {
         __m512i b0 = load_i(b), b1 = load_i(b + second);
         FOR_ROWS {
-            __m512bh x = (__m512bh)_mm512_set1_epi32(read_i32(a + r * lda));
+            __m512bh x = (__m512bh)_mm512_set1_epi32(read_i32(A_ROW(r)));
             acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, (__m512bh)b0);
             acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, (__m512bh)b1);
         }
-        a += 4;
+        A_NEXT(4);
     }
     TILE_END
 }
@@ -71,13 +75,13 @@ INLINE void tile_bf16(const tile *t, const int R) {
         __m512 odd0 = _mm512_castsi512_ps(_mm512_and_si512(b0, high));
         __m512 odd1 = _mm512_castsi512_ps(_mm512_and_si512(b1, high));
         FOR_ROWS {
-            __m512 x = _mm512_set1_ps(read_f32(a + r * lda)), y = _mm512_set1_ps(read_f32(a + r * lda + 4));
+            __m512 x = _mm512_set1_ps(read_f32(A_ROW(r))), y = _mm512_set1_ps(read_f32(A_ROW(r) + 4));
             acc[r][0] = _mm512_fmadd_ps(x, even0, acc[r][0]);
             acc[r][1] = _mm512_fmadd_ps(x, even1, acc[r][1]);
             acc[r][0] = _mm512_fmadd_ps(y, odd0, acc[r][0]);
             acc[r][1] = _mm512_fmadd_ps(y, odd1, acc[r][1]);
         }
-        a += 8;
+        A_NEXT(8);
     }
     TILE_END
 }
@@ -87,11 +91,11 @@ INLINE void tile_f32(const tile *t, const int R) {
     TILE_BEGIN {
         __m512 b0 = load_f32(b), b1 = load_f32(b + second);
         FOR_ROWS {
-            __m512 x = _mm512_set1_ps(read_f32(a + r * lda));
+            __m512 x = _mm512_set1_ps(read_f32(A_ROW(r)));
             acc[r][0] = _mm512_fmadd_ps(x, b0, acc[r][0]);
             acc[r][1] = _mm512_fmadd_ps(x, b1, acc[r][1]);
         }
-        a += 4;
+        A_NEXT(4);
     }
     TILE_END
 }
@@ -100,11 +104,11 @@ INLINE void tile_f16(const tile *t, const int R) { /* lines of 32 bytes */
     TILE_BEGIN {
         __m512 b0 = load_f16(b), b1 = load_f16(b + second);
         FOR_ROWS {
-            __m512 x = _mm512_set1_ps(read_f32(a + r * lda));
+            __m512 x = _mm512_set1_ps(read_f32(A_ROW(r)));
             acc[r][0] = _mm512_fmadd_ps(x, b0, acc[r][0]);
             acc[r][1] = _mm512_fmadd_ps(x, b1, acc[r][1]);
         }
-        a += 4;
+        A_NEXT(4);
     }
     TILE_END
 }
@@ -114,17 +118,19 @@ INLINE void tile_f16(const tile *t, const int R) { /* lines of 32 bytes */
 INLINE void tile_i8(const tile *t, const int R) {
     __m512 acc[MAX_ROWS][2];
     FOR_ROWS acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-    const char *a = t->a, *b = t->blocks[0];
+    const size_t lda = t->lda;
+    const char *a0 = t->a, *a3 = a0 + 3 * lda, *a6 = a3, *a9 = a3, *b = t->blocks[0];
     for (int32_t group = 0; group < t->steps; group++) {
         __m512i sum[MAX_ROWS][2];
         FOR_ROWS sum[r][0] = sum[r][1] = _mm512_set1_epi32(t->group_init[r * t->ldg + group]);
-        UNROLL for (int quad = 0; quad < 8; quad++, a += 4, b += 128) {
+        UNROLL for (int quad = 0; quad < 8; quad++, b += 128) {
             __m512i b0 = load_i(b), b1 = load_i(b + 64);
             FOR_ROWS {
-                __m512i x = _mm512_set1_epi32(read_i32(a + r * t->lda));
+                __m512i x = _mm512_set1_epi32(read_i32(A_ROW(r)));
                 sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], b0, x);
                 sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], b1, x);
             }
+            A_NEXT(4);
         }
         FOR_ROWS {
             __m512 scale = _mm512_set1_ps(t->group_scale[r * t->ldg + group]);
@@ -143,23 +149,25 @@ INLINE void tile_i4(const tile *t, const int R) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 acc[MAX_ROWS][2];
     FOR_ROWS acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-    const char *a = t->a, *b = t->blocks[0];
+    const size_t lda = t->lda;
+    const char *a0 = t->a, *a3 = a0 + 3 * lda, *a6 = a3, *a9 = a3, *b = t->blocks[0];
     for (int32_t group = 0; group < t->steps; group++, b += I4_GROUP_BYTES) {
         __m512i sum[MAX_ROWS][2];
         FOR_ROWS sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-        UNROLL for (int pair = 0; pair < 4; pair++, a += 8) {
+        UNROLL for (int pair = 0; pair < 4; pair++) {
             __m512i b0 = load_i(b + pair * 128), b1 = load_i(b + pair * 128 + 64);
             __m512i low0 = _mm512_and_si512(b0, nibble), low1 = _mm512_and_si512(b1, nibble);
             __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(b0, 4), nibble);
             __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(b1, 4), nibble);
             FOR_ROWS {
-                __m512i x = _mm512_set1_epi32(read_i32(a + r * t->lda));
-                __m512i y = _mm512_set1_epi32(read_i32(a + r * t->lda + 4));
+                __m512i x = _mm512_set1_epi32(read_i32(A_ROW(r)));
+                __m512i y = _mm512_set1_epi32(read_i32(A_ROW(r) + 4));
                 sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], low0, x);
                 sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], low1, x);
                 sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], high0, y);
                 sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], high1, y);
             }
+            A_NEXT(8);
         }
         __m512 s0 = load_f16(b + 512), s1 = load_f16(b + 544), m0 = load_f16(b + 576), m1 = load_f16(b + 608);
         FOR_ROWS {
