@@ -1,0 +1,268 @@
+"""What a batch of several depths costs against the same requests in batches of one depth.
+
+    python -m sleb.benchmarks.mixed MODEL --layer-map MAP --depths 0,3,6 [--streams 8] [--json FILE]
+
+With D depths and S streams a depth, a batch of D·S requests runs mixed, S of each depth, and alone, all of one depth.
+If mixing cost nothing, a mixed batch would take the mean of the D times alone, since 1/D of its requests are of each
+depth. The ratio is that mean over the time that it took, both of one repetition; the variants take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sleb.benchmarks.environment import describe_environment, shown_command
+from sleb.benchmarks.harness import alternated_orders
+from sleb.benchmarks.idle import QuietPolicy, run_quietly
+from sleb.benchmarks.report import check_writable, write_text
+from sleb.benchmarks.throughput import plain_token_ids
+from sleb.engine.llm import LLM
+from sleb.engine.sampling_params import SamplingParams
+from sleb.errors import ConfigError, SlebError
+
+# The least that a mixed batch is to keep of the time-weighted throughput: the rest is for uneven ends of the runs.
+TARGET = 0.95
+_MIXED = -1  # stands for the mixed batch among depths
+
+
+@dataclass(frozen=True)
+class MixedOptions:
+    """What to measure; the engine's options are as in EngineConfig."""
+
+    model: str
+    layer_map: str | None = None
+    depths: Sequence[int] = (0, 3, 6)
+    streams: int = 8
+    prompt_tokens: int = 64
+    output_tokens: int = 128
+    repetitions: int = 5
+    dtype: str = "auto"
+    weights: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    policy: QuietPolicy = field(default_factory=QuietPolicy)
+
+    @property
+    def batch(self) -> int:
+        """Requests of every run."""
+        return self.streams * len(self.depths)
+
+
+@dataclass(frozen=True)
+class MixedRepetition:
+    """Seconds of the mixed batch and of each depth alone; others_share: the most that others took in any of them."""
+
+    mixed: float
+    alone: dict[int, float]
+    others_share: float | None
+    disturbed: bool
+
+    @property
+    def ratio(self) -> float:
+        """Expected time over actual time: 1 if mixing costs nothing."""
+        return sum(self.alone.values()) / len(self.alone) / self.mixed
+
+
+def run_mixed(
+    options: MixedOptions,
+    command: Sequence[str] = (),
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Loads the model, measures, and gives the result file; Ctrl-C keeps complete repetitions. Raises SlebError."""
+    if len(set(options.depths)) != len(options.depths) or len(options.depths) < 2:
+        raise ConfigError(f"--depths is {list(options.depths)}; name at least two different depths")
+    llm = _load(options)
+    environment = describe_environment(llm.engine, shown_command(command, options.model))
+    repetitions: list[MixedRepetition] = []
+    complete = True
+    try:
+        _measure(llm, options, repetitions, on_progress)
+    except KeyboardInterrupt:
+        complete = False
+    settings = {key: value for key, value in asdict(options).items() if key not in ("model", "layer_map")}
+    result = {"environment": environment, "model": llm.engine.model_name, "settings": settings}
+    return result | summarise(options, repetitions) | {"complete": complete}
+
+
+def summarise(options: MixedOptions, repetitions: Sequence[MixedRepetition]) -> dict[str, Any]:
+    """Medians, spread and samples; nothing but samples where no repetition is complete."""
+    found: dict[str, Any] = {"repetitions": [asdict(each) | {"ratio": each.ratio} for each in repetitions]}
+    if repetitions:
+        ratios = [each.ratio for each in repetitions]
+        tokens = options.batch * options.output_tokens
+        found |= {
+            "ratio": median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+            "target": TARGET,
+            "met": median(ratios) >= TARGET,
+            "tokens_per_second": {
+                "mixed": median(tokens / each.mixed for each in repetitions),
+                "expected": median(tokens / (each.ratio * each.mixed) for each in repetitions),
+                "alone": {
+                    depth: median(tokens / each.alone[depth] for each in repetitions)
+                    for depth in options.depths
+                },
+            },
+        }
+    return found
+
+
+def _load(options: MixedOptions) -> LLM:
+    context = options.prompt_tokens + options.output_tokens
+    return LLM(
+        options.model,
+        options.layer_map,
+        options.depths,
+        dtype=options.dtype,
+        weights=options.weights,
+        device="cpu",
+        num_threads=options.threads,
+        seed=options.seed,
+        max_model_len=max(512, context),
+        max_num_seqs=options.batch,
+        max_num_batched_tokens=max(2048, options.batch * options.prompt_tokens),
+        enable_prefix_caching=False,
+    )
+
+
+def _measure(
+    llm: LLM,
+    options: MixedOptions,
+    repetitions: list[MixedRepetition],
+    on_progress: Callable[[str], None],
+) -> None:
+    variants = (_MIXED, *options.depths)
+    token_ids = plain_token_ids(llm.engine)
+    orders = alternated_orders(variants, options.repetitions, random.Random(options.seed))
+    for number, order in enumerate([variants, *orders]):
+        on_progress(f"repetition {number} of {options.repetitions}" if number else "warm-up")
+        rng = random.Random(f"{options.seed} {number}")
+        prompts = [rng.choices(token_ids, k=options.prompt_tokens) for _ in range(options.batch)]
+        times = {}
+        shares: list[float | None] = []
+        disturbed = False
+        for variant in order:
+            action = _Run(llm, options, prompts, variant)
+            if not number:
+                action()
+                continue
+            done = run_quietly(action, (), options.policy)
+            times[variant] = done.result
+            shares.append(done.others_share)
+            disturbed |= done.disturbed
+        if number:
+            repetitions.append(_repetition(times, shares, disturbed))
+
+
+def _repetition(
+    times: Mapping[int, float], shares: Sequence[float | None], disturbed: bool
+) -> MixedRepetition:
+    known = [share for share in shares if share is not None]
+    alone = {depth: seconds for depth, seconds in sorted(times.items()) if depth != _MIXED}
+    return MixedRepetition(times[_MIXED], alone, max(known) if known else None, disturbed)
+
+
+class _Run:
+    """One batch, of the depths in turn or all of one."""
+
+    def __init__(
+        self, llm: LLM, options: MixedOptions, prompts: Sequence[Sequence[int]], variant: int
+    ) -> None:
+        depths = list(options.depths)
+        self._depths = depths * options.streams if variant == _MIXED else [variant] * len(prompts)
+        self._llm, self._prompts = llm, prompts
+        self._params = SamplingParams(
+            max_tokens=options.output_tokens,
+            ignore_eos=True,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+        )
+
+    def __call__(self) -> float:
+        """Seconds."""
+        started = time.perf_counter()
+        outputs = self._llm.generate(self._prompts, self._params, self._depths)
+        seconds = time.perf_counter() - started
+        expected = self._params.max_tokens
+        assert all(len(output.token_ids) == expected for output in outputs), "an answer is too short"
+        return seconds
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
+    layer_map: Annotated[
+        str | None, typer.Option(help="Layer map (JSON).", show_default="the one shipped with smollm2")
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Depths of one batch.")] = "0,3,6",
+    streams: Annotated[int, typer.Option(help="Requests of each depth.", min=1)] = 8,
+    repetitions: Annotated[int, typer.Option(help="Times that each batch is measured.", min=1)] = 5,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    weights: Annotated[str, typer.Option(help="auto (as --dtype), int8 or int4.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="the engine's choice")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts and the order.")] = 0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for an idle machine.", min=0)] = 60,
+    retries: Annotated[int, typer.Option(help="Times that a disturbed run is made anew.", min=0)] = 3,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+) -> None:
+    """Measure a batch of several depths against batches of one depth, in turns."""
+    try:
+        chosen = [int(part) for part in depths.split(",")]
+    except ValueError:
+        raise ConfigError(f"--depths is '{depths}'; write integers with commas between, as 0,3,6") from None
+    if json_path is not None:
+        check_writable(json_path)
+    console = Console(stderr=True, highlight=False)
+    options = MixedOptions(
+        model=os.path.expanduser(model),
+        layer_map=layer_map,
+        depths=chosen,
+        streams=streams,
+        repetitions=repetitions,
+        dtype=dtype,
+        weights=weights,
+        threads=threads,
+        seed=seed,
+        policy=QuietPolicy(wait_seconds=wait, retries=retries),
+    )
+    result = run_mixed(options, ["python", "-m", "sleb.benchmarks.mixed", *sys.argv[1:]], console.print)
+    if result["repetitions"]:
+        rates = result["tokens_per_second"]
+        alone = ", ".join(f"depth {depth} {rate:,.0f}" for depth, rate in rates["alone"].items())
+        console.print(
+            f"alone: {alone}; expected {rates['expected']:,.0f}, mixed {rates['mixed']:,.0f} tokens/s"
+        )
+        spread = f"{result['ratio_low']:.3f}–{result['ratio_high']:.3f}"
+        met = "met" if result["met"] else "not met"
+        console.print(f"ratio {result['ratio']:.3f} ({spread}), target {TARGET}: {met}")
+        disturbed = sum(each["disturbed"] for each in result["repetitions"])
+        if disturbed:
+            console.print(f"others took part of the processors in {disturbed} repetitions")
+        if json_path is not None:
+            write_text(json_path, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    if not result["complete"]:
+        raise typer.Exit(130)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except SlebError as problem:
+        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
+        sys.exit(2)

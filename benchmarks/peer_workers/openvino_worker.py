@@ -1,0 +1,49 @@
+"""OpenVINO GenAI with continuous batching, on a folder that optimum-cli has exported."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from importlib.metadata import version
+from typing import Any
+
+
+class Engine:
+    """A continuous batching pipeline on the CPU."""
+
+    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: float) -> None:
+        # By name: a peer is no dependency of this package, and its environment has this package not.
+        openvino = self._openvino = importlib.import_module("openvino")
+        genai = self._genai = importlib.import_module("openvino_genai")
+        scheduler = genai.SchedulerConfig()
+        scheduler.cache_size = int(kv_gib)
+        scheduler.enable_prefix_caching = False
+        scheduler.max_num_seqs = max_batch
+        scheduler.max_num_batched_tokens = max(2048, max_context)
+        properties = {"INFERENCE_PRECISION_HINT": openvino.Type.bf16, "INFERENCE_NUM_THREADS": threads}
+        self._pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
+        self.facts: dict[str, Any] = {
+            "version": version("openvino-genai"),
+            "dtype": "bfloat16",
+            "settings": {
+                "prefix_caching": False,
+                "scheduler": "continuous batching",
+                "kv_cache_gib": int(kv_gib),
+            },
+        }
+
+    def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """Seconds to answer `prompts`, each with max_tokens tokens, and those of the first answer."""
+        import numpy
+
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = config.min_new_tokens = max_tokens
+        config.ignore_eos = True
+        config.do_sample = False
+        config.apply_chat_template = False
+        inputs = [self._openvino.Tensor(numpy.array([prompt], dtype=numpy.int64)) for prompt in prompts]
+        started = time.perf_counter()
+        results = self._pipeline.generate(inputs, [config] * len(inputs))
+        seconds = time.perf_counter() - started
+        answers = [list(result.m_generation_ids[0]) for result in results]
+        return {"seconds": seconds, "num_tokens": sum(map(len, answers)), "token_ids": answers[0]}
