@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from sleb.engine.rotary import rotary_tables
 from sleb.engine.step import Step
 from sleb.engine.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
 from sleb.kernels.cpu import library as native
-from sleb.kernels.cpu.library import NativeKernels, PackedLinear
+from sleb.kernels.cpu.library import NativeKernels
 
 _NEVER = 1 << 30  # a depth that no map reaches
 
@@ -66,7 +67,7 @@ class NativeExecutor:
         self._logits = torch.empty(0)
         self._argmax = (ctypes.c_int32 * max_num_seqs)()
         self._dtype = weights.dtype
-        self._packed_head = self._keep(kernels.pack(weights.head.weight, weights.head.bias))
+        self._head = kernels.pack(weights.head.weight, weights.head.bias)
         self._model = self._make_model(weights, max_model_len, max_num_tokens)
         units = (native.Unit * len(plan))()
         widest = spec.hidden_size
@@ -76,6 +77,7 @@ class NativeExecutor:
                 self._fill_attention(unit, block, weights.attention.pop(block), num_pages)
             else:
                 self._fill_mlp(unit, weights.mlp.pop(block))
+                kernels.library.sleb_trim()
             widest = max(widest, unit.second.k)
         self._kept.append(units)
         self._model.units = ctypes.addressof(units)
@@ -153,9 +155,6 @@ class NativeExecutor:
             self._logits = torch.empty(num_rows, self._spec.vocab_size)
         return self._logits[:num_rows]
 
-    def _keep(self, packed: PackedLinear) -> native.Linear:
-        return packed.record
-
     def _make_model(self, weights: DecoderWeights, max_model_len: int, max_num_tokens: int) -> native.Model:
         spec, keep = self._spec, self._kernels.keep
         model = native.Model(
@@ -171,7 +170,7 @@ class NativeExecutor:
             position_offset=spec.position_offset,
             norm_eps=spec.norm_eps,
             scale=spec.head_dim**-0.5,
-            head=self._packed_head,
+            head=self._head,
             pool=self._kernels.pool,
         )
         if weights.head.weight is weights.embed:
@@ -204,8 +203,8 @@ class NativeExecutor:
         spec, kernels = self._spec, self._kernels
         unit.is_attention = 1
         unit.norm = self._norm(weights.norm)
-        unit.first = self._keep(kernels.pack(weights.qkv.weight, weights.qkv.bias))
-        unit.second = self._keep(kernels.pack(weights.out.weight, weights.out.bias))
+        unit.first = kernels.pack(weights.qkv.weight, weights.qkv.bias)
+        unit.second = kernels.pack(weights.out.weight, weights.out.bias)
         if weights.query_norm is not None and weights.key_norm is not None:
             unit.query_norm = kernels.keep(weights.query_norm.weight)
             unit.key_norm = kernels.keep(weights.key_norm.weight)
@@ -221,8 +220,8 @@ class NativeExecutor:
         unit.norm = self._norm(weights.norm)
         unit.gated = spec.gated
         unit.activation = native.ACTIVATIONS[spec.activation]
-        unit.first = self._keep(kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated))
-        unit.second = self._keep(kernels.pack(weights.down.weight, weights.down.bias))
+        unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
+        unit.second = kernels.pack(weights.down.weight, weights.down.bias)
 
     def _make_workspace(self, widest: int, max_num_seqs: int) -> None:
         spec, library = self._spec, self._kernels.library
@@ -235,22 +234,13 @@ class NativeExecutor:
         if not workspace:
             raise MemoryError("the system gives no memory for the workspace")
         self._model.workspace = workspace
-        self._workspace = _Workspace(library, workspace, size.value)
+        weakref.finalize(self, library.sleb_workspace_destroy, workspace, size.value)
         count = self._max_tokens * spec.hidden_size
         pointer = ctypes.cast(library.sleb_workspace_residual(workspace), ctypes.POINTER(ctypes.c_float))
         values = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * count)).contents
         self._residual = torch.frombuffer(values, dtype=torch.float32).view(
             self._max_tokens, spec.hidden_size
         )
-
-
-class _Workspace:
-    """Owns the C side's buffers."""
-
-    def __init__(self, library: object, address: int, num_bytes: int) -> None:
-        import weakref
-
-        weakref.finalize(self, library.sleb_workspace_destroy, address, num_bytes)  # type: ignore[attr-defined]
 
 
 def _at(values: array[int]) -> int:

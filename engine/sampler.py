@@ -38,11 +38,7 @@ class Sampler:
         for row, request in enumerate(requests):
             if _adjusts(request):
                 self._adjust(logits[row], request)
-        greedy = self._kernels.greedy(logits)
-        drawn = [row for row, request in enumerate(requests) if request.params.temperature != 0.0]
-        if drawn:
-            greedy[drawn] = _draw(logits[drawn], [requests[row] for row in drawn])
-        token_ids: list[int] = greedy.tolist()
+        token_ids = self._choose(logits, requests)
         logprobs: dict[int, TokenLogprobs] = {}
         if reported:
             chosen = [token_ids[row] for row in reported]
@@ -70,6 +66,27 @@ class Sampler:
                 token_ids, chosen, top_ids, top_values, tops, strict=True
             )
         ]
+
+    def _choose(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
+        """The most probable token of a row [V] at temperature 0, else one by the request's next random number."""
+        drawn = [row for row, request in enumerate(requests) if request.params.temperature != 0.0]
+        if not drawn:
+            return self._kernels.greedy(logits).tolist()
+        all_drawn = len(drawn) == len(requests)
+        params = [requests[row].params for row in drawn]
+        tokens = self._kernels.draw(
+            logits if all_drawn else logits[drawn],
+            [each.temperature or 1.0 for each in params],
+            [each.top_k or 0 for each in params],
+            [each.top_p or 1.0 for each in params],
+            [each.min_p for each in params],
+            [requests[row].rng.random() for row in drawn],
+        )
+        if all_drawn:
+            return tokens.tolist()
+        chosen = self._kernels.greedy(logits)
+        chosen[drawn] = tokens
+        return chosen.tolist()
 
     def _adjust(self, logits: Tensor, request: Request) -> None:
         """Applies to one row [V], in place, what changes logits before temperature."""
@@ -107,52 +124,3 @@ def _adjusts(request: Request) -> bool:
         or params.logit_bias
         or request.num_output_tokens < params.min_tokens
     )
-
-
-def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """One token a row by inverting the cumulative distribution at the request's own random number: [B] int64."""
-    device = logits.device
-    temperatures = [float(request.params.temperature or 1.0) for request in requests]
-    divisors = torch.tensor(temperatures, dtype=torch.float64, device=device)
-    # Relative to the highest, so that the smallest temperature divides 0 and no overflow meets another.
-    relative = logits.double() - logits.amax(dim=-1, keepdim=True)
-    probabilities = _filter(relative / divisors[:, None], requests).softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    points = torch.tensor([request.rng.random() for request in requests], dtype=torch.float64, device=device)
-    # Strictly greater, so that a token of probability 0 is never met; the rounded end is caught by the clamp.
-    chosen = torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    last = cumulative.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
-    return torch.minimum(chosen, last)
-
-
-def _filter(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """min-p, then top-k, then top-p on logits [B, V] already divided by the temperature; removed ones are −inf."""
-    min_p = torch.tensor(
-        [request.params.min_p for request in requests], dtype=logits.dtype, device=logits.device
-    )
-    if bool((min_p > 0).any()):  # a probability ratio is a difference of logits (arXiv 2407.01082)
-        floor = logits.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
-        logits = logits.masked_fill(logits < floor, NEVER)
-    rows = [row for row, request in enumerate(requests) if _cuts(request)]
-    if not rows:
-        return logits
-    ordered, order = logits[rows].sort(dim=-1, descending=True)
-    top_k = torch.tensor([_top_k(requests[row], logits.shape[-1]) for row in rows], device=logits.device)
-    ranks = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= top_k[:, None], NEVER)
-    top_p = torch.tensor([float(requests[row].params.top_p or 1.0) for row in rows], device=logits.device)
-    shares = ordered.softmax(dim=-1)
-    before = shares.cumsum(dim=-1) - shares  # the token that crosses top_p stays, and always the first
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (ranks > 0), NEVER)
-    logits = logits.clone()
-    logits[rows] = torch.full_like(ordered, NEVER).scatter(-1, order, ordered)
-    return logits
-
-
-def _cuts(request: Request) -> bool:
-    return (request.params.top_k or 0) > 0 or (request.params.top_p or 1.0) < 1.0
-
-
-def _top_k(request: Request, vocab_size: int) -> int:
-    top_k = request.params.top_k or 0
-    return top_k if top_k > 0 else vocab_size

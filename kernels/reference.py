@@ -6,7 +6,8 @@ All functions return new tensors except where they say that they write.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from sleb.kernels.quantization import Weight
 
 # Weights of a quantised matrix that `linear` widens at once: 16 Mi of them in float32 are 64 MiB.
 _WIDENED = 1 << 24
+
+Numbers: TypeAlias = Sequence[float] | Tensor
+"""One number a row: a plain sequence, or a tensor of one dimension."""
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -186,3 +190,58 @@ def log_softmax_gather(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Log-probability of token_ids [B] under logits [B, V]: [B] float32."""
     logits = logits.float()
     return logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+
+
+def draw(
+    logits: Tensor, temperature: Numbers, top_k: Numbers, top_p: Numbers, min_p: Numbers, points: Numbers
+) -> Tensor:
+    """One token a row: the first whose cumulative probability, in the vocabulary's order, exceeds the row's point.
+
+    Probabilities are in float64. The filters act in this order, each on what the one before left; where equal logits
+    compete for the last place, the lowest token stays.
+
+    Args:
+        logits: [B, V] float32.
+        temperature: above 0; divides the logits.
+        min_p: in [0, 1]; keeps what is at least so many times as probable as the best (arXiv 2407.01082).
+        top_k: keeps so many of the most probable; 0 or less: all.
+        top_p: in (0, 1]; keeps the most probable up to the one that reaches this share (arXiv 1904.09751).
+        points: in [0, 1).
+
+    Returns: [B] int64. A row whose highest logit is infinite or NaN has no distribution: it gives that token.
+    """
+    highest = logits.amax(dim=-1, keepdim=True)
+    # Relative to the highest, so that the smallest temperature divides 0 and no overflow meets another.
+    scaled = (logits.double() - highest) / _column(temperature, logits)
+    weights = scaled.exp().masked_fill(scaled < _column(min_p, logits).log(), 0.0)
+    vocab_size = logits.shape[-1]
+    counts = [min(int(count), vocab_size) if count > 0 else vocab_size for count in top_k]
+    shares = [float(share) for share in top_p]
+    cut = [row for row, count in enumerate(counts) if count < vocab_size or shares[row] < 1.0]
+    if cut:
+        weights[cut] = _keep_top(
+            logits[cut], weights[cut], [counts[row] for row in cut], [shares[row] for row in cut]
+        )
+    cumulative = weights.cumsum(dim=-1)
+    # Strictly greater, so that a token of probability 0 is never met; the rounded end is caught by the clamp.
+    reached = _column(points, logits) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, reached, right=True).squeeze(1)
+    last = vocab_size - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
+    return torch.where(highest.squeeze(1).isfinite(), torch.minimum(chosen, last), logits.argmax(dim=-1))
+
+
+def _keep_top(logits: Tensor, weights: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
+    """weights [B, V] float64 with 0 for what top-k, then top-p removes."""
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    ordered = weights.gather(-1, order).masked_fill(ranks >= _column(top_k, logits), 0.0)
+    cumulative = ordered.cumsum(dim=-1)
+    before = F.pad(cumulative[:, :-1], (1, 0))  # the token that crosses top_p stays, and always the first
+    shares = [share if share < 1.0 else float("inf") for share in top_p]  # 1 keeps even what rounding hides
+    ordered = ordered.masked_fill((before >= _column(shares, logits) * cumulative[:, -1:]) & (ranks > 0), 0.0)
+    return torch.zeros_like(weights).scatter(-1, order, ordered)
+
+
+def _column(numbers: Numbers, beside: Tensor) -> Tensor:
+    """One number a row as [B, 1] float64."""
+    return torch.as_tensor(numbers, dtype=torch.float64, device=beside.device)[:, None]

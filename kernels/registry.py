@@ -13,6 +13,7 @@ from sleb.kernels import reference
 from sleb.kernels.batch import PagedBatch
 from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
 from sleb.kernels.quantization import Weight
+from sleb.kernels.reference import Numbers
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor]
     greedy: Callable[[Tensor], Tensor]
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
+    draw: Callable[[Tensor, Numbers, Numbers, Numbers, Numbers, Numbers], Tensor]
     native: NativeKernels | None = None
     """C kernels that run a whole step as one call; the functions above then serve what lies outside of steps."""
     note: str = ""
@@ -50,6 +52,7 @@ def _torch_kernels(note: str = "") -> Kernels:
         paged_attention=reference.paged_attention,
         greedy=reference.greedy,
         log_softmax_gather=reference.log_softmax_gather,
+        draw=reference.draw,
     )
 
 
@@ -73,8 +76,9 @@ def select_kernels(
     if device.type != "cpu":
         raise ConfigError(f"kernels 'cpu' do not run on {device}; use kernels auto or torch")
     try:
-        return replace(_torch_kernels(), name="cpu", native=NativeKernels.load(num_threads, cpus=cpus))
+        native = NativeKernels.load(num_threads, cpus=cpus)
     except NativeUnavailableError as reason:
         if name == "cpu":
             raise ConfigError(f"kernels 'cpu' cannot be used: {reason}; use kernels auto or torch") from None
         return _torch_kernels(note=str(reason))
+    return replace(_torch_kernels(), name="cpu", native=native, draw=native.draw)

@@ -1,5 +1,6 @@
 /* What Python calls: tables of kernels, packing of weights, memory. */
 #define _GNU_SOURCE
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -54,6 +55,13 @@ SLEB_EXPORT void *sleb_map(size_t bytes, int32_t huge) {
 
 SLEB_EXPORT void sleb_unmap(void *memory, size_t bytes) {
     munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+}
+
+/* Gives freed memory back to the system, which the allocator would keep: tens of megabytes a block that was packed. */
+SLEB_EXPORT void sleb_trim(void) {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
 }
 
 /* --- packing --- */
@@ -151,6 +159,10 @@ SLEB_EXPORT void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *va
 }
 
 /* --- workspace --- */
+
+/* Bytes of scratch that one thread needs to draw from rows of vocab_size logits; what lies there between calls is free
+ * to change. */
+SLEB_EXPORT size_t sleb_draw_bytes(int32_t vocab_size) { return sleb_draw_bytes_of(vocab_size); }
 
 typedef struct {
     char *at;

@@ -13,8 +13,9 @@ SLEB_PRAGMA(GCC target(SLEB_TARGET))
 #endif
 
 #include "forward.h"
+#include "sample.h"
 
-const sleb_isa SLEB_TABLE = {forward, head, linear, attention_op};
+const sleb_isa SLEB_TABLE = {forward, head, linear, attention_op, draw};
 
 #if defined(__clang__)
 #pragma clang attribute pop

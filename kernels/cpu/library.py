@@ -9,6 +9,7 @@ import ctypes
 import os
 import time
 import weakref
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from sleb.kernels.cpu.build import find_library, why_unavailable
 from sleb.kernels.cpu.features import cpu_features, isa_level
 from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.reference import Numbers
 
 F32, F16, BF16, I8, I4 = range(5)
 FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
@@ -114,6 +116,18 @@ class Step(ctypes.Structure):
 
 
 _model_p, _unit_p, _step_p = ctypes.POINTER(Model), ctypes.POINTER(Unit), ctypes.POINTER(Step)
+
+
+class Draw(ctypes.Structure):
+    """sleb_draw"""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("logits", "temperature", "top_p", "min_p", "points", "top_k")),
+        *((name, _pointer) for name in ("chosen", "scratch", "pool")),
+        *((name, _int) for name in ("num_rows", "vocab_size")),
+    ]
+
+
 _linear_p, _norm_p = ctypes.POINTER(Linear), ctypes.POINTER(Norm)
 
 
@@ -128,6 +142,7 @@ class Isa(ctypes.Structure):
             ctypes.CFUNCTYPE(_int, _model_p, _norm_p, _linear_p, _pointer, _int, _int, _int, _pointer),
         ),
         ("attention", ctypes.CFUNCTYPE(_int, _model_p, _unit_p, _step_p, _pointer, _pointer)),
+        ("draw", ctypes.CFUNCTYPE(_int, ctypes.POINTER(Draw))),
     ]
 
 
@@ -139,10 +154,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sleb_pool_destroy": (None, [_pointer]),
     "sleb_map": (_pointer, [ctypes.c_size_t, _int]),
     "sleb_unmap": (None, [_pointer, ctypes.c_size_t]),
+    "sleb_trim": (None, []),
     "sleb_packed_bytes": (ctypes.c_size_t, [_linear_p]),
     "sleb_num_packed_outputs": (_int, [_linear_p]),
     "sleb_pack_vector": (None, [_linear_p, _pointer, _pointer]),
     "sleb_pack": (None, [_pointer, _linear_p, _pointer, _pointer, _pointer, _pointer]),
+    "sleb_draw_bytes": (ctypes.c_size_t, [_int]),
     "sleb_workspace_create": (
         _pointer,
         [_model_p, _int, _int, _int, _int, ctypes.POINTER(ctypes.c_size_t)],
@@ -178,14 +195,6 @@ class Arena:
 
 
 @dataclass
-class PackedLinear:
-    """A matrix as the kernels read it; `num_bytes` of weights, scales and bias."""
-
-    record: Linear
-    num_bytes: int
-
-
-@dataclass
 class NativeKernels:
     """The kernels of one instruction set, and the threads that run them.
 
@@ -200,9 +209,11 @@ class NativeKernels:
     isa: Any
     pool: int
     arena: Arena = field(init=False)
+    _scratch: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.arena = Arena(self.library)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
     def load(
@@ -243,23 +254,23 @@ class NativeKernels:
 
     def pack(
         self, weight: Tensor | Int8Weight | Int4Weight, bias: Tensor | None = None, gated: bool = False
-    ) -> PackedLinear:
-        """Packs weight [n, k], on the CPU; when `gated` its rows are gate, then up. The tensors may go afterwards."""
+    ) -> Linear:
+        """Weight [n, k], on the CPU, packed into the arena; its tensors may go afterwards.
+
+        gated: the first half of its rows is gate, the other half up.
+        """
         rows, columns = weight.shape
         record = Linear(format=format_of(weight), n=rows, k=columns, gated=gated)
-        size = self.library.sleb_packed_bytes(record)
-        record.data = self.arena.take(size)
+        record.data = self.arena.take(self.library.sleb_packed_bytes(record))
         values, scale, minimum = _parts(weight)
         self.library.sleb_pack(
             self.pool, record, values.data_ptr(), _address(scale), _address(minimum), record.data
         )
         if isinstance(weight, Int8Weight):
             record.scale = self._pack_vector(record, weight.scale)
-            size += 4 * rows
         if bias is not None:
             record.bias = self._pack_vector(record, bias)
-            size += 4 * rows
-        return PackedLinear(record, size)
+        return record
 
     def keep(self, vector: Tensor | None) -> int | None:
         """The address of a float32 copy of a small tensor, or None."""
@@ -279,6 +290,35 @@ class NativeKernels:
         begin = time.perf_counter()
         self.library.sleb_read(self.pool, address, num_bytes)
         return num_bytes / (time.perf_counter() - begin) / 1e9
+
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Numbers,
+        top_k: Numbers,
+        top_p: Numbers,
+        min_p: Numbers,
+        points: Numbers,
+    ) -> Tensor:
+        """As `sleb.kernels.reference.draw`, without sorting. Not thread-safe; keeps its scratch for the next call."""
+        assert logits.dtype == torch.float32 and logits.device.type == "cpu"
+        logits = logits.contiguous()
+        num_rows, vocab_size = logits.shape
+        chosen = torch.empty(num_rows, dtype=torch.int64)
+        numbers = [array("d", map(float, column)) for column in (temperature, top_p, min_p, points)]
+        counts = array("i", (min(int(count), vocab_size) if count > 0 else 0 for count in top_k))
+        assert {num_rows} == {len(counts), *map(len, numbers)}, "one number a row"
+        size = self.library.sleb_draw_bytes(vocab_size) * self.num_threads
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        record = Draw(
+            logits.data_ptr(),
+            *(column.buffer_info()[0] for column in numbers),
+            counts.buffer_info()[0],
+            *(chosen.data_ptr(), self._scratch.data_ptr(), self.pool, num_rows, vocab_size),
+        )
+        self.isa.draw(record)
+        return chosen
 
     def _pack_vector(self, record: Linear, vector: Tensor) -> int:
         values = vector.to(torch.float32).contiguous()

@@ -77,6 +77,17 @@ typedef struct {
     int32_t *argmax;                            /* [B] or NULL */
 } sleb_step;
 
+/* One token a row; see `draw` of reference.py. Pointers of any alignment, but for scratch. */
+typedef struct {
+    const float *logits;                                /* [B, V] */
+    const double *temperature, *top_p, *min_p, *points; /* [B] */
+    const int32_t *top_k;                               /* [B], 0 for all */
+    int64_t *chosen;                                    /* [B] */
+    char *scratch;                                      /* of sleb_draw_bytes for each thread of the pool */
+    sleb_pool *pool;
+    int32_t num_rows, vocab_size;
+} sleb_draw;
+
 /* The entry points compiled for one instruction set. They return 0; forward.h says what each computes. */
 typedef struct {
     int32_t (*forward)(const sleb_model *, const sleb_step *);
@@ -84,6 +95,7 @@ typedef struct {
     int32_t (*linear)(const sleb_model *, const sleb_norm *, const sleb_linear *, const float *x, int32_t rows,
                       int32_t target, int32_t activation, float *out);
     int32_t (*attention)(const sleb_model *, const sleb_unit *, const sleb_step *, const float *qkv, float *out);
+    int32_t (*draw)(const sleb_draw *);
 } sleb_isa;
 
 #endif

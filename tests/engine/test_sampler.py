@@ -11,15 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleb.engine.sampler import Sampler
+from sleb.errors import ConfigError
 from sleb.kernels.registry import select_kernels
 
 EOS = frozenset({2, 5})
 SIZE = 12
 
 
-@pytest.fixture(scope="session")
-def sampler():
-    return Sampler(select_kernels("torch", torch.device("cpu")), EOS)
+@pytest.fixture(scope="session", params=["torch", "cpu"])
+def sampler(request):
+    try:
+        return Sampler(select_kernels(request.param, torch.device("cpu")), EOS)
+    except ConfigError as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")

@@ -119,10 +119,10 @@ def test_linear(kernels, kind):
             operand, tolerance = expected_operand(kernels, kind, rows, x)
             expected = operand @ exact.T + (0 if bias is None else bias.double())
             out = torch.full((rows, n), 7.0)
-            kernels.isa.linear(rig.model, None, packed.record, x.data_ptr(), rows, STORE, 0, out.data_ptr())
+            kernels.isa.linear(rig.model, None, packed, x.data_ptr(), rows, STORE, 0, out.data_ptr())
             atol = tolerance * k**0.5
             torch.testing.assert_close(out.double(), expected, atol=atol, rtol=1e-4)
-            kernels.isa.linear(rig.model, None, packed.record, x.data_ptr(), rows, ADD, 0, out.data_ptr())
+            kernels.isa.linear(rig.model, None, packed, x.data_ptr(), rows, ADD, 0, out.data_ptr())
             torch.testing.assert_close(out.double(), 2 * expected, atol=2 * atol, rtol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_activation(kernels, name, gated):
             out = torch.zeros(rows, features)
             activation = native.ACTIVATIONS[name]
             kernels.isa.linear(
-                rig.model, None, packed.record, x.data_ptr(), rows, ACTIVATE, activation, out.data_ptr()
+                rig.model, None, packed, x.data_ptr(), rows, ACTIVATE, activation, out.data_ptr()
             )
             torch.testing.assert_close(out.double(), expected, atol=2e-4, rtol=2e-4)
 
@@ -159,7 +159,7 @@ def test_norm_before_a_product(kernels, norm, affine):
             record = native.Norm(kernels.keep(scale), kernels.keep(shift if norm == "layer" else None))
             out = torch.zeros(rows, k)
             packed = kernels.pack(weight)
-            kernels.isa.linear(rig.model, record, packed.record, x.data_ptr(), rows, STORE, 0, out.data_ptr())
+            kernels.isa.linear(rig.model, record, packed, x.data_ptr(), rows, STORE, 0, out.data_ptr())
             torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -171,7 +171,7 @@ def test_a_row_of_zeros_and_large_values(kernels):
             packed = kernels.pack(weight)
             x = torch.cat([torch.zeros(1, 64), 1e4 * randn(1, 64)])
             out = torch.zeros(2, 40)
-            kernels.isa.linear(rig.model, None, packed.record, x.data_ptr(), 2, STORE, 0, out.data_ptr())
+            kernels.isa.linear(rig.model, None, packed, x.data_ptr(), 2, STORE, 0, out.data_ptr())
             assert bool((out[0] == 0).all())
             error = (out[1].double() - x[1].double() @ exact.T).abs().max()
             assert error < 0.05 * 1e4 * 64**0.5
@@ -183,7 +183,7 @@ class TestHead:
     def test_logits_and_their_highest(self, kernels, kind, vocab):
         weight, exact = make_weight(kind, vocab, 64, vocab)
         packed = kernels.pack(weight)
-        with Rig(kernels, hidden_size=64, vocab_size=vocab, head=packed.record) as rig:
+        with Rig(kernels, hidden_size=64, vocab_size=vocab, head=packed) as rig:
             for rows in (1, 4, 9, 33, 70):
                 x = randn(rows, 64, seed=rows)
                 operand, tolerance = expected_operand(kernels, kind, rows, x)
@@ -202,7 +202,7 @@ class TestHead:
             weight.zero_()
             weight[first] = weight[other] = 1.0
             packed = kernels.pack(weight)
-            with Rig(kernels, vocab_size=500, head=packed.record) as rig:
+            with Rig(kernels, vocab_size=500, head=packed) as rig:
                 x, argmax = torch.ones(20, 32), torch.zeros(20, dtype=torch.int32)
                 for _ in range(20):
                     kernels.isa.head(rig.model, x.data_ptr(), 20, None, argmax.data_ptr())
@@ -358,7 +358,7 @@ def test_any_number_of_threads_gives_the_same_sums(num_threads):
         packed, out = kernels.pack(weight), torch.zeros(50, 300)
         with Rig(kernels, widest=300) as rig:
             for _ in range(30):
-                kernels.isa.linear(rig.model, None, packed.record, x.data_ptr(), 50, STORE, 0, out.data_ptr())
+                kernels.isa.linear(rig.model, None, packed, x.data_ptr(), 50, STORE, 0, out.data_ptr())
         outputs.append(out)
     assert torch.equal(*outputs)
 
