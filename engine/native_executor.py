@@ -17,6 +17,7 @@ from sleb.engine.rotary import rotary_tables
 from sleb.engine.step import Step
 from sleb.engine.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
 from sleb.kernels.cpu import library as native
+from sleb.kernels.cpu import records
 from sleb.kernels.cpu.library import NativeKernels
 
 _NEVER = 1 << 30  # a depth that no map reaches
@@ -69,7 +70,7 @@ class NativeExecutor:
         self._dtype = weights.dtype
         self._head = kernels.pack(weights.head.weight, weights.head.bias)
         self._model = self._make_model(weights, max_model_len, max_num_tokens)
-        units = (native.Unit * len(plan))()
+        units = (records.Unit * len(plan))()
         widest = spec.hidden_size
         for unit, planned in zip(units, plan, strict=True):
             block, part = planned.sublayer
@@ -97,7 +98,7 @@ class NativeExecutor:
     def run(self, step: Step, samples: Sequence[int], greedy: bool) -> Forward:
         """One step; see `sleb.engine.executor.Executor`."""
         arrays = self._step_arrays(step)
-        record = native.Step(
+        record = records.Step(
             num_tokens=len(arrays[0]), num_sequences=len(step.rows), num_samples=len(samples)
         )
         record.token_ids, record.positions, record.query_starts = (_at(values) for values in arrays[:3])
@@ -155,9 +156,9 @@ class NativeExecutor:
             self._logits = torch.empty(num_rows, self._spec.vocab_size)
         return self._logits[:num_rows]
 
-    def _make_model(self, weights: DecoderWeights, max_model_len: int, max_num_tokens: int) -> native.Model:
+    def _make_model(self, weights: DecoderWeights, max_model_len: int, max_num_tokens: int) -> records.Model:
         spec, keep = self._spec, self._kernels.keep
-        model = native.Model(
+        model = records.Model(
             hidden_size=spec.hidden_size,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
@@ -194,11 +195,11 @@ class NativeExecutor:
             model.cos, model.sin = cos.data_ptr(), sin.data_ptr()
         return model
 
-    def _norm(self, norm: Norm) -> native.Norm:
-        return native.Norm(self._kernels.keep(norm.weight), self._kernels.keep(norm.bias))
+    def _norm(self, norm: Norm) -> records.Norm:
+        return records.Norm(self._kernels.keep(norm.weight), self._kernels.keep(norm.bias))
 
     def _fill_attention(
-        self, unit: native.Unit, block: int, weights: AttentionWeights, num_pages: int
+        self, unit: records.Unit, block: int, weights: AttentionWeights, num_pages: int
     ) -> None:
         spec, kernels = self._spec, self._kernels
         unit.is_attention = 1
@@ -215,7 +216,7 @@ class NativeExecutor:
         unit.key_cache = kernels.arena.map(size, huge=False)[0]
         unit.value_cache = kernels.arena.map(size, huge=False)[0]
 
-    def _fill_mlp(self, unit: native.Unit, weights: MLPWeights) -> None:
+    def _fill_mlp(self, unit: records.Unit, weights: MLPWeights) -> None:
         spec, kernels = self._spec, self._kernels
         unit.norm = self._norm(weights.norm)
         unit.gated = spec.gated

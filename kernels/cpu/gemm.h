@@ -38,6 +38,7 @@ static void quantise_row(const float *x, int32_t features, int8_t *q, float *sca
         __m512 x0 = _mm512_maskz_loadu_ps(tail_mask(left), x + at);
         __m512 x1 = _mm512_maskz_loadu_ps(left > 16 ? tail_mask(left - 16) : 0, x + at + 16);
         float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
+        if (_mm512_cmp_ps_mask(x0, x1, _CMP_UNORD_Q)) top = NAN; /* a byte cannot say it, so the scale does */
         __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
         __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse));
         __m512i q1 = _mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse));
@@ -128,6 +129,7 @@ INLINE void finish_head(const epilogue *e, const sleb_linear *w, int32_t row, in
     if (top > e->best[row] || (top == e->best[row] && column < e->best_index[row])) {
         uint32_t equal = _mm512_cmp_ps_mask(x0, _mm512_set1_ps(top), _CMP_EQ_OQ) |
                          (uint32_t)_mm512_cmp_ps_mask(x1, _mm512_set1_ps(top), _CMP_EQ_OQ) << 16;
+        equal &= m0 | (uint32_t)m1 << 16; /* where all are NaN the padding is the highest */
         if (!equal) return;
         e->best[row] = top;
         e->best_index[row] = column + __builtin_ctz(equal);

@@ -1,7 +1,4 @@
-"""The C kernels as Python sees them: records, memory, packed weights, threads.
-
-`sleb_cpu.h` describes the records field by field; the classes here have the same fields in the same order.
-"""
+"""The C kernels as Python sees them: memory, packed weights, threads, and the entry points of an instruction set."""
 
 from __future__ import annotations
 
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from sleb.kernels.cpu.build import find_library, why_unavailable
 from sleb.kernels.cpu.features import cpu_features, isa_level
+from sleb.kernels.cpu.records import Draw, Isa, Linear, Model
 from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.reference import Numbers
 
@@ -50,102 +48,6 @@ class NativeUnavailableError(Exception):
     """The C kernels cannot run here; the message says why."""
 
 
-class Linear(ctypes.Structure):
-    """sleb_linear"""
-
-    _fields_ = [
-        *((name, _pointer) for name in ("data", "scale", "bias")),
-        *((name, _int) for name in ("format", "n", "k", "gated")),
-    ]
-
-
-class Norm(ctypes.Structure):
-    """sleb_norm"""
-
-    _fields_ = [("weight", _pointer), ("bias", _pointer)]
-
-
-class Unit(ctypes.Structure):
-    """sleb_unit"""
-
-    _fields_ = [
-        ("norm", Norm),
-        ("first", Linear),
-        ("second", Linear),
-        *((name, _pointer) for name in ("query_norm", "key_norm", "key_cache", "value_cache")),
-        *((name, _int) for name in ("is_attention", "rotate", "window", "activation", "gated")),
-    ]
-
-
-class Model(ctypes.Structure):
-    """sleb_model"""
-
-    _fields_ = [
-        *(
-            (name, _int)
-            for name in (
-                *("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_half", "vocab_size"),
-                *("norm_kind", "num_units", "page_size", "kv_format", "embed_format", "embed_packed"),
-                *("max_tokens", "position_offset"),
-            )
-        ),
-        ("norm_eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        *((name, _pointer) for name in ("cos", "sin", "embed", "position_embed", "units")),
-        ("final_norm", Norm),
-        ("has_final_norm", _int),
-        ("head", Linear),
-        ("pool", _pointer),
-        ("workspace", _pointer),
-    ]
-
-
-class Step(ctypes.Structure):
-    """sleb_step"""
-
-    _fields_ = [
-        *((name, _int) for name in ("num_tokens", "num_sequences", "num_samples", "reserved")),
-        *(
-            (name, _pointer)
-            for name in (
-                *("token_ids", "positions", "query_starts", "context_lens", "page_starts", "pages"),
-                *("unit_sequences", "samples", "logits", "argmax"),
-            )
-        ),
-    ]
-
-
-_model_p, _unit_p, _step_p = ctypes.POINTER(Model), ctypes.POINTER(Unit), ctypes.POINTER(Step)
-
-
-class Draw(ctypes.Structure):
-    """sleb_draw"""
-
-    _fields_ = [
-        *((name, _pointer) for name in ("logits", "temperature", "top_p", "min_p", "points", "top_k")),
-        *((name, _pointer) for name in ("chosen", "scratch", "pool")),
-        *((name, _int) for name in ("num_rows", "vocab_size")),
-    ]
-
-
-_linear_p, _norm_p = ctypes.POINTER(Linear), ctypes.POINTER(Norm)
-
-
-class Isa(ctypes.Structure):
-    """sleb_isa"""
-
-    _fields_ = [
-        ("forward", ctypes.CFUNCTYPE(_int, _model_p, _step_p)),
-        ("head", ctypes.CFUNCTYPE(_int, _model_p, _pointer, _int, _pointer, _pointer)),
-        (
-            "linear",
-            ctypes.CFUNCTYPE(_int, _model_p, _norm_p, _linear_p, _pointer, _int, _int, _int, _pointer),
-        ),
-        ("attention", ctypes.CFUNCTYPE(_int, _model_p, _unit_p, _step_p, _pointer, _pointer)),
-        ("draw", ctypes.CFUNCTYPE(_int, ctypes.POINTER(Draw))),
-    ]
-
-
 # Name -> result and arguments.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sleb_select": (ctypes.POINTER(Isa), [ctypes.c_char_p]),
@@ -155,14 +57,14 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sleb_map": (_pointer, [ctypes.c_size_t, _int]),
     "sleb_unmap": (None, [_pointer, ctypes.c_size_t]),
     "sleb_trim": (None, []),
-    "sleb_packed_bytes": (ctypes.c_size_t, [_linear_p]),
-    "sleb_num_packed_outputs": (_int, [_linear_p]),
-    "sleb_pack_vector": (None, [_linear_p, _pointer, _pointer]),
-    "sleb_pack": (None, [_pointer, _linear_p, _pointer, _pointer, _pointer, _pointer]),
+    "sleb_packed_bytes": (ctypes.c_size_t, [ctypes.POINTER(Linear)]),
+    "sleb_num_packed_outputs": (_int, [ctypes.POINTER(Linear)]),
+    "sleb_pack_vector": (None, [ctypes.POINTER(Linear), _pointer, _pointer]),
+    "sleb_pack": (None, [_pointer, ctypes.POINTER(Linear), _pointer, _pointer, _pointer, _pointer]),
     "sleb_draw_bytes": (ctypes.c_size_t, [_int]),
     "sleb_workspace_create": (
         _pointer,
-        [_model_p, _int, _int, _int, _int, ctypes.POINTER(ctypes.c_size_t)],
+        [ctypes.POINTER(Model), _int, _int, _int, _int, ctypes.POINTER(ctypes.c_size_t)],
     ),
     "sleb_workspace_destroy": (None, [_pointer, ctypes.c_size_t]),
     "sleb_workspace_residual": (_pointer, [_pointer]),

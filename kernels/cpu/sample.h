@@ -237,7 +237,7 @@ static tokens keep_top_p(tokens from, scaling scale, double top_p, const draw_sc
 
 static int32_t draw_row(const sleb_draw *d, int32_t row, const draw_scratch *s) {
     int32_t size = d->vocab_size, top_k = d->top_k[row], ties;
-    double temperature = d->temperature[row], top_p = d->top_p[row], min_p = d->min_p[row];
+    double temperature = d->temperature[row], top_p = fmax(d->top_p[row], DBL_MIN), min_p = d->min_p[row];
     tokens list = {d->logits + (size_t)row * size, NULL, size};
     int32_t cuts = top_k > 0 && top_k < size;
     float highest = find_highest(list.values, size, cuts ? s->groups : NULL), bound = -FLT_MAX;

@@ -52,8 +52,8 @@ INLINE float bf16_to_f32(uint16_t bits) {
 
 INLINE __mmask16 tail_mask(int32_t count) { return count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1u); }
 
-/* 2^x. The polynomial is a minimax fit of degree 6 on [-1/2, 1/2], relative error below 2e-7; far below the smallest
- * number it is 0, and -inf gives 0. */
+/* 2^x: the Taylor series to degree 6 on [-1/2, 1/2], relative error below 2e-7. Far below the smallest number, and for
+ * -inf, it is 0. */
 INLINE __m512 exp2_ps(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -99,7 +99,7 @@ static __attribute__((noinline)) __m512 gelu_ps(__m512 x) { /* exact; rare, so l
 INLINE __m512 activate_ps(__m512 x, int32_t activation) {
     switch (activation) {
     case SLEB_SILU: return silu_ps(x);
-    case SLEB_RELU: return _mm512_max_ps(x, _mm512_setzero_ps());
+    case SLEB_RELU: return _mm512_max_ps(_mm512_setzero_ps(), x); /* of a NaN the second */
     case SLEB_GELU: return gelu_ps(x);
     default: return gelu_tanh_ps(x);
     }

@@ -55,7 +55,9 @@ def throughput(
     load_format: Annotated[
         str, typer.Option(help="auto, safetensors, or dummy: random weights, only a config is needed.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="one a physical core")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="one a physical core")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts and the order of the runs.")] = 0,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write environment, samples and results here.")

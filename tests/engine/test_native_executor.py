@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -116,6 +117,66 @@ def test_mixed_depths_give_the_tokens_of_the_torch_operators(budget, level, tiny
         )
     assert llm.engine.stats().num_preemptions > 0
     llm.engine.check_integrity()
+
+
+def test_arrivals_aborts_and_preemptions_leave_every_stream_as_it_is(level, tiny_model, make_llm, make):
+    """Requests come and go between steps in a cache of nine pages; each gets the torch operators' tokens, as far as
+    it gets."""
+    model, chain, tiers = tiny_model("llama-gqa"), (4, 1, 3, 2), (0, 2, 4)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts, depths = workload(seed=21, count=60)
+    reference = make_llm(model, chain, tiers, page_size=16)
+    expected = [output.token_ids for output in reference.generate(prompts, params, depths)]
+    memory = 9.5 * 16 * reference.engine.kv_bytes_per_token(0) / 2**30
+    engine = make(model, chain, tiers, max_num_batched_tokens=37, kv_cache_memory=memory).engine
+    rng, waiting, streams, aborted = random.Random(4), list(range(len(prompts))), {}, set()
+    while waiting or engine.has_unfinished():
+        for number in [waiting.pop(0) for _ in range(min(len(waiting), rng.choice([0, 0, 1, 4])))]:
+            engine.add_request(str(number), prompts[number], params, depths[number])
+            streams[number] = []
+        for output in engine.step():
+            assert int(output.request_id) not in aborted
+            streams[int(output.request_id)] += output.new_token_ids
+        if streams and rng.random() < 0.1:
+            victim = rng.choice(list(streams))
+            if len(streams[victim]) < 12:
+                engine.abort(str(victim))
+                aborted.add(victim)
+        engine.check_integrity()
+    for number, tokens in streams.items():
+        assert tokens == expected[number][: len(tokens)]
+        assert number in aborted or len(tokens) == 12
+    assert 0 < len(aborted) < len(prompts) and engine.stats().num_preemptions > 0
+    assert engine.stats().kv_cache_usage == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_in_one_request_stays_in_that_request(
+    dtype, level, tiny_model, make, make_request, forward, tmp_path
+):
+    """Token 5 is NaN in this model: who has it gets NaN, who stands beside it in every step gets the same bits."""
+    model = copy.copy(tiny_model("llama-gqa"))
+    poisoned = copy.deepcopy(model.model)
+    with torch.no_grad():
+        poisoned.model.embed_tokens.weight[5] = torch.nan
+    poisoned.save_pretrained(tmp_path)
+    engine = make(type(model)("poisoned", tmp_path, model.model), (4, 1), (0, 2), dtype=dtype).engine
+    outputs, text, depths = [], [token for token in PROMPT if token != 5], [0, 0, 2, 2]
+    for token in (6, 5):
+        prompts = [text[:21], [7, token, 8, *text[:30]], text[5:13], text[3:40]]
+        rows = [
+            make_request(prompt, engine.tier(depth), list(range(4 * row, 4 * row + 4)))
+            for row, (prompt, depth) in enumerate(zip(prompts, depths, strict=True))
+        ]
+        for starts, ends in [([0] * 4, [20, 30, 7, 36]), ([20, 30, 7, 36], [21, 33, 8, 37])]:
+            logits = forward(engine, list(zip(rows, starts, ends, strict=True)))
+            lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+            outputs.append([(part, row) for row, part in enumerate(logits.split(lengths))])
+    for clean, dirty in zip(outputs[:2], outputs[2:], strict=True):
+        assert all(
+            torch.equal(one, other) for (one, row), (other, _) in zip(clean, dirty, strict=True) if row != 1
+        )
+    assert outputs[2][1][0][1:].isnan().all() and outputs[3][1][0].isnan().all()
 
 
 def test_repeated_runs_are_equal_to_the_bit(tiny_model, make):

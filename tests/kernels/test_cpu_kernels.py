@@ -13,6 +13,7 @@ import torch
 
 from sleb.kernels import reference
 from sleb.kernels.cpu import library as native
+from sleb.kernels.cpu import records
 from sleb.kernels.cpu.features import cpu_features
 from sleb.kernels.quantization import Int4Weight, Int8Weight
 
@@ -48,7 +49,7 @@ class Rig:
             "scale": 0.3,
         }
         self.kernels = kernels
-        self.model = native.Model(**(defaults | fields), max_tokens=max_tokens, pool=kernels.pool)
+        self.model = records.Model(**(defaults | fields), max_tokens=max_tokens, pool=kernels.pool)
         size = ctypes.c_size_t()
         address = kernels.library.sleb_workspace_create(
             self.model, widest, widest, samples, sequences, ctypes.byref(size)
@@ -156,11 +157,58 @@ def test_norm_before_a_product(kernels, norm, affine):
             else:
                 pair = (None, None) if scale is None else (scale.double(), shift.double())
                 expected = reference.layer_norm(x.double(), *pair, 1e-5)
-            record = native.Norm(kernels.keep(scale), kernels.keep(shift if norm == "layer" else None))
+            record = records.Norm(kernels.keep(scale), kernels.keep(shift if norm == "layer" else None))
             out = torch.zeros(rows, k)
             packed = kernels.pack(weight)
             kernels.isa.linear(rig.model, record, packed, x.data_ptr(), rows, STORE, 0, out.data_ptr())
             torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_and_activation_around_a_product_of_every_format(kernels, kind, gated):
+    """As an MLP's first half runs. A float32 norm may round an operand to the value beside the expected one."""
+    with Rig(kernels, widest=200) as rig:
+        for rows, features, k in [(1, 5, 33), (4, 24, 64), (5, 16, 65), (16, 40, 200), (35, 72, 100)]:
+            count = features * (2 if gated else 1)
+            weight, _ = make_weight("float32", count, k, seed=features)
+            weight /= k**0.5
+            if kind in ("int8", "int4"):
+                stored = (Int8Weight if kind == "int8" else Int4Weight).empty(count, k)
+                stored.fill(weight)
+                exact = stored.dequantize(torch.float32).double()
+            else:
+                stored = weight.to(getattr(torch, kind))
+                exact = stored.double()
+            x, scale = 2 * randn(rows, k, seed=rows), 1 + 0.2 * randn(k, seed=1)
+            operand, _ = expected_operand(kernels, kind, rows, reference.rms_norm(x, scale, 1e-5))
+            hidden = operand @ exact.T
+            expected = (reference.gated_activate if gated else reference.activate)(hidden, "silu")
+            record, packed = records.Norm(kernels.keep(scale), None), kernels.pack(stored, gated=gated)
+            out = torch.full((rows, features), torch.nan)
+            address = x.data_ptr(), rows, ACTIVATE, native.ACTIVATIONS["silu"], out.data_ptr()
+            kernels.isa.linear(rig.model, record, packed, *address)
+            tolerance = 2e-4 if kind in ("float32", "float16") else 3e-2
+            torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_one_row_leaves_the_others_as_they_are(kernels, kind, poison):
+    weight, _ = make_weight(kind, 70, 100, seed=3)
+    with Rig(kernels, widest=100) as rig:
+        packed = kernels.pack(weight)
+        for rows in (2, 5, 16, 40):
+            x, outputs = randn(rows, 100, seed=rows), []
+            for value in (0.5, poison):
+                x[1] = value
+                outputs.append(torch.zeros(rows, 70))
+                kernels.isa.linear(
+                    rig.model, None, packed, x.data_ptr(), rows, STORE, 0, outputs[-1].data_ptr()
+                )
+            others = [row for row in range(rows) if row != 1]
+            assert torch.equal(outputs[0][others], outputs[1][others])
+            assert not outputs[1][1].isfinite().any()
 
 
 def test_a_row_of_zeros_and_large_values(kernels):
@@ -208,6 +256,19 @@ class TestHead:
                     kernels.isa.head(rig.model, x.data_ptr(), 20, None, argmax.data_ptr())
                     assert argmax.tolist() == [first] * 20
 
+    def test_a_row_without_a_highest_logit_still_names_a_token(self, kernels):
+        """A row of NaN, whatever is chosen for it, must neither name a token that is not there nor reach others."""
+        weight = randn(77, 32, seed=1)
+        packed = kernels.pack(weight)
+        with Rig(kernels, vocab_size=77, head=packed) as rig:
+            x, argmax = randn(9, 32, seed=2), torch.full((9,), -1, dtype=torch.int32)
+            expected = (x @ weight.T).argmax(dim=-1)
+            x[4] = torch.nan
+            kernels.isa.head(rig.model, x.data_ptr(), 9, None, argmax.data_ptr())
+            assert 0 <= argmax[4] < 77
+            others = [row for row in range(9) if row != 4]
+            assert argmax[others].tolist() == expected[others].tolist()
+
 
 class Sequences:
     """Sequences in scattered pages of a cache that is full of NaN, computed step by step."""
@@ -241,11 +302,11 @@ class Sequences:
         page_starts = [0, *itertools.accumulate(len(self.pages[row]) for row in rows)][:-1]
         arrays = [array("i", values) for values in (positions, starts, ends, page_starts, pages)]
         at = [values.buffer_info()[0] for values in arrays]
-        step = native.Step(
+        step = records.Step(
             num_tokens=starts[-1], num_sequences=len(rows), positions=at[0], query_starts=at[1],
             context_lens=at[2], page_starts=at[3], pages=at[4],
         )  # fmt: skip
-        unit = native.Unit(
+        unit = records.Unit(
             key_cache=self.keys.data_ptr(), value_cache=self.values.data_ptr(), window=self.window,
             rotate=bool(self.rotary),
         )  # fmt: skip
@@ -335,6 +396,47 @@ class TestAttention:
         steps = [[810, 500], [1, 1], [1, 0], [1, 1], [6, 1]]
         run(kernels, dtype, [819, 503], steps, heads=2, kv_heads=1, window=window)
         run(kernels, dtype, [601], [[600], [1]], heads=20, kv_heads=1, window=window)
+
+    @pytest.mark.parametrize("page_size", native.PAGE_SIZES)
+    @pytest.mark.parametrize("window", [0, 20, 300])
+    def test_tiles_of_keys_and_values(self, kernels, page_size, window):
+        """Heads of 32 features and more and groups of five and more: what AMX computes, where there is AMX."""
+        options = {"heads": 8, "kv_heads": 1, "dim": 40, "page_size": page_size, "window": window}
+        run(kernels, torch.bfloat16, [45, 17, 33, 3, 119], MIXED, **options)
+        run(kernels, torch.bfloat16, [671], [[670], [1]], **options)  # split between the threads
+
+    @DTYPES
+    @pytest.mark.parametrize("window", [0, 700])
+    def test_a_context_of_thousands(self, kernels, dtype, window):
+        steps = [[700, 40], [700, 1], [700, 30], [1, 1], [1, 0], [5, 1]]
+        run(kernels, dtype, [2107, 73], steps, heads=2, kv_heads=1, window=window)
+
+    @pytest.mark.parametrize("num_threads", [1, 2, 5])
+    def test_any_number_of_threads(self, num_threads):
+        """Five are more than the cores of many machines; each number splits contexts in its own way."""
+        kernels = native.NativeKernels.load(num_threads=num_threads, level=LEVELS[-1])
+        for dtype in TOLERANCES:
+            run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, qk_norm=True, rotary=4)
+            run(kernels, dtype, [1103, 3], [[1100, 1], [1, 1], [1, 0], [1, 1]], heads=5, kv_heads=1, dim=32)
+
+    @DTYPES
+    @pytest.mark.parametrize("page_size", [16, 64])
+    @pytest.mark.parametrize("dim", [16, 40])
+    def test_nan_in_one_sequence_stays_in_that_sequence(self, kernels, dtype, page_size, dim):
+        lengths, outputs = [45, 17, 33, 3, 119], []
+        for poison in (0.5, torch.nan):
+            sequences = Sequences(
+                kernels, dtype, lengths, heads=8, kv_heads=1, dim=dim, page_size=page_size, rotary=4
+            )
+            sequences.qkv[2][:] = poison
+            with Rig(
+                kernels, num_heads=8, num_kv_heads=1, head_dim=dim, page_size=page_size, rotary_half=4,
+                kv_format=native.FORMATS[dtype], widest=8 * dim,
+            ) as rig:  # fmt: skip
+                outputs.append([sequences.step(rig, new)[0] for new in MIXED])
+        for clean, dirty in zip(*outputs, strict=True):
+            assert all(torch.equal(dirty[row], clean[row]) for row in clean if row != 2)
+            assert 2 not in dirty or not dirty[2].isfinite().any()
 
     def test_a_page_that_was_another_sequence_s_is_used_again(self, kernels):
         """Its values are NaN: they must be gone before a share of zero meets them."""

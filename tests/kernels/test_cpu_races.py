@@ -69,6 +69,42 @@ def sanitised(tmp_path_factory):
     return path, runtime
 
 
+HERE = Path(__file__).resolve().parent
+FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")  # as sleb_cpu.h numbers them
+RACE = 66
+
+
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory):
+    """race_soak.c with the kernels, masked loads and stores made visible to ThreadSanitizer."""
+    path = tmp_path_factory.mktemp("soak") / "race_soak"
+    command = [*build.find_compiler(), *("-O1", "-g", "-fsanitize=thread", "-std=gnu11", "-pthread")]
+    command += ["-fno-math-errno", '-DSLEB_SOURCE_KEY="tsan"', "-include", str(HERE / "race_shim.h")]
+    command += ["-I", str(build.HERE), str(HERE / "race_soak.c")]
+    command += [*(str(file) for file in build.source_files() if file.suffix == ".c"), "-lm", "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "libtsan" in done.stderr or "-fsanitize" in done.stderr:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return path
+
+
+@pytest.mark.parametrize("number", range(len(FORMATS)), ids=FORMATS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_data_race_and_the_same_bits_twice(level, number, soak):
+    """Without torch: contexts of up to 1100 tokens that are split between threads, and drawn tokens."""
+    steps = "40" if level == library.EMULATED else "100"
+    environment = os.environ | {"TSAN_OPTIONS": f"exitcode={RACE} halt_on_error=1"}
+    done = subprocess.run(
+        [str(soak), level, str(number), "4", steps],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert (done.returncode, done.stdout[:6]) == (0, "soaked"), done.stderr[:4000]
+
+
 @pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_data_race(level, weights, sanitised, tiny_model):

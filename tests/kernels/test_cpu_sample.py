@@ -82,7 +82,7 @@ def check_grid(kernels, row, points=(0.0, 0.31, 0.5, 0.77, HIGHEST_POINT)):
         itertools.product(
             [1e-6, 0.7, 1.0, 50.0],
             sorted({0, 1, 2, 7, size // 2, size - 1, size, size + 5}),
-            [1e-300, 1e-9, 0.3, 0.95, 1 - 1e-12, 1.0],
+            [0.0, 1e-300, 1e-9, 0.3, 0.95, 1 - 1e-12, 1.0],
             [0.0, 0.05, 1.0],
             points,
         )
