@@ -24,8 +24,8 @@ pytestmark = [
     pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI"),
 ]
 
-# More threads than cores, so that the system interrupts them anywhere. Random weights, chunks, three depths, long
-# contexts that are split, greedy and drawn tokens.
+# More threads than cores, so that the system interrupts them anywhere. Random weights, chunks, three depths,
+# greedy and drawn tokens.
 SOAK = """
 import random, sys
 from pathlib import Path
