@@ -219,7 +219,6 @@ class NativeExecutor:
     def _fill_mlp(self, unit: records.Unit, weights: MLPWeights) -> None:
         spec, kernels = self._spec, self._kernels
         unit.norm = self._norm(weights.norm)
-        unit.gated = spec.gated
         unit.activation = native.ACTIVATIONS[spec.activation]
         unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
         unit.second = kernels.pack(weights.down.weight, weights.down.bias)

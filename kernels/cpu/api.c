@@ -187,9 +187,7 @@ static void lay_out(sleb_workspace *ws, arena *a, const sleb_model *m, size_t wi
     size_t padded = (size_t)(m->head_dim + 15) / 16 * 16, dim = (size_t)m->head_dim, kv = (size_t)m->num_kv_heads;
     size_t group = heads / kv, threads = (size_t)m->pool->num_threads, hidden = (size_t)m->hidden_size;
     size_t keys = SLEB_ATTENTION_KEYS, piece_rows = SLEB_ATTENTION_ROWS;
-    ws->max_rows = (int32_t)rows;
-    ws->max_groups = (int32_t)((widest + 31) / 32);
-    size_t wide = padded_row(widest), groups = (size_t)ws->max_groups, token_rows = max_size(rows, samples);
+    size_t wide = padded_row(widest), groups = (widest + 31) / 32, token_rows = max_size(rows, samples);
     ws->residual = carve(a, rows * hidden * 4);
     ws->first = carve(a, rows * (heads + 2 * kv) * dim * 4);
     ws->query = carve(a, (rows * heads + piece_rows) * padded * 4);
@@ -201,8 +199,9 @@ static void lay_out(sleb_workspace *ws, arena *a, const sleb_model *m, size_t wi
     ws->group_init = carve(a, token_rows * groups * 4);
     ws->head_rows = carve(a, samples * hidden * 4);
     ws->max_partials = (int32_t)(8 * threads);
-    ws->max_pieces = (int32_t)(rows * group / 12 + sequences * (1 + group / 12 + 1) + 8 * threads + 1);
-    ws->pieces = carve(a, (size_t)ws->max_pieces * sizeof(sleb_piece));
+    /* A sequence's rows in pieces of 12 or more, the last one shorter, and what splits add. */
+    size_t pieces = rows * group / 12 + sequences * (group / 12 + 2) + 8 * threads + 1;
+    ws->pieces = carve(a, pieces * sizeof(sleb_piece));
     ws->piece_ends = carve(a, (sequences + 1) * sizeof(int32_t));
     ws->partials = carve(a, (size_t)ws->max_partials * kv * piece_rows * (padded + 2) * 4);
     ws->locals = carve(a, threads * sizeof(sleb_local));
@@ -240,8 +239,6 @@ SLEB_EXPORT sleb_workspace *sleb_workspace_create(const sleb_model *m, int32_t w
         return NULL;
     }
     lay_out(ws, &real, m, (size_t)widest, (size_t)activated, (size_t)samples, (size_t)sequences);
-    ws->max_tokens = m->max_tokens;
-    ws->max_samples = samples;
     *bytes = counting.used;
     return ws;
 }

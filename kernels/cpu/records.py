@@ -30,7 +30,7 @@ class Unit(ctypes.Structure):
         ("first", Linear),
         ("second", Linear),
         *((name, _pointer) for name in ("query_norm", "key_norm", "key_cache", "value_cache")),
-        *((name, _int) for name in ("is_attention", "rotate", "window", "activation", "gated")),
+        *((name, _int) for name in ("is_attention", "rotate", "window", "activation")),
     ]
 
 

@@ -42,7 +42,6 @@ typedef struct {
     int32_t rotate;     /* whether this block rotates its queries and keys */
     int32_t window;     /* a token sees itself and the window - 1 before it; 0 for all */
     int32_t activation; /* MLP only */
-    int32_t gated;      /* MLP only */
 } sleb_unit;
 
 typedef struct sleb_pool sleb_pool;

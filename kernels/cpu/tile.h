@@ -87,9 +87,10 @@ INLINE void tile_bf16(const tile *t, const int R) {
 }
 #endif
 
-INLINE void tile_f32(const tile *t, const int R) {
+/* A float32, B float32, or float16 in lines of 32 bytes. */
+INLINE void tile_float(const tile *t, const int R, const int is_half) {
     TILE_BEGIN {
-        __m512 b0 = load_f32(b), b1 = load_f32(b + second);
+        __m512 b0 = is_half ? load_f16(b) : load_f32(b), b1 = is_half ? load_f16(b + second) : load_f32(b + second);
         FOR_ROWS {
             __m512 x = _mm512_set1_ps(read_f32(A_ROW(r)));
             acc[r][0] = _mm512_fmadd_ps(x, b0, acc[r][0]);
@@ -100,18 +101,8 @@ INLINE void tile_f32(const tile *t, const int R) {
     TILE_END
 }
 
-INLINE void tile_f16(const tile *t, const int R) { /* lines of 32 bytes */
-    TILE_BEGIN {
-        __m512 b0 = load_f16(b), b1 = load_f16(b + second);
-        FOR_ROWS {
-            __m512 x = _mm512_set1_ps(read_f32(A_ROW(r)));
-            acc[r][0] = _mm512_fmadd_ps(x, b0, acc[r][0]);
-            acc[r][1] = _mm512_fmadd_ps(x, b1, acc[r][1]);
-        }
-        A_NEXT(4);
-    }
-    TILE_END
-}
+INLINE void tile_f32(const tile *t, const int R) { tile_float(t, R, 0); }
+INLINE void tile_f16(const tile *t, const int R) { tile_float(t, R, 1); }
 
 /* A signed bytes with a scale for each group of 32, B unsigned bytes around 128; `steps` counts groups.
  * The integers start at -128 · Σa, so that they end as Σ a (q - 128). */

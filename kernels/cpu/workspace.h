@@ -39,8 +39,7 @@ typedef struct {
 } sleb_piece;
 
 struct sleb_workspace {
-    int32_t max_tokens, max_rows, max_samples, max_pieces, max_partials;
-    int32_t max_groups;
+    int32_t max_partials;
     float *residual;              /* [T, E] */
     float *first;                 /* [T, qkv features] */
     char *query;                  /* [T, H, Dp] */
