@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,3 +93,56 @@ class PagedBatch:
         rows = torch.tensor(self.decode_rows, device=lens.device)
         pages = self.page_table[rows[:, None], positions // self.page_size]
         return pages * self.page_size + positions % self.page_size
+
+
+@dataclass(frozen=True)
+class BatchTensors:
+    """A batch as kernels read it on its device: nothing of it needs the host to know a length.
+
+    Only the first num_rows[0] of the S sequences laid out are there; kernels read that number themselves, so that a
+    captured launch follows it from step to step.
+
+    Attributes:
+        query_starts: [S + 1] int32, index of each sequence's first token among the step's.
+        context_lens: [S] int32, tokens whose K and V are in the cache once this step's are stored.
+        page_table: [S, width] int32, rows one after another at a stride of their own.
+        num_rows: [1] int32, sequences that run the unit.
+        page_size: tokens in a page.
+        max_query_len, max_context_len: bounds that the host knows: of the new tokens and the context of a sequence.
+        has_decodes: whether there may be sequences with one new token.
+    """
+
+    query_starts: Tensor
+    context_lens: Tensor
+    page_table: Tensor
+    num_rows: Tensor
+    page_size: int
+    max_query_len: int
+    max_context_len: int
+    has_decodes: bool = True
+
+    @classmethod
+    def of(cls, batch: PagedBatch, device: torch.device) -> BatchTensors:
+        """The tensors of a batch whose lengths the host knows; all its sequences are there."""
+
+        def integers(values: tuple[int, ...]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return cls(
+            integers(batch.query_starts),
+            integers(batch.context_lens),
+            batch.page_table.to(device, torch.int32),
+            integers((batch.num_sequences,)),
+            batch.page_size,
+            max(batch.query_lens, default=0),
+            max(batch.context_lens, default=0),
+            bool(batch.decode_rows),
+        )
+
+    def to_host(self) -> PagedBatch:
+        """The batch with its lengths on the host, which waits for the device. Padding after its end is dropped."""
+        num_rows = int(self.num_rows)
+        starts = self.query_starts[: num_rows + 1].tolist()
+        lens = self.context_lens[:num_rows].tolist()
+        query_lens = tuple(end - start for start, end in itertools.pairwise(starts))
+        return PagedBatch(query_lens, tuple(lens), self.page_table[:num_rows].long(), self.page_size)

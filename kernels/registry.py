@@ -12,6 +12,7 @@ from sleb.errors import ConfigError
 from sleb.kernels import reference
 from sleb.kernels.batch import PagedBatch
 from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
+from sleb.kernels.fused import FusedKernels, triton_fused_kernels
 from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import Numbers
 
@@ -34,6 +35,8 @@ class Kernels:
     draw: Callable[[Tensor, Numbers, Numbers, Numbers, Numbers, Numbers], Tensor]
     native: NativeKernels | None = None
     """C kernels that run a whole step as one call; the functions above then serve what lies outside of steps."""
+    fused: FusedKernels | None = None
+    """Operators that read their row counts on the device; a step then runs on them."""
     note: str = ""
     """Why nothing faster was chosen."""
 
@@ -56,7 +59,25 @@ def _torch_kernels(note: str = "") -> Kernels:
     )
 
 
-BACKENDS = ("torch", "cpu")
+def _triton_kernels(device: torch.device) -> Kernels:
+    from_triton = triton_fused_kernels()
+    from sleb.kernels.runtime import INTERPRETED
+
+    if device.type != "cuda" and not INTERPRETED:
+        raise ConfigError(
+            f"kernels 'triton' do not run on {device}; use kernels auto, cpu or torch there "
+            "(TRITON_INTERPRET=1 interprets them on a CPU, slowly, for tests)"
+        )
+    return replace(
+        _torch_kernels(),
+        name="triton",
+        greedy=from_triton.greedy,
+        log_softmax_gather=from_triton.log_softmax_gather,
+        fused=from_triton,
+    )
+
+
+BACKENDS = ("triton", "torch", "cpu")
 
 
 def select_kernels(
@@ -71,10 +92,17 @@ def select_kernels(
         raise ConfigError(
             f"kernel backend '{name}' does not exist; choose one of: auto, {', '.join(BACKENDS)}"
         )
-    if name == "torch" or (name == "auto" and device.type != "cpu"):
+    if name == "torch":
         return _torch_kernels()
+    if name == "triton":
+        return _triton_kernels(device)
     if device.type != "cpu":
-        raise ConfigError(f"kernels 'cpu' do not run on {device}; use kernels auto or torch")
+        if name == "cpu":
+            raise ConfigError(f"kernels 'cpu' do not run on {device}; use kernels auto, triton or torch")
+        try:
+            return _triton_kernels(device)
+        except ConfigError as reason:
+            return _torch_kernels(note=str(reason))
     try:
         native = NativeKernels.load(num_threads, cpus=cpus)
     except NativeUnavailableError as reason:

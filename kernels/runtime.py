@@ -1,0 +1,60 @@
+"""What every Triton kernel of this folder shares: the interpreter, block sizes, the numbers of a card.
+
+Triton decides when a kernel is defined whether it is compiled or interpreted: `TRITON_INTERPRET=1` must be set before
+these modules are imported. Interpreted kernels run on a CPU, slowly, and give what the compiled ones give.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
+
+# Streaming multiprocessors that the interpreter claims: few, so that its grids stay small.
+_INTERPRETED_PROCESSORS = 4
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `number` and `least`: Triton's blocks have no other sizes."""
+    return 1 << (max(number, least, 1) - 1).bit_length()
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """number / divisor, rounded up."""
+    return -(-number // divisor)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a card."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `multiply` computes products of `dtype`: float32 in full, where Triton's default would be tf32."""
+    if INTERPRETED:
+        return "widened"
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def multiply(a, b, PRECISION: tl.constexpr):
+    """The matrix product a · b in float32. The interpreter gets float32: it would multiply bit patterns of bfloat16."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Asserts that kernels may walk the tensors row by row."""
+    for name, tensor in tensors.items():
+        assert tensor is None or tensor.is_contiguous(), f"{name} is not contiguous"
