@@ -39,15 +39,20 @@ class EngineConfig:
         load_format: auto | safetensors | dummy (random weights; only a config is needed).
         max_model_len: tokens of prompt and answer together; None: what the model allows and the KV cache holds.
         max_num_seqs: requests computed at once. max_num_batched_tokens: tokens of one step.
-        page_size: tokens in a KV page.
+        page_size: tokens in a KV page; None: 16, or what the attention backend asks for.
         kv_cache_memory: GiB for KV pages; None: chosen from the free memory.
         gpu_memory_utilization: share of the card's memory that weights and KV may take.
         kernels: auto, or a backend of sleb.kernels.registry.
+        attention: auto, or a backend of sleb.kernels.attention; of the Triton kernels.
+        cuda_graphs: whether decode steps on a card are captured once and replayed.
+        overlap: whether a step is launched before the tokens of the one before are read; None: where the device
+            computes by itself.
         num_threads: CPU threads; None: one a physical core for the C kernels, torch's own choice for torch.
         cpu_affinity: the processor that each thread of the C kernels is tied to, the engine's own thread first; None:
             the system moves them as it likes.
         seed: of random weights and of requests without a seed; None: different in every run.
         on_progress: called while weights are loaded, in the loading thread: weights that have come in, and of all.
+        on_capture: called while graphs are captured: how many are, and of how many.
 
     Raises ConfigError from `check()` for a value out of range.
     """
@@ -62,15 +67,19 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    page_size: int = 16
+    page_size: int | None = None
     kv_cache_memory: float | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     kernels: str = "auto"
+    attention: str = "auto"
+    cuda_graphs: bool = True
+    overlap: bool | None = None
     num_threads: int | None = None
     cpu_affinity: Sequence[int] | None = None
     seed: int | None = None
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
+    on_capture: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
 
     def check(self) -> None:
         """Raises ConfigError for the first option out of its range."""
@@ -79,7 +88,7 @@ class EngineConfig:
         self._check_choice("load_format", _LOAD_FORMATS)
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "num_threads"):
             value = getattr(self, name)
-            optional = name in ("max_model_len", "num_threads")
+            optional = name in ("max_model_len", "num_threads", "page_size")
             if value is None and optional:
                 continue
             if not is_integer(value) or value < 1:

@@ -54,13 +54,13 @@ class Decoder:
         self.kernels = kernels
         self.device = device
         self.scale = spec.head_dim**-0.5
-        self._tables = rotary_tables(spec, max_model_len, device) if spec.position == "rope" else None
+        self.tables = rotary_tables(spec, max_model_len, device) if spec.position == "rope" else None
 
     def rotation(self, positions: Tensor) -> Rotation:
         """The Rotation of positions [T] int64."""
-        if self._tables is None:
+        if self.tables is None:
             return Rotation(None, None)
-        return Rotation(self._tables[0][positions], self._tables[1][positions])
+        return Rotation(self.tables[0][positions], self.tables[1][positions])
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids and positions [T] int64 to the residual stream [T, E]."""

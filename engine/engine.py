@@ -14,7 +14,8 @@ from sleb.engine.config import EngineConfig
 from sleb.engine.detokenizer import Detokenizer
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.request import Request, Tier
-from sleb.engine.runner import Runner, StepResult
+from sleb.engine.runner import LaunchedStep, Runner, StepResult
+from sleb.engine.sampler import needs_last_token
 from sleb.engine.sampling_params import SamplingParams, is_integer
 from sleb.engine.scheduler import Scheduler
 from sleb.engine.step import ScheduledRow, Step
@@ -59,20 +60,47 @@ class Engine:
         depths = [tier.depth for tier in self.tiers]
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
         self.max_model_len = self.runner.max_model_len
-        block_manager = BlockManager(self.runner.num_pages, config.page_size, config.enable_prefix_caching)
+        self.overlap = self.runner.executor.asynchronous if config.overlap is None else config.overlap
+        self._in_flight: LaunchedStep | None = None
+        page_size = self.runner.page_size
+        block_manager = BlockManager(self.runner.num_pages, page_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
         self._seeds = random.Random(config.seed)
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
 
     def step(self) -> list[StepOutput]:
-        """One forward pass; the increments that it made. Empty when there is nothing to do."""
+        """One forward pass; the increments that are known by now. Empty when there is nothing to do.
+
+        With `overlap` a step is launched before the tokens of the one before are read, so that the host works on the
+        next while the device computes: increments come one call later, and a stop is seen when one more token has been
+        computed, which is dropped. Where a request's next token depends on the last one's value (penalties), the step
+        waits for it.
+        """
+        outputs: list[StepOutput] = []
+        if self._in_flight is not None and any(map(_must_wait, self.scheduler.running)):
+            outputs += self._finish()
         step = self.scheduler.schedule()
-        if not step.rows:
-            return []
+        launched = self._launch(step) if step.rows else None
+        if self._in_flight is not None:
+            outputs += self._finish()
+        if self._requests:
+            self._in_flight = launched
+        if not self.overlap and launched is not None:
+            outputs += self._finish()
+        return outputs
+
+    def _launch(self, step: Step) -> LaunchedStep:
         self._mark_scheduled(step)
-        result = self.runner.run(step)
-        return self._commit(step, result)
+        launched = self.runner.launch(step)
+        self.scheduler.launched(step.rows)
+        return launched
+
+    def _finish(self) -> list[StepOutput]:
+        """Reads what the step in flight has sampled, and commits it."""
+        launched, self._in_flight = self._in_flight, None
+        assert launched is not None
+        return self._commit(launched.step, launched.read())
 
     def add_request(
         self,
@@ -217,6 +245,9 @@ class Engine:
         now = time.monotonic()
         for row in step.rows:
             request = row.request
+            request.num_pending -= row.chooses
+            if request.finish_reason is not None:  # it ended, or was dropped, while this step was computed
+                continue
             if request in result.prompt_logprobs and request.prompt_logprobs is not None:
                 request.prompt_logprobs.extend(result.prompt_logprobs[request])
             if row.samples:
@@ -279,6 +310,12 @@ class Engine:
             request.finish_reason = "stop"
             request.stop_reason = detokenizer.stopped_by
         return text
+
+
+def _must_wait(request: Request) -> bool:
+    """Whether the request's next row cannot be made before its last one is read."""
+    gathers = request.wants_prompt_logprobs and not request.prompt_logprobs_sent
+    return needs_last_token(request) or gathers
 
 
 def _take_prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:

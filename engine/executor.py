@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sleb.engine.decoder import Decoder
 from sleb.engine.kv_cache import PagedKVCache
+from sleb.engine.request import Request
 from sleb.engine.step import Step, StepInput
 from sleb.kernels.batch import PagedBatch
 from sleb.units import Sublayer
@@ -32,18 +33,29 @@ class Forward:
     Attributes:
         hidden: [T, E], the residual stream after the last sublayer; valid until the next step.
         logits: [B, V] float32, to be changed at will; None if nothing is sampled or `greedy` is there.
-        greedy: the most probable token of each of the B, where only that was asked for and the executor can tell.
+        greedy: the most probable token of each of the B, where only that was asked for and the executor can tell;
+            [B] int64 if they are on a device, valid until the next step.
     """
 
     hidden: Tensor
     logits: Tensor | None
-    greedy: list[int] | None
+    greedy: list[int] | Tensor | None
+
+
+@dataclass(frozen=True)
+class LastSampled:
+    """What the step before has sampled: tokens [B] int64 on the device, and the place of each request's among them."""
+
+    token_ids: Tensor
+    rows: Mapping[Request, int]
 
 
 class Executor(Protocol):
     """Computes steps and stores their K and V."""
 
     name: str
+    asynchronous: bool
+    """Whether `run` only queues work, and takes tokens that are pending from the step before."""
 
     @property
     def num_threads(self) -> int:
@@ -55,8 +67,13 @@ class Executor(Protocol):
         """What computes, in words."""
         ...
 
-    def run(self, step: Step, samples: Sequence[int], greedy: bool) -> Forward:
-        """The step's rows; `samples` are the tokens to sample from, `greedy` says that the most probable will do."""
+    def run(
+        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+    ) -> Forward:
+        """The step's rows; `samples` are the tokens to sample from, `greedy` says that the most probable will do.
+
+        last: where the tokens of pending rows are.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -66,6 +83,8 @@ class Executor(Protocol):
 
 class EagerExecutor:
     """Runs the plan in order; every sublayer touches only the prefix of rows whose tier keeps it."""
+
+    asynchronous = False
 
     def __init__(
         self, decoder: Decoder, kv_cache: PagedKVCache, plan: tuple[PlannedSublayer, ...], page_size: int
@@ -89,8 +108,11 @@ class EagerExecutor:
         return f"{self.name} operators on {device}{threads}"
 
     @torch.inference_mode()
-    def run(self, step: Step, samples: Sequence[int], greedy: bool) -> Forward:
+    def run(
+        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+    ) -> Forward:
         """One step; see `Executor`. Logits are given whatever `greedy` says."""
+        assert not any(row.pending for row in step.rows), "this executor takes tokens from the host alone"
         device = self.decoder.device
         hidden = self(StepInput(step, self._page_size, device))
         if not samples:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sleb.engine.architecture import DecoderSpec
+from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
 
 GIB = 1 << 30
@@ -59,16 +60,52 @@ def bytes_per_token(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype) -> i
     return 2 * num_blocks * spec.kv_size * dtype.itemsize
 
 
+def size_cache(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    num_blocks: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    reserve: int = 0,
+) -> tuple[int, int]:
+    """max_model_len and the number of pages for `num_blocks` attention sublayers; the pages hold a request that long.
+
+    reserve: bytes of a card's free memory that are needed for something else. Raises ConfigError.
+    """
+    limit = spec.max_positions
+    wanted = config.max_model_len or limit
+    if wanted > limit:
+        raise ConfigError(f"max_model_len is {wanted}, but the model has {limit} positions; ask for no more")
+    num_pages = choose_num_pages(
+        bytes_per_token(spec, num_blocks, dtype) * page_size,
+        -(-wanted // page_size) * config.max_num_seqs,
+        config.kv_cache_memory,
+        device,
+        config.gpu_memory_utilization,
+        reserve,
+    )
+    capacity = num_pages * page_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the KV cache holds {capacity} tokens; "
+            "lower it (--max-model-len) or give more memory (--kv-cache-memory)"
+        )
+    return min(wanted, capacity), num_pages
+
+
 def choose_num_pages(
     page_bytes: int,
     max_useful_pages: int,
     memory: float | None,
     device: torch.device,
     gpu_memory_utilization: float,
+    reserve: int = 0,
 ) -> int:
     """How many pages to allocate: what `memory` GiB hold, or a share of the free memory, at most what is useful.
 
-    Raises ConfigError when not one page fits.
+    reserve: bytes of a card's memory, besides what is taken now, that must stay free of pages. Raises ConfigError when
+    not one page fits.
     """
     if page_bytes == 0:  # a map that removes all attention needs page numbers, but no bytes
         return max_useful_pages
@@ -76,14 +113,15 @@ def choose_num_pages(
         num_bytes = int(memory * GIB)
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        num_bytes = int(free - (1 - gpu_memory_utilization) * total)
+        num_bytes = int(free - (1 - gpu_memory_utilization) * total) - reserve
     else:
         num_bytes = min(int(_available_memory() * _CPU_MEMORY_SHARE), _CPU_MEMORY_LIMIT)
     num_pages = min(num_bytes // page_bytes, max_useful_pages)
     if num_pages < 1:
         raise ConfigError(
-            f"{num_bytes / GIB:.3f} GiB for the KV cache hold no page of {page_bytes} bytes; "
-            "give more with kv_cache_memory (--kv-cache-memory), or a smaller page_size"
+            f"{num_bytes / GIB:.3f} GiB for the KV cache hold no page of {page_bytes} bytes; give more with "
+            "kv_cache_memory (--kv-cache-memory) or gpu_memory_utilization (--gpu-memory-utilization), quantise the "
+            "weights (--weights int8), or lower max_num_batched_tokens"
         )
     return num_pages
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sleb.engine.architecture import DecoderSpec
-from sleb.engine.executor import Forward, PlannedSublayer
+from sleb.engine.executor import Forward, LastSampled, PlannedSublayer
 from sleb.engine.rotary import rotary_tables
 from sleb.engine.step import Step
 from sleb.engine.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
@@ -41,6 +41,8 @@ class NativeExecutor:
 
     Not thread-safe. What a step returns is valid until the next one.
     """
+
+    asynchronous = False
 
     def __init__(
         self,
@@ -95,8 +97,11 @@ class NativeExecutor:
         """The kernels in words, for a line at start."""
         return f"C kernels for {self._kernels.level}, {self.num_threads} threads"
 
-    def run(self, step: Step, samples: Sequence[int], greedy: bool) -> Forward:
+    def run(
+        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+    ) -> Forward:
         """One step; see `sleb.engine.executor.Executor`."""
+        assert not any(row.pending for row in step.rows), "this executor takes tokens from the host alone"
         arrays = self._step_arrays(step)
         record = records.Step(
             num_tokens=len(arrays[0]), num_sequences=len(step.rows), num_samples=len(samples)

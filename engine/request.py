@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,10 @@ class Request:
     `num_computed` tokens have their K and V in `pages`; the request tries to catch up with `len(tokens)`. There
     is no prefill and no decode phase: preemption sets num_computed to 0, a prefix hit sets it ahead.
 
+    num_pending counts tokens that have been sampled on the device and that the host has not read: at most one when a
+    step is planned. `num_computed` may run ahead of `tokens` by it.
+    page_ids are the first of `pages` as 32-bit integers, kept for who fills page tables.
+
     params is resolved (`SamplingParams.resolved`) and max_tokens is an integer that fits the context.
     """
 
@@ -46,7 +51,9 @@ class Request:
     rng: random.Random
     detokenizer: Detokenizer
     num_computed: int = 0
+    num_pending: int = 0
     pages: list[int] = field(default_factory=list)
+    page_ids: array[int] = field(default_factory=lambda: array("i"))
     num_cached_tokens: int = 0
     num_registered_pages: int = 0
     last_content: Hashable = None
@@ -61,13 +68,20 @@ class Request:
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
+    def num_sampled(self) -> int:
+        """Output tokens, one that is not read yet included."""
+        return self.num_output_tokens + self.num_pending
+
+    @property
     def output_token_ids(self) -> Sequence[int]:
         return self.tokens[self.num_prompt_tokens :]
 
     @property
     def num_missing(self) -> int:
-        """Tokens still to compute before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        """Tokens still to compute before the next one can be sampled; none if no next one is wanted."""
+        if self.num_pending and self.num_sampled >= self.max_tokens:
+            return 0
+        return len(self.tokens) + self.num_pending - self.num_computed
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -76,5 +90,6 @@ class Request:
     def reset(self) -> None:
         """Forgets what was computed; its pages must be freed already. Gathered prompt logprobs stay."""
         self.num_computed = 0
+        self.page_ids = array("i")
         self.num_registered_pages = 0
         self.last_content = None

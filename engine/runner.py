@@ -13,16 +13,25 @@ from torch import Tensor
 from sleb.engine.architecture import DecoderSpec
 from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.decoder import Decoder
-from sleb.engine.executor import EagerExecutor, Executor, PlannedSublayer
-from sleb.engine.kv_cache import PagedKVCache, bytes_per_token, choose_num_pages
+from sleb.engine.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
+from sleb.engine.fused_setup import build_fused
+from sleb.engine.kv_cache import PagedKVCache, bytes_per_token, size_cache
 from sleb.engine.loader import load_weights
 from sleb.engine.native_executor import NativeExecutor, why_unsupported
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.request import Request
-from sleb.engine.sampler import SampledToken, Sampler, takes_most_probable
+from sleb.engine.sampler import (
+    PendingLogprobs,
+    SampledBatch,
+    SampledToken,
+    Sampler,
+    takes_most_probable,
+)
 from sleb.engine.step import ScheduledRow, Step
+from sleb.engine.transfer import to_device
 from sleb.engine.weights import DecoderWeights, all_sublayers, num_bytes
 from sleb.errors import ConfigError
+from sleb.kernels.attention import DEFAULT_PAGE_SIZE, AttentionBackend, select_attention
 from sleb.kernels.registry import Kernels, select_kernels
 from sleb.layer_map import LayerMap
 from sleb.units import Sublayer
@@ -37,6 +46,29 @@ class StepResult:
 
     sampled: dict[Request, SampledToken] = field(default_factory=dict)
     prompt_logprobs: dict[Request, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that is queued on the device, or done; `read` waits for what it has sampled."""
+
+    step: Step
+    requests: Sequence[Request]
+    sampled: SampledBatch | list[int] | None
+    prompt_logprobs: dict[Request, list[PendingLogprobs]]
+
+    def read(self) -> StepResult:
+        """The tokens and log-probabilities, on the host."""
+        tokens: list[SampledToken] = []
+        if isinstance(self.sampled, SampledBatch):
+            tokens = self.sampled.read()
+        elif self.sampled is not None:
+            tokens = [SampledToken(token_id, None) for token_id in self.sampled]
+        prompt = {
+            request: [entry for part in parts for entry in part.read()]
+            for request, parts in self.prompt_logprobs.items()
+        }
+        return StepResult(dict(zip(self.requests, tokens, strict=True)) if tokens else {}, prompt)
 
 
 class Runner:
@@ -62,6 +94,7 @@ class Runner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         kernels = select_kernels(config.kernels, self.device, config.num_threads, config.cpu_affinity)
+        attention = self._choose_attention(config, kernels)  # before minutes are spent on loading
         keep = self.kept_sublayers(min(depths))
         weights = load_weights(
             path,
@@ -76,13 +109,35 @@ class Runner:
         )
         self._weight_sizes = _weight_sizes(weights)
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size
-        self.page_size = config.page_size
-        num_blocks = sum(part == "attention" for _, part in keep)
-        self.max_model_len, self.num_pages = self._size_cache(config, num_blocks)
         self._why_slower = kernels.note
-        self.executor = self._make_executor(config, kernels, weights, keep)
+        self.executor: Executor
+        if attention is not None:
+            built = build_fused(config, spec, weights, kernels, attention, self._plan(keep), depths)
+            self.executor, self.page_size = built.executor, built.page_size
+            self.max_model_len, self.num_pages = built.max_model_len, built.num_pages
+        else:
+            self.page_size = config.page_size or DEFAULT_PAGE_SIZE
+            num_blocks = sum(part == "attention" for _, part in keep)
+            self.max_model_len, self.num_pages = size_cache(
+                config, spec, num_blocks, self.page_size, self.dtype, self.device
+            )
+            self.executor = self._make_executor(config, kernels, weights, keep)
         self._weights_name = config.weights if resolve_weight_format(config.weights) else str(self.dtype)[6:]
         self._sampler = Sampler(kernels, eos_token_ids)
+        self._last_sampled: LastSampled | None = None
+
+    def _choose_attention(self, config: EngineConfig, kernels: Kernels) -> AttentionBackend | None:
+        """The attention of fused kernels; None for other ones, which bring their own."""
+        if kernels.fused is not None:
+            return select_attention(
+                config.attention, kernels.fused, self.device, self.dtype, self.spec.head_dim
+            )
+        if config.attention not in ("auto", "torch"):
+            raise ConfigError(
+                f"attention '{config.attention}' goes with kernels triton, and here kernels {kernels.name} compute; "
+                "use attention auto"
+            )
+        return None
 
     def _make_executor(
         self, config: EngineConfig, kernels: Kernels, weights: DecoderWeights, keep: set[Sublayer]
@@ -118,7 +173,8 @@ class Runner:
     @property
     def description(self) -> str:
         """What computes, with which weights, and why nothing faster, in one line."""
-        reason = f" (no C kernels: {self._why_slower})" if self._why_slower else ""
+        lacking = "C" if self.device.type == "cpu" else "Triton"
+        reason = f" (no {lacking} kernels: {self._why_slower})" if self._why_slower else ""
         return f"{self.executor.description}, {self._weights_name} weights{reason}"
 
     def weight_bytes(self, depth: int) -> int:
@@ -131,69 +187,58 @@ class Runner:
         num_blocks = sum(part == "attention" for _, part in self.kept_sublayers(depth))
         return bytes_per_token(self.spec, num_blocks, self.dtype)
 
-    def run(self, step: Step) -> StepResult:
-        """Computes the step's tokens, then one token for every row that reaches its request's end."""
-        sampling = [row.samples and row.request.max_tokens > 0 for row in step.rows]
-        requests = [row.request for row, samples in zip(step.rows, sampling, strict=True) if samples]
+    def launch(self, step: Step) -> LaunchedStep:
+        """Computes the step's tokens, then one token for every row that reaches its request's end.
+
+        On a card this returns when the work is queued, behind that of the steps before.
+        """
+        choosing = [row.chooses for row in step.rows]
+        requests = [row.request for row, chooses in zip(step.rows, choosing, strict=True) if chooses]
         ends = itertools.accumulate(row.num_tokens for row in step.rows)
-        last_tokens = [end - 1 for end, samples in zip(ends, sampling, strict=True) if samples]
-        forward = self.executor.run(step, last_tokens, all(map(takes_most_probable, requests)))
-        result = StepResult()
+        last_tokens = [end - 1 for end, chooses in zip(ends, choosing, strict=True) if chooses]
+        most_probable = all(map(takes_most_probable, requests))
+        forward = self.executor.run(step, last_tokens, most_probable, self._last_sampled)
+        prompt_logprobs = self._launch_prompt_logprobs(step, forward.hidden)
+        sampled: SampledBatch | list[int] | None = None
+        if isinstance(forward.greedy, Tensor):
+            sampled = SampledBatch(forward.greedy)
+        elif forward.greedy is not None:
+            sampled = forward.greedy
+        elif forward.logits is not None:
+            sampled = self._sampler.sample(forward.logits, requests)
+        self._last_sampled = None
+        if isinstance(sampled, SampledBatch):
+            rows = {request: row for row, request in enumerate(requests)}
+            self._last_sampled = LastSampled(sampled.token_ids, rows)
+        return LaunchedStep(step, requests, sampled, prompt_logprobs)
+
+    def _launch_prompt_logprobs(self, step: Step, hidden: Tensor) -> dict[Request, list[PendingLogprobs]]:
+        gathered: dict[Request, list[PendingLogprobs]] = {}
         start = 0
         for row in step.rows:
             wanted = _prompt_logprob_range(row)
             if wanted:
                 first, last = (start + position - row.start for position in (wanted.start, wanted.stop))
-                rows = forward.hidden[first:last]
-                result.prompt_logprobs[row.request] = self._prompt_logprobs(row.request, rows, wanted)
+                gathered[row.request] = self._prompt_logprobs(row.request, hidden[first:last], wanted)
             start += row.num_tokens
-        if forward.greedy is not None:
-            chosen = [SampledToken(token_id, None) for token_id in forward.greedy]
-            result.sampled = dict(zip(requests, chosen, strict=True))
-        elif forward.logits is not None:
-            result.sampled = dict(zip(requests, self._sampler.sample(forward.logits, requests), strict=True))
-        return result
+        return gathered
 
     @torch.inference_mode()
-    def _prompt_logprobs(self, request: Request, hidden: Tensor, positions: range) -> list[TokenLogprobs]:
+    def _prompt_logprobs(self, request: Request, hidden: Tensor, positions: range) -> list[PendingLogprobs]:
         """Log-probabilities of the tokens that follow `positions`, whose hidden states are [P, E]."""
         top = request.params.prompt_logprobs or 0
-        gathered: list[TokenLogprobs] = []
+        gathered: list[PendingLogprobs] = []
         for first in range(0, len(positions), _LOGPROB_ROWS):
             part = positions[first : first + _LOGPROB_ROWS]
             logits = self.executor.logits(hidden[first : first + len(part)])
             following = [request.tokens[position + 1] for position in part]
-            gathered.extend(self._sampler.logprobs(logits, following, [top] * len(part)))
+            token_ids = to_device(following, torch.int64, logits.device)
+            gathered.append(self._sampler.logprobs(logits, token_ids, [top] * len(part)))
         return gathered
 
     def _plan(self, keep: set[Sublayer]) -> tuple[PlannedSublayer, ...]:
         order = sorted(keep)  # "attention" sorts before "mlp", as they run
         return tuple(PlannedSublayer(sublayer, self.layer_map.removed_at(*sublayer)) for sublayer in order)
-
-    def _size_cache(self, config: EngineConfig, num_blocks: int) -> tuple[int, int]:
-        """max_model_len and the number of pages; the pages hold a request of that length."""
-        limit = self.spec.max_positions
-        wanted = config.max_model_len or limit
-        if wanted > limit:
-            raise ConfigError(
-                f"max_model_len is {wanted}, but the model has {limit} positions; ask for no more"
-            )
-        page_bytes = bytes_per_token(self.spec, num_blocks, self.dtype) * self.page_size
-        pages_a_request = -(-wanted // self.page_size)
-        num_pages = choose_num_pages(
-            page_bytes,
-            pages_a_request * config.max_num_seqs,
-            config.kv_cache_memory,
-            self.device,
-            config.gpu_memory_utilization,
-        )
-        capacity = num_pages * self.page_size
-        if config.max_model_len is not None and config.max_model_len > capacity:
-            raise ConfigError(
-                f"max_model_len is {wanted}, but the KV cache holds {capacity} tokens; "
-                "lower it (--max-model-len) or give more memory (--kv-cache-memory)"
-            )
-        return min(wanted, capacity), num_pages
 
 
 def _weight_sizes(weights: DecoderWeights) -> dict[Sublayer | None, int]:

@@ -51,6 +51,8 @@ class Scheduler:
             if request not in self.running:  # preempted for one before it
                 continue
             num_tokens = min(request.num_missing, budget)
+            if num_tokens == 0:  # its last token is on its way
+                continue
             preempted |= self._make_room(request, num_tokens)
             if request in self.running:
                 rows.append(ScheduledRow(request, request.num_computed, num_tokens))
@@ -67,17 +69,25 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
+    def launched(self, rows: Iterable[ScheduledRow]) -> None:
+        """Records that the rows' tokens will be in the cache for whatever is launched from now on."""
+        for row in rows:
+            row.request.num_computed += row.num_tokens
+            row.request.num_pending += row.chooses
+
     def commit(self, rows: Iterable[ScheduledRow]) -> None:
-        """Records that the rows' tokens are in the cache, and makes their full pages findable."""
+        """Makes the rows' full pages findable, once all their tokens are known."""
         for row in rows:
             request = row.request
-            request.num_computed += row.num_tokens
-            if request.num_computed // self.block_manager.page_size == request.num_registered_pages:
+            if not request.pages:  # finished, dropped or preempted while the step was computed
+                continue
+            num_known = min(request.num_computed, len(request.tokens))
+            if num_known // self.block_manager.page_size <= request.num_registered_pages:
                 continue
             root = request.tier.digest
             request.num_registered_pages, request.last_content = self.block_manager.register(
                 root,
-                request.tokens[: request.num_computed],
+                request.tokens[:num_known],
                 request.pages,
                 request.num_registered_pages,
                 root if request.last_content is None else request.last_content,
@@ -92,7 +102,7 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs, "too many requests run"
         for request in self.running:
             held = len(request.pages) * self.block_manager.page_size
-            assert request.num_computed <= min(held, len(request.tokens)), (
+            assert request.num_computed <= min(held, len(request.tokens) + request.num_pending), (
                 f"{request.request_id} is past its pages"
             )
 

@@ -8,7 +8,7 @@ the batch, and skipping costs a slice: no gather, no scatter, no grouping by mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,20 +18,32 @@ from sleb.kernels.batch import PagedBatch
 
 @dataclass(frozen=True)
 class ScheduledRow:
-    """`num_tokens` tokens of a request, from position `start` on."""
+    """`num_tokens` tokens of a request, from position `start` on.
+
+    Attributes:
+        pending: the row's one token has been sampled by the step before and is known on the device alone.
+        samples: whether the row reaches the request's last token, so that a next one is chosen.
+    """
 
     request: Request
     start: int
     num_tokens: int
+    pending: bool = field(init=False)
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        num_known = len(self.request.tokens)
+        object.__setattr__(self, "pending", self.start >= num_known)
+        object.__setattr__(self, "samples", self.end == num_known + self.request.num_pending)
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
 
     @property
-    def samples(self) -> bool:
-        """Whether the row reaches the request's last token, so that a next one is chosen."""
-        return self.end == len(self.request.tokens)
+    def chooses(self) -> bool:
+        """Whether a token is sampled: not where only the prompt was to be computed."""
+        return self.samples and self.request.max_tokens > 0
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,9 @@ def draw(
     """Logits [B, V] of any float dtype to [B] int64; see `sleb.kernels.reference.draw`."""
     columns = (temperature, top_k, top_p, min_p, points)
     numbers = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns])
-    return draw_packed(logits, numbers.to(logits.device))
+    if logits.is_cuda and not numbers.is_cuda:
+        numbers = numbers.pin_memory()  # from pageable memory the copy would wait for the device
+    return draw_packed(logits, numbers.to(logits.device, non_blocking=True))
 
 
 def draw_packed(logits: Tensor, numbers: Tensor) -> Tensor:

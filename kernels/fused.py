@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +84,8 @@ class FusedKernels:
     greedy: Callable[[Tensor], Tensor]
     draw_packed: Callable[[Tensor, Tensor], Tensor]
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
+    tuning: Callable[[Callable[[str], None] | None], AbstractContextManager[None]]
+    """Inside, operators that do not know their best configuration yet measure it; given each operator's name."""
 
 
 def torch_fused_kernels() -> FusedKernels:
@@ -98,6 +101,7 @@ def torch_fused_kernels() -> FusedKernels:
         greedy=reference.greedy,
         draw_packed=fused_reference.draw_packed,
         log_softmax_gather=reference.log_softmax_gather,
+        tuning=lambda report: nullcontext(),
     )
 
 
@@ -110,7 +114,16 @@ def triton_fused_kernels() -> FusedKernels:
             f"kernels 'triton' need Triton, which cannot be imported ({error}); install it (pip install triton), or "
             "use kernels torch"
         ) from None
-    from sleb.kernels import activation, add_norm, draw, greedy, paged_attention, quant_linear, rope_store
+    from sleb.kernels import (
+        activation,
+        add_norm,
+        draw,
+        greedy,
+        paged_attention,
+        quant_linear,
+        rope_store,
+        tuning,
+    )
 
     return FusedKernels(
         name="triton",
@@ -123,4 +136,5 @@ def triton_fused_kernels() -> FusedKernels:
         greedy=greedy.greedy,
         draw_packed=draw.draw_packed,
         log_softmax_gather=greedy.log_softmax_gather,
+        tuning=tuning.tuning,
     )

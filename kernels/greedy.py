@@ -1,7 +1,7 @@
 """The most probable token and log-probabilities over a vocabulary, without sorting or copying it (Triton).
 
     greedy                argmax_v logits[b, v], the lowest v of equals; a NaN counts as the highest, as in torch
-    log_softmax_gather    logits[b, id] − log Σ_v exp(logits[b, v])
+    log_softmax_gather    logits[b, id] − log Σ_v exp(logits[b, v]), for some ids a row
 
 One read of the logits: each program takes a run of a row's vocabulary and leaves its maximum, where it is and the sum
 of exponentials relative to it; a second launch joins a row's runs (Milakov & Gimelshein 2018, arXiv 1805.02867).
@@ -76,9 +76,11 @@ def _join(
     tokens_out,
     logprobs_out,
     vocab_size,
+    num_ids,
     NUM_RUNS: tl.constexpr,
     GATHER: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     run = tl.arange(0, BLOCK_RUNS)
@@ -92,8 +94,11 @@ def _join(
         shift = tl.where(top == float("-inf"), 0.0, top)
         sums = tl.load(sum_in + at, mask=used, other=0.0)
         total = tl.sum(tl.where(used, sums * tl.exp(highest - shift), 0.0), axis=0)
-        chosen = tl.load(logits + row * vocab_size + tl.load(token_ids + row)).to(tl.float32)
-        tl.store(logprobs_out + row, chosen - (tl.log(total) + shift))
+        which = tl.arange(0, BLOCK_IDS)
+        wanted = which < num_ids
+        ids = tl.load(token_ids + row * num_ids + which, mask=wanted, other=0)
+        chosen = tl.load(logits + row * vocab_size + ids, mask=wanted, other=0.0).to(tl.float32)
+        tl.store(logprobs_out + row * num_ids + which, chosen - (tl.log(total) + shift), mask=wanted)
     else:
         index = tl.load(index_in + at, mask=used, other=2147483647)
         winner = used & tl.where(any_nan == 1, is_nan == 1, highest == top)
@@ -106,7 +111,7 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def log_softmax_gather(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probabilities [B] float32 of token_ids [B] int64; see `sleb.kernels.reference.log_softmax_gather`."""
+    """Log-probabilities of token_ids [B] or [B, N] int64; see `sleb.kernels.reference.log_softmax_gather`."""
     return _run(logits, token_ids)
 
 
@@ -114,10 +119,13 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
     check_contiguous(logits=logits, token_ids=token_ids)
     num_rows, vocab_size = logits.shape
     device = logits.device
-    gather = token_ids is not None
-    result = torch.empty(num_rows, dtype=torch.float32 if gather else torch.int64, device=device)
-    if not num_rows:
+    if token_ids is None:
+        result = torch.empty(num_rows, dtype=torch.int64, device=device)
+    else:
+        result = torch.empty(token_ids.shape, dtype=torch.float32, device=device)
+    if not result.numel():
         return result
+    num_ids = result.numel() // num_rows
     wanted = ceil_div(_PROGRAMS_A_PROCESSOR * num_processors(device), num_rows)
     num_runs = min(_MAX_RUNS, wanted, ceil_div(vocab_size, _BLOCK))
     run_length = ceil_div(vocab_size, num_runs)
@@ -137,9 +145,11 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
         result,
         result,
         vocab_size,
+        num_ids,
         NUM_RUNS=num_runs,
-        GATHER=gather,
+        GATHER=token_ids is not None,
         BLOCK_RUNS=power_of_two(num_runs),
+        BLOCK_IDS=power_of_two(num_ids),
         num_warps=1,
     )
     return result

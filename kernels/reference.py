@@ -187,9 +187,10 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def log_softmax_gather(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probability of token_ids [B] under logits [B, V]: [B] float32."""
+    """Log-probabilities of token_ids [B] or [B, N] under logits [B, V], float32, in the shape of token_ids."""
     logits = logits.float()
-    return logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+    chosen = logits.gather(1, token_ids.view(logits.shape[0], -1))
+    return (chosen - logits.logsumexp(dim=-1, keepdim=True)).view(token_ids.shape)
 
 
 def draw(

@@ -61,6 +61,7 @@ def _torch_kernels(note: str = "") -> Kernels:
 
 def _triton_kernels(device: torch.device) -> Kernels:
     from_triton = triton_fused_kernels()
+    from sleb.kernels.draw import draw
     from sleb.kernels.runtime import INTERPRETED
 
     if device.type != "cuda" and not INTERPRETED:
@@ -73,6 +74,7 @@ def _triton_kernels(device: torch.device) -> Kernels:
         name="triton",
         greedy=from_triton.greedy,
         log_softmax_gather=from_triton.log_softmax_gather,
+        draw=draw,
         fused=from_triton,
     )
 

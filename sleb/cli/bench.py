@@ -1,4 +1,4 @@
-"""`sleb bench`: what pruning gives on this machine."""
+"""`sleb bench`: what pruning gives on this machine, and how near the kernels come to its limits."""
 
 from __future__ import annotations
 
@@ -21,29 +21,44 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.callback()
 def _bench() -> None:
-    """Measure speed, dense against pruned."""
+    """Measure speed: dense against pruned, and operator by operator."""
 
 
 @app.command()
 def throughput(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.", show_default=False)
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of MODEL: a shape that comes with sleb, as llama-2-7b, with random weights.",
+            show_default=False,
+        ),
+    ] = None,
     layer_map: Annotated[
         str | None,
-        typer.Option(help="Layer map (JSON), or none.", show_default="the one shipped with smollm2"),
+        typer.Option(
+            help="Layer map (JSON), or none.",
+            show_default="the one shipped with the model; of a --config without one, a stand-in",
+        ),
     ] = None,
     depths: Annotated[
         str | None,
         typer.Option(help="Depths to compare, as 0,6.", show_default="0 and the map's recommended one"),
     ] = None,
-    tests: Annotated[str, typer.Option(help="prompt, generate, or both.")] = "prompt,generate",
-    batches: Annotated[str, typer.Option(help="Requests at once in generate.")] = "64,1",
+    tests: Annotated[
+        str,
+        typer.Option(help="Of prompt, generate and decode (generate without the prompts)."),
+    ] = "prompt,generate",
+    batches: Annotated[str, typer.Option(help="Requests at once in generate and decode.")] = "64,1",
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a prompt.", show_default="prompt: 2048, or what the model holds; generate: 64"
+            help="Tokens of a prompt.", show_default="prompt: 2048, or what the model holds; others: 64"
         ),
     ] = None,
-    output_tokens: Annotated[int, typer.Option(help="New tokens of a request in generate.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="New tokens of a request.")] = 128,
     repetitions: Annotated[int, typer.Option(help="Times that each depth is measured.")] = 5,
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
@@ -72,10 +87,11 @@ def throughput(
     from sleb.benchmarks.workloads import ThroughputOptions
 
     options = ThroughputOptions(
-        model=model,
+        model=model or "",
+        config=config,
         layer_map=layer_map,
         depths=None if depths is None else parse_integers("--depths", depths),
-        tests=[name.strip() for name in tests.split(",") if name.strip()],
+        tests=parse_names(tests),
         batches=parse_integers("--batches", batches),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
@@ -100,6 +116,64 @@ def throughput(
         raise typer.Exit(130)
 
 
+@app.command()
+def kernels(
+    ops: Annotated[
+        str | None, typer.Option(help="Operators, as add_norm,linear.", show_default="all")
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            help="Of torch, triton, flash and varlen (attention alone).",
+            show_default="all that the device may run",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16; float32 on a CPU), float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    repetitions: Annotated[int, typer.Option(help="Samples of each backend.")] = 7,
+    scale: Annotated[
+        str, typer.Option(help="auto, full (a card's default) or small (a CPU's): the size of the shapes.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the random inputs and the order of the runs.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write environment, samples and results here.")
+    ] = None,
+) -> None:
+    """Measure every operator, several backends in turns, against the device's own limits.
+
+    Ctrl-C reports what is complete.
+    """
+    from sleb.benchmarks.environment import shown_command
+    from sleb.benchmarks.kernels import KernelOptions, run_kernels
+    from sleb.benchmarks.report import check_writable, print_kernels, write_text
+
+    options = KernelOptions(
+        ops=None if ops is None else parse_names(ops),
+        backends=None if backends is None else parse_names(backends),
+        dtype=dtype,
+        device=device,
+        repetitions=repetitions,
+        scale=scale,
+        seed=seed,
+    )
+    if json_path is not None:
+        check_writable(json_path)
+    with _RunsBar("measuring the device") as bar:
+        report = run_kernels(options, shown_command(["sleb", *sys.argv[1:]], ""), on_progress=bar.show)
+    print_kernels(report, Console())
+    if json_path is not None and report.rows:
+        write_text(json_path, report.to_json())
+    if not report.complete:
+        raise typer.Exit(130)
+
+
+def parse_names(text: str) -> list[str]:
+    """The words in a list like "prompt,generate"."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def parse_integers(option: str, text: str) -> list[int]:
     """The integers in a list like "0,6". Raises ConfigError naming `option`."""
     try:
@@ -114,7 +188,7 @@ class _RunsBar:
     It is drawn between runs only: a thread that redraws it would take its time from the runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, description: str = "loading the model") -> None:
         self._bar = Bar(
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -124,7 +198,7 @@ class _RunsBar:
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._bar.add_task("loading the model", total=None)
+        self._task = self._bar.add_task(description, total=None)
 
     def __enter__(self) -> _RunsBar:
         self._bar.start()
@@ -140,10 +214,8 @@ class _RunsBar:
 
     def update(self, progress: Progress) -> None:
         """Shows what has been done and what runs next."""
-        self._bar.update(
-            self._task,
-            total=progress.num_runs,
-            completed=progress.num_done,
-            description=progress.next_run,
-            refresh=True,
-        )
+        self.show(progress.num_done, progress.num_runs, progress.next_run)
+
+    def show(self, num_done: int, num_runs: int, next_run: str) -> None:
+        """As `update`."""
+        self._bar.update(self._task, total=num_runs, completed=num_done, description=next_run, refresh=True)

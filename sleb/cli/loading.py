@@ -18,18 +18,25 @@ class LoadingBar:
             console=Console(stderr=True),
             transient=True,
         )
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> LoadingBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._task is not None:
+        if self._tasks:
             self._bar.stop()
 
     def update(self, num_done: int, num_weights: int) -> None:
         """Shows how many weights have come in, of how many."""
-        if self._task is None:
-            self._task = self._bar.add_task("loading weights")
+        self._show("loading weights", num_done, num_weights)
+
+    def update_capture(self, num_done: int, num_graphs: int) -> None:
+        """Shows how many graphs are captured, of how many."""
+        self._show("capturing graphs", num_done, num_graphs)
+
+    def _show(self, what: str, num_done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what)
             self._bar.start()
-        self._bar.update(self._task, completed=num_done, total=num_weights)
+        self._bar.update(self._tasks[what], completed=num_done, total=total)

@@ -53,7 +53,26 @@ def serve(
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse the KV of equal beginnings.")
     ] = True,
-    kernels: Annotated[str, typer.Option(help="auto, cpu (C kernels) or torch.")] = "auto",
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Share of the card's memory for weights, KV cache and everything else.")
+    ] = 0.9,
+    kernels: Annotated[
+        str, typer.Option(help="auto, triton (on a card), cpu (C kernels) or torch.")
+    ] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="On a card: auto, triton, flash (flash-attn, if installed) or torch.")
+    ] = "auto",
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a card: capture decode steps at start.")
+    ] = True,
+    overlap: Annotated[
+        bool | None,
+        typer.Option(
+            "--overlap/--no-overlap",
+            help="Launch a step before the tokens of the one before are read.",
+            show_default="on a card",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads.", show_default="one a physical core")
     ] = None,
@@ -98,7 +117,11 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
         enable_prefix_caching=prefix_caching,
+        gpu_memory_utilization=gpu_memory_utilization,
         kernels=kernels,
+        attention=attention,
+        cuda_graphs=cuda_graphs,
+        overlap=overlap,
         num_threads=threads,
         cpu_affinity=None if cpu_affinity is None else parse_cpus(cpu_affinity),
     )
@@ -113,7 +136,7 @@ def _load_engine(config: EngineConfig) -> Engine:
     from sleb.engine.engine import Engine
 
     with LoadingBar() as bar:
-        return Engine(replace(config, on_progress=bar.update))
+        return Engine(replace(config, on_progress=bar.update, on_capture=bar.update_capture))
 
 
 def parse_tiers(text: str) -> list[int]:

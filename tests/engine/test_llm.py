@@ -402,7 +402,7 @@ class TestBadRequests:
         def fail(step):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(llm.engine.runner, "run", fail)
+        monkeypatch.setattr(llm.engine.runner, "launch", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             llm.generate(["one", "two"], GREEDY)
         monkeypatch.undo()
@@ -471,7 +471,7 @@ class TestConfigErrors:
             ({"device": "tpu"}, r"device 'tpu'.*auto, cpu, cuda"),
             ({"device": "cuda:99"}, r"device 'cuda:99'"),
             ({"load_format": "pickle"}, r"load_format 'pickle'.*auto, safetensors, dummy"),
-            ({"kernels": "magic"}, r"'magic'.*auto, torch"),
+            ({"kernels": "magic"}, r"'magic'.*auto, triton, torch"),
             ({"max_num_seqs": 0}, r"max_num_seqs is 0.*at least 1"),
             ({"max_num_batched_tokens": -1}, r"max_num_batched_tokens is -1.*at least 1"),
             ({"page_size": 1.5}, r"page_size is 1.5.*integer"),

@@ -32,7 +32,7 @@ def sample_one(sampler, make_request):
 
     def sample(logits, tokens=(1,), num_prompt_tokens=1, **params):
         request = make_request(tokens, num_prompt_tokens=num_prompt_tokens, **params)
-        return sampler.sample(logits[None].clone(), [request])[0]
+        return sampler.sample(logits[None].clone(), [request]).read()[0]
 
     return sample
 
@@ -78,7 +78,7 @@ def test_distribution_equals_the_naive_one(seed, temperature, top_k, top_p, min_
     requests = [make_request([1], **filters) for _ in range(count)]
     for index, request in enumerate(requests):
         request.rng.random = lambda index=index: (index + 0.5) / count
-    drawn = Counter(each.token_id for each in sampler.sample(logits.repeat(count, 1), requests))
+    drawn = Counter(each.token_id for each in sampler.sample(logits.repeat(count, 1), requests).read())
     assert set(drawn) <= set(expected)
     for token, probability in expected.items():
         assert abs(drawn[token] / count - probability) < 1.5 / count
@@ -89,7 +89,9 @@ def test_frequencies_pass_a_chi_square_test(sampler, make_request):
     logits, filters = logits_of(3, size=6, spread=1.0), {"temperature": 0.8, "top_k": 5}
     expected = naive_probabilities(logits, **filters)
     requests = [make_request([1], seed=seed, **filters) for seed in range(4000)]
-    drawn = Counter(each.token_id for each in sampler.sample(logits.repeat(len(requests), 1), requests))
+    drawn = Counter(
+        each.token_id for each in sampler.sample(logits.repeat(len(requests), 1), requests).read()
+    )
     assert set(drawn) == set(expected)
     statistic = sum((drawn[token] - 4000 * p) ** 2 / (4000 * p) for token, p in expected.items())
     assert statistic < 18.5  # four degrees of freedom
@@ -100,7 +102,7 @@ def test_the_ends_of_the_unit_interval_meet_possible_tokens(point, sampler, make
     logits = torch.tensor([-math.inf, 1.0, -math.inf, 0.5, -math.inf])
     request = make_request([1], temperature=1.0)
     request.rng.random = lambda: point
-    assert sampler.sample(logits[None], [request])[0].token_id == (1 if point == 0.0 else 3)
+    assert sampler.sample(logits[None], [request]).read()[0].token_id == (1 if point == 0.0 else 3)
 
 
 def test_greedy_is_the_most_probable(sample_one):
@@ -134,7 +136,7 @@ def test_rows_with_different_parameters_do_not_mix(sampler, make_request, sample
         {"temperature": 0.0, "logprobs": 0},
     ]
     logits = torch.stack([logits_of(seed) for seed in range(len(rows))])
-    together = sampler.sample(logits.clone(), [make_request([1, 3], **params) for params in rows])
+    together = sampler.sample(logits.clone(), [make_request([1, 3], **params) for params in rows]).read()
     for row, params in enumerate(rows):
         alone = sample_one(logits[row], tokens=[1, 3], num_prompt_tokens=2, **params)
         assert together[row].token_id == alone.token_id
@@ -246,7 +248,7 @@ class TestLogprobs:
         logits = torch.stack([logits_of(seed, size=40) for seed in range(5)])
         results = sampler.sample(
             logits, [make_request([1], temperature=0.0, logprobs=count) for count in rows]
-        )
+        ).read()
         assert [None if each.logprobs is None else len(each.logprobs.top) for each in results] == rows
 
     @settings(max_examples=30)

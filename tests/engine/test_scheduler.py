@@ -21,9 +21,25 @@ TIERS = tuple(Tier(f"model:{depth}", depth, f"digest-{depth}", 1, ()) for depth 
 
 
 class World:
-    """A scheduler, its shadow memory and the answers that requests are still owed."""
+    """A scheduler, its shadow memory and the answers that requests are still owed.
 
-    def __init__(self, make_request, *, num_pages, page_size, max_num_seqs, budget, caching=True):
+    overlap: a step's tokens are read after the next one was launched, as the engine does on a card. Until then the
+    scheduler knows only that there is one, `unread` is what the device knows. late: requests end before max_tokens,
+    so an end is seen one step late.
+    """
+
+    def __init__(
+        self,
+        make_request,
+        *,
+        num_pages,
+        page_size,
+        max_num_seqs,
+        budget,
+        caching=True,
+        overlap=False,
+        late=True,
+    ):
         self.make_request = make_request
         self.pages = BlockManager(num_pages, page_size, caching)
         self.scheduler = Scheduler(self.pages, max_num_seqs, budget)
@@ -31,10 +47,13 @@ class World:
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.shadow = {}
         self.owed = {}
+        self.overlap, self.late = overlap, late
+        self.in_flight, self.unread = None, {}
         self.finished, self.num_steps = [], 0
 
     def add(self, tokens, tier, num_new):
-        request = self.make_request(tokens, tier)
+        most = self.capacity - len(tokens) if self.late else num_new
+        request = self.make_request(tokens, tier, max_tokens=most)
         self.owed[request] = num_new
         self.scheduler.add(request)
         self.check()
@@ -49,22 +68,42 @@ class World:
         """Schedule, "run", sample and commit as the engine does; everything is checked on the way."""
         step = self.scheduler.schedule()
         self.check()
-        assert step.rows or not self.owed, "nothing is scheduled, but requests wait"
+        waits = self.in_flight is not None and self.in_flight.rows
+        assert step.rows or waits or not self.owed, "nothing is scheduled, but requests wait"
         self.check_rows(step)
         self.run(step)
-        ends = [row.request for row in step.rows if row.samples]
+        for row in step.rows:
+            if row.samples:
+                self.unread.setdefault(row.request, []).append(sample(row.request))
+        self.scheduler.launched(step.rows)
+        done, self.in_flight = (self.in_flight, step) if self.overlap else (step, None)
+        if done is not None:
+            self.finish(done)
+        self.num_steps += 1
+        return step
+
+    def finish(self, step):
         self.scheduler.commit(step.rows)
         self.check()
-        for request in ends:
-            request.tokens.append(sample(request))
+        for row in step.rows:
+            request = row.request
+            request.num_pending -= row.chooses
+            if not row.samples:
+                continue
+            token = self.unread[request].pop(0)
+            if request not in self.owed:  # ended or dropped meanwhile
+                continue
+            request.tokens.append(token)
             self.owed[request] -= 1
             if self.owed[request] == 0:
                 del self.owed[request]
                 self.scheduler.remove(request)
                 self.finished.append(request)
             self.check()
-        self.num_steps += 1
-        return step
+
+    def tokens(self, request):
+        """What the device knows."""
+        return [*request.tokens, *self.unread.get(request, [])]
 
     def check_rows(self, step):
         assert step.num_tokens <= self.budget
@@ -76,7 +115,8 @@ class World:
             assert row.request in self.scheduler.running
             assert row.num_tokens >= 1
             assert row.start == row.request.num_computed
-            assert row.end <= len(row.request.tokens)
+            assert row.end <= len(self.tokens(row.request))
+            assert row.pending == (row.start >= len(row.request.tokens))
             assert row.end <= len(row.request.pages) * self.page_size
             assert len(set(row.request.pages)) == len(row.request.pages)
 
@@ -89,7 +129,7 @@ class World:
         for row in step.rows:
             request = row.request
             for position in range(row.start):
-                wanted = (request.tier.digest, tuple(request.tokens[: position + 1]))
+                wanted = (request.tier.digest, tuple(self.tokens(request)[: position + 1]))
                 found = self.shadow.get(self.slot(request, position))
                 assert found == wanted, f"position {position} holds {found}, not {wanted}"
                 assert self.slot(request, position) not in written, "a slot is read and written in one step"
@@ -100,7 +140,7 @@ class World:
                 assert self.pages._references[page] == 1, "a shared page is written"
                 assert page not in self.pages._key_of, "a page that others can find is written"
                 slot = self.slot(request, position)
-                self.shadow[slot] = (request.tier.digest, tuple(request.tokens[: position + 1]))
+                self.shadow[slot] = (request.tier.digest, tuple(self.tokens(request)[: position + 1]))
 
     def check(self):
         self.scheduler.check_integrity()
@@ -123,6 +163,8 @@ worlds = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 5),
         "budget": st.integers(1, 12),
         "caching": st.booleans(),
+        "overlap": st.booleans(),
+        "late": st.booleans(),
     }
 )
 
@@ -168,9 +210,10 @@ def test_invented_traffic(world, seed, num_requests, alphabet, make_request):
     invent(World(make_request, **world), random.Random(seed), num_requests, alphabet)
 
 
-def test_invented_traffic_meets_preemptions_and_hits(make_request):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_invented_traffic_meets_preemptions_and_hits(make_request, overlap):
     """That the property above is not proved on idle worlds."""
-    world = World(make_request, num_pages=9, page_size=2, max_num_seqs=4, budget=7)
+    world = World(make_request, num_pages=9, page_size=2, max_num_seqs=4, budget=7, overlap=overlap)
     num_hits = invent(world, random.Random(1), num_requests=80, alphabet=2)
     assert num_hits > 10 and world.scheduler.num_preemptions > 10
 

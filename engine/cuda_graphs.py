@@ -1,0 +1,110 @@
+"""Capturing CUDA graphs, and how much memory steps and graphs will take besides weights and KV."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.fused_executor import FusedExecutor
+from sleb.engine.request import Request, Tier
+from sleb.engine.sampling_params import SamplingParams
+from sleb.engine.step import ScheduledRow, Step
+
+_MARGIN = 1.1  # of what was measured: the allocator's blocks are larger than what is asked for
+
+
+class CudaCapture:
+    """`sleb.engine.fused_executor.Capture` for a card: all graphs share one pool of memory and one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        # Run once outside, on the same stream: kernels are compiled and libraries set up their workspaces.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            function()
+        return graph.replay
+
+
+def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Rows that graphs are captured for: close together where rows are few, and always max_num_seqs itself."""
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32))
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def measure_reserve(
+    executor: FusedExecutor, page_size: int, max_num_tokens: int, max_len: int, buckets: Sequence[int]
+) -> int:
+    """Bytes that steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take besides what is there.
+
+    The executor's cache may be as small as its padding page: the trial writes and reads nothing else. It is of no use
+    afterwards.
+    """
+    device = executor.device
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step = _trial_step(executor, page_size, max_num_tokens, max_len)
+    samples = list(range(min(executor.max_num_seqs, step.num_tokens)))
+    forward = executor.run(step, samples, greedy=False)
+    assert forward.logits is not None
+    forward.logits.softmax(dim=-1)  # the sampler's copies
+    torch.cuda.synchronize(device)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    del forward
+    torch.cuda.empty_cache()
+    graphs = _measure_graphs(executor, buckets) if buckets else 0
+    return int(_MARGIN * (activations + graphs))
+
+
+def _measure_graphs(executor: FusedExecutor, buckets: Sequence[int]) -> int:
+    """The largest graphs size the pool; every further one takes what a second one of a depth does."""
+    device, depths = executor.device, executor.depths
+    capture = CudaCapture(device)
+    largest, *rest = sorted(buckets, reverse=True)
+    free = [torch.cuda.mem_get_info(device)[0]]
+    for bucket, some_depths in ((largest, depths), (rest[0] if rest else largest, depths[:1])):
+        executor.capture([bucket], capture, some_depths)
+        torch.cuda.synchronize(device)
+        free.append(torch.cuda.mem_get_info(device)[0])
+    num_further = len(buckets) * len(depths) - len(depths)
+    return max(0, free[0] - free[1]) + num_further * max(0, free[1] - free[2])
+
+
+def _trial_step(executor: FusedExecutor, page_size: int, max_num_tokens: int, max_len: int) -> Step:
+    """A step of max_num_tokens prompt tokens, all of whose pages are the padding page."""
+    rows: list[ScheduledRow] = []
+    left = max_num_tokens
+    while left > 0 and len(rows) < executor.max_num_seqs:
+        length = min(left, max_len)
+        rows.append(ScheduledRow(_trial_request(executor, length, page_size), 0, length))
+        left -= length
+    return Step(rows)
+
+
+def _trial_request(executor: FusedExecutor, length: int, page_size: int) -> Request:
+    tokens = [0] * length
+    return Request(
+        request_id="trial",
+        tokens=tokens,
+        num_prompt_tokens=length,
+        params=SamplingParams(temperature=0.0),
+        max_tokens=1,
+        tier=Tier("trial", executor.depths[0], "", 0, ()),
+        rng=random.Random(0),
+        detokenizer=Detokenizer(None, tokens, ()),
+        pages=[executor.padding_page] * -(-length // page_size),
+    )
