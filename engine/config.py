@@ -138,16 +138,16 @@ class EngineConfig:
 def resolve_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the first CUDA card, else the CPU. Raises ConfigError if it is absent."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = "cuda:0"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device '{name}' is not known; choose one of: auto, cpu, cuda, cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device '{name}' is not supported; choose one of: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
+    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
         raise ConfigError(
             f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA cards); try cpu"
         )

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Callable, Sequence
 
 import torch
 
-from sleb.engine.detokenizer import Detokenizer
 from sleb.engine.fused_executor import FusedExecutor
-from sleb.engine.request import Request, Tier
-from sleb.engine.sampling_params import SamplingParams
-from sleb.engine.step import ScheduledRow, Step
+from sleb.engine.trial_steps import prompt_step
 
 _MARGIN = 1.1  # of what was measured: the allocator's blocks are larger than what is asked for
 
@@ -46,7 +42,7 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 def measure_reserve(
     executor: FusedExecutor, page_size: int, max_num_tokens: int, max_len: int, buckets: Sequence[int]
 ) -> int:
-    """Bytes that steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take besides what is there.
+    """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take.
 
     The executor's cache may be as small as its padding page: the trial writes and reads nothing else. It is of no use
     afterwards.
@@ -57,7 +53,7 @@ def measure_reserve(
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step = _trial_step(executor, page_size, max_num_tokens, max_len)
+    step = prompt_step(executor, page_size, max_num_tokens, max_len)
     samples = list(range(min(executor.max_num_seqs, step.num_tokens)))
     forward = executor.run(step, samples, greedy=False)
     assert forward.logits is not None
@@ -67,7 +63,7 @@ def measure_reserve(
     del forward
     torch.cuda.empty_cache()
     graphs = _measure_graphs(executor, buckets) if buckets else 0
-    return int(_MARGIN * (activations + graphs))
+    return int(_MARGIN * (activations + graphs)) + executor.static_bytes
 
 
 def _measure_graphs(executor: FusedExecutor, buckets: Sequence[int]) -> int:
@@ -82,29 +78,3 @@ def _measure_graphs(executor: FusedExecutor, buckets: Sequence[int]) -> int:
         free.append(torch.cuda.mem_get_info(device)[0])
     num_further = len(buckets) * len(depths) - len(depths)
     return max(0, free[0] - free[1]) + num_further * max(0, free[1] - free[2])
-
-
-def _trial_step(executor: FusedExecutor, page_size: int, max_num_tokens: int, max_len: int) -> Step:
-    """A step of max_num_tokens prompt tokens, all of whose pages are the padding page."""
-    rows: list[ScheduledRow] = []
-    left = max_num_tokens
-    while left > 0 and len(rows) < executor.max_num_seqs:
-        length = min(left, max_len)
-        rows.append(ScheduledRow(_trial_request(executor, length, page_size), 0, length))
-        left -= length
-    return Step(rows)
-
-
-def _trial_request(executor: FusedExecutor, length: int, page_size: int) -> Request:
-    tokens = [0] * length
-    return Request(
-        request_id="trial",
-        tokens=tokens,
-        num_prompt_tokens=length,
-        params=SamplingParams(temperature=0.0),
-        max_tokens=1,
-        tier=Tier("trial", executor.depths[0], "", 0, ()),
-        rng=random.Random(0),
-        detokenizer=Detokenizer(None, tokens, ()),
-        pages=[executor.padding_page] * -(-length // page_size),
-    )

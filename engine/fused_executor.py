@@ -94,9 +94,10 @@ class FusedExecutor:
         return f"{self._kernels.name} kernels on {self.device}, {self.name.split(', ')[1]}{graphs}"
 
     @property
-    def num_graphs(self) -> int:
-        """Graphs that are captured."""
-        return len(self._graphs)
+    def static_bytes(self) -> int:
+        """Bytes of the tensors that stay between steps, the KV cache left out."""
+        kept = (self._static, self._page_table, self._hidden, self._logits, self._sampled)
+        return sum(tensor.nbytes for tensor in kept)
 
     @torch.inference_mode()
     def run(

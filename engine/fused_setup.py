@@ -16,6 +16,7 @@ from sleb.engine.executor import PlannedSublayer
 from sleb.engine.fused_decoder import FusedDecoder
 from sleb.engine.fused_executor import FusedExecutor
 from sleb.engine.kv_cache import PagedKVCache, size_cache
+from sleb.engine.trial_steps import prompt_step, trial_step
 from sleb.engine.weights import DecoderWeights
 from sleb.kernels.attention import AttentionBackend, choose_page_size
 from sleb.kernels.fused import FusedKernels
@@ -71,7 +72,7 @@ class _Builder:
         buckets = decode_buckets(config.max_num_seqs)
         captured = on_card and config.cuda_graphs and self.backend.capturable
         reserve = 0
-        if on_card:
+        if on_card and config.kv_cache_memory is None:
             wanted = min(config.max_model_len or self.spec.max_positions, self.spec.max_positions)
             trial = self._executor(device, wanted, 0)
             reserve = measure_reserve(
@@ -85,10 +86,29 @@ class _Builder:
         )
         executor = self._executor(device, max_model_len, num_pages)
         if on_card:
-            executor.warm_up(num_pages)
+            self._warm_up(executor, max_model_len, num_pages)
         if captured:
             executor.capture(buckets, CudaCapture(device), on_progress=config.on_capture)
         return FusedSetup(executor, page_size, max_model_len, num_pages)
+
+    def _warm_up(self, executor: FusedExecutor, max_model_len: int, num_pages: int) -> None:
+        """Compiles, and where need be tunes, every kernel that serving runs: a request must not wait for that."""
+        executor.warm_up(num_pages)
+        longest = min(self.config.max_num_batched_tokens, max_model_len)
+        steps = [
+            prompt_step(executor, self.page_size, self.config.max_num_batched_tokens, max_model_len),
+            trial_step(executor, self.page_size, [(min(2, longest), longest), (1, 1)]),
+            trial_step(executor, self.page_size, [(1, longest)]),
+        ]
+        with self.fused.tuning(None):
+            for step in steps:
+                samples = range(min(len(step.rows), executor.max_num_seqs))
+                logits = executor.run(step, samples, greedy=False).logits
+                assert logits is not None
+                chosen = self.kernels.greedy(logits)
+                count = logits.shape[0]
+                self.kernels.draw(logits, *([value] * count for value in (0.7, 40, 0.9, 0.05, 0.5)))
+                self.kernels.log_softmax_gather(logits, chosen[:, None])
 
     @property
     def _blocks(self) -> list[int]:

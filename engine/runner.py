@@ -192,6 +192,8 @@ class Runner:
 
         On a card this returns when the work is queued, behind that of the steps before.
         """
+        if self.device.type == "cuda":  # the thread that steps may be another than the one that loaded
+            torch.cuda.set_device(self.device)
         choosing = [row.chooses for row in step.rows]
         requests = [row.request for row, chooses in zip(step.rows, choosing, strict=True) if chooses]
         ends = itertools.accumulate(row.num_tokens for row in step.rows)

@@ -33,7 +33,7 @@ def _apply(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid(2.0 * inner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def _activate(x, out, num_rows, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(num_rows):

@@ -22,7 +22,7 @@ from sleb.kernels.runtime import check_contiguous, power_of_two
 _MAX_SIZE = 1 << 16  # features of a row that one program can hold
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_delta", "num_norm"])
 def _add_norm(
     residual,
     delta,

@@ -84,7 +84,7 @@ def _cut(
     return low, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _draw(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * vocab_size

@@ -18,20 +18,12 @@ from sleb.kernels.runtime import ceil_div, check_contiguous, num_processors, pow
 
 _BLOCK = 4096
 _MAX_RUNS = 128
+_USUAL_IDS = 32  # a block for so many ids at least: one compilation serves what requests usually ask for
 _PROGRAMS_A_PROCESSOR = 2
 
 
-@triton.jit
-def _scan(
-    logits,
-    highest_out,
-    index_out,
-    sum_out,
-    vocab_size,
-    run_length,
-    NUM_RUNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["num_runs", "run_length"])
+def _scan(logits, highest_out, index_out, sum_out, vocab_size, num_runs, run_length, BLOCK: tl.constexpr):
     run = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     start = run * run_length
@@ -49,7 +41,7 @@ def _scan(
         total = total * tl.exp(highest - shift) + tl.exp(x - shift)
         highest = tl.where(better, x, highest)
         index = tl.where(better, token, index)
-    _finish(highest, index, total, highest_out, index_out, sum_out, row * NUM_RUNS + run)
+    _finish(highest, index, total, highest_out, index_out, sum_out, row * num_runs + run)
 
 
 @triton.jit
@@ -66,7 +58,7 @@ def _finish(highest, index, total, highest_out, index_out, sum_out, at):
     tl.store(highest_out + at, tl.where(any_nan == 1, float("nan"), top))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_runs", "num_ids"])
 def _join(
     highest_in,
     index_in,
@@ -76,16 +68,16 @@ def _join(
     tokens_out,
     logprobs_out,
     vocab_size,
+    num_runs,
     num_ids,
-    NUM_RUNS: tl.constexpr,
     GATHER: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     run = tl.arange(0, BLOCK_RUNS)
-    used = run < NUM_RUNS
-    at = row * NUM_RUNS + run
+    used = run < num_runs
+    at = row * num_runs + run
     highest = tl.load(highest_in + at, mask=used, other=float("-inf"))
     is_nan = (highest != highest).to(tl.int32)
     any_nan = tl.max(is_nan, axis=0)
@@ -134,7 +126,7 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
     index = torch.empty(shape, dtype=torch.int32, device=device)
     block = min(power_of_two(run_length), _BLOCK)
     _scan[(num_runs, num_rows)](
-        logits, highest, index, sums, vocab_size, run_length, NUM_RUNS=num_runs, BLOCK=block, num_warps=8
+        logits, highest, index, sums, vocab_size, num_runs, run_length, BLOCK=block, num_warps=8
     )
     _join[(num_rows,)](
         highest,
@@ -145,11 +137,11 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
         result,
         result,
         vocab_size,
+        num_runs,
         num_ids,
-        NUM_RUNS=num_runs,
         GATHER=token_ids is not None,
-        BLOCK_RUNS=power_of_two(num_runs),
-        BLOCK_IDS=power_of_two(num_ids),
+        BLOCK_RUNS=_MAX_RUNS,
+        BLOCK_IDS=power_of_two(num_ids, _USUAL_IDS),
         num_warps=1,
     )
     return result

@@ -32,6 +32,8 @@ from sleb.kernels.tuning import Config, Launch, tuned
 
 _MIN_ROWS = 16  # rows that a matrix product has at least
 _MAX_SPLITS = 64
+# Sections of one array, at any alignment, and single numbers: to specialise would compile once more for each case.
+INTEGERS = ["page_table", "context_lens", "query_starts", "num_rows"]
 _PROGRAMS_A_PROCESSOR = 4  # enough loads under way to fill the memory's pipeline
 
 # The first is what runs untuned.
@@ -41,7 +43,7 @@ CONFIGS = tuple(
 )
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_splits"], do_not_specialize_on_alignment=INTEGERS)
 def _decode(
     query,
     key_cache,
@@ -132,7 +134,7 @@ def _decode(
         )
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=INTEGERS)
 def _join(
     partial,
     lse,
@@ -274,8 +276,8 @@ def _launch(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         WINDOW=window,
-        BLOCK_SPLITS=power_of_two(splits),
+        BLOCK_SPLITS=_MAX_SPLITS,
         BLOCK_DIM=block_dim,
         BLOCK=config["block"],
-        num_warps=2,
+        num_warps=4,
     )

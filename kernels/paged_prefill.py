@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors
+from sleb.kernels.paged_decode import INTEGERS
 from sleb.kernels.runtime import ceil_div, check_contiguous, dot_precision, multiply, power_of_two
 from sleb.kernels.tuning import Config, Launch, tuned
 
@@ -87,7 +88,7 @@ def _walk(
     return attended, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=INTEGERS)
 def _prefill(
     query,
     key_cache,

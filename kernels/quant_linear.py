@@ -52,7 +52,7 @@ CONFIGS = tuple(
 LIBRARY = Config(library=1)  # the vendor's matrix product, for weights that are not quantised
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear(
     x,
     values,
@@ -68,7 +68,7 @@ def _linear(
     part_length,
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -124,7 +124,7 @@ def _linear(
             total += multiply(part_x, tl.trans(weight), PRECISION)
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
     inside = in_rows & (outputs < num_outputs)
-    if PARTS == 1:
+    if not SPLIT:
         if HAS_BIAS:
             total += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)
         tl.store(out + wide_row * num_outputs + outputs, total.to(out.dtype.element_ty), mask=inside)
@@ -133,15 +133,15 @@ def _linear(
         tl.store(out + at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def _add_parts(
-    parts, bias, out, num_rows, num_outputs, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, out, num_rows, num_outputs, num_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = output < num_outputs
     total = tl.zeros([BLOCK], tl.float32)
-    for part in range(PARTS):
+    for part in range(num_parts):
         total += tl.load(parts + (part * num_rows + row) * num_outputs + output, mask=inside, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)
@@ -216,7 +216,7 @@ def _launch(
         part_length,
         KIND=kind,
         HAS_BIAS=bias is not None,
-        PARTS=parts,
+        SPLIT=parts > 1,
         ROWS=rows,
         OUTPUTS=config["outputs"],
         INPUTS=config["inputs"],
@@ -233,7 +233,7 @@ def _launch(
             out,
             num_rows,
             num_outputs,
-            PARTS=parts,
+            parts,
             HAS_BIAS=bias is not None,
             BLOCK=block,
             num_warps=4,

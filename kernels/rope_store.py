@@ -51,7 +51,7 @@ def _weights(query_norm, key_norm, head, column, inside, NUM_HEADS: tl.constexpr
     return tl.where(head < NUM_HEADS, query_weight, key_weight).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots", "num_tokens"])
 def _rope_store(
     heads,
     cos,
