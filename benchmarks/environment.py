@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import sleb
-from sleb.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from sleb.engine.engine import Engine
 
 # What decides which CPU kernels can run: x86 names first, then those of ARM.
 _CPU_FLAGS = (
@@ -34,12 +36,19 @@ _CPU_FLAGS = (
 
 
 def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, Any]:
-    """Versions, hardware and settings of a measurement with `engine`, ready for JSON.
+    """Versions, hardware and settings of a measurement with `engine`, ready for JSON; see `describe_machine`."""
+    runner = engine.runner
+    return describe_machine(runner.device, runner.dtype, runner.executor.name, command)
+
+
+def describe_machine(
+    device: torch.device, dtype: torch.dtype, kernels: str, command: Sequence[str]
+) -> dict[str, Any]:
+    """Versions, hardware and settings of a measurement on `device`, ready for JSON.
 
     command: as `shown_command` gives it. memory_bytes is the machine's physical memory; what cannot be found
     out is null. Neither host nor user names nor paths are recorded.
     """
-    device = engine.runner.device
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sleb": sleb.__version__,
@@ -47,6 +56,8 @@ def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, An
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": _package_version("transformers"),
+        "triton": _package_version("triton"),
+        "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_flags": cpu_flags(),
@@ -56,8 +67,8 @@ def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, An
         "memory_bytes": _memory_bytes(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": str(device),
-        "dtype": str(engine.runner.dtype).removeprefix("torch."),
-        "kernels": engine.runner.executor.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": kernels,
         "command": " ".join(command),
     }
 

@@ -29,9 +29,12 @@ class Progress:
 
 
 class Prepare(Protocol[Contravariant]):
-    """Makes the input of a repetition (0: the warm-up) and returns a function that runs it once at a depth."""
+    """Makes the input of a repetition (0: the warm-up) and returns a function that runs it once at a depth.
 
-    def __call__(self, workload: Contravariant, repetition: int) -> Callable[[int], None]: ...
+    A run of which only a part is to be timed returns the seconds of that part itself, others None.
+    """
+
+    def __call__(self, workload: Contravariant, repetition: int) -> Callable[[int], float | None]: ...
 
 
 def alternated_orders(depths: Sequence[int], repetitions: int, rng: random.Random) -> list[tuple[int, ...]]:
@@ -92,8 +95,8 @@ def _measure(
                 report(Progress(num_done, num_runs, f"{workload}, depth {depth}, {which}"))
                 gc.collect()
                 started = clock()
-                run(depth)
-                seconds[depth] = clock() - started
+                timed = run(depth)
+                seconds[depth] = clock() - started if timed is None else timed
                 num_done += 1
             if repetition:
                 samples.setdefault(workload, []).append(seconds)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from sleb.benchmarks.results import NOISY, Row
 from sleb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sleb.benchmarks.kernels import KernelReport, KernelRow
 
 _MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long as it needs to be
 
@@ -101,6 +104,7 @@ def _table(rows: Sequence[Row]) -> Table:
         "low–high",
         "ideal",
         "of gain",
+        "roofline",
         "weights",
         "KV",
     )
@@ -120,7 +124,8 @@ def describe_workload(row: Row) -> str:
     """The test of a row in a few words: batch × tokens."""
     if row.test == "prompt":
         return f"prompt {row.batch} × {row.prompt_tokens}"
-    return f"generate {row.batch} × {row.output_tokens} after {row.prompt_tokens}"
+    new_tokens = row.output_tokens - (row.test == "decode")
+    return f"{row.test} {row.batch} × {new_tokens} after {row.prompt_tokens}"
 
 
 def _cells(row: Row) -> list[str]:
@@ -139,6 +144,7 @@ def _cells(row: Row) -> list[str]:
             f"{row.ideal_speedup:.3f}",
             "" if row.ideal_gain_share is None else f"{row.ideal_gain_share:.0%}",
         ]
+    cells.append("" if row.roofline_share is None else f"{row.roofline_share:.0%}")
     return [*cells, _size(row.weight_bytes), _size(row.kv_bytes)]
 
 
@@ -148,6 +154,11 @@ def notes(report: Report) -> list[str]:
     lines = []
     if not report.complete:
         lines.append("Interrupted: only complete repetitions are counted, and tests without one are missing.")
+    if report.model.get("layer_map") == "stand-in":
+        lines.append(
+            "The layer map is a stand-in: no map of this shape comes with sleb, so blocks evenly spaced over the "
+            "middle are removed. Speed does not depend on which; quality does."
+        )
     if not rows:
         return lines
     noisy = [
@@ -166,7 +177,8 @@ def notes(report: Report) -> list[str]:
     shown = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     plural = "" if counts == [1] else "s"
     lines.append(
-        f"tokens/s: median of {shown} repetition{plural}; generate counts new tokens over the whole run, prompts too."
+        f"tokens/s: median of {shown} repetition{plural}; generate counts new tokens over the whole run, prompts too, "
+        "decode those after each request's first, and their time alone."
     )
     if any(row.depth != row.baseline_depth for row in rows):
         lines += [
@@ -175,6 +187,13 @@ def notes(report: Report) -> list[str]:
             "steps read, which is a bound where memory is what limits: at a large batch a CPU computes as well. "
             "of gain: (speedup − 1) / (ideal − 1).",
         ]
+    ceilings = report.environment.get("ceilings")
+    if ceilings:
+        lines.append(
+            f"roofline: the least time over the time, at a copy's {ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s "
+            "(read and written) for decode's weights and KV, and at a matrix product's "
+            f"{ceilings['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}) for a prompt."
+        )
     return lines
 
 
@@ -188,3 +207,74 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}" if num_bytes < 1000 else f"{num_bytes:.0f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.3g} GiB"
+
+
+def print_kernels(report: KernelReport, console: Console) -> None:
+    """The table, under a line that says what ran on what, and above what its columns mean."""
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    environment = report.environment
+    ceilings = environment["ceilings"]
+    where = environment.get("gpu") or environment.get("cpu") or environment.get("system")
+    say(
+        f"{environment['dtype']} on {where}: a copy moves {ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s "
+        f"(read and written), a matrix product computes {ceilings['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    )
+    console.print(_kernel_table(report.rows))
+    for note in kernel_notes(report):
+        say(note)
+
+
+def kernel_notes(report: KernelReport) -> list[str]:
+    """What a reader of the table must know."""
+    lines = []
+    if not report.complete:
+        lines.append("Interrupted: only complete cases are shown.")
+    lines.append(
+        "GB/s: every input read once and every output written once, over the median time. of limit: the least time "
+        "that these bytes or the operations take at the ceilings above, over the median time."
+    )
+    if any(row.timing == "interpreted" for row in report.rows):
+        lines.append("interpreted: Triton ran its kernels in Python; the times mean nothing.")
+    if str(report.environment["device"]).startswith("cpu"):
+        lines.append("On a CPU the inputs stay in its caches, so small shapes can pass the memory's limit.")
+    return lines
+
+
+def _kernel_table(rows: Sequence[KernelRow]) -> Table:
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for heading in ("operator", "shape", "backend"):
+        table.add_column(heading)
+    for heading in ("µs", "low–high", "GB/s", "TFLOP/s", "limit", "of limit"):
+        table.add_column(heading, justify="right")
+    table.add_column("timed by")
+    previous = None
+    for row in rows:
+        case = (row.op, row.shape)
+        if previous is not None and previous != case:
+            table.add_section()
+        shown = ("", "") if case == previous else case
+        table.add_row(*shown, row.backend, *_kernel_cells(row))
+        previous = case
+    return table
+
+
+def _kernel_cells(row: KernelRow) -> list[str]:
+    def number(value: float | None) -> str:
+        return "" if value is None else _rate(value)
+
+    if row.microseconds is None:
+        return ["", "", "", "", "", "", f"not run: {row.reason}"]
+    return [
+        number(row.microseconds),
+        f"{number(row.microseconds_low)}–{number(row.microseconds_high)}",
+        number(row.gb_per_second),
+        number(row.tflops),
+        row.bound,
+        "" if row.roofline_share is None else f"{row.roofline_share:.0%}",
+        str(row.timing),
+    ]

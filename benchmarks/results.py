@@ -23,6 +23,8 @@ class Row:
         ideal_speedup: modelled, see `sleb.benchmarks.ideal`.
         ideal_gain_share: (speedup − 1) / (ideal_speedup − 1); None where no gain is to be had.
         weight_bytes: that this depth uses. kv_bytes: K and V of the whole batch at its longest.
+        roofline_share: the least time that the ceilings measured in the same run allow over the median time: of
+            "prompt" by its operations, of "decode" by its bytes; None for "generate", which is both.
     """
 
     test: str
@@ -49,6 +51,7 @@ class Row:
     weight_bytes: int
     kv_bytes_per_token: int
     kv_bytes: int
+    roofline_share: float | None = None
 
     @property
     def noisy(self) -> bool:
@@ -63,10 +66,12 @@ def make_row(
     *,
     counted_tokens: int,
     ideal_speedup: float,
+    floor_seconds: float | None = None,
     **facts: int,
 ) -> Row:
     """The statistics of `repetitions`, each seconds by depth; `counted_tokens` are those of tokens/s.
 
+    floor_seconds: the least time that the ceilings allow; None where it is not known.
     facts: the remaining fields of Row, unchanged.
     """
     seconds = [times[depth] for times in repetitions]
@@ -92,5 +97,6 @@ def make_row(
         speedup_samples=speedups,
         ideal_speedup=ideal_speedup,
         ideal_gain_share=gain_share,
+        roofline_share=None if floor_seconds is None else floor_seconds / median(seconds),
         **facts,
     )

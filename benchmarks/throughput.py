@@ -2,20 +2,31 @@
 
 The tests are those of the SLEB paper's section on speed (arXiv 2402.09025): processing one long prompt, and
 generating 128 tokens after 64-token prompts, where tokens/s counts the new tokens over the whole run, prompts
-included. One engine holds all depths and they take turns: every repetition runs each of them once, on the same
-random prompts, so that whatever slows the machine down for a while meets them alike, and a speedup is the
-median of ratios within repetitions. One run of each depth goes before, uncounted.
+included. A third, "decode", times that part of the second which follows the first tokens. One engine holds all depths
+and they take turns: every repetition runs each of them once, on the same random prompts, so that whatever slows the
+machine down for a while meets them alike, and a speedup is the median of ratios within repetitions. One run of each
+depth goes before, uncounted.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from sleb.benchmarks.ceilings import Ceilings, measure_ceilings
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import Progress, Samples, measure
-from sleb.benchmarks.ideal import DepthCost, ideal_decode_speedup, ideal_prompt_speedup
+from sleb.benchmarks.ideal import (
+    DepthCost,
+    decode_bytes,
+    ideal_decode_speedup,
+    ideal_prompt_speedup,
+    prompt_flops,
+)
 from sleb.benchmarks.report import Report
 from sleb.benchmarks.results import Row, make_row
 from sleb.benchmarks.workloads import (
@@ -23,7 +34,9 @@ from sleb.benchmarks.workloads import (
     Workload,
     check_options,
     choose_depths,
+    choose_map,
     plan_workloads,
+    with_model,
 )
 from sleb.engine.architecture import DecoderSpec, resolve_spec
 from sleb.engine.config import EngineConfig, resolve_dtype
@@ -32,6 +45,7 @@ from sleb.engine.kv_cache import GIB, bytes_per_token
 from sleb.engine.llm import LLM
 from sleb.engine.sampling_params import SamplingParams
 from sleb.engine.tiers import load_layer_map
+from sleb.errors import ConfigError
 from sleb.fetch import resolve_model
 from sleb.layer_map import LayerMap
 
@@ -45,6 +59,7 @@ class ThroughputBench:
 
     Attributes:
         depths: in the order asked. baseline: the one that speedups refer to: 0, else the first.
+        map_source: where the layer map is from, see `workloads.choose_map`.
 
     on_load: as EngineConfig's on_progress. Raises SlebError subclasses for a model, map, depth or option that does
     not work.
@@ -52,6 +67,7 @@ class ThroughputBench:
 
     def __init__(self, options: ThroughputOptions, on_load: Callable[[int, int], None] | None = None) -> None:
         check_options(options)
+        options = with_model(options)
         EngineConfig(
             options.model,
             dtype=options.dtype,
@@ -62,7 +78,10 @@ class ThroughputBench:
         self.options = options
         resolved = resolve_model(options.model)
         spec = resolve_spec(resolved.path)
-        layer_map, _ = load_layer_map(options.layer_map, resolved, spec)
+        chosen, self.map_source = choose_map(options, spec.num_blocks, spec.fingerprint)
+        layer_map, shipped = load_layer_map(chosen, resolved, spec)
+        if self.map_source == "alias":
+            self.map_source = "shipped" if shipped else "none"
         self.depths = choose_depths(options.depths, layer_map, resolved.name)
         self.baseline = 0 if 0 in self.depths else self.depths[0]
         self.workloads = plan_workloads(options, spec.max_positions)
@@ -100,19 +119,18 @@ class ThroughputBench:
             "enable_prefix_caching": False,
         }
 
-    def prepare(self, workload: Workload, repetition: int) -> Callable[[int], None]:
-        """Draws the repetition's prompts, the same for all depths, and returns what runs them at a depth."""
+    def prompts(self, workload: Workload, repetition: int) -> list[list[int]]:
+        """The repetition's prompts: random ordinary tokens."""
         rng = random.Random(f"{self.options.seed} {workload} {repetition}")
-        prompts = [rng.choices(self._token_ids, k=workload.prompt_tokens) for _ in range(workload.batch)]
+        return [rng.choices(self._token_ids, k=workload.prompt_tokens) for _ in range(workload.batch)]
+
+    def prepare(self, workload: Workload, repetition: int) -> Callable[[int], float | None]:
+        """Draws the repetition's prompts, the same for all depths, and returns what runs them at a depth."""
+        prompts = self.prompts(workload, repetition)
         # Greedy, and nothing of the model's generation config, whose penalties would cost time of their own.
-        params = SamplingParams(
-            max_tokens=workload.output_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            top_p=1.0,
-            top_k=0,
-            repetition_penalty=1.0,
-        )
+        params = greedy_params(workload.output_tokens)
+        if workload.test == "decode":
+            return lambda depth: decode_seconds(self.llm.engine, prompts, params, depth)
 
         def run(depth: int) -> None:
             outputs = self.llm.generate(prompts, params, depth)
@@ -123,11 +141,11 @@ class ThroughputBench:
 
         return run
 
-    def rows(self, samples: Samples[Workload]) -> list[Row]:
+    def rows(self, samples: Samples[Workload], ceilings: Ceilings | None = None) -> list[Row]:
         """One row a workload and depth, workloads without a complete repetition left out."""
         costs = {depth: DepthCost.of(self.llm.engine, depth) for depth in self.depths}
         return [
-            self._row(workload, depth, repetitions, costs)
+            self._row(workload, depth, repetitions, costs, ceilings)
             for workload, repetitions in samples.items()
             for depth in self.depths
         ]
@@ -138,6 +156,7 @@ class ThroughputBench:
         depth: int,
         repetitions: Sequence[Mapping[int, float]],
         costs: Mapping[int, DepthCost],
+        ceilings: Ceilings | None,
     ) -> Row:
         baseline, cost = costs[self.baseline], costs[depth]
         shape = (workload.batch, workload.prompt_tokens)
@@ -156,11 +175,72 @@ class ThroughputBench:
             output_tokens=workload.output_tokens,
             counted_tokens=workload.counted_tokens,
             ideal_speedup=ideal,
+            floor_seconds=None if ceilings is None else floor_seconds(workload, cost, ceilings),
             weight_bytes=cost.weight_bytes,
             kv_bytes_per_token=cost.kv_bytes_per_token,
             # The last new token is never fed back, so its K and V are never there.
             kv_bytes=workload.batch * (workload.context - 1) * cost.kv_bytes_per_token,
         )
+
+
+def floor_seconds(workload: Workload, cost: DepthCost, ceilings: Ceilings) -> float | None:
+    """The least time of a workload at the ceilings; None for "generate", whose prompts and steps have their own."""
+    if workload.test == "prompt":
+        return prompt_flops(cost, workload.batch, workload.prompt_tokens) / ceilings.matrix_flops_per_second
+    if workload.test == "generate":
+        return None
+    num_bytes = decode_bytes(cost, workload.batch, workload.prompt_tokens, workload.output_tokens)
+    return num_bytes / ceilings.copy_bytes_per_second
+
+
+def greedy_params(num_tokens: int) -> SamplingParams:
+    """Exactly num_tokens tokens, the most probable ones, with nothing that costs time of its own."""
+    return SamplingParams(
+        max_tokens=num_tokens,
+        ignore_eos=True,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+    )
+
+
+_decode_runs = itertools.count()
+
+
+def decode_seconds(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, depth: int
+) -> float:
+    """Seconds that `engine` takes for all tokens but the first of each request.
+
+    Timed from when every request has its first token to when all are done. Where the prompts took several steps, some
+    requests have more by then: the time is scaled from the tokens made in it to all but the first.
+    """
+    run = next(_decode_runs)
+    made = {f"decode-{run}-{index}": 0 for index in range(len(prompts))}
+    unfinished = set(made)
+    started, num_before = 0.0, 0
+    try:
+        for request_id, prompt in zip(made, prompts, strict=True):
+            engine.add_request(request_id, prompt, params, depth)
+        while unfinished:
+            for increment in engine.step():
+                made[increment.request_id] += len(increment.new_token_ids)
+                if increment.finish_reason is not None:
+                    unfinished.discard(increment.request_id)
+            if not num_before and all(made.values()):
+                started, num_before = time.perf_counter(), sum(made.values())
+        seconds = time.perf_counter() - started
+    finally:
+        for request_id in unfinished:
+            engine.abort(request_id)
+    num_tokens = sum(made.values())
+    assert num_tokens == len(prompts) * (params.max_tokens or 0), f"{num_tokens} tokens for {params}"
+    if num_tokens == num_before:
+        raise ConfigError(
+            "all answers were done before the last prompt was; give --output-tokens more, or --batches less"
+        )
+    return seconds * (num_tokens - len(prompts)) / (num_tokens - num_before)
 
 
 def plain_token_ids(engine: Engine) -> list[int]:
@@ -192,6 +272,8 @@ def run_throughput(
     bench = ThroughputBench(options, on_load)
     engine = bench.llm.engine
     environment = describe_environment(engine, shown_command(command, options.model))
+    ceilings = measure_ceilings(engine.runner.device, engine.runner.dtype)
+    environment["ceilings"] = asdict(ceilings)
     samples: Samples[Workload] = {}
     complete = True
     try:
@@ -210,13 +292,14 @@ def run_throughput(
         "name": engine.model_name,
         "architecture": engine.spec.architecture,
         "num_blocks": engine.spec.num_blocks,
+        "layer_map": bench.map_source,
         "fingerprint": engine.spec.fingerprint,
         "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
     }
     settings = {
         "repetitions": options.repetitions,
         "seed": options.seed,
-        "load_format": options.load_format,
+        "load_format": bench.options.load_format,
         "weights": options.weights,
     }
-    return Report(environment, model, settings, bench.rows(samples), complete)
+    return Report(environment, model, settings, bench.rows(samples, ceilings), complete)

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
+from sleb.layer_map import LayerMap, shipped_maps
+from sleb.shapes import shape_folder
+from sleb.units import Unit
 
-Test = Literal["prompt", "generate"]
+Test = Literal["prompt", "generate", "decode"]
 TESTS: tuple[Test, ...] = get_args(Test)
-DEFAULT_PROMPT_TOKENS: dict[Test, int] = {"prompt": 2048, "generate": 64}
+DEFAULT_TESTS: tuple[Test, ...] = ("prompt", "generate")
+DEFAULT_PROMPT_TOKENS: dict[Test, int] = {"prompt": 2048, "generate": 64, "decode": 64}
+# Which part of the blocks a stand-in for a layer map recommends to remove: what the SLEB paper removes at most.
+_STAND_IN_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class ThroughputOptions:
-    """What to measure. None: depths 0 and the map's recommended one; 2,048 prompt tokens for "prompt" (or what the
-    model holds), 64 for "generate". batches and output_tokens are of "generate"; the rest is as in EngineConfig.
+    """What to measure: a model, or with `config` a shape of `sleb.shapes` with random weights.
+
+    None: depths 0 and the map's recommended one; 2,048 prompt tokens for "prompt" (or what the model holds), 64 for the
+    others. batches and output_tokens are of "generate" and "decode"; the rest is as in EngineConfig.
     """
 
-    model: str
+    model: str = ""
     layer_map: LayerMap | str | None = None
     depths: Sequence[int] | None = None
-    tests: Sequence[str] = TESTS
+    tests: Sequence[str] = DEFAULT_TESTS
     batches: Sequence[int] = (64, 1)
     prompt_tokens: int | None = None
     output_tokens: int = 128
@@ -34,11 +41,16 @@ class ThroughputOptions:
     load_format: str = "auto"
     threads: int | None = None
     seed: int = 0
+    config: str | None = None
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`batch` equal requests; a "prompt" test asks one new token, so that the head runs for one row."""
+    """`batch` equal requests.
+
+    A "prompt" test asks one new token, so that the head runs for one row. "decode" is "generate" without the prompts:
+    the clock runs from when every request has its first token.
+    """
 
     test: Test
     batch: int
@@ -47,8 +59,10 @@ class Workload:
 
     @property
     def counted_tokens(self) -> int:
-        """The tokens of tokens/s: those of the prompt, or the new ones."""
-        return self.batch * (self.prompt_tokens if self.test == "prompt" else self.output_tokens)
+        """The tokens of tokens/s: those of the prompt, or the new ones, the first of them not for "decode"."""
+        if self.test == "prompt":
+            return self.batch * self.prompt_tokens
+        return self.batch * (self.output_tokens - (self.test == "decode"))
 
     @property
     def context(self) -> int:
@@ -80,6 +94,15 @@ def plan_workloads(options: ThroughputOptions, max_positions: int) -> list[Workl
 
 def check_options(options: ThroughputOptions) -> None:
     """Raises ConfigError for the first option out of its range that a look at the model is not needed for."""
+    if bool(options.model) == (options.config is not None):
+        raise ConfigError(
+            f"MODEL is '{options.model}' and --config '{options.config or ''}'; give one of them: a model with its "
+            "weights, or a shape to fill with random ones"
+        )
+    if options.config is not None and options.load_format not in ("auto", "dummy"):
+        raise ConfigError(
+            f"--load-format is '{options.load_format}', but --config has no weights to read; leave it out"
+        )
     unknown = [test for test in options.tests if test not in TESTS]
     if unknown or not options.tests:
         named = f"test '{unknown[0]}' is not known" if unknown else "no test is named"
@@ -91,9 +114,8 @@ def check_options(options: ThroughputOptions) -> None:
     numbers += [("--repetitions", options.repetitions, 1)]
     if options.prompt_tokens is not None:
         numbers.append(("--prompt-tokens", options.prompt_tokens, 1))
-    if (
-        "generate" in options.tests
-    ):  # the first new token comes with the prompt: decoding begins with the second
+    if {"generate", "decode"} & set(options.tests):
+        # The first new token comes with the prompt: decoding begins with the second.
         numbers.append(("--output-tokens", options.output_tokens, 2))
     for name, number, least in numbers:
         if number < least:
@@ -119,3 +141,48 @@ def choose_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str)
                 f"depth {depth} is not there: {has}; name another in --depths, or a longer --layer-map"
             )
     return tuple(depths)
+
+
+def with_model(options: ThroughputOptions) -> ThroughputOptions:
+    """The options with the folder and load format that --config stands for. Raises ConfigError for an unknown shape."""
+    if options.config is None:
+        return options
+    return replace(options, model=str(shape_folder(options.config)), load_format="dummy")
+
+
+def choose_map(
+    options: ThroughputOptions, num_blocks: int, fingerprint: str
+) -> tuple[LayerMap | str | None, str]:
+    """The layer map, and where it is from: "given", "none", "alias", "shipped" or "stand-in".
+
+    A shape of --config has the map that comes with the package under its name, if that fits, else a stand-in.
+    """
+    if options.layer_map is not None:
+        return options.layer_map, "none" if options.layer_map == "none" else "given"
+    if options.config is None:
+        return None, "alias"
+    path = shipped_maps().get(options.config)
+    if path is not None:
+        found = LayerMap.load(path)
+        if found.num_blocks == num_blocks and found.fingerprint in (None, fingerprint):
+            return found, "shipped"
+    return stand_in_map(options.config, num_blocks, fingerprint), "stand-in"
+
+
+def stand_in_map(model: str, num_blocks: int, fingerprint: str | None = None) -> LayerMap:
+    """A chain for measuring speed, which depends on how many blocks are gone and not on which.
+
+    It removes the middle half, and at every depth what is gone lies evenly in it: the order is that of the places'
+    binary digits read backwards (van der Corput's sequence).
+    """
+    places = range(num_blocks // 4, num_blocks // 4 + num_blocks // 2)
+    width = max(1, (len(places) - 1).bit_length())
+    order = sorted(range(len(places)), key=lambda place: f"{place:0{width}b}"[::-1])
+    return LayerMap(
+        model=model,
+        fingerprint=fingerprint,
+        num_blocks=num_blocks,
+        removed=tuple(Unit(places[place]) for place in order),
+        depth=min(len(places), round(_STAND_IN_SHARE * num_blocks)),
+        source="a stand-in, evenly spaced over the middle blocks: found by no search",
+    )

@@ -46,6 +46,7 @@ def expected_files() -> set[str]:
     names = {f"sleb/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
     own = [*(ROOT / "sleb").glob("*.py"), *(ROOT / "sleb/cli").glob("*.py")]
     data = [ROOT / "sleb/py.typed", *(ROOT / "sleb/maps").glob("*.json")]
+    data += (ROOT / "sleb/configs").glob("*/config.json")
     sources = {f"sleb/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/cpu").glob("*.[ch]")}
     return names | sources | {str(path.relative_to(ROOT)) for path in (*own, *data)}
 
@@ -112,6 +113,7 @@ def small_checkout(checkout: Path, tmp_path: Path) -> Path:
 def test_wheel_holds_the_package_through_the_links(wheel_files: set[str]) -> None:
     assert expected_files() <= wheel_files
     assert {"sleb/engine/llm.py", "sleb/kernels/reference.py", "sleb/py.typed"} <= wheel_files
+    assert "sleb/configs/llama-2-7b/config.json" in wheel_files
 
 
 def test_wheel_has_one_top_level_name(wheel_files: set[str]) -> None:

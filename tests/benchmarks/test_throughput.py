@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from sleb.benchmarks.throughput import ThroughputBench, plain_token_ids, run_throughput
-from sleb.benchmarks.workloads import ThroughputOptions, Workload, plan_workloads
+from sleb.benchmarks import ceilings as ceilings_module
+from sleb.benchmarks.ceilings import Ceilings
+from sleb.benchmarks.ideal import DepthCost, decode_bytes, prompt_flops
+from sleb.benchmarks.report import notes
+from sleb.benchmarks.throughput import (
+    ThroughputBench,
+    decode_seconds,
+    greedy_params,
+    plain_token_ids,
+    run_throughput,
+)
+from sleb.benchmarks.workloads import (
+    ThroughputOptions,
+    Workload,
+    choose_map,
+    plan_workloads,
+    stand_in_map,
+)
 from sleb.cli.bench import app
 from sleb.engine.llm import LLM
 from sleb.errors import ConfigError, LayerMapError, ModelError, SlebError
 from sleb.layer_map import LayerMap
+from sleb.shapes import shape_folder
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings_module, "_COPY_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(ceilings_module, "_MATRIX_SIZE", {"cpu": 16})
 
 
 @pytest.fixture
@@ -202,9 +227,9 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(
         ({"layer_map": "absent.json"}, LayerMapError, "absent.json does not exist"),
         ({"model": "./absent"}, ModelError, "absent"),
         (
-            {"tests": ("prompt", "decode")},
+            {"tests": ("prompt", "score")},
             ConfigError,
-            "test 'decode' is not known; choose from: prompt, generate",
+            "test 'score' is not known; choose from: prompt, generate, decode",
         ),
         ({"tests": ()}, ConfigError, "no test is named"),
         ({"batches": ()}, ConfigError, "no batch is named"),
@@ -224,6 +249,15 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(
         ({"device": "abacus"}, ConfigError, "abacus"),
         ({"load_format": "pickle"}, ConfigError, "pickle"),
         ({"threads": 0}, ConfigError, "num_threads is 0"),
+        ({"model": ""}, ConfigError, "give one of them: a model with its weights, or a shape"),
+        ({"config": "llama-2-7b"}, ConfigError, "give one of them"),
+        ({"model": "", "config": "llama-9"}, ConfigError, "shape 'llama-9' does not come with sleb"),
+        (
+            {"model": "", "config": "llama-2-7b", "load_format": "safetensors"},
+            ConfigError,
+            "--config has no weights to read",
+        ),
+        ({"tests": ("decode",), "output_tokens": 1}, ConfigError, "--output-tokens is 1"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_with_a_remedy(
@@ -232,6 +266,164 @@ def test_what_cannot_be_measured_is_an_error_with_a_remedy(
     with pytest.raises(error) as caught:
         run_throughput(replace(options, **changes))
     assert complaint in str(caught.value)
+
+
+def test_decode_times_what_follows_the_first_tokens(options: ThroughputOptions) -> None:
+    report = run_throughput(replace(options, tests=("decode",), batches=(3,), repetitions=1))
+    for row in report.rows:
+        assert (row.test, row.batch, row.output_tokens) == ("decode", 3, 5)
+        # The first token of each answer comes with its prompt.
+        assert row.tokens_per_second_samples == pytest.approx([3 * 4 / each for each in row.seconds_samples])
+
+
+class ScriptedEngine:
+    """Gives the tokens of a script: for every step, the requests that get one. A step takes a second."""
+
+    def __init__(self, script: list[list[int]], clock: Any) -> None:
+        self.script, self.clock = iter(script), clock
+        self.ids: list[str] = []
+        self.left: dict[str, int] = {}
+        self.aborted: list[str] = []
+
+    def add_request(self, request_id: str, prompt: list[int], params: Any, depth: int) -> None:
+        self.ids.append(request_id)
+        self.left[request_id] = params.max_tokens
+
+    def step(self) -> list[Any]:
+        self.clock.now += 1.0
+        outputs = []
+        for index in next(self.script):
+            self.left[self.ids[index]] -= 1
+            reason = "length" if not self.left[self.ids[index]] else None
+            outputs.append(
+                SimpleNamespace(request_id=self.ids[index], new_token_ids=[7], finish_reason=reason)
+            )
+        return outputs
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [
+        # All prompts in the first step, then two steps.
+        ([[0, 1], [0, 1], [0, 1]], 2.0),
+        # Outputs a step late.
+        ([[], [0, 1], [0, 1], [0, 1]], 2.0),
+        # A prompt a step: three tokens follow the last first one, in 2 s; all but the first are four.
+        ([[0], [0, 1], [0, 1], [1]], 2.0 * 4 / 3),
+    ],
+)
+def test_decode_time_is_that_of_all_tokens_but_the_first(
+    script: list[list[int]], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("sleb.benchmarks.throughput.time.perf_counter", lambda: clock.now)
+    engine: Any = ScriptedEngine(script, clock)
+    assert decode_seconds(engine, [[1], [2]], greedy_params(3), 0) == pytest.approx(seconds)
+    assert engine.aborted == []
+
+
+def test_a_decode_run_whose_answers_never_overlap_says_so() -> None:
+    engine: Any = ScriptedEngine([[0], [0], [1], [1]], SimpleNamespace(now=0.0))
+    assert decode_seconds(engine, [[1], [2]], greedy_params(2), 0) > 0
+    engine = ScriptedEngine([[0], [1]], SimpleNamespace(now=0.0))
+    with pytest.raises(ConfigError, match="--output-tokens"):
+        decode_seconds(engine, [[1], [2]], greedy_params(1), 0)
+
+
+def test_roofline_shares(options: ThroughputOptions) -> None:
+    """The least time is that of the bytes at the copy's rate, or of the operations at the matrix product's."""
+    bench = ThroughputBench(replace(options, tests=("prompt", "generate", "decode"), batches=(3,)))
+    ceilings = Ceilings(1e6, 1e9, [1e6], [1e9], "float32")
+    samples = {workload: [{0: 2.0, 3: 1.0}] for workload in bench.workloads}
+    shares = {(row.test, row.depth): row.roofline_share for row in bench.rows(samples, ceilings)}
+    for depth, seconds in ((0, 2.0), (3, 1.0)):
+        cost = DepthCost.of(bench.llm.engine, depth)
+        assert shares["prompt", depth] == pytest.approx(prompt_flops(cost, 1, 20) / 1e9 / seconds)
+        assert shares["decode", depth] == pytest.approx(decode_bytes(cost, 3, 20, 5) / 1e6 / seconds)
+        assert shares["generate", depth] is None
+    assert all(row.roofline_share is None for row in bench.rows(samples))
+
+
+def test_the_report_holds_the_ceilings(options: ThroughputOptions) -> None:
+    report = run_throughput(replace(options, tests=("prompt",), repetitions=1))
+    assert report.environment["ceilings"]["copy_bytes_per_second"] > 0
+    assert report.rows[0].roofline_share is not None and report.rows[0].roofline_share > 0
+    assert any("roofline" in note for note in notes(report))
+    assert report.model["layer_map"] == "given"
+
+
+@pytest.fixture
+def shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """shape(name): makes --config take a small copy of that shipped shape, of as many blocks."""
+    folder = shape_folder
+
+    def shrink(name: str) -> None:
+        config = json.loads((folder(name) / "config.json").read_text())
+        config |= {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
+        config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr("sleb.benchmarks.workloads.shape_folder", lambda asked: tmp_path / asked)
+
+    return shrink
+
+
+def test_a_shipped_shape_runs_with_random_weights_and_its_shipped_map(shape: Callable[[str], None]) -> None:
+    shape("llama-2-7b")
+    report = run_throughput(
+        ThroughputOptions(
+            config="llama-2-7b",
+            depths=(0, 7),
+            batches=(2,),
+            prompt_tokens=4,
+            output_tokens=3,
+            repetitions=1,
+            dtype="float32",
+        )
+    )
+    assert (report.model["name"], report.model["layer_map"]) == ("llama-2-7b", "shipped")
+    assert report.model["removed"] == ["14", "23", "11", "24", "10", "27", "15"]
+    assert report.settings["load_format"] == "dummy"
+    assert {row.num_blocks_kept for row in report.rows} == {32, 25}
+    assert not any("stand-in" in note for note in notes(report))
+
+
+def test_a_shape_without_a_shipped_map_has_a_stand_in(shape: Callable[[str], None], tmp_path: Path) -> None:
+    shape("llama-2-70b")
+    output = tmp_path / "result.json"
+    words = "--depths 16 --tests decode --batches 2 --prompt-tokens 4 --output-tokens 3 --repetitions 1"
+    done = bench("--config", "llama-2-70b", *words.split(), "--dtype", "float32", "--json", output)
+    assert done.exit_code == 0, done.output
+    assert "decode 2 × 2 after 4" in done.stdout and "stand-in" in done.stdout
+    result = json.loads(output.read_text())
+    assert result["model"]["layer_map"] == "stand-in"
+    assert [(row["depth"], row["num_blocks_kept"]) for row in result["rows"]] == [(16, 64)]
+    assert str(tmp_path) not in output.read_text()
+
+
+def test_a_stand_in_is_spread_over_the_middle_half() -> None:
+    layer_map = stand_in_map("x", 80)
+    removed = [unit.block for unit in layer_map.removed]
+    assert sorted(removed) == list(range(20, 60)) and len(set(removed)) == 40
+    assert layer_map.depth == 16
+    for depth in (4, 8, 16):
+        places = sorted(removed[:depth])
+        gaps = [after - before for before, after in itertools.pairwise(places)]
+        assert max(gaps) <= 4 * min(gaps), (depth, places)
+    assert stand_in_map("x", 1).removed == ()
+    assert [unit.block for unit in stand_in_map("x", 4).removed] == [1, 2]
+
+
+def test_where_a_map_is_from() -> None:
+    asked = ThroughputOptions(config="opt-13b")
+    assert choose_map(asked, 40, "sha256:x")[1] == "shipped"
+    assert choose_map(asked, 41, "sha256:x")[1] == "stand-in"  # the shipped one does not fit
+    assert choose_map(replace(asked, layer_map="none"), 40, "sha256:x") == ("none", "none")
+    assert choose_map(replace(asked, layer_map="m.json"), 40, "sha256:x") == ("m.json", "given")
+    assert choose_map(ThroughputOptions("folder"), 40, "sha256:x") == (None, "alias")
 
 
 def bench(*arguments: object) -> Any:
