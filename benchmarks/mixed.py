@@ -1,6 +1,7 @@
 """What a batch of several depths costs against the same requests in batches of one depth.
 
     python -m sleb.benchmarks.mixed MODEL --layer-map MAP --depths 0,3,6 [--streams 8] [--json FILE]
+    python -m sleb.benchmarks.mixed --config llama-2-7b --depths 0,2,4,7 --streams 16 --device cuda
 
 With D depths and S streams a depth, a batch of D·S requests runs mixed, S of each depth, and alone, all of one depth.
 If mixing cost nothing, a mixed batch would take the mean of the D times alone, since 1/D of its requests are of each
@@ -28,12 +29,16 @@ from sleb.benchmarks.harness import alternated_orders
 from sleb.benchmarks.idle import QuietPolicy, run_quietly
 from sleb.benchmarks.report import check_writable, write_text
 from sleb.benchmarks.throughput import plain_token_ids
+from sleb.benchmarks.workloads import ThroughputOptions, choose_map, with_model
+from sleb.engine.architecture import resolve_spec
 from sleb.engine.llm import LLM
 from sleb.engine.sampling_params import SamplingParams
 from sleb.errors import ConfigError, SlebError
+from sleb.fetch import resolve_model
 
 # The least that a mixed batch is to keep of the time-weighted throughput: the rest is for uneven ends of the runs.
 TARGET = 0.95
+TARGET_ON_CARD = 0.90
 _MIXED = -1  # stands for the mixed batch among depths
 
 
@@ -41,7 +46,7 @@ _MIXED = -1  # stands for the mixed batch among depths
 class MixedOptions:
     """What to measure; the engine's options are as in EngineConfig."""
 
-    model: str
+    model: str = ""
     layer_map: str | None = None
     depths: Sequence[int] = (0, 3, 6)
     streams: int = 8
@@ -52,12 +57,19 @@ class MixedOptions:
     weights: str = "auto"
     threads: int | None = None
     seed: int = 0
+    device: str = "cpu"
+    config: str | None = None
     policy: QuietPolicy = field(default_factory=QuietPolicy)
 
     @property
     def batch(self) -> int:
         """Requests of every run."""
         return self.streams * len(self.depths)
+
+    @property
+    def target(self) -> float:
+        """The least ratio that is aimed at."""
+        return TARGET_ON_CARD if self.device.startswith("cuda") else TARGET
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ def run_mixed(
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Loads the model, measures, and gives the result file; Ctrl-C keeps complete repetitions. Raises SlebError."""
+    if bool(options.model) == (options.config is not None):
+        raise ConfigError("name a MODEL, or a shape with --config, and not both")
     if len(set(options.depths)) != len(options.depths) or len(options.depths) < 2:
         raise ConfigError(f"--depths is {list(options.depths)}; name at least two different depths")
     llm = _load(options)
@@ -106,8 +120,8 @@ def summarise(options: MixedOptions, repetitions: Sequence[MixedRepetition]) -> 
             "ratio": median(ratios),
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
-            "target": TARGET,
-            "met": median(ratios) >= TARGET,
+            "target": options.target,
+            "met": median(ratios) >= options.target,
             "tokens_per_second": {
                 "mixed": median(tokens / each.mixed for each in repetitions),
                 "expected": median(tokens / (each.ratio * each.mixed) for each in repetitions),
@@ -122,13 +136,20 @@ def summarise(options: MixedOptions, repetitions: Sequence[MixedRepetition]) -> 
 
 def _load(options: MixedOptions) -> LLM:
     context = options.prompt_tokens + options.output_tokens
+    source = with_model(
+        ThroughputOptions(options.model, options.layer_map, config=options.config, device=options.device)
+    )
+    resolved = resolve_model(source.model)
+    spec = resolve_spec(resolved.path)
+    layer_map, _ = choose_map(source, spec.num_blocks, spec.fingerprint)
     return LLM(
-        options.model,
-        options.layer_map,
+        source.model,
+        layer_map,
         options.depths,
+        load_format=source.load_format,
         dtype=options.dtype,
         weights=options.weights,
-        device="cpu",
+        device=options.device,
         num_threads=options.threads,
         seed=options.seed,
         max_model_len=max(512, context),
@@ -204,13 +225,19 @@ class _Run:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.", show_default=False)
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Instead of MODEL: a shape that comes with sleb.", show_default=False)
+    ] = None,
     layer_map: Annotated[
-        str | None, typer.Option(help="Layer map (JSON).", show_default="the one shipped with smollm2")
+        str | None, typer.Option(help="Layer map (JSON).", show_default="the one that comes with the model")
     ] = None,
     depths: Annotated[str, typer.Option(help="Depths of one batch.")] = "0,3,6",
     streams: Annotated[int, typer.Option(help="Requests of each depth.", min=1)] = 8,
     repetitions: Annotated[int, typer.Option(help="Times that each batch is measured.", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto (as --dtype), int8 or int4.")] = "auto",
     threads: Annotated[
@@ -230,7 +257,9 @@ def main(
         check_writable(json_path)
     console = Console(stderr=True, highlight=False)
     options = MixedOptions(
-        model=os.path.expanduser(model),
+        model=os.path.expanduser(model or ""),
+        config=config,
+        device=device,
         layer_map=layer_map,
         depths=chosen,
         streams=streams,
@@ -250,7 +279,7 @@ def main(
         )
         spread = f"{result['ratio_low']:.3f}–{result['ratio_high']:.3f}"
         met = "met" if result["met"] else "not met"
-        console.print(f"ratio {result['ratio']:.3f} ({spread}), target {TARGET}: {met}")
+        console.print(f"ratio {result['ratio']:.3f} ({spread}), target {options.target}: {met}")
         disturbed = sum(each["disturbed"] for each in result["repetitions"])
         if disturbed:
             console.print(f"others took part of the processors in {disturbed} repetitions")

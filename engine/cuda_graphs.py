@@ -9,6 +9,7 @@ import torch
 
 from sleb.engine.fused_executor import FusedExecutor
 from sleb.engine.trial_steps import prompt_step
+from sleb.errors import ConfigError
 
 _MARGIN = 1.1  # of what was measured: the allocator's blocks are larger than what is asked for
 
@@ -28,8 +29,14 @@ class CudaCapture:
             function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            function()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                function()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"CUDA graphs cannot be captured here ({reason}); leave them out (--no-cuda-graphs)"
+            ) from error
         return graph.replay
 
 

@@ -54,6 +54,11 @@ def build_fused(
     return builder.build(device)
 
 
+def is_card(device: torch.device) -> bool:
+    """Whether there is memory to be measured, and graphs can be captured."""
+    return device.type == "cuda"
+
+
 @dataclass(frozen=True)
 class _Builder:
     config: EngineConfig
@@ -68,7 +73,7 @@ class _Builder:
 
     def build(self, device: torch.device) -> FusedSetup:
         config, page_size = self.config, self.page_size
-        on_card = device.type == "cuda"
+        on_card = is_card(device)
         buckets = decode_buckets(config.max_num_seqs)
         captured = on_card and config.cuda_graphs and self.backend.capturable
         reserve = 0
