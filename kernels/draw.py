@@ -60,7 +60,7 @@ def _cut(
     low = tl.where(done, highest, lowest)
     above = tl.where(done, 0.0, reached)
     bound = highest  # F(low) ≥ goal > F(bound)
-    middle = low + (bound - low) * 0.5
+    middle = low * 0.5 + bound * 0.5
     while (not done) & (middle > low):
         mass = tl.zeros([], tl.float64)
         up = highest
@@ -80,7 +80,7 @@ def _cut(
             bound = middle
             above = mass
             done = down == low
-        middle = low + (bound - low) * 0.5
+        middle = low * 0.5 + bound * 0.5
     return low, above
 
 
@@ -94,7 +94,8 @@ def _draw(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr)
     if (highest != highest) | (tl.abs(highest) == float("inf")):
         tl.store(out + row, best_token)
         return
-    inverse_temperature = (1.0 / tl.load(numbers + row)).to(tl.float32)
+    # At most near the largest float32: infinity times the highest's distance of 0 would be no number.
+    inverse_temperature = tl.minimum(1.0 / tl.load(numbers + row), 3.0e38).to(tl.float32)
     top_k = tl.load(numbers + num_rows + row)
     top_p = tl.load(numbers + 2 * num_rows + row)
     min_p = tl.load(numbers + 3 * num_rows + row)
@@ -126,6 +127,11 @@ def _draw(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr)
             total += tl.sum(weight.to(tl.float64), axis=0)
     if top_p < 1.0:
         goal = top_p * total
+        seen = tl.zeros([], tl.float64)
+        for begin in range(0, vocab_size, BLOCK):
+            x = _load(row_logits, begin, vocab_size, BLOCK)
+            seen += tl.sum(tl.where(x == edge, 1.0, 0.0).to(tl.float64), axis=0)
+        ties = tl.minimum(ties, seen)
         at_edge = ties * _weigh(edge, highest, inverse_temperature, least).to(tl.float64)
         new_edge = edge
         above = total - at_edge
