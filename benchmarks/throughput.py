@@ -86,7 +86,9 @@ class ThroughputBench:
         self.baseline = 0 if 0 in self.depths else self.depths[0]
         self.workloads = plan_workloads(options, spec.max_positions)
         engine_options = self._engine_options(spec, layer_map)
-        self.llm = LLM(options.model, layer_map, self.depths, on_progress=on_load, **engine_options)
+        self.llm = LLM(
+            options.model, layer_map, self.depths, on_progress=on_load, on_capture=on_load, **engine_options
+        )
         self._token_ids = plain_token_ids(self.llm.engine)
 
     def _engine_options(self, spec: DecoderSpec, layer_map: LayerMap) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from sleb.engine.sampling_params import is_integer
 from sleb.engine.weights import WEIGHT_FORMATS, WeightFormat
 from sleb.errors import ConfigError
+from sleb.kernels.attention import ATTENTION_BACKENDS
 from sleb.layer_map import LayerMap
 
 DTYPES: dict[str, torch.dtype] = {
@@ -52,6 +53,7 @@ class EngineConfig:
             the system moves them as it likes.
         seed: of random weights and of requests without a seed; None: different in every run.
         on_progress: called while weights are loaded, in the loading thread: weights that have come in, and of all.
+        on_tuning: called at a card's first start, with the name of each operator that is about to be measured.
         on_capture: called while graphs are captured: how many are, and of how many.
 
     Raises ConfigError from `check()` for a value out of range.
@@ -79,6 +81,7 @@ class EngineConfig:
     cpu_affinity: Sequence[int] | None = None
     seed: int | None = None
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
+    on_tuning: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
     on_capture: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
 
     def check(self) -> None:
@@ -86,6 +89,7 @@ class EngineConfig:
         self._check_choice("dtype", ("auto", *DTYPES), DTYPE_ALIASES)
         self._check_choice("weights", ("auto", *WEIGHT_FORMATS, *DTYPES), DTYPE_ALIASES)
         self._check_choice("load_format", _LOAD_FORMATS)
+        self._check_choice("attention", ("auto", *ATTENTION_BACKENDS))
         for name in ("max_num_seqs", "max_num_batched_tokens", "page_size", "max_model_len", "num_threads"):
             value = getattr(self, name)
             optional = name in ("max_model_len", "num_threads", "page_size")

@@ -98,14 +98,14 @@ class _Builder:
 
     def _warm_up(self, executor: FusedExecutor, max_model_len: int, num_pages: int) -> None:
         """Compiles, and where need be tunes, every kernel that serving runs: a request must not wait for that."""
-        executor.warm_up(num_pages)
+        executor.warm_up(num_pages, self.config.on_tuning)
         longest = min(self.config.max_num_batched_tokens, max_model_len)
         steps = [
             prompt_step(executor, self.page_size, self.config.max_num_batched_tokens, max_model_len),
             trial_step(executor, self.page_size, [(min(2, longest), longest), (1, 1)]),
             trial_step(executor, self.page_size, [(1, longest)]),
         ]
-        with self.fused.tuning(None):
+        with self.fused.tuning(self.config.on_tuning):
             for step in steps:
                 samples = range(min(len(step.rows), executor.max_num_seqs))
                 logits = executor.run(step, samples, greedy=False).logits

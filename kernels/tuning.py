@@ -13,13 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from sleb.kernels.cpu.build import cache_folder
 from sleb.kernels.runtime import INTERPRETED
@@ -103,7 +104,7 @@ def _measure(key: Key, configs: Sequence[Config], launch: Launch) -> Config:
                 rep=_MEASURE_MS,
                 return_mode="median",
             )
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+        except TritonError as error:
             logger.debug("%s with %s does not run: %s", key, config, error)
             continue
         times.append((float(time), index))
@@ -121,7 +122,7 @@ def _load() -> None:
     try:
         stored: Any = json.loads(_file(identity).read_text(encoding="utf-8"))
         _state.table = {name: Config(**config) for name, config in stored["configs"].items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("the tuning table %s is not readable and is made anew (%s)", _file(identity), error)
@@ -140,7 +141,8 @@ def _save() -> None:
     except OSError as error:
         logger.warning("the tuning table %s cannot be written (%s)", path, error.strerror)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _identity() -> str:

@@ -31,11 +31,16 @@ class LoadingBar:
         """Shows how many weights have come in, of how many."""
         self._show("loading weights", num_done, num_weights)
 
+    def show_tuning(self, operator: str) -> None:
+        """Shows which operator is being measured; how many there will be is not known."""
+        self._show("tuning kernels", 0, None)
+        self._bar.update(self._tasks["tuning kernels"], description=f"tuning {operator}")
+
     def update_capture(self, num_done: int, num_graphs: int) -> None:
         """Shows how many graphs are captured, of how many."""
         self._show("capturing graphs", num_done, num_graphs)
 
-    def _show(self, what: str, num_done: int, total: int) -> None:
+    def _show(self, what: str, num_done: int, total: int | None) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what)
             self._bar.start()

@@ -136,7 +136,9 @@ def _load_engine(config: EngineConfig) -> Engine:
     from sleb.engine.engine import Engine
 
     with LoadingBar() as bar:
-        return Engine(replace(config, on_progress=bar.update, on_capture=bar.update_capture))
+        return Engine(
+            replace(config, on_progress=bar.update, on_tuning=bar.show_tuning, on_capture=bar.update_capture)
+        )
 
 
 def parse_tiers(text: str) -> list[int]:
