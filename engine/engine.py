@@ -21,7 +21,7 @@ from sleb.engine.scheduler import Scheduler
 from sleb.engine.step import ScheduledRow, Step
 from sleb.engine.text import TextProcessor
 from sleb.engine.tiers import find_tier, load_layer_map, make_tiers
-from sleb.errors import RequestError
+from sleb.errors import ConfigError, RequestError
 from sleb.fetch import resolve_model
 
 
@@ -60,7 +60,12 @@ class Engine:
         depths = [tier.depth for tier in self.tiers]
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
         self.max_model_len = self.runner.max_model_len
-        self.overlap = self.runner.executor.asynchronous if config.overlap is None else config.overlap
+        executor = self.runner.executor
+        if config.overlap and not executor.asynchronous:
+            raise ConfigError(
+                f"overlap is on, but {executor.name} computes when it is called; leave overlap out"
+            )
+        self.overlap = executor.asynchronous if config.overlap is None else config.overlap
         self._in_flight: LaunchedStep | None = None
         page_size = self.runner.page_size
         block_manager = BlockManager(self.runner.num_pages, page_size, config.enable_prefix_caching)

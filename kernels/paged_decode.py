@@ -32,6 +32,7 @@ from sleb.kernels.tuning import Config, Launch, tuned
 
 _MIN_ROWS = 16  # rows that a matrix product has at least
 _MAX_SPLITS = 64
+_MIN_SPLIT = 256  # tokens: shorter ones are not worth the second launch
 # Sections of one array, at any alignment, and single numbers: to specialise would compile once more for each case.
 INTEGERS = ["page_table", "context_lens", "query_starts", "num_rows"]
 _PROGRAMS_A_PROCESSOR = 4  # enough loads under way to fill the memory's pipeline
@@ -179,9 +180,9 @@ def _join(
 
 
 def choose_num_splits(num_rows: int, num_kv_heads: int, max_context_len: int, device: torch.device) -> int:
-    """Splits of every context: enough programs to fill the card, each with 128 tokens or more of the longest."""
+    """Splits of every context: enough programs to fill the card, each with a good part of the longest."""
     wanted = ceil_div(_PROGRAMS_A_PROCESSOR * num_processors(device), max(1, num_rows * num_kv_heads))
-    return min(power_of_two(wanted), power_of_two(ceil_div(max_context_len, 128)), _MAX_SPLITS)
+    return min(power_of_two(wanted), power_of_two(ceil_div(max_context_len, _MIN_SPLIT)), _MAX_SPLITS)
 
 
 def paged_decode(

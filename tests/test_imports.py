@@ -213,7 +213,19 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_engine_imports_with_only_its_own_dependencies() -> None:
     """The engine runs where neither the server's packages nor those for fetching models are installed."""
-    absent = ("fastapi", "starlette", "pydantic", "uvicorn", "uvloop", "orjson", "gguf", "typer", "datasets")
+    absent = (
+        "fastapi",
+        "starlette",
+        "pydantic",
+        "uvicorn",
+        "uvloop",
+        "orjson",
+        "gguf",
+        "typer",
+        "datasets",
+        "triton",
+        "flash_attn",
+    )
     modules = [f"sleb.engine.{path.stem}" for path in sorted((ROOT / "engine").glob("*.py"))]
     done = run_python(
         "import sys\n"

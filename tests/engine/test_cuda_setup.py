@@ -18,6 +18,8 @@ from sleb.engine.kv_cache import GIB
 from sleb.errors import ConfigError
 from sleb.kernels import attention, fused, registry
 
+pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
+
 
 class Card:
     """torch.cuda as far as it is used; free memory falls by `graph_bytes` for each graph captured."""

@@ -21,6 +21,9 @@ from sleb.errors import ConfigError
 from sleb.kernels import fused, registry
 from sleb.layer_map import Unit
 
+
+pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
+
 TOLERANCE = 1e-4
 PROMPT = torch.randint(3, 96, (41,), generator=torch.Generator().manual_seed(5)).tolist()
 CHAIN = (Unit(3), Unit(1), Unit(2, "attention"), Unit(2, "mlp"), Unit(0))
@@ -263,6 +266,7 @@ def test_a_bucket_is_at_most_half_empty_and_the_last_holds_all():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"kernels": "torch", "overlap": True}, "overlap is on"),
         ({"kernels": "torch", "attention": "flash"}, "attention 'flash'.*kernels torch"),
         ({"kernels": "triton", "attention": "magic"}, "'magic'.*auto, triton, flash, torch"),
         ({"kernels": "triton", "attention": "flash"}, "'flash' cannot be used.*choose one of"),
@@ -277,7 +281,6 @@ def test_an_attention_that_cannot_be_had(options, match, tiny_model_dir, make_ll
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3-window", "opt"])
 def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm):
     """Chunked prefill beside decoding, three depths, then decode steps replayed: tokens and log-probabilities."""
-    pytest.importorskip("triton")
     from sleb.kernels.runtime import INTERPRETED
 
     if not INTERPRETED:
