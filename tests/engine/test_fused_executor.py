@@ -21,7 +21,6 @@ from sleb.errors import ConfigError
 from sleb.kernels import fused, registry
 from sleb.layer_map import Unit
 
-
 pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
 
 TOLERANCE = 1e-4
