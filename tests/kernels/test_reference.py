@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -222,11 +223,25 @@ def test_log_softmax_gather_and_greedy():
 
 
 class TestRegistry:
-    def test_auto_is_the_torch_backend_on_a_card_and_where_the_c_kernels_cannot_run(self, monkeypatch):
+    def test_auto_on_a_card_is_triton_and_torch_where_triton_is_not(self, monkeypatch):
         from sleb.errors import ConfigError
         from sleb.kernels.registry import select_kernels
 
-        assert select_kernels("auto", torch.device("cuda")).name == "torch"
+        pytest.importorskip("triton")
+        card = torch.device("cuda", 0)
+        kernels = select_kernels("auto", card)
+        assert (kernels.name, kernels.fused.name) == ("triton", "triton")
+        monkeypatch.setitem(sys.modules, "triton", None)
+        kernels = select_kernels("auto", card)
+        assert (kernels.name, kernels.fused) == ("torch", None)
+        assert "need Triton" in kernels.note
+        with pytest.raises(ConfigError, match="pip install triton"):
+            select_kernels("triton", card)
+
+    def test_auto_is_the_torch_backend_where_the_c_kernels_cannot_run(self, monkeypatch):
+        from sleb.errors import ConfigError
+        from sleb.kernels.registry import select_kernels
+
         monkeypatch.setenv("SLEB_CPU_ISA", "none")
         kernels = select_kernels("auto", torch.device("cpu"))
         assert (kernels.name, kernels.native) == ("torch", None)
