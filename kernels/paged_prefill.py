@@ -28,11 +28,25 @@ CONFIGS = tuple(
     for rows, block, warps, stages in (
         (64, 64, 4, 2),
         (128, 64, 8, 2),
-        (128, 64, 4, 3),
         (128, 128, 8, 2),
         (64, 32, 4, 3),
     )
 )
+
+# For heads of more than 256 bytes, whose tiles fill registers and shared memory sooner, and of more than 512.
+WIDE_CONFIGS = tuple(
+    Config(rows=rows, block=block, num_warps=warps, num_stages=stages)
+    for rows, block, warps, stages in ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2))
+)
+WIDEST_CONFIGS = (Config(rows=32, block=32, num_warps=8, num_stages=2),)
+
+
+def configs_for(head_dim: int, itemsize: int) -> tuple[Config, ...]:
+    """The configurations to choose from; the first is what runs untuned."""
+    num_bytes = head_dim * itemsize
+    if num_bytes > 512:
+        return WIDEST_CONFIGS
+    return WIDE_CONFIGS if num_bytes > 256 else CONFIGS
 
 
 @triton.jit
@@ -211,5 +225,6 @@ def paged_prefill(
             num_stages=config["num_stages"],
         )
 
-    tuned(("paged_prefill", str(query.dtype), head_dim, group, batch.page_size), CONFIGS, Launch(launch))
+    configs = configs_for(head_dim, query.element_size())
+    tuned(("paged_prefill", str(query.dtype), head_dim, group, batch.page_size), configs, Launch(launch))
     return out

@@ -163,7 +163,8 @@ def quant_linear(x: Tensor, weight: Weight, bias: Tensor | None, config: Config 
     out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    rows = min(128, power_of_two(num_rows, 16))
+    # More would not fit a card's shared memory in float32.
+    rows = min(128 if x.element_size() == 2 else 64, power_of_two(num_rows, 16))
 
     def launch(chosen: Config) -> None:
         if chosen == LIBRARY:

@@ -204,11 +204,13 @@ def test_decode_configurations(device, monkeypatch, config, window):
     decode(case, window, 2)
 
 
-@pytest.mark.parametrize("config", paged_prefill.CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "config", [*paged_prefill.CONFIGS, *paged_prefill.WIDE_CONFIGS, *paged_prefill.WIDEST_CONFIGS], ids=str
+)
 @pytest.mark.parametrize("window", [None, 40])
 def test_prefill_configurations(device, monkeypatch, config, window):
     """Chunks of several blocks of rows, whose ends need not be those of the heads of a token."""
-    monkeypatch.setattr(paged_prefill, "CONFIGS", (config,))
+    monkeypatch.setattr(paged_prefill, "configs_for", lambda head_dim, itemsize: (config,))
     prefill(Case(device, (3, 1, 64), torch.bfloat16, 16, [(90, 90), (70, 201)]), window)
 
 

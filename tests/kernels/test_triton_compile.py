@@ -179,8 +179,9 @@ def _attention(modules, name, num_heads, num_kv, head_dim, everything, every):
     batch = BatchTensors(_integers(9), _integers(8), _integers(8, 64), _integers(1), 16, 25, 1024)
     for operator in ("paged_decode", "paged_prefill"):
         module = modules[operator]
+        configs = module.CONFIGS if operator == "paged_decode" else module.configs_for(head_dim, 2)
         every_config = every and (everything or operator == "paged_decode")
-        for number, config in enumerate(module.CONFIGS if every_config else module.CONFIGS[:1]):
+        for number, config in enumerate(configs if every_config else configs[:1]):
             for window in (None, 4096) if every_config and not number else (None,):
 
                 def work(module=module, operator=operator, config=config, window=window):
