@@ -25,5 +25,5 @@ with tempfile.TemporaryDirectory() as folder:
 
     assert run("Say hello.", "-o", "max_tokens", "16").strip()
     answer = json.loads(run("Invent a dog.", "--schema", "name, age int", "-o", "max_tokens", "200"))
-    assert set(answer) == {"name", "age"} and isinstance(answer["age"], int), answer
+    assert {"name", "age"} <= set(answer) and isinstance(answer["age"], int), answer
 print("llm ok")

@@ -56,8 +56,9 @@ def main() -> None:
     assert isinstance(parsed.choices[0].message.parsed, Capital), parsed
     tools = [openai.pydantic_function_tool(Capital)]
     called = client.chat.completions.create(
-        model=model, messages=MESSAGES, tools=tools, tool_choice="required", temperature=0, max_tokens=120
-    )
+        model=model, messages=MESSAGES, tools=tools, tool_choice="required", parallel_tool_calls=False,
+        temperature=0, max_tokens=120,
+    )  # fmt: skip
     [call] = called.choices[0].message.tool_calls
     assert called.choices[0].finish_reason == "tool_calls" and call.function.name == "Capital"
     Capital.model_validate_json(call.function.arguments)
