@@ -12,6 +12,7 @@ from sleb.engine.architecture import resolve_spec
 from sleb.engine.block_manager import BlockManager
 from sleb.engine.config import EngineConfig
 from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.grammar import Grammar, advance
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.request import Request, Tier
 from sleb.engine.runner import LaunchedStep, Runner, StepResult
@@ -79,8 +80,8 @@ class Engine:
 
         With `overlap` a step is launched before the tokens of the one before are read, so that the host works on the
         next while the device computes: increments come one call later, and a stop is seen when one more token has been
-        computed, which is dropped. Where a request's next token depends on the last one's value (penalties), the step
-        waits for it.
+        computed, which is dropped. Where a request's next token depends on the last one's value (penalties, grammars),
+        the step waits for it.
         """
         outputs: list[StepOutput] = []
         if self._in_flight is not None and any(map(_must_wait, self.scheduler.running)):
@@ -113,11 +114,16 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         depth: int | None = None,
+        fork_of: str | None = None,
     ) -> None:
         """Queues a request; `step` computes it.
 
+        fork_of: the id of a request with the same prompt and depth, whose prompt is then computed once for both; one
+        that has ended is no help and no error.
+
         Raises RequestError for a prompt that is empty, holds an unknown id or does not fit the context (code
-        context_length_exceeded), for a depth that is not served and for a request id in use.
+        context_length_exceeded), for a depth that is not served, for a grammar that cannot be begun and for a
+        request id in use.
         """
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
@@ -146,8 +152,12 @@ class Engine:
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
             ),
+            grammar=_begin_grammar(params),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
+        parent = self._requests.get(fork_of) if fork_of is not None else None
+        if parent is not None and parent.tier is tier and parent.tokens[: len(tokens)] == tokens:
+            request.parent = parent
         self._requests[request_id] = request
         self.scheduler.add(request)
 
@@ -169,6 +179,11 @@ class Engine:
     def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """The prompt of a conversation; see `TextProcessor.render_chat`."""
         return self.text.render_chat(messages, **options)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template; None if it has none."""
+        return self.text.chat_template
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""
@@ -267,10 +282,13 @@ class Engine:
         request = row.request
         sampled = result.sampled.get(request)
         text = ""
-        if sampled is None:  # max_tokens is 0: the prompt was all there was to compute
+        ended = sampled is not None and advance(request, sampled.token_id)
+        if request.failure is not None:  # then the token means nothing
+            request.finish_reason, sampled = "error", None
+        elif sampled is None:  # max_tokens is 0: the prompt was all there was to compute
             request.finish_reason = "length"
         else:
-            text = self._append(request, sampled.token_id, now)
+            text = self._append(request, sampled.token_id, ended, now)
         if request.finish_reason is not None:
             request.timings.finished = now
             del self._requests[request.request_id]
@@ -289,8 +307,11 @@ class Engine:
             timings=request.timings,
         )
 
-    def _append(self, request: Request, token_id: int, now: float) -> str:
-        """Adds a token; sets finish_reason if it is the last one; returns the text that is certain now."""
+    def _append(self, request: Request, token_id: int, ended: bool, now: float) -> str:
+        """Adds a token; sets finish_reason if it is the last one; returns the text that is certain now.
+
+        ended: whether the request's grammar has nothing to follow.
+        """
         params, detokenizer = request.params, request.detokenizer
         request.tokens.append(token_id)
         self._num_output_tokens += 1
@@ -307,7 +328,9 @@ class Engine:
                 text = detokenizer.push(token_id)
         else:
             text = detokenizer.push(token_id, check_stop=may_stop)
-            if request.num_output_tokens >= request.max_tokens:
+            if ended:
+                request.finish_reason = "stop"
+            elif request.num_output_tokens >= request.max_tokens:
                 request.finish_reason = "length"
         if request.finish_reason is not None and detokenizer.stopped_by is None:
             text += detokenizer.flush(check_stop=may_stop)
@@ -315,6 +338,15 @@ class Engine:
             request.finish_reason = "stop"
             request.stop_reason = detokenizer.stopped_by
         return text
+
+
+def _begin_grammar(params: SamplingParams) -> Grammar | None:
+    if params.grammar is None:
+        return None
+    try:
+        return params.grammar.start()
+    except Exception as error:
+        raise RequestError(f"the grammar cannot be begun: {str(error)[:500]}", param="grammar") from error
 
 
 def _must_wait(request: Request) -> bool:

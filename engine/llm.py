@@ -114,7 +114,8 @@ class LLM:
             own = params.for_choice(number)
             if number:  # a prompt's log-probabilities are the same for all its choices
                 own = replace(own, prompt_logprobs=None)
-            self.engine.add_request(request_id, token_ids, own, tier.depth)
+            first = f"{name}-0" if number else None
+            self.engine.add_request(request_id, token_ids, own, tier.depth, fork_of=first)
             owners[request_id] = (output, choice)
 
 

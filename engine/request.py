@@ -7,11 +7,15 @@ import time
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sleb.engine.detokenizer import Detokenizer
 from sleb.engine.outputs import FinishReason, Timings, TokenLogprobs
 from sleb.engine.sampling_params import SamplingParams
 from sleb.layer_map import Unit
+
+if TYPE_CHECKING:
+    from sleb.engine.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Request:
     step is planned. `num_computed` may run ahead of `tokens` by it.
     page_ids are the first of `pages` as 32-bit integers, kept for who fills page tables.
 
+    grammar is the state of the one that the output must follow; preemption leaves it as it is. failure, if set, says
+    why the request cannot go on.
+
+    parent is a request with the same prompt and tier whose pages this one takes over once they are computed: a fork.
+
     params is resolved (`SamplingParams.resolved`) and max_tokens is an integer that fits the context.
     """
 
@@ -50,15 +59,18 @@ class Request:
     tier: Tier
     rng: random.Random
     detokenizer: Detokenizer
+    grammar: Grammar | None = None
     num_computed: int = 0
     num_pending: int = 0
     pages: list[int] = field(default_factory=list)
+    parent: Request | None = None
     page_ids: array[int] = field(default_factory=lambda: array("i"))
     num_cached_tokens: int = 0
     num_registered_pages: int = 0
     last_content: Hashable = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs_sent: bool = False
+    failure: Exception | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     timings: Timings = field(default_factory=lambda: Timings(arrival=time.monotonic()))

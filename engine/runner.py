@@ -15,6 +15,7 @@ from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, reso
 from sleb.engine.decoder import Decoder
 from sleb.engine.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
 from sleb.engine.fused_setup import build_fused
+from sleb.engine.grammar import fill_masks
 from sleb.engine.kv_cache import PagedKVCache, bytes_per_token, size_cache
 from sleb.engine.loader import load_weights
 from sleb.engine.native_executor import NativeExecutor, why_unsupported
@@ -123,6 +124,7 @@ class Runner:
             )
             self.executor = self._make_executor(config, kernels, weights, keep)
         self._weights_name = config.weights if resolve_weight_format(config.weights) else str(self.dtype)[6:]
+        self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(kernels, eos_token_ids)
         self._last_sampled: LastSampled | None = None
 
@@ -207,7 +209,8 @@ class Runner:
         elif forward.greedy is not None:
             sampled = forward.greedy
         elif forward.logits is not None:
-            sampled = self._sampler.sample(forward.logits, requests)
+            masks = fill_masks(requests, self.spec.vocab_size, self._eos_token_ids)  # while a card computes
+            sampled = self._sampler.sample(forward.logits, requests, masks)
         self._last_sampled = None
         if isinstance(sampled, SampledBatch):
             rows = {request: row for row, request in enumerate(requests)}

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, bias, temperature, filters, one random number per request."""
+"""From logits to tokens: penalties, bias, grammars, temperature, filters, one random number per request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sleb.engine.grammar import TokenMasks
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.request import Request
 from sleb.engine.transfer import HostCopy, to_device
@@ -74,8 +75,13 @@ class Sampler:
         self._eos = eos_token_ids
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> SampledBatch:
-        """logits [B, V] float32, one row a request, changed in place; one token a row."""
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], masks: TokenMasks | None = None
+    ) -> SampledBatch:
+        """logits [B, V] float32, one row a request, changed in place; one token a row.
+
+        masks: of the requests that follow a grammar (`sleb.engine.grammar.fill_masks`).
+        """
         reported = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
         adjusted = [row for row, request in enumerate(requests) if adjusts(request)]
         raw = logits
@@ -85,6 +91,8 @@ class Sampler:
             raw = logits.clone()
         for row in adjusted:
             self._adjust(logits[row], requests[row])
+        if masks is not None:
+            masks.apply(logits)
         token_ids = self._choose(logits, requests)
         if not reported:
             return SampledBatch(token_ids)
@@ -140,7 +148,7 @@ class Sampler:
         if params.logit_bias:
             ids = to_device(list(params.logit_bias), torch.int64, logits.device)
             logits[ids] += to_device(list(params.logit_bias.values()), torch.float32, logits.device)
-        if request.num_sampled < params.min_tokens:
+        if request.grammar is None and request.num_sampled < params.min_tokens:
             stops = (set() if params.ignore_eos else self._eos) | set(params.stop_token_ids)
             if stops:
                 logits.index_fill_(0, to_device(sorted(stops), torch.int64, logits.device), NEVER)
@@ -161,4 +169,5 @@ def adjusts(request: Request) -> bool:
 def needs_last_token(request: Request) -> bool:
     """Whether the next token cannot be chosen before the host knows the last one."""
     params = request.params
-    return bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return bool(penalised or request.grammar is not None)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sleb.errors import RequestError
+
+if TYPE_CHECKING:
+    from sleb.engine.grammar import GrammarSource
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -49,6 +52,7 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output
             (arXiv 1909.05858); presence_penalty and frequency_penalty subtract, for output tokens only.
         seed: fixes the request's own random numbers, whatever else is in the batch.
+        grammar: what the output must follow; it then ends as soon as nothing can be added, even below min_tokens.
         logprobs: None for none, else the number of alternatives beside the chosen token. prompt_logprobs likewise.
 
     Raises RequestError, with `.param`, for a value out of range.
@@ -73,6 +77,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: GrammarSource | None = None
 
     def __post_init__(self) -> None:
         self._check_counts()

@@ -125,15 +125,26 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, budget: int) -> Iterator[ScheduledRow]:
+        forks: list[Request] = []  # whose parents are not done with the prompt: they hold up nobody
+        try:
+            yield from self._admit_ready(budget, forks)
+        finally:
+            self.waiting.extendleft(reversed(forks))
+
+    def _admit_ready(self, budget: int, forks: list[Request]) -> Iterator[ScheduledRow]:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            hit = [] if request.wants_prompt_logprobs else self._prefix(request)
+            if request.parent is not None and not self._may_fork(request, request.parent):
+                forks.append(self.waiting.popleft())
+                continue
+            hit = self._known_pages(request)
             num_computed = len(hit) * self.block_manager.page_size
             num_tokens = min(len(request.tokens) - num_computed, budget)
             needed = self.block_manager.num_needed(num_computed + num_tokens, len(hit))
             if needed > self.block_manager.num_free_without(hit):
                 return
             self.waiting.popleft()
+            request.parent = None
             self.block_manager.take(hit)
             request.pages.extend(hit)
             self.block_manager.grow(request.pages, num_computed + num_tokens)
@@ -144,5 +155,21 @@ class Scheduler:
             yield ScheduledRow(request, num_computed, num_tokens)
             budget -= num_tokens
 
-    def _prefix(self, request: Request) -> list[int]:
-        return self.block_manager.match_prefix(request.tier.digest, request.tokens)
+    @staticmethod
+    def _may_fork(request: Request, parent: Request) -> bool:
+        """Whether the parent's pages hold the prompt, or never will."""
+        return parent.finish_reason is not None or parent.num_computed >= request.num_prompt_tokens
+
+    def _known_pages(self, request: Request) -> list[int]:
+        """Pages that hold the beginning of the request already: its parent's, or those of the prefix cache.
+
+        At least one token is left to compute, whose logits are wanted.
+        """
+        if request.wants_prompt_logprobs:
+            return []
+        hit = self.block_manager.match_prefix(request.tier.digest, request.tokens)
+        parent = request.parent
+        if parent is None or not parent.pages:
+            return hit
+        num_full = (request.num_prompt_tokens - 1) // self.block_manager.page_size
+        return hit if len(hit) >= num_full else parent.pages[:num_full]

@@ -51,15 +51,17 @@ class World:
         self.in_flight, self.unread = None, {}
         self.finished, self.num_steps = [], 0
 
-    def add(self, tokens, tier, num_new):
+    def add(self, tokens, tier, num_new, parent=None):
         most = self.capacity - len(tokens) if self.late else num_new
         request = self.make_request(tokens, tier, max_tokens=most)
+        request.parent = parent
         self.owed[request] = num_new
         self.scheduler.add(request)
         self.check()
         return request
 
     def abort(self, request):
+        request.finish_reason = "abort"
         self.scheduler.remove(request)
         del self.owed[request]
         self.check()
@@ -97,6 +99,7 @@ class World:
             self.owed[request] -= 1
             if self.owed[request] == 0:
                 del self.owed[request]
+                request.finish_reason = "stop"
                 self.scheduler.remove(request)
                 self.finished.append(request)
             self.check()
@@ -182,8 +185,12 @@ def invent(traffic, rng, num_requests, alphabet):
             room = rng.randint(2, traffic.capacity)  # tokens of prompt and answer, as the engine limits them
             length = rng.randint(1, room - 1)
             tokens = [rng.randrange(alphabet) for _ in range(length)]
-            request = traffic.add(tokens, rng.choice(TIERS), rng.randint(1, room - length))
+            tier = rng.choice(TIERS)
+            request = traffic.add(tokens, tier, rng.randint(1, room - length))
             expected[request] = length + traffic.owed[request]
+            for _ in range(rng.choice([0, 0, 2])):
+                fork = traffic.add(tokens, tier, rng.randint(1, room - length), parent=request)
+                expected[fork] = length + traffic.owed[fork]
         elif traffic.owed and rng.random() < 0.03:
             victim = rng.choice(list(traffic.owed))
             traffic.abort(victim)
@@ -216,6 +223,31 @@ def test_invented_traffic_meets_preemptions_and_hits(make_request, overlap):
     world = World(make_request, num_pages=9, page_size=2, max_num_seqs=4, budget=7, overlap=overlap)
     num_hits = invent(world, random.Random(1), num_requests=80, alphabet=2)
     assert num_hits > 10 and world.scheduler.num_preemptions > 10
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_forks_take_over_the_pages_of_their_parent(make_request, caching):
+    """A prompt of 9 tokens in pages of 4: the forks wait for two full pages and compute the ninth token alone."""
+    world = World(make_request, num_pages=40, page_size=4, max_num_seqs=8, budget=5, caching=caching)
+    parent = world.add(list(range(9)), TIERS[0], 6)
+    forks = [world.add(list(range(9)), TIERS[0], 6, parent=parent) for _ in range(2)]
+    other = world.add([50], TIERS[0], 3)  # is not held up by them
+    assert [(row.request, row.num_tokens) for row in world.step().rows] == [(parent, 5)]
+    assert [(row.request, row.num_tokens) for row in world.step().rows] == [(parent, 4), (other, 1)]
+    rows = {row.request: (row.start, row.num_tokens) for row in world.step().rows}
+    assert rows[forks[0]] == rows[forks[1]] == (8, 1)
+    assert parent.pages[:2] == forks[0].pages[:2] == forks[1].pages[:2]
+    assert len({request.pages[2] for request in (parent, *forks)}) == 3
+    world.drain(lambda request: 7, limit=100)
+
+
+def test_a_fork_of_what_has_ended_computes_its_prompt(make_request):
+    world = World(make_request, num_pages=20, page_size=4, max_num_seqs=8, budget=50, caching=False)
+    parent = world.add(list(range(9)), TIERS[0], 6)
+    fork = world.add(list(range(9)), TIERS[0], 6, parent=parent)
+    world.step()
+    world.abort(parent)
+    assert [(row.request, row.num_tokens) for row in world.step().rows] == [(fork, 9)]
 
 
 def test_preemption_takes_the_latest_and_nobody_starves(make_request):

@@ -58,6 +58,7 @@ class FakeEngine:
         self.model_name = "fake"
         self.max_model_len = max_model_len
         self.tokenizer = make_tokenizer()
+        self.chat_template = None
         self.max_running = 4
         self.delay = 0.0
         self.hold = threading.Event()
@@ -107,7 +108,7 @@ class FakeEngine:
     def kv_bytes_per_token(self, depth):
         return 10 * (NUM_BLOCKS - depth)
 
-    def add_request(self, request_id, prompt_token_ids, params, depth=None):
+    def add_request(self, request_id, prompt_token_ids, params, depth=None, fork_of=None):
         self.threads.add(threading.get_ident())
         if self.add_error is not None:
             raise self.add_error
