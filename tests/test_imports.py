@@ -30,6 +30,8 @@ PARTS = {
     "pruning": ("pruning", "prune_options"),
     "server": ("server",),
     "benchmarks": ("benchmarks",),
+    "client": ("client",),
+    "doctor": ("doctor",),
     "cli": ("cli", "__main__"),
 }
 
@@ -48,6 +50,8 @@ ARROWS = {
     "pruning": {"engine", "search", "calibration", "layer_map", "fetch"},
     "server": {"engine", "layer_map", "fetch"},
     "benchmarks": set(PARTS) - {"cli"},
+    "client": set(),
+    "doctor": {"client"},
     "cli": set(PARTS),
 }
 

@@ -44,10 +44,13 @@ def direct_requirements() -> list[Requirement]:
 def expected_files() -> set[str]:
     """Every module of the four folders and of sleb itself, and the data, by its name in the wheel."""
     names = {f"sleb/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
-    own = [*(ROOT / "sleb").glob("*.py"), *(ROOT / "sleb/cli").glob("*.py")]
+    own = [*(ROOT / "sleb").glob("*.py")]
+    own += (path for folder in ("cli", "client", "doctor") for path in (ROOT / "sleb" / folder).rglob("*.py"))
     data = [ROOT / "sleb/py.typed", *(ROOT / "sleb/maps").glob("*.json")]
     data += (ROOT / "sleb/configs").glob("*/config.json")
     sources = {f"sleb/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/cpu").glob("*.[ch]")}
+    page = [path for path in (ROOT / "server/page").rglob("*") if path.is_file()]
+    sources |= {f"sleb/{path.relative_to(ROOT)}" for path in page}
     return names | sources | {str(path.relative_to(ROOT)) for path in (*own, *data)}
 
 

@@ -36,6 +36,8 @@ COMMANDS = {
     "prune": Command("sleb.cli.prune", "prune", "Search for the blocks to remove and write a layer map."),
     "show": Command("sleb.cli.show", "show", "Show which units a layer map keeps and removes."),
     "serve": Command("sleb.cli.serve", "serve", "Serve a model at one or more depths (OpenAI-compatible)."),
+    "chat": Command("sleb.cli.chat", "chat", "Chat with a model behind any OpenAI-compatible server."),
+    "doctor": Command("sleb.cli.doctor", "doctor", "Check a server against the OpenAI-compatible contract."),
     "bench": Command("sleb.cli.bench", "app", "Measure speed, dense against pruned."),
 }
 

@@ -1,0 +1,1 @@
+"""A small client of OpenAI-compatible servers: what `sleb chat` and `sleb doctor` share."""
