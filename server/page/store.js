@@ -1,0 +1,126 @@
+// What the browser remembers: conversations (each under its own key, so that two tabs do not overwrite each other),
+// settings, the theme and, if asked, the API key.
+
+const PREFIX = "sleb.";
+const CHAT = `${PREFIX}chat.`;
+
+/** localStorage or sessionStorage, or a plain map where the browser refuses them. */
+function open(name) {
+  try {
+    const storage = window[name];
+    storage.getItem(`${PREFIX}probe`);
+    return storage;
+  } catch {
+    const map = new Map();
+    return {
+      getItem: (key) => map.get(key) ?? null,
+      setItem: (key, value) => map.set(key, value),
+      removeItem: (key) => map.delete(key),
+      key: (index) => [...map.keys()][index] ?? null,
+      get length() { return map.size; },
+    };
+  }
+}
+
+const local = open("localStorage");
+const session = open("sessionStorage");
+
+function read(storage, key) {
+  try {
+    return JSON.parse(storage.getItem(key));
+  } catch {
+    return null;
+  }
+}
+
+/** A conversation: turns of a text and one answer, or two that are compared. */
+export function newChat() {
+  const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+  return { id, title: "", created: Date.now(), updated: Date.now(), turns: [] };
+}
+
+export function loadChat(id) {
+  const chat = read(local, CHAT + id);
+  if (!Array.isArray(chat?.turns)) return null;
+  for (const answer of chat.turns.flatMap((turn) => turn.answers)) {
+    if (answer.state === "running") answer.state = "stopped"; // the page was closed on it
+  }
+  return chat;
+}
+
+/** All conversations, the latest first. */
+export function listChats() {
+  const keys = Array.from({ length: local.length }, (_, index) => local.key(index));
+  return keys.filter((key) => key?.startsWith(CHAT)).map((key) => loadChat(key.slice(CHAT.length)))
+    .filter((chat) => chat !== null).sort((a, b) => b.updated - a.updated);
+}
+
+/** False if the browser has no room left. */
+export function saveChat(chat) {
+  try {
+    local.setItem(CHAT + chat.id, JSON.stringify(chat));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+export function deleteChat(id) {
+  local.removeItem(CHAT + id);
+}
+
+/** Calls back when another tab has changed the conversations. */
+export function onOtherTab(callback) {
+  window.addEventListener("storage", (event) => {
+    if (event.key === null || event.key.startsWith(CHAT)) callback();
+  });
+}
+
+export function currentChat() {
+  return session.getItem(`${PREFIX}current`);
+}
+
+export function setCurrentChat(id) {
+  session.setItem(`${PREFIX}current`, id);
+}
+
+export const DEFAULTS = Object.freeze({
+  temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", system: "",
+});
+
+/** Sampling settings as the fields hold them; an empty one is left to the server. */
+export function loadSettings() {
+  return { ...DEFAULTS, ...read(local, `${PREFIX}settings`) };
+}
+
+export function saveSettings(settings) {
+  local.setItem(`${PREFIX}settings`, JSON.stringify(settings));
+}
+
+/** What is chosen outside the sampling settings: models, compare, order, differences, panel. */
+export function loadChoices() {
+  return { models: [], compare: false, inTurns: false, ...read(local, `${PREFIX}choices`) };
+}
+
+export function saveChoices(choices) {
+  local.setItem(`${PREFIX}choices`, JSON.stringify(choices));
+}
+
+export function getKey() {
+  return session.getItem(`${PREFIX}key`) ?? local.getItem(`${PREFIX}key`) ?? "";
+}
+
+/** Keeps the key until the tab closes, or on this device; an empty one is forgotten everywhere. */
+export function setKey(key, keep) {
+  session.removeItem(`${PREFIX}key`);
+  local.removeItem(`${PREFIX}key`);
+  if (key) (keep ? local : session).setItem(`${PREFIX}key`, key);
+}
+
+export function keyIsKept() {
+  return local.getItem(`${PREFIX}key`) !== null;
+}
+
+export function setTheme(theme) {
+  local.setItem(`${PREFIX}theme`, theme);
+}
