@@ -17,6 +17,7 @@ from sleb.engine.outputs import StepOutput
 from sleb.server.context import ServerContext
 from sleb.server.errors import json_response
 from sleb.server.generation import Generation
+from sleb.server.message_parser import Delta
 from sleb.server.protocol import GenerationBody, StreamOptions
 from sleb.server.streaming import EventStreamResponse, event_stream, until_disconnect
 
@@ -27,6 +28,7 @@ class Piece:
 
     choice: int
     text: str = ""
+    deltas: list[Delta] = field(default_factory=list)  # of a chat: the text's parts
     token_ids: list[int] = field(default_factory=list)
     logprobs: dict[str, list[Any] | None] | None = None
     is_first: bool = False
@@ -37,6 +39,7 @@ class Piece:
     def append(self, other: Piece) -> None:
         """Joins a later piece of the same choice to this one."""
         self.text += other.text
+        self.deltas += other.deltas
         self.token_ids += other.token_ids
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         if self.logprobs is None:

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import sleb
-from sleb.server import chat, completions, health, models
+from sleb.server import chat, completions, docs, health, models, page, tokenize
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
@@ -24,12 +25,15 @@ def create_app(context: ServerContext) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.engine.start()
-        log = asyncio.create_task(log_throughput(context))
+        tasks = [asyncio.create_task(log_throughput(context))]
+        if not context.warm:
+            tasks.append(asyncio.create_task(health.warm_up(context)))
         yield
-        log.cancel()
+        for task in tasks:
+            task.cancel()
         await context.engine.stop()
 
-    # The pages of /docs come from a CDN, which a server without a network does not have.
+    # FastAPI's own pages come from a CDN, which a server without a network does not have: see sleb.server.docs.
     app = FastAPI(
         title="sleb",
         version=sleb.__version__,
@@ -39,12 +43,23 @@ def create_app(context: ServerContext) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
-    routers = [chat.router, completions.router, models.router, health.router]
+    modules = (chat, completions, models, tokenize, health, docs, page)
+    routers = [module.router for module in modules]
     for router in routers:
         app.include_router(router)
     install_handlers(app)
     routes = [route for router in routers for route in router.routes]
-    app.add_middleware(Gate, keys=ApiKeys(context.options.api_keys), routes=routes)
+    docs.install(app)
+    keys = ApiKeys(context.options.api_keys)
+    app.add_middleware(Gate, keys=keys, routes=routes, metrics=context.metrics)
+    if context.options.cors_origins:  # outermost: a browser asks first, without the key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.options.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-Id", "Server-Timing", "Retry-After"),
+        )
     return app
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sleb.server")
 
+Observer = Callable[[StepOutput, float], None]
+
 _SECONDS_BETWEEN_CHECKS = 60.0  # of the engine's page accounting, when it is idle
 
 
@@ -38,6 +40,14 @@ _SECONDS_BETWEEN_CHECKS = 60.0  # of the engine's page accounting, when it is id
 class _Add:
     answers: Answers
     jobs: dict[str, Job]
+
+
+@dataclass(frozen=True)
+class _Open:
+    """Whose answer it is, and who is told of each increment as it comes, with the time."""
+
+    answers: Answers
+    observe: Observer
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class AsyncEngine:
         self.draining = False
         self.on_death: Callable[[], None] = lambda: None
         self._dead: EngineDeadError | None = None
-        self._open: dict[str, Answers] = {}
+        self._open: dict[str, _Open] = {}
         self._numbers = itertools.count()
         self._commands: deque[_Add | _Abort] = deque()
         self._condition = threading.Condition()
@@ -103,8 +113,10 @@ class AsyncEngine:
         if self.draining or self._stopping:
             raise ShuttingDownError
 
-    async def submit(self, jobs: Sequence[Job]) -> Answers:
+    async def submit(self, jobs: Sequence[Job], observe: Observer = lambda output, now: None) -> Answers:
         """Hands `jobs` to the engine, all or none, and waits until it has taken them.
+
+        observe: called with each increment and the monotonic time, whether or not anybody reads the answers.
 
         Raises RequestError for a job that the engine refuses, OverloadedError, ShuttingDownError, EngineDeadError.
         """
@@ -122,7 +134,7 @@ class AsyncEngine:
             )
         named = {f"r{next(self._numbers)}": job for job in jobs}
         answers = Answers(list(named), self.abort)
-        self._open.update(dict.fromkeys(named, answers))
+        self._open.update(dict.fromkeys(named, _Open(answers, observe)))
         self._send(_Add(answers, named))
         try:
             await answers.accepted()
@@ -156,7 +168,7 @@ class AsyncEngine:
 
     def fail_open(self, error: Exception) -> None:
         """Ends every open request with `error`."""
-        for answers in list(dict.fromkeys(self._open.values())):
+        for answers in list(dict.fromkeys(each.answers for each in self._open.values())):
             answers.fail(error)
 
     async def stop(self, timeout: float = 5.0) -> None:
@@ -173,13 +185,15 @@ class AsyncEngine:
             self._condition.notify()
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
+        now = time.monotonic()
         for output in outputs:
-            answers = self._open.get(output.request_id)
-            if answers is None:  # aborted while the step ran
+            found = self._open.get(output.request_id)
+            if found is None:  # aborted while the step ran
                 continue
             if output.finish_reason is not None:
                 del self._open[output.request_id]
-            answers.put(output)
+            found.observe(output, now)
+            found.answers.put(output)
 
     def _fail_dead(self, error: EngineDeadError) -> None:
         self._dead = error
@@ -229,9 +243,18 @@ class AsyncEngine:
                 self.engine.abort(request_id)
             return
         added: list[str] = []
+        firsts: dict[int, str] = {}
         try:
             for request_id, job in command.jobs.items():
-                self.engine.add_request(request_id, job.prompt_token_ids, job.params, job.depth)
+                # Jobs of one prompt share its list: the first computes it, the others fork.
+                first = firsts.setdefault(id(job.prompt_token_ids), request_id)
+                self.engine.add_request(
+                    request_id,
+                    job.prompt_token_ids,
+                    job.params,
+                    job.depth,
+                    fork_of=None if first == request_id else first,
+                )
                 added.append(request_id)
         except RequestError as error:
             for request_id in added:

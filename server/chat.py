@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import orjson
 from fastapi import APIRouter, Request, Response
 
-from sleb.engine.outputs import StepOutput
 from sleb.errors import RequestError
-from sleb.server.answers import AnswerWriter, Piece
+from sleb.server.chat_writer import ChatWriter, MessageParser, MessageShape
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import shorten
 from sleb.server.generation import LARGE_TEXT, Generation, Prompt
-from sleb.server.logprobs import chat_logprobs
+from sleb.server.grammar_spec import GrammarSpec
+from sleb.server.grammars import compiler_for
+from sleb.server.message_parser import END_THINK, THINK, ReasoningParser
 from sleb.server.protocol import ChatBody, parse_body, read_body
+from sleb.server.special_tokens import special_token_id, thought_rules
+from sleb.server.structured import answer_grammar
+from sleb.server.tool_parser import END_TOOL_CALL, TOOL_CALL, ToolParser
+from sleb.server.tool_prompt import offer_in_text
+from sleb.server.tools import ToolUse, call_format, knows_tools, read_tools
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 router = APIRouter()
 
 MAX_MESSAGES = 4096
+_NUM_LAST_TOKENS = 16  # of a prompt, in which a mark and the line ends after it have room
 _OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
@@ -32,13 +43,74 @@ async def create_chat_completion(request: Request) -> Response:
     tier = context.tier(body.model)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = body.sampling_params(max_tokens=max_tokens, logprobs=num_logprobs)
-    prompt = Prompt(await _render(context, body, len(data)))
+    special: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": num_logprobs}
+    body.sampling_params(**special)  # a value out of range is told before anything is computed
+    tools, answer = read_tools(body), answer_grammar(body)
+    prompt = Prompt(await _render(context, body, tools, len(data)))
+    reading = _Reading(context, body, tools, prompt)
+    grammar = reading.grammar(answer)
+    if grammar is not None:
+        special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
+    if reading.needs_special_tokens:
+        special["skip_special_tokens"] = False
+    params = body.sampling_params(**special)
     generation = Generation(context, request.state.request_id, tier, [prompt], params)
-    return await ChatWriter(context, generation, body).answer(request)
+    shape = MessageShape(reading.make_parser, legacy=tools is not None and tools.legacy)
+    return await ChatWriter(context, generation, body, shape).answer(request)
 
 
-async def _render(context: ServerContext, body: ChatBody, num_bytes: int) -> list[int]:
+class _Reading:
+    """How the answer to a request is read, which depends on the model: its template, its tokens, its prompt."""
+
+    def __init__(self, context: ServerContext, body: ChatBody, tools: ToolUse | None, prompt: Prompt) -> None:
+        engine = context.engine.engine
+        self._tools = tools
+        self._template = engine.chat_template
+        self._tokenizer = engine.tokenizer
+        self._thought_open = _opens_thought(body, prompt, self._tokenizer)
+        known = self._tokenizer is not None and self._tokenizer.token_to_id(THINK) is not None
+        self._thinks = self._thought_open or known or THINK in (self._template or "")
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether marks that the answer is read by are tokens that a decoder would leave out."""
+        marks = [THINK, END_THINK] if self._thinks else []
+        if self._tools is not None:
+            marks += [TOOL_CALL, END_TOOL_CALL]
+        return any(special_token_id(mark, self._tokenizer) is not None for mark in marks)
+
+    def grammar(self, answer: GrammarSpec | None) -> GrammarSpec | None:
+        """That of the calls, if there must be some, or of the answer, which may also be calls; after any thoughts."""
+        spec, tools = answer, self._tools
+        if tools is not None and (tools.must_call or answer is not None):
+            calls = tools.grammar(call_format(self._template), self._tokenizer)
+            spec = calls if answer is None or tools.must_call else calls.or_else(answer)
+        if spec is None or not self._thought_open:
+            return spec
+        return spec.after(thought_rules(self._tokenizer))
+
+    def make_parser(self) -> MessageParser:
+        """A parser for one choice."""
+        reasoning = ReasoningParser(self._thought_open) if self._thinks else None
+        tools = self._tools
+        if tools is None:
+            return MessageParser(reasoning, None)
+        parser = ToolParser(tools.names, live=tools.must_call, single=not tools.parallel)
+        return MessageParser(reasoning, parser)
+
+
+def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) -> bool:
+    """Whether the prompt ends inside of thoughts."""
+    if tokenizer is None:
+        return False
+    if body.continue_final_message:
+        content = str(body.messages[-1].get("content") or "")
+        return content.rfind(THINK) > content.rfind(END_THINK)
+    end = tokenizer.decode(prompt.token_ids[-_NUM_LAST_TOKENS:], skip_special_tokens=False)
+    return str(end).rstrip().endswith(THINK)
+
+
+async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
     messages = normalise_messages(body.messages)
     options = dict(body.chat_template_kwargs or {})
     for name in _OWN_ARGUMENTS:
@@ -49,6 +121,10 @@ async def _render(context: ServerContext, body: ChatBody, num_bytes: int) -> lis
             )
     options["add_generation_prompt"] = body.add_generation_prompt is not False
     options["continue_final_message"] = body.continue_final_message
+    if not knows_tools(context.engine.engine.chat_template):
+        messages = offer_in_text(messages, [] if tools is None else tools.tools)
+    elif tools is not None:
+        options["tools"] = tools.tools
     render = context.engine.engine.render_chat
     if num_bytes < LARGE_TEXT:
         return render(messages, **options)
@@ -71,7 +147,39 @@ def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
         )
     if content is None and role != "assistant":
         raise RequestError(f"{where}.content is missing", param=f"{where}.content")
-    return message | {"content": _join_parts(content, f"{where}.content")}
+    message = message | {"content": _join_parts(content, f"{where}.content")}
+    return _normalise_calls(message, where)
+
+
+def _normalise_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Calls as templates take them, with arguments that are objects; the old fields for them become today's."""
+    if message["role"] == "function":
+        message = message | {"role": "tool"}
+    calls = message.get("tool_calls")
+    if not calls and message.get("function_call") is not None:
+        calls = [{"type": "function", "function": message["function_call"]}]
+    message = {name: value for name, value in message.items() if name not in ("tool_calls", "function_call")}
+    if not calls:
+        return message
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list of calls", param=f"{where}.tool_calls")
+    normalised = [_normalise_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    return message | {"content": message["content"] or "", "tool_calls": normalised}
+
+
+def _normalise_call(call: Any, where: str) -> dict[str, Any]:
+    function: Any = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where} must have a function with a name", param=where)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            pass  # as the model wrote them: broken arguments of its own must not end a conversation
+    normalised: dict[str, Any] = {"type": "function"} | call
+    normalised["function"] = function | {"arguments": arguments}
+    return normalised
 
 
 def _join_parts(content: Any, where: str) -> str | None:
@@ -92,56 +200,3 @@ def _join_parts(content: Any, where: str) -> str | None:
             raise RequestError(f"{where}[{index}].text must be a string", param=f"{where}[{index}].text")
         texts.append(part["text"])
     return "\n".join(texts)
-
-
-class ChatWriter(AnswerWriter):
-    """Choices with messages and deltas."""
-
-    id_prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
-    body: ChatBody
-
-    def read(self, choice: int, output: StepOutput, is_first: bool) -> Piece:
-        logprobs = None
-        if self.body.logprobs:
-            num_top = self.body.top_logprobs or 0
-            logprobs = chat_logprobs(output.new_logprobs or [], num_top, self.context.token_texts)
-        return Piece(
-            choice=choice,
-            text=output.new_text,
-            token_ids=list(output.new_token_ids),
-            logprobs=logprobs,
-            is_first=is_first,
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-        )
-
-    def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:
-        empty = {"index": piece.choice, "delta": {}, "logprobs": None, "finish_reason": None}
-        choices: list[dict[str, Any]] = []
-        with_ids = self.body.return_token_ids
-        if piece.is_first:
-            choices.append(empty | {"delta": {"role": "assistant", "content": ""}})
-            if with_ids:
-                choices[0]["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
-        if piece.text or (piece.token_ids and (with_ids or piece.logprobs is not None)):
-            choices.append(empty | {"delta": {"content": piece.text}, "logprobs": piece.logprobs})
-            if with_ids:
-                choices[-1]["token_ids"] = piece.token_ids
-        if piece.finish_reason is not None:
-            choices.append(empty | {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason})
-        return choices
-
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
-        choice = {
-            "index": piece.choice,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if self.body.return_token_ids:
-            choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
-            choice["token_ids"] = piece.token_ids
-        return choice

@@ -12,8 +12,10 @@ from sleb.errors import RequestError
 from sleb.server.answers import AnswerWriter, Piece
 from sleb.server.context import ServerContext, get_context
 from sleb.server.generation import LARGE_TEXT, Generation, Prompt
+from sleb.server.grammars import compiler_for
 from sleb.server.logprobs import completion_logprobs
 from sleb.server.protocol import CompletionBody, parse_body, read_body
+from sleb.server.structured import answer_grammar
 from sleb.server.token_text import TextOffsets
 
 router = APIRouter()
@@ -33,6 +35,9 @@ async def create_completion(request: Request) -> Response:
     special: dict[str, Any] = {"logprobs": body.logprobs}
     if body.echo:
         special["prompt_logprobs"] = body.logprobs
+    grammar = answer_grammar(body)
+    if grammar is not None:
+        special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
     params = body.sampling_params(**special)
     prompts = await _encode(context, split_prompts(body.prompt), len(data))
     generation = Generation(context, request.state.request_id, tier, prompts, params)

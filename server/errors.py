@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from sleb.errors import EngineDeadError, RequestError, SlebError
+from sleb.server.metrics import note_failure
 
 logger = logging.getLogger("sleb.server")
 
@@ -47,6 +48,7 @@ class ApiError(SlebError):
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
+        note_failure(self.code or str(self.status))
         return json_response(self.body(), self.status, self.headers)
 
 

@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sleb.engine.outputs import StepOutput, Timings
+from sleb.engine.outputs import StepOutput
 from sleb.engine.sampling_params import SamplingParams
 from sleb.server.context import ServerContext
 from sleb.server.errors import ApiError
 from sleb.server.jobs import Answers, Job
+from sleb.server.metrics import EXCHANGE
+from sleb.server.timings import Span, llama_timings, phases, request_metrics
 
 if TYPE_CHECKING:
     from sleb.engine.request import Tier
@@ -58,7 +60,12 @@ class Generation:
         self._last: dict[int, StepOutput] = {}
         self._num_finished = 0
         self._arrival = time.monotonic()
+        self._arrival_time = time.time()
+        self._metrics = context.metrics.tier(tier)
+        self._token_times: dict[str, float] = {}  # by the engine's request id
+        self._timer: asyncio.TimerHandle | None = None
         self._outcome = "disconnected"
+        self._failed = False
         self._closed = False
 
     @staticmethod
@@ -79,13 +86,42 @@ class Generation:
         return self.prompts[choice // self._params.n]
 
     async def start(self) -> None:
-        """Hands the jobs to the engine. Raises what `AsyncEngine.submit` raises."""
+        """Hands the jobs to the engine. Raises what `AsyncEngine.submit` raises, ApiError 504 if it takes too long."""
         jobs = [
             Job(prompt.token_ids, self._params.for_choice(sample), self.tier.depth)
             for prompt in self.prompts
             for sample in range(self._params.n)
         ]
-        self._answers = await self._context.engine.submit(jobs)
+        limit = self._context.options.request_timeout
+        try:
+            async with asyncio.timeout(limit):
+                self._answers = await self._context.engine.submit(jobs, self._observe)
+        except TimeoutError:
+            raise self._timeout_error() from None
+        if limit is not None:
+            spent = time.monotonic() - self._arrival
+            self._timer = asyncio.get_running_loop().call_later(limit - spent, self._time_out)
+
+    def _time_out(self) -> None:
+        """Ends what is unfinished at once, whether or not the client reads; the error follows what has come already."""
+        if self._answers is not None and self._answers.unfinished:
+            self._answers.fail(self._timeout_error())
+            self._context.engine.abort(self._answers)
+
+    def _timeout_error(self) -> ApiError:
+        limit = self._context.options.request_timeout
+        return ApiError(
+            504,
+            f"the request took longer than {limit:g} seconds, which this server allows (--request-timeout)",
+            type="server_error",
+            code="timeout",
+        )
+
+    def _observe(self, output: StepOutput, now: float) -> None:
+        """Counts an increment as it comes from the engine."""
+        last = self._token_times.get(output.request_id)
+        self._token_times[output.request_id] = now
+        self._metrics.observe(output, self._arrival, last, now)
 
     async def pieces(self, read: Callable[[int, StepOutput], T]) -> AsyncIterator[list[T]]:
         """What `read` makes of each choice's increments as they come; an empty list is a spell of silence.
@@ -100,8 +136,9 @@ class Generation:
                 yield [self._record(choice, output, read) for choice, output in batch]
         except asyncio.CancelledError:
             raise
-        except Exception:
-            self._outcome = "error"
+        except Exception as error:
+            self._outcome = getattr(error, "code", None) or "error"
+            self._failed = True
             raise
 
     def _record(self, choice: int, output: StepOutput, read: Callable[[int, StepOutput], T]) -> T:
@@ -124,37 +161,32 @@ class Generation:
         }
 
     def timings(self) -> dict[str, float]:
-        """llama.cpp's fields, in milliseconds and tokens a second, over all choices together.
+        """See `timings.llama_timings`."""
+        return llama_timings(self.usage(), len(self._last), self._span())
 
-        predicted_ms runs from the first token to the last, and predicted_per_second counts the tokens after the
-        first, which the prompt's time has paid for. A rate over no time is 0.
-        """
-        usage = self.usage()
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        num_prompt, num_output = usage["prompt_tokens"] - cached, usage["completion_tokens"]
-        started, first, finished = _span([output.timings for output in self._last.values()])
-        prompt_ms, predicted_ms = (first - started) * 1e3, (finished - first) * 1e3
-        num_after_first = max(num_output - len(self._last), 0)
-        return {
-            "cache_n": cached,
-            "prompt_n": num_prompt,
-            "prompt_ms": prompt_ms,
-            "prompt_per_token_ms": prompt_ms / num_prompt if num_prompt else 0.0,
-            "prompt_per_second": num_prompt / prompt_ms * 1e3 if prompt_ms else 0.0,
-            "predicted_n": num_output,
-            "predicted_ms": predicted_ms,
-            "predicted_per_token_ms": predicted_ms / num_after_first if num_after_first else 0.0,
-            "predicted_per_second": num_after_first / predicted_ms * 1e3 if predicted_ms else 0.0,
-        }
+    def metrics(self) -> dict[str, float | None]:
+        """See `timings.request_metrics`."""
+        return request_metrics(self.usage(), len(self._last), self._span(), self._arrival, self._arrival_time)
+
+    def _span(self) -> Span:
+        return Span.of([output.timings for output in self._last.values()], self._arrival)
 
     def close(self) -> None:
         """Aborts what is unfinished and logs the request; may be called again."""
         if self._closed:
             return
         self._closed = True
-        if self._answers is not None:
-            self._answers.close()
-            self._log()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._answers is None:
+            return
+        if not self._failed:
+            self._metrics.num_aborted += len(self._answers.unfinished)
+        exchange = EXCHANGE.get()
+        if exchange is not None and self.finished:
+            exchange.phases = phases(self._span(), self._arrival)
+        self._answers.close()
+        self._log()
 
     def _log(self) -> None:
         usage, timings = self.usage(), self.timings()
@@ -163,6 +195,17 @@ class Generation:
             each for output in self._last.values() if (each := output.timings.first_token) is not None
         ]
         first = f"{(min(first_tokens) - self._arrival) * 1e3:.0f} ms" if first_tokens else "none"
+        reason = "+".join(reasons) if self.finished else self._outcome
+        facts = {
+            "request": self.request_id,
+            "model": self.tier.id,
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "generated_tokens": usage["completion_tokens"],
+            "first_token_ms": round((min(first_tokens) - self._arrival) * 1e3, 3) if first_tokens else None,
+            "tokens_per_second": round(timings["predicted_per_second"], 3),
+            "reason": reason,
+        }
         logger.info(
             "request %s: model %s, prompt %d tokens (%d cached), generated %d, first token %s, %.1f tokens/s, %s",
             self.request_id,
@@ -172,15 +215,6 @@ class Generation:
             usage["completion_tokens"],
             first,
             timings["predicted_per_second"],
-            "+".join(reasons) if self.finished else self._outcome,
+            reason,
+            extra={"facts": facts},
         )
-
-
-def _span(timings: Sequence[Timings]) -> tuple[float, float, float]:
-    """When the first choice was scheduled, the first token came and the last one was finished; equal if unknown."""
-    started = min((each.first_scheduled for each in timings if each.first_scheduled is not None), default=0.0)
-    first = min((each.first_token for each in timings if each.first_token is not None), default=None)
-    finished = max((each.finished for each in timings if each.finished is not None), default=None)
-    if first is None:
-        first = finished if finished is not None else started
-    return started, first, finished if finished is not None else first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import time
 import uuid
 from collections.abc import Iterable
 
@@ -15,11 +16,14 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sleb.server.errors import ApiError, to_api_error
+from sleb.server.metrics import EXCHANGE, Exchange, ServerMetrics
 
 MAX_HEADER_BYTES = 64 * 1024
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ready"})
+_PAGE = "/page/"  # the files that / loads before anybody can enter a key
+_CLIENT_GONE = 499
 _SLASHES = re.compile(r"/{2,}")
 
 
@@ -31,7 +35,7 @@ class ApiKeys:
 
     def check(self, path: str, headers: Headers) -> None:
         """Raises ApiError 401 unless the path is open or the request bears a key."""
-        if not self._digests or path in _OPEN_PATHS:
+        if not self._digests or path in _OPEN_PATHS or path.startswith(_PAGE):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = _digest(token.strip().encode("latin-1"))  # as the headers were decoded
@@ -61,13 +65,19 @@ def clean_path(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
+def server_timing(exchange: Exchange, total: float) -> str:
+    """The header Server-Timing, in milliseconds: what is known of the phases, and the time until the answer began."""
+    return ", ".join(f"{name};dur={spent:.2f}" for name, spent in {**exchange.phases, "total": total}.items())
+
+
 class Gate:
     """ASGI middleware around the routes; plain rather than BaseHTTPMiddleware, which delays disconnects."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, routes: list[BaseRoute]) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, routes: list[BaseRoute], metrics: ServerMetrics) -> None:
         self._app = app
         self._keys = keys
         self._routes = routes
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,13 +85,15 @@ class Gate:
             return
         headers = Headers(scope=scope)
         identifier = request_id(headers)
-        started = False
+        status, begin, exchange = 0, time.monotonic(), Exchange()
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message)["X-Request-Id"] = identifier
+                status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-Id"] = identifier
+                answer["Server-Timing"] = server_timing(exchange, (time.monotonic() - begin) * 1e3)
             await send(message)
 
         path = clean_path(scope["path"])
@@ -89,6 +101,7 @@ class Gate:
         inner["state"]["request_id"] = identifier
         if scope["method"] == "HEAD":  # the server drops the body: it looks at its own copy of the method
             inner["method"] = "GET"
+        token = EXCHANGE.set(exchange)
         try:
             self._check_headers(headers)
             self._keys.check(path, headers)
@@ -97,12 +110,16 @@ class Gate:
             else:
                 await self._app(inner, receive, send_with_id)
         except ClientDisconnect:
-            if not started:  # nobody reads this; without it the server would log a missing answer
-                await Response(status_code=499)(inner, receive, send_with_id)
+            if not status:  # nobody reads this; without it the server would log a missing answer
+                await Response(status_code=_CLIENT_GONE)(inner, receive, send_with_id)
         except Exception as error:
-            if started:
+            if status:
                 raise
             await to_api_error(error).response()(inner, receive, send_with_id)
+        finally:
+            EXCHANGE.reset(token)
+            route = getattr(inner.get("route"), "path", "other")
+            self._metrics.count_exchange(exchange, scope["method"], route, status or _CLIENT_GONE)
 
     @staticmethod
     def _check_headers(headers: Headers) -> None:

@@ -25,6 +25,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "logit_bias",  # its keys are strings in JSON
+    "grammar",  # is compiled from other fields
     "logprobs",  # means something else in chat and in completions
     "prompt_logprobs",
 }
@@ -76,6 +77,12 @@ class GenerationBody(BaseModel):
     skip_special_tokens: TrueByDefault = True
     return_token_ids: FalseByDefault = False
     user: str | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises RequestError for a field that cannot be honoured."""
@@ -95,10 +102,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: FalseByDefault = False
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None  # without tools it changes nothing
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
@@ -108,10 +114,6 @@ class ChatBody(GenerationBody):
     continue_final_message: FalseByDefault = False
 
     def check(self) -> None:
-        _refuse_tools(self)
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            _unsupported("response_format", f"response_format {shorten(kind)} is", 'use {"type": "text"}')
         if self.audio is not None or any(modality != "text" for modality in self.modalities or ()):
             _unsupported("modalities", "audio is", "this model reads and writes text")
         if self.top_logprobs is not None:
@@ -152,18 +154,6 @@ class CompletionBody(GenerationBody):
 
 def _unsupported(param: str, what: str, remedy: str) -> None:
     raise RequestError(f"{what} not supported in this version; {remedy}", param=param, code="unsupported")
-
-
-def _refuse_tools(body: ChatBody) -> None:
-    """No tools, or tools that may not be called, are fine; anything that asks for a call is not."""
-    if body.tool_choice not in (None, "none", "auto"):
-        _unsupported(
-            "tool_choice", f"tool_choice {shorten(body.tool_choice)} is", "leave it out, or send 'none'"
-        )
-    if body.tools and body.tool_choice != "none":
-        _unsupported("tools", "calling tools is", "leave tools out, or send tool_choice 'none'")
-    if body.functions and body.function_call != "none":
-        _unsupported("functions", "calling functions is", "leave functions out")
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:

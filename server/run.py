@@ -5,25 +5,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import json
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
-from rich.console import Console
-from rich.table import Table
 
 from sleb.errors import ConfigError, RequestError
 from sleb.server.app import create_app
 from sleb.server.async_engine import AsyncEngine
 from sleb.server.context import ServerContext, ServerOptions
 from sleb.server.errors import ShuttingDownError
+from sleb.server.logs import Teller, configure
 
 if TYPE_CHECKING:
     from sleb.engine.config import EngineConfig
@@ -152,26 +149,21 @@ def serve(
 
     Raises SlebError when the model, an option of the engine or the port cannot be had.
     """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    for name in ("uvicorn.error", "httpx", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    console = Console(stderr=True, highlight=False)
+    configure(options.log_format, options.log_level)
+    teller = Teller(options.log_format)
     with sock:
-        _say(console, f"Loading {engine_config.model} ...")
+        teller.say(f"Loading {engine_config.model} ...")
         begin = time.monotonic()
         engine = (make_engine or _load_engine)(engine_config)
         can_chat = warm_up(engine)
-        _say(console, f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
+        teller.say(f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
         context = ServerContext.create(engine, options, engine_config.max_num_seqs)
+        for result in options.bench_results:
+            result.check(engine)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again
         server = make_server(context)
-        server.on_started = lambda: _introduce(console, context, sock, can_chat)
+        server.on_started = lambda: teller.introduce(context, base_url(sock), can_chat)
         try:
             server.run(sockets=[sock])
         except OSError as error:
@@ -201,45 +193,8 @@ def warm_up(engine: Engine) -> bool:
     return True
 
 
-def _introduce(console: Console, context: ServerContext, sock: socket.socket, can_chat: bool) -> None:
-    """Tells people what is served, where, and how to try it."""
-    engine = context.engine.engine
-    table = Table()
-    for heading, side in (("model", "left"), ("blocks", "right"), ("removed", "left"), ("weights", "right")):
-        table.add_column(heading, justify="left" if side == "left" else "right")
-    for tier in engine.tiers:
-        name = tier.id + (" (default)" if tier == engine.default_tier else "")
-        removed = ", ".join(map(str, tier.removed)) or "none"
-        kept = f"{tier.num_blocks_kept} of {engine.layer_map.num_blocks}"
-        table.add_row(name, kept, removed, f"{engine.weight_bytes(tier.depth) / 2**20:.0f} MiB")
-    console.print(table)
-    url = base_url(sock)
-    _say(
-        console,
-        f"Serving at {url}/v1 (context {engine.max_model_len} tokens). Ctrl-C drains and stops. Try it:\n",
-    )
-    _say(console, curl_line(url, engine.default_tier.id, can_chat, bool(context.options.api_keys)) + "\n")
-
-
 def base_url(sock: socket.socket) -> str:
     """How a client on this machine reaches a bound socket."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def curl_line(url: str, model: str, can_chat: bool, needs_key: bool) -> str:
-    """A command that works as it stands; a key is taken from the shell's SLEB_API_KEY, not shown."""
-    path, prompt = "completions", '"prompt": "The sea is"'
-    if can_chat:
-        path, prompt = (
-            "chat/completions",
-            '"messages": [{"role": "user", "content": "What is the capital of France?"}]',
-        )
-    body = f'{{"model": {json.dumps(model)}, {prompt}, "max_tokens": 64, "temperature": 0}}'
-    key = ' -H "Authorization: Bearer $SLEB_API_KEY"' if needs_key else ""
-    return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'"
-
-
-def _say(console: Console, message: str) -> None:
-    console.print(message, markup=False, soft_wrap=True)

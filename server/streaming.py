@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from sleb.server.errors import to_api_error
+from sleb.server.metrics import note_failure
 
 T = TypeVar("T")
 
@@ -42,7 +43,9 @@ async def event_stream(
                 continue
             last_write = now
     except Exception as error:
-        yield event(to_api_error(error).body())
+        answer = to_api_error(error)
+        note_failure(answer.code or str(answer.status))
+        yield event(answer.body())
     yield DONE
 
 

@@ -15,8 +15,31 @@ if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
 
+_LISTS = ("tiers", "cpu_affinity")  # options whose text is a list with commas
+
+
+def _use_settings(context: typer.Context, config_file: str | None) -> str | None:
+    """Makes the environment and the settings file the defaults of all other options."""
+    from sleb.server.settings import PREFIX, gather, settings_of
+
+    file = config_file or os.environ.get(f"{PREFIX}CONFIG_FILE") or None
+    if not context.resilient_parsing:  # else a shell only asks how to complete a line
+        settings = settings_of(serve, joined=_LISTS, without="config_file")
+        context.default_map = gather(settings, os.environ, file, "serve")
+    return file
+
+
 def serve(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
+    config_file: Annotated[
+        str | None,
+        typer.Option(
+            help="TOML file with a table \\[serve] of these options. Each can also be a variable of the environment, "
+            "SLEB_PORT for --port; flags go before those, and those before the file.",
+            callback=_use_settings,
+            is_eager=True,
+        ),
+    ] = None,
     layer_map: Annotated[
         str | None,
         typer.Option(help="Layer map (JSON), or none.", show_default="none; for smollm2 the shipped one"),
@@ -32,7 +55,29 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="A key that opens the API; repeatable. Also from SLEB_API_KEY.", show_default="open to all"
+            help="A key that opens the API; repeatable. Other users see flags: prefer SLEB_API_KEY or a file.",
+            show_default="open to all",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File with a key a line, beside those of --api-key.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of web pages that may use the API, or *; repeatable.", show_default="none"),
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another name of the model; repeatable. Depth k is then NAME:sleb-k too.",
+            show_default="none",
+        ),
+    ] = None,
+    bench_result: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSON of `sleb bench throughput`, from which /v1/models tells speedups; repeatable.",
+            show_default="none",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -83,21 +128,53 @@ def serve(
         ),
     ] = None,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 1024,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which a request ends with an error.", show_default="never"),
+    ] = None,
+    max_body_mb: Annotated[float, typer.Option(help="MiB of a request's body.")] = 32.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds to finish open requests on SIGTERM.")] = 30.0,
+    warm_up: Annotated[
+        bool,
+        typer.Option("--warm-up/--no-warm-up", help="Let every tier answer once before /ready says so."),
+    ] = True,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a model, at one depth or several, behind an OpenAI-compatible API."""
-    _check(port, max_queue, drain_timeout)
-    keys = (*(api_key or ()), *_environment_key())
-    if any(not key.strip() for key in keys):
-        raise ConfigError("--api-key is empty; give a key, or leave the flag out")
+    _check_range("port", port, 0, 65535, "0 for any free one")
+    _check_range("max-queue", max_queue, 0, 10**6, "requests")
+    _check_range("drain-timeout", drain_timeout, 0, 86400, "seconds")
+    _check_range("request-timeout", request_timeout, 0.001, 86400, "seconds")
+    _check_range("max-body-mb", max_body_mb, 0.001, 1024, "MiB")
     depths = None if tiers is None else parse_tiers(tiers)
 
     from sleb.server.context import ServerOptions
+    from sleb.server.logs import FORMATS, LEVELS
+    from sleb.server.models import BenchResult
     from sleb.server.run import bind_socket
     from sleb.server.run import serve as run_server
+    from sleb.server.settings import check_alias, check_origin, read_keys
 
+    _check_choice("log-format", log_format, FORMATS)
+    _check_choice("log-level", log_level, LEVELS)
+    keys = (*(api_key or ()), *(read_keys(api_key_file) if api_key_file is not None else ()))
+    if any(not key.strip() for key in keys):
+        raise ConfigError("--api-key is empty; give a key, or leave the flag out")
     options = ServerOptions(
-        host=host, port=port, api_keys=keys, max_queue=max_queue, drain_timeout=drain_timeout
+        host=host,
+        port=port,
+        api_keys=keys,
+        max_queue=max_queue,
+        drain_timeout=drain_timeout,
+        max_body_bytes=int(max_body_mb * 2**20),
+        log_format=log_format,
+        log_level=log_level,
+        request_timeout=request_timeout,
+        cors_origins=tuple(map(check_origin, cors_origin or ())),
+        served_model_names=tuple(map(check_alias, served_model_name or ())),
+        bench_results=tuple(map(BenchResult.load, bench_result or ())),
+        warm_up=warm_up,
     )
     sock = bind_socket(host, port)
 
@@ -162,15 +239,11 @@ def parse_cpus(text: str) -> list[int]:
     return cpus
 
 
-def _environment_key() -> list[str]:
-    key = os.environ.get("SLEB_API_KEY")
-    return [key] if key else []
+def _check_range(name: str, value: float | None, low: float, high: float, what: str) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"--{name} is {value:g}; it must be from {low:g} to {high:g} ({what})")
 
 
-def _check(port: int, max_queue: int, drain_timeout: float) -> None:
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port is {port}; it must be from 0 (any free one) to 65535")
-    if max_queue < 0:
-        raise ConfigError(f"--max-queue is {max_queue}; it must be at least 0")
-    if not 0 <= drain_timeout <= 86400:
-        raise ConfigError(f"--drain-timeout is {drain_timeout:g}; it must be from 0 to 86400 seconds")
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"--{name} '{value}' is not known; choose one of: {', '.join(allowed)}")

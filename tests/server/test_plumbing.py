@@ -12,8 +12,8 @@ import pytest
 
 import sleb
 from sleb.layer_map import LayerMap
+from sleb.server.logs import curl_line
 from sleb.server.models import perplexities
-from sleb.server.run import curl_line
 
 
 def test_models_tell_what_was_removed(server):

@@ -1,4 +1,4 @@
-"""Many clients at once: answers, aborts at random moments, malformed requests, mixed tiers; nothing is lost or leaked."""
+"""Many clients at once: answers, aborts at random moments, malformed requests, mixed tiers; nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,0 +1,134 @@
+"""/openapi.json and /docs: the API described, the latter without a script, a style sheet or another host."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from html import escape
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+
+from sleb.server.openapi import complete
+
+router = APIRouter(include_in_schema=False)
+
+_SUMMARY = (
+    "An OpenAI-compatible server for every depth of a pruned model. Errors have one shape, "
+    '{"error": {"message", "type", "param", "code"}}. Every answer has the headers X-Request-Id and Server-Timing.'
+)
+_STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 60rem; margin: 0 auto; padding: 1.5rem; }
+h2 { margin-top: 2.5rem; }
+details { border: 1px solid #8886; border-radius: 6px; margin: .5rem 0; padding: .4rem .8rem; }
+summary { cursor: pointer; }
+code, pre { font: .875rem/1.4 ui-monospace, monospace; }
+pre { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+td, th { border-top: 1px solid #8884; padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
+.method { display: inline-block; font-weight: 600; min-width: 3.5rem; }
+"""
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def install(app: FastAPI) -> None:
+    """Makes `app.openapi`, which /openapi.json answers, the whole description."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title, version=app.version, description=_SUMMARY, routes=app.routes
+            )
+            has_keys = bool(app.state.context.options.api_keys)
+            app.openapi_schema = complete(document, has_keys)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """The description for people."""
+    return Response(render(request.app.openapi()), media_type="text/html", headers=_HEADERS)
+
+
+def render(document: dict[str, Any]) -> str:
+    """An OpenAPI document as one page of HTML; it may hold any text."""
+    info = document["info"]
+    operations = "".join(
+        _operation(path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    )
+    schemas = "".join(
+        f"<details><summary><code>{escape(name)}</code></summary>"
+        f'<div id="{escape(name)}">{_schema(schema)}</div></details>'  # inside, so that a link to it opens it
+        for name, schema in document["components"]["schemas"].items()
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(info['title'])} API</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info.get('description', ''))}</p>"
+        '<p><a href="openapi.json">openapi.json</a></p>'
+        f"<h2>Endpoints</h2>{operations}<h2>Schemas</h2>{schemas}</body></html>"
+    )
+
+
+def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
+    parts = [f"<p>{escape(operation.get('description') or operation.get('summary', ''))}</p>"]
+    if "requestBody" in operation:
+        parts.append(f"<h4>Body</h4><p>{_content(operation['requestBody']['content'])}</p>")
+    rows = "".join(
+        f"<tr><td>{escape(status)}</td><td>{escape(answer['description'])}</td>"
+        f"<td>{_content(answer.get('content', {}))}</td></tr>"
+        for status, answer in operation["responses"].items()
+    )
+    parts.append(f"<h4>Answers</h4><table>{rows}</table>")
+    return (
+        f'<details><summary><span class="method">{method.upper()}</span> <code>{escape(path)}</code></summary>'
+        f"{''.join(parts)}</details>"
+    )
+
+
+def _content(content: dict[str, Any]) -> str:
+    return "<br>".join(
+        f"{_type(described.get('schema', {}))} ({escape(media_type)})"
+        for media_type, described in content.items()
+    )
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    text = f"<p>{escape(schema['description'])}</p>" if "description" in schema else ""
+    required = schema.get("required", [])
+    rows = "".join(
+        f"<tr><td><code>{escape(name)}</code>{' *' if name in required else ''}</td><td>{_type(each)}</td>"
+        f"<td>{escape(each.get('description', ''))}</td></tr>"
+        for name, each in schema.get("properties", {}).items()
+    )
+    return text + (f"<table>{rows}</table>" if rows else f"<p>{_type(schema)}</p>")
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """A schema in a few words, references as links."""
+    if "$ref" in schema:
+        name = escape(schema["$ref"].rsplit("/", 1)[-1])
+        return f'<a href="#{name}">{name}</a>'
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(map(_type, schema[key]))
+    if "const" in schema or "enum" in schema:
+        return escape(", ".join(json.dumps(each) for each in schema.get("enum", [schema.get("const")])))
+    kind = schema.get("type", "anything")
+    if isinstance(kind, list):
+        return " or ".join(_type(schema | {"type": each}) for each in kind)
+    if kind == "array":
+        return f"list of {_type(schema.get('items', {}))}"
+    return escape(str(kind))

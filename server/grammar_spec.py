@@ -1,0 +1,39 @@
+"""What a grammar is before it is compiled: named parts, values that can be compared and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["json", "regex", "lark"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named grammar: a JSON schema as text, a regular expression, or a grammar in llguidance's dialect of Lark."""
+
+    name: str
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What an answer must be: the first part, which may refer to the others as `@name`.
+
+    Attributes:
+        param: the field of the request that asked for it, for errors.
+    """
+
+    parts: tuple[Part, ...]
+    param: str
+
+    def after(self, rules: str) -> GrammarSpec:
+        """The same after what the rule `before` of `rules` matches, in Lark."""
+        whole = Part("whole", "lark", f"start: before @{self.parts[0].name}\n{rules}")
+        return GrammarSpec((whole, *self.parts), self.param)
+
+    def or_else(self, other: GrammarSpec) -> GrammarSpec:
+        """Either this or `other`."""
+        either = Part("either", "lark", f"start: @{self.parts[0].name} | @{other.parts[0].name}")
+        return GrammarSpec((either, *self.parts, *other.parts), other.param)

@@ -1,0 +1,577 @@
+"""Running a server: warm-up, time limits, names, results, keys, origins, logs, and the description of the API."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from html.parser import HTMLParser
+from pathlib import Path
+
+import openai
+import orjson
+import pytest
+
+from sleb.engine.config import EngineConfig
+from sleb.engine.engine import Engine
+from sleb.errors import ConfigError
+from sleb.server.logs import JsonFormatter, SafeHandler
+from sleb.server.models import BenchResult
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+# Warm-up.
+
+
+def test_ready_once_every_tier_has_answered(serve_engine, fake_engine, wait_until):
+    fake_engine.hold.clear()
+    server = serve_engine(fake_engine, warm_up=True)
+    response = server.http.get("/ready")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "warming_up"
+    assert response.headers["retry-after"]
+    assert server.http.get("/health").status_code == 200
+    fake_engine.hold.set()
+    wait_until(lambda: server.http.get("/ready").status_code == 200)
+    assert [depth for _, _, depth in fake_engine.seen] == [0, 1, 2]
+    assert all(params.max_tokens <= 8 for _, params, _ in fake_engine.seen)
+
+
+def test_requests_are_served_while_it_warms_up(serve_engine, fake_engine):
+    fake_engine.delay = 0.03
+    server = serve_engine(fake_engine, warm_up=True)
+    assert server.complete("ab").json()["choices"][0]["text"] == "ab"
+
+
+def test_a_warm_up_that_is_refused_does_not_keep_clients_away(serve_engine, fake_engine, wait_until, caplog):
+    from sleb.errors import RequestError
+
+    fake_engine.add_error = RequestError("no")
+    server = serve_engine(fake_engine, warm_up=True)
+    wait_until(lambda: server.http.get("/ready").status_code == 200)
+    assert "warming up failed: no" in caplog.text
+
+
+def test_a_dead_engine_is_never_ready(serve_engine, fake_engine, wait_until):
+    fake_engine.error = RuntimeError("broken")
+    server = serve_engine(fake_engine, warm_up=True)
+    wait_until(lambda: server.context.engine.dead is not None)
+    assert server.http.get("/ready").json()["error"]["code"] == "engine_dead"
+
+
+def test_the_real_engine_warms_up_all_tiers_and_a_tiny_context(
+    tiny_model_dir, tiny_chain, serve_engine, wait_until
+):
+    config = EngineConfig(
+        str(tiny_model_dir),
+        layer_map=tiny_chain,
+        tiers=(0, 3),
+        device="cpu",
+        dtype="float32",
+        kv_cache_memory=0.01,
+        max_model_len=2,
+    )
+    server = serve_engine(Engine(config), warm_up=True)
+    wait_until(lambda: server.http.get("/ready").status_code == 200)
+    server.wait_idle()
+
+
+# Time limits.
+
+
+def test_a_whole_answer_that_takes_too_long(serve_engine, fake_engine, caplog):
+    caplog.set_level("INFO")
+    server = serve_engine(fake_engine, request_timeout=0.2)
+    fake_engine.delay = 0.02
+    begin = time.monotonic()
+    response = server.complete("x" * 200)
+    assert 0.15 < time.monotonic() - begin < 1
+    assert response.status_code == 504
+    error = response.json()["error"]
+    assert error["code"] == "timeout"
+    assert "0.2 seconds" in error["message"]
+    server.wait_idle()
+    assert re.search(r"request \S+: model fake:sleb-1, .*, timeout$", caplog.text, re.MULTILINE)
+    assert server.complete("ab").status_code == 200
+    time.sleep(0.25)
+    assert server.complete("ab").status_code == 200
+
+
+def test_a_stream_that_takes_too_long(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, request_timeout=0.2)
+    fake_engine.delay = 0.02
+    response = server.complete("x" * 200, stream=True)
+    assert response.status_code == 200
+    events = response.text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
+    assert 2 < len(events) < 20
+    server.wait_idle()
+
+
+def test_a_stream_whose_reader_sleeps_is_given_up_too(serve_engine, fake_engine):
+    fake_engine.max_model_len = 10**7
+    server = serve_engine(fake_engine, request_timeout=0.3)
+    body = json.dumps({"prompt": "x" * 10**5, "max_tokens": 10**6, "ignore_eos": True, "stream": True})
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as connection:
+        connection.request("POST", "/v1/completions", body)
+        connection.getresponse().read(1)  # and no more
+        server.wait_idle()
+
+
+def test_an_engine_that_hangs_before_it_takes_the_request(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, request_timeout=0.2)
+    fake_engine.hold.clear()
+    with server.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}):
+        response = server.complete("b")
+        assert response.status_code == 504
+        fake_engine.hold.set()
+    server.wait_idle()
+
+
+# Names.
+
+
+def test_aliases_name_every_tier(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, served_model_names=("GPT-4", "other"))
+    client = server.client()
+    assert [model.id for model in client.models.list()] == [
+        *("fake", "fake:sleb-1", "fake:sleb-2"),
+        *("GPT-4", "GPT-4:sleb-1", "GPT-4:sleb-2"),
+        *("other", "other:sleb-1", "other:sleb-2"),
+    ]
+    card = client.models.retrieve("gpt-4:sleb-2")
+    assert (card.id, card.root, card.pruning["depth"]) == ("GPT-4:sleb-2", "fake", 2)
+    for name, depth in [("GPT-4", 0), ("gpt-4:SLEB-1", 1), ("other:sleb-2", 2), ("fake:sleb-2", 2)]:
+        assert server.complete("a", model=name).status_code == 200
+        assert fake_engine.seen[-1][2] == depth
+    assert "GPT-4:sleb-1" in server.complete("a", model="gpt-5").json()["error"]["message"]
+
+
+def test_an_alias_without_the_full_model_is_the_default_tier(serve_engine, fake_engine):
+    fake_engine.tiers = fake_engine.tiers[1:]
+    server = serve_engine(fake_engine, served_model_names=("gpt-4", "fake"))
+    for name in ("gpt-4", "fake"):
+        assert server.complete("a", model=name).json()["model"] == "fake:sleb-1"
+
+
+def test_an_alias_that_another_tier_has(serve_engine, fake_engine):
+    with pytest.raises(ConfigError, match="choose another name"):
+        serve_engine(fake_engine, served_model_names=("fake:sleb-2",))
+
+
+# Results of benchmarks.
+
+
+def result(**changes):
+    rows = [
+        {"test": test, "depth": depth, "baseline_depth": 0, "batch": batch, "speedup": 1 + depth / batch / 10}
+        for test in ("prompt", "generate")
+        for batch in (8, 1)
+        for depth in (0, 2)
+    ]
+    content = {
+        "environment": {"gpu": None, "cpu": "Some CPU", "dtype": "bfloat16"},
+        "model": {"name": "fake", "num_blocks": 6, "fingerprint": None, "removed": ["3", "1"]},
+        "settings": {"dataset": "wikitext2"},
+        "rows": rows,
+    }
+    return content | changes
+
+
+@pytest.fixture
+def load_result(tmp_path):
+    def load(content):
+        path = tmp_path / "result.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return BenchResult.load(str(path))
+
+    return load
+
+
+def test_speedups_come_from_a_result(serve_engine, fake_engine, load_result):
+    measured = load_result(result())
+    measured.check(fake_engine)
+    server = serve_engine(fake_engine, bench_results=(measured,))
+    cards = server.http.get("/v1/models").json()["data"]
+    assert [card["pruning"]["speedup"] for card in cards[:2]] == [None, None]
+    speedup = cards[2]["pruning"]["speedup"]
+    assert (speedup["value"], speedup["test"], speedup["batch"]) == (1.2, "generate", 1)
+    assert (speedup["device"], speedup["dtype"]) == ("Some CPU", "bfloat16")
+    assert [(each["test"], each["batch"]) for each in speedup["measured"]] == [
+        *(("generate", 1), ("generate", 8)),
+        *(("prompt", 1), ("prompt", 8)),
+    ]
+
+
+def test_perplexities_come_from_a_result_where_the_map_has_none(serve_engine, fake_engine, load_result):
+    rows = [{"depth": 0, "perplexity": 10.0}, {"depth": 2, "perplexity": 12.5}]
+    server = serve_engine(fake_engine, bench_results=(load_result(result(rows=rows)),))
+    assert server.http.get("/v1/models/fake:sleb-2").json()["pruning"]["perplexity"]["dataset"] == "some text"
+    object.__setattr__(fake_engine.layer_map, "losses", None)
+    cards = server.http.get("/v1/models").json()["data"]
+    assert cards[1]["pruning"]["perplexity"] is None
+    expected = {"dense": 10.0, "pruned": 12.5, "dataset": "wikitext2"}
+    assert cards[2]["pruning"]["perplexity"] == expected
+
+
+def test_a_result_of_this_repository_can_be_read():
+    path = next(RESULTS.glob("*throughput*.json"))
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["depth"] == 6]
+    speedup = BenchResult.load(str(path)).speedup(6)
+    assert speedup["value"] in {row["speedup"] for row in rows}
+    assert len(speedup["measured"]) == len(rows)
+    assert speedup["device"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"num_blocks": 7, "fingerprint": None, "removed": ["3", "1"]},
+        {"num_blocks": 6, "fingerprint": None, "removed": ["3", "2"]},
+        {"num_blocks": 6, "fingerprint": None, "removed": []},
+    ],
+)
+def test_a_result_of_something_else(fake_engine, load_result, model):
+    with pytest.raises(ConfigError, match=r"result\.json was measured"):
+        load_result(result(model=model)).check(fake_engine)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"model": 1, "rows": []}', result(rows=[{}]), result(rows=3)]
+)
+def test_what_is_no_result(load_result, content):
+    with pytest.raises(ConfigError, match=r"--bench-result .*result\.json"):
+        load_result(content)
+    with pytest.raises(ConfigError, match="No such file"):
+        BenchResult.load("/no/such/file.json")
+
+
+# Keys and origins.
+
+
+def test_the_page_is_open_and_everything_else_guarded(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, api_keys=("key",))
+    assert server.http.get("/").status_code == 200
+    files = re.findall(r'(?:src|href)="(page/[^"]+)"', server.http.get("/").text)
+    assert files
+    for path in ("page/nothing", *files):
+        assert server.http.get(f"/{path}").status_code in (200, 404)
+    for path in ("/metrics", "/docs", "/openapi.json", "/tokenizer_info", "/page", "/page/../v1/models"):
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+            connection.request("GET", path)
+            assert connection.getresponse().status in (401, 404), path
+    for path in ("/tokenize", "/detokenize", "/v1/embeddings", "/v1/chat/completions"):
+        assert server.http.post(path).status_code == 401
+
+
+def preflight(server, origin):
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    headers["Access-Control-Request-Headers"] = "authorization,content-type"
+    return server.http.options("/v1/chat/completions", headers=headers)
+
+
+def test_no_origin_may_unless_asked(server):
+    response = server.http.get("/v1/models", headers={"Origin": "https://a.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert "access-control-allow-origin" not in preflight(server, "https://a.example").headers
+
+
+def test_origins_that_may(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, api_keys=("key",), cors_origins=("https://a.example",))
+    response = preflight(server, "https://a.example")
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "https://a.example"
+    assert "authorization" in response.headers["access-control-allow-headers"].lower()
+    assert "access-control-allow-origin" not in preflight(server, "https://b.example").headers
+    headers = {"Origin": "https://a.example"}
+    denied = server.http.get("/v1/models", headers=headers)
+    assert denied.status_code == 401  # which the page must be able to read
+    assert denied.headers["access-control-allow-origin"] == "https://a.example"
+    allowed = server.http.get("/v1/models", headers=headers | {"Authorization": "Bearer key"})
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    assert "x-request-id" in allowed.headers["access-control-expose-headers"].lower()
+
+
+# Bodies and readers.
+
+
+def test_a_body_of_five_megabytes(serve_engine, fake_engine):
+    fake_engine.max_model_len = 10**7
+    server = serve_engine(fake_engine)
+    text = "Grüße " * 10**6
+    answer = server.complete(text, max_tokens=3).json()
+    assert answer["usage"]["prompt_tokens"] == len(text.encode())
+    answer = server.chat("x" * 5 * 2**20, max_tokens=1).json()
+    assert answer["usage"]["prompt_tokens"] == 5 * 2**20
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("data", [b"\xff\xfe", b'{"prompt": "\xc3\x28"}', b'{"a": "\xed\xa0\x80"}', b"\x00"])
+def test_bytes_that_are_no_text(server, path, data):
+    response = server.http.post(path, content=data, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_body_that_stops_halfway_blocks_nobody(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
+        assert server.complete("ab").status_code == 200
+    assert server.complete("ab").status_code == 200
+
+
+def test_embeddings_are_refused_in_words(server):
+    with server.client() as client, pytest.raises(openai.APIStatusError) as error:
+        client.embeddings.create(model="fake", input="a")
+    assert error.value.status_code == 501
+    assert "no embeddings" in str(error.value)
+
+
+# Logs.
+
+
+def log_lines(program, **streams):
+    code = f"import logging\nfrom sleb.server.logs import configure\nlog = logging.getLogger('x')\n{program}"
+    return subprocess.run([sys.executable, "-c", code], timeout=30, text=True, **streams)
+
+
+def test_a_json_line_has_every_fact():
+    record = logging.LogRecord("a.b", logging.INFO, "f", 1, "request %s\nover", ("x",), None)
+    record.facts = {"tokens": 3, "odd": Path("p")}
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    content = json.loads(line)
+    assert content["message"] == "request x\nover"
+    assert (content["tokens"], content["odd"], content["level"]) == (3, "p", "info")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", content["time"])
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        record.exc_info = sys.exc_info()
+    assert "ZeroDivisionError" in json.loads(JsonFormatter().format(record))["exception"]
+
+
+def test_log_level_and_format():
+    program = "configure('json', 'warning')\nlog.info('no')\nlog.warning('yes %d', 1)"
+    done = log_lines(program, capture_output=True)
+    assert [orjson.loads(line)["message"] for line in done.stderr.splitlines()] == ["yes 1"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_ends_nothing():
+    program = (
+        "import sys\nconfigure('text', 'info')\nfor _ in range(1000): log.info('x' * 1000)\nprint('alive')"
+    )
+    with open("/dev/full", "w") as full:
+        done = log_lines(program, stdout=subprocess.PIPE, stderr=full)
+    assert done.stdout == "alive\n"
+
+
+def test_a_closed_stream_ends_nothing():
+    program = (
+        "import sys\nconfigure('text', 'info')\nlog.info('a')\nsys.stderr.close()\n"
+        "log.info('b')\nlogging.getLogger().handlers[0].flush()\nprint('alive')"
+    )
+    assert log_lines(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout == "alive\n"
+
+
+def test_a_message_that_cannot_be_made_is_dropped(capsys):
+    handler = SafeHandler()
+    handler.handle(logging.LogRecord("a", logging.INFO, "f", 1, "%d", ("x",), None))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_server_whose_reader_has_gone_goes_on(fake_engine_script):
+    """As with `sleb serve … 2>&1 | head -3`."""
+    script = Path(fake_engine_script)
+    process = subprocess.Popen([sys.executable, str(script), "0"], stderr=subprocess.PIPE, text=True)
+    with process:
+        lines = iter(process.stderr.readline, "")
+        url = next(found[1] for line in lines if (found := re.search(r"Serving at (http://\S+)/v1", line)))
+        process.stderr.close()
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
+        for _ in range(3):
+            connection.request("POST", "/v1/completions", json.dumps({"prompt": "ab"}))
+            assert connection.getresponse().read()
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_json_logs_of_a_whole_run(start_process, tiny_model_dir):
+    flags = ["--port", 0, "--threads", 1, "--log-format", "json", "--kv-cache-memory", 0.01]
+    process = start_process("-m", "sleb", "serve", tiny_model_dir, *flags)
+    body = json.dumps({"prompt": "abc", "max_tokens": 2})
+    connection = http.client.HTTPConnection(process.url.removeprefix("http://"), timeout=20)
+    connection.request("POST", "/v1/completions", body, {"X-Request-Id": "mine"})
+    assert connection.getresponse().status == 200
+    process.signal()
+    assert process.wait() == 0
+    contents = [json.loads(line) for line in process.output.splitlines()]
+    serving = next(each for each in contents if each["message"].startswith("Serving at"))
+    assert serving["url"] == process.url
+    request = next(each for each in contents if each.get("request") == "mine")
+    assert (request["prompt_tokens"], request["generated_tokens"], request["reason"]) == (4, 2, "length")
+    assert request["first_token_ms"] > 0
+
+
+# The description of the API.
+
+
+def references(value):
+    if isinstance(value, dict):
+        yield from ([value["$ref"]] if "$ref" in value else [])
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from references(each)
+
+
+def test_openapi_describes_bodies_answers_and_errors(server):
+    document = server.http.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    for reference in references(document):
+        assert reference.removeprefix("#/components/schemas/") in schemas
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    body = chat["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatBody"}
+    assert {"messages", "temperature", "tools", "stream"} <= set(schemas["ChatBody"]["properties"])
+    assert {"200", "400", "404", "413", "503", "504"} <= set(chat["responses"])
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    for path in ("/tokenize", "/detokenize", "/metrics", "/ready", "/version", "/v1/models/{model_id}"):
+        assert path in document["paths"]
+    assert not [key for key in schemas if "Validation" in key]
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert operation["responses"]
+            assert "422" not in operation["responses"]
+            assert operation["description"]
+
+
+def fits(value, schema, schemas):
+    """Whether a value has a schema's type and required keys, all the way down: a small validator of our own."""
+    if "$ref" in schema:
+        schema = schemas[schema["$ref"].rsplit("/", 1)[-1]]
+    if "anyOf" in schema:
+        return any(fits(value, each, schemas) for each in schema["anyOf"])
+    if "const" in schema:
+        return value == schema["const"]
+    kinds = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "null": type(None),
+    }
+    names = schema.get("type", list(kinds))
+    names = [names] if isinstance(names, str) else names
+    if not any(isinstance(value, kinds[name]) for name in names):
+        return False
+    if isinstance(value, dict):
+        fields = schema.get("properties", {})
+        known = all(fits(value[key], fields[key], schemas) for key in fields if key in value)
+        return known and set(schema.get("required", [])) <= set(value)
+    return (
+        all(fits(each, schema.get("items", {}), schemas) for each in value)
+        if isinstance(value, list)
+        else True
+    )
+
+
+def test_answers_are_as_described(server):
+    document = server.http.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+
+    def check(method, path, response, template=None):
+        answers = document["paths"][template or path][method]["responses"]
+        content = answers[str(response.status_code)]["content"]
+        schema = content["application/json"]["schema"]
+        assert fits(response.json(), schema, schemas), path
+
+    for path in ("/v1/models", "/health", "/ready", "/version"):
+        check("get", path, server.http.get(path))
+    check("get", "", server.http.get("/v1/models/fake"), "/v1/models/{model_id}")
+    check("get", "", server.http.get("/v1/models/nobody"), "/v1/models/{model_id}")
+    check("post", "/v1/chat/completions", server.chat("a"))
+    check("post", "/v1/chat/completions", server.chat("a", n=0))
+    check("post", "/v1/completions", server.complete("a", logprobs=1))
+    check("post", "/tokenize", server.post("/tokenize", prompt="a", return_token_strs=True))
+    check("post", "/detokenize", server.post("/detokenize", tokens=[1]))
+    check("post", "/v1/embeddings", server.post("/v1/embeddings"))
+    for path, request in [("/v1/chat/completions", server.chat), ("/v1/completions", server.complete)]:
+        schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+        events = request("ab", stream=True, stream_options={"include_usage": True}).text.strip().split("\n\n")
+        for event in events[:-1]:
+            assert fits(json.loads(event.removeprefix("data: ")), schema, schemas)
+
+
+class Page(HTMLParser):
+    """What a page would load or run, its links, and the tags that it leaves open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.links, self.ids, self.open, self.text = [], [], set(), [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag in ("script", "link", "img", "iframe") or any(name.startswith("on") for name in attributes):
+            self.loads.append(tag)
+        self.links += [attributes["href"]] if "href" in attributes else []
+        self.ids |= {attributes["id"]} if "id" in attributes else set()
+        self.open += [] if tag in ("meta", "br") else [tag]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_docs_load_nothing_and_show_everything(server):
+    response = server.http.get("/docs")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    page = Page(response.text)
+    assert page.loads == []
+    assert page.open == []
+    for link in page.links:
+        assert link == "openapi.json" or (link.startswith("#") and link[1:] in page.ids)
+    assert "url(" not in response.text
+    document = server.http.get("/openapi.json").json()
+    for name in [
+        *document["paths"],
+        *document["components"]["schemas"],
+        "temperature",
+        "max_completion_tokens",
+    ]:
+        assert name in page.text
+
+
+def test_docs_of_a_document_with_markup_in_it():
+    from sleb.server.docs import render
+
+    evil = "<script>alert(1)</script>"
+    operation = {"description": evil, "responses": {evil: {"description": evil}}}
+    schema = {"description": evil, "properties": {evil: {"type": evil, "description": evil}}}
+    info = {"title": evil, "version": evil, "description": evil}
+    document = {"info": info, "paths": {evil: {"get": operation}}, "components": {"schemas": {evil: schema}}}
+    assert "<script" not in render(document)
+
+
+def test_openapi_tells_of_keys_only_where_there_are_some(serve_engine, fake_engine, server):
+    assert "securitySchemes" not in server.http.get("/openapi.json").json()["components"]
+    guarded = serve_engine(fake_engine, api_keys=("key",))
+    document = guarded.http.get("/openapi.json", headers={"Authorization": "Bearer key"}).json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
+    assert "security" not in document["paths"]["/health"]["get"]
