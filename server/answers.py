@@ -115,7 +115,7 @@ class AnswerWriter(ABC):
                     choices[piece.choice] = piece
         written = [self.whole_choice(choices[choice]) for choice in sorted(choices)]
         whole = self._envelope | {"choices": written, "usage": self.generation.usage()}
-        return whole | {"timings": self.generation.timings()}
+        return whole | {"timings": self.generation.timings(), "metrics": self.generation.metrics()}
 
     async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
         """Lists of chunks; an empty list is silence, or increments that make nothing visible yet."""
@@ -125,6 +125,7 @@ class AnswerWriter(ABC):
                 if self._options.include_usage:
                     chunks.append(self._envelope | {"choices": [], "usage": self.generation.usage()})
                 chunks[-1]["timings"] = self.generation.timings()
+                chunks[-1]["metrics"] = self.generation.metrics()
             yield chunks
 
     def _chunk(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:

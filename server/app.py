@@ -75,13 +75,17 @@ async def log_throughput(context: ServerContext) -> None:
         num_output = now.num_output_tokens - before.num_output_tokens
         before = now
         if num_prompt or num_output or now.num_running:
+            facts = {
+                "prompt_tokens_per_second": (num_prompt - num_cached) / interval,
+                "generated_tokens_per_second": num_output / interval,
+                "running": now.num_running,
+                "waiting": now.num_waiting,
+                "kv_cache_percent": now.kv_cache_usage * 100,
+                "prefix_hit_percent": num_cached / num_prompt * 100 if num_prompt else 0.0,
+            }
             logger.info(
                 "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, KV cache %.1f %%, "
                 "prefix hits %.1f %%",
-                (num_prompt - num_cached) / interval,
-                num_output / interval,
-                now.num_running,
-                now.num_waiting,
-                now.kv_cache_usage * 100,
-                num_cached / num_prompt * 100 if num_prompt else 0.0,
+                *facts.values(),
+                extra={"facts": facts},
             )

@@ -71,11 +71,18 @@ def configure(log_format: str, level: str) -> None:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
 
 
+class _QuietConsole(Console):
+    """A console that falls silent where rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Teller:
     """Tells people on standard error how the start goes; where lines are JSON, as log lines."""
 
     def __init__(self, log_format: str) -> None:
-        self._console = Console(stderr=True, highlight=False) if log_format == "text" else None
+        self._console = _QuietConsole(stderr=True, highlight=False) if log_format == "text" else None
 
     def say(self, message: str, **facts: Any) -> None:
         if self._console is None:

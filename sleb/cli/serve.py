@@ -202,7 +202,7 @@ def serve(
         num_threads=threads,
         cpu_affinity=None if cpu_affinity is None else parse_cpus(cpu_affinity),
     )
-    code = run_server(sock, config, options, make_engine=_load_engine)
+    code = run_server(sock, config, options, make_engine=_load_engine if log_format == "text" else None)
     if code:
         raise typer.Exit(code)
 

@@ -307,11 +307,13 @@ def test_origins_that_may(serve_engine, fake_engine):
 def test_a_body_of_five_megabytes(serve_engine, fake_engine):
     fake_engine.max_model_len = 10**7
     server = serve_engine(fake_engine)
-    text = "Grüße " * 10**6
-    answer = server.complete(text, max_tokens=3).json()
-    assert answer["usage"]["prompt_tokens"] == len(text.encode())
-    answer = server.chat("x" * 5 * 2**20, max_tokens=1).json()
-    assert answer["usage"]["prompt_tokens"] == 5 * 2**20
+    fields = {"user": "ü" * 5 * 2**20, "max_tokens": 3}
+    assert server.complete("abc", **fields).json()["choices"][0]["text"] == "abc"
+    tokens = list(range(256)) * 5500
+    assert len(json.dumps(tokens)) > 5 * 2**20
+    assert server.complete(tokens, max_tokens=1).json()["usage"]["prompt_tokens"] == len(tokens)
+    answer = server.chat("Grüße " * 10**5, max_tokens=1).json()
+    assert answer["usage"]["prompt_tokens"] == 8 * 10**5
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
@@ -419,7 +421,7 @@ def test_json_logs_of_a_whole_run(start_process, tiny_model_dir):
     serving = next(each for each in contents if each["message"].startswith("Serving at"))
     assert serving["url"] == process.url
     request = next(each for each in contents if each.get("request") == "mine")
-    assert (request["prompt_tokens"], request["generated_tokens"], request["reason"]) == (4, 2, "length")
+    assert (request["prompt_tokens"], request["generated_tokens"], request["reason"]) == (3, 2, "length")
     assert request["first_token_ms"] > 0
 
 
