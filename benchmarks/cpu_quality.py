@@ -8,7 +8,6 @@ folder, its own bfloat16 model scores them too: a number that this code has no p
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.perplexity import split_windows, transformers_perplexity, windowed_perplexity
-from sleb.benchmarks.report import check_writable, write_text
+from sleb.benchmarks.report import check_writable
 from sleb.engine.config import DTYPE_ALIASES, EngineConfig
 from sleb.engine.llm import LLM
 from sleb.engine.text import TextProcessor
-from sleb.errors import ConfigError, SlebError
+from sleb.errors import ConfigError
 from sleb.fetch import resolve_model
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
@@ -191,12 +191,8 @@ def main(
         output.width = max(output.width, _MIN_WIDTH)
     output.print(make_table(result))
     if json_path is not None:
-        write_text(json_path, json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_result(json_path, result)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SlebError as problem:
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+    run_command(main)

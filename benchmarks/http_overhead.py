@@ -26,12 +26,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import alternated_orders
-from sleb.benchmarks.report import check_writable, write_text
+from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import greedy_params, plain_token_ids
 from sleb.engine.llm import LLM
-from sleb.errors import SlebError
 
 TARGET = 0.9
 _DIRECT, _HTTP = 0, 1
@@ -208,14 +208,10 @@ def main(
         console.print(f"direct {rates['direct']:,.0f}, HTTP {rates['http']:,.0f} tokens/s")
         console.print(f"ratio {result['ratio']:.3f} ({spread}), target {TARGET}: {met}")
         if json_path is not None:
-            write_text(json_path, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+            write_result(json_path, result)
     if not result["complete"]:
         raise typer.Exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SlebError as problem:
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+    run_command(main)

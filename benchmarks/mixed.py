@@ -10,7 +10,6 @@ depth. The ratio is that mean over the time that it took, both of one repetition
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -24,16 +23,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import alternated_orders
 from sleb.benchmarks.idle import QuietPolicy, run_quietly
-from sleb.benchmarks.report import check_writable, write_text
+from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import plain_token_ids
 from sleb.benchmarks.workloads import ThroughputOptions, choose_map, with_model
 from sleb.engine.architecture import resolve_spec
 from sleb.engine.llm import LLM
 from sleb.engine.sampling_params import SamplingParams
-from sleb.errors import ConfigError, SlebError
+from sleb.errors import ConfigError
 from sleb.fetch import resolve_model
 
 # The least that a mixed batch is to keep of the time-weighted throughput: the rest is for uneven ends of the runs.
@@ -284,14 +284,10 @@ def main(
         if disturbed:
             console.print(f"others took part of the processors in {disturbed} repetitions")
         if json_path is not None:
-            write_text(json_path, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+            write_result(json_path, result)
     if not result["complete"]:
         raise typer.Exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SlebError as problem:
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+    run_command(main)

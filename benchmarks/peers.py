@@ -15,7 +15,6 @@ end of a sequence ignored, no prefix cache. Ctrl-C keeps the repetitions that ar
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.harness import Progress
 from sleb.benchmarks.idle import QuietPolicy
 from sleb.benchmarks.peer_measure import Contest, PeerOptions
@@ -45,8 +45,8 @@ from sleb.benchmarks.peer_results import (
     ours,
     print_results,
 )
-from sleb.benchmarks.report import check_writable, write_text
-from sleb.errors import ConfigError, SlebError
+from sleb.benchmarks.report import check_writable
+from sleb.errors import ConfigError
 
 _TESTS = "decode-1,decode-8,decode-32,prompt-512,prompt-1024"
 
@@ -113,7 +113,7 @@ def run_peers(options: PeerOptions, console: Console, json_path: Path | None) ->
 
         def save() -> None:
             if json_path is not None and any(contest.samples.values()):
-                write_text(json_path, _to_json(describe(contest, complete)[0]))
+                write_result(json_path, describe(contest, complete)[0])
 
         grace = 10.0
         problem: PeerError | None = None
@@ -141,10 +141,6 @@ def run_peers(options: PeerOptions, console: Console, json_path: Path | None) ->
     if problem is not None:
         raise problem
     return complete
-
-
-def _to_json(result: dict[str, Any]) -> str:
-    return json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 class _RunsBar:
@@ -249,8 +245,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SlebError as problem:
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+    run_command(main)

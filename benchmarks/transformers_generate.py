@@ -11,7 +11,6 @@ Where both models do not fit into memory together, ours runs first and goes, and
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import time
@@ -25,11 +24,11 @@ import torch
 import typer
 from rich.console import Console
 
+from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.report import check_writable, write_text
+from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import ThroughputBench
 from sleb.benchmarks.workloads import ThroughputOptions, Workload, with_model
-from sleb.errors import SlebError
 
 TARGET = 3.0  # times transformers' throughput, at batch 64 on a card
 _WARM_UPS = 2  # the second finds everything compiled
@@ -284,14 +283,10 @@ def main(
         spread = f"{result['ratio_low']:.2f}–{result['ratio_high']:.2f}"
         console.print(f"ratio {result['ratio']:.2f} ({spread}); target on a card at batch 64: {TARGET}")
         if json_path is not None:
-            write_text(json_path, json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+            write_result(json_path, result)
     if not result["complete"]:
         raise typer.Exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except SlebError as problem:
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+    run_command(main)

@@ -143,10 +143,8 @@ def resolve_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the first CUDA card, else the CPU. Raises ConfigError if it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = "cuda:0"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda:0" if name == "cuda" else name)
     except RuntimeError:
         raise ConfigError(f"device '{name}' is not known; choose one of: auto, cpu, cuda, cuda:N") from None
     if device.type not in ("cpu", "cuda"):

@@ -213,7 +213,7 @@ class FusedExecutor:
         static = self._static[: flat.shape[0]]
         send(flat, static)
         self._page_table[:num_rows, :width] = static[self._layout.size :].view(num_rows, width)
-        if last is not None:
+        if last is not None and last.token_ids.data_ptr() != self._sampled.data_ptr():
             self._sampled[: last.token_ids.shape[0]] = last.token_ids
         replay()
         hidden = self._hidden[:num_rows]

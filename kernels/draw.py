@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.greedy import greedy
-from sleb.kernels.reference import Numbers
 from sleb.kernels.runtime import check_contiguous, power_of_two
 
 _BLOCK = 4096
@@ -187,19 +186,8 @@ def _draw(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr)
     tl.store(out + row, tl.minimum(first, last).to(tl.int64))
 
 
-def draw(
-    logits: Tensor, temperature: Numbers, top_k: Numbers, top_p: Numbers, min_p: Numbers, points: Numbers
-) -> Tensor:
-    """Logits [B, V] of any float dtype to [B] int64; see `sleb.kernels.reference.draw`."""
-    columns = (temperature, top_k, top_p, min_p, points)
-    numbers = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns])
-    if logits.is_cuda and not numbers.is_cuda:
-        numbers = numbers.pin_memory()  # from pageable memory the copy would wait for the device
-    return draw_packed(logits, numbers.to(logits.device, non_blocking=True))
-
-
 def draw_packed(logits: Tensor, numbers: Tensor) -> Tensor:
-    """As `draw`; numbers [5, B] float64 on the device: temperature, top_k, top_p, min_p, points."""
+    """See `sleb.kernels.fused_reference.draw_packed`; logits [B, V] of any float dtype."""
     check_contiguous(logits=logits, numbers=numbers)
     num_rows, vocab_size = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

@@ -10,12 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from sleb.errors import ConfigError
 from sleb.kernels import fused_reference, reference
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.quantization import Weight
+from sleb.kernels.reference import Numbers
 
 
 class Attention(Protocol):
@@ -86,6 +88,22 @@ class FusedKernels:
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
     tuning: Callable[[Callable[[str], None] | None], AbstractContextManager[None]]
     """Inside, operators that do not know their best configuration yet measure it; given each operator's name."""
+
+    def draw(
+        self,
+        logits: Tensor,
+        temperature: Numbers,
+        top_k: Numbers,
+        top_p: Numbers,
+        min_p: Numbers,
+        points: Numbers,
+    ) -> Tensor:
+        """Logits [B, V] to [B] int64, as `sleb.kernels.reference.draw`; the numbers reach the device in one copy."""
+        columns = (temperature, top_k, top_p, min_p, points)
+        numbers = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns])
+        if logits.is_cuda and not numbers.is_cuda:
+            numbers = numbers.pin_memory()  # from pageable memory the copy would wait for the device
+        return self.draw_packed(logits, numbers.to(logits.device, non_blocking=True))
 
 
 def torch_fused_kernels() -> FusedKernels:

@@ -61,7 +61,6 @@ def _torch_kernels(note: str = "") -> Kernels:
 
 def _triton_kernels(device: torch.device) -> Kernels:
     from_triton = triton_fused_kernels()
-    from sleb.kernels.draw import draw
     from sleb.kernels.runtime import INTERPRETED
 
     if device.type != "cuda" and not INTERPRETED:
@@ -74,7 +73,7 @@ def _triton_kernels(device: torch.device) -> Kernels:
         name="triton",
         greedy=from_triton.greedy,
         log_softmax_gather=from_triton.log_softmax_gather,
-        draw=draw,
+        draw=from_triton.draw,
         fused=from_triton,
     )
 

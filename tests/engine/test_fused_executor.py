@@ -118,19 +118,23 @@ def values(output):
     return torch.tensor([entry.logprob for entry in entries])
 
 
+@pytest.fixture(scope="module", params=[2048, 19])
+def traffic_answered(request, tiny_model, make_llm):
+    """A token budget, its traffic, the eager executor's answers, and KV memory that is too little for all of it."""
+    prompts, params, depths = traffic(request.param)
+    options = {"max_num_batched_tokens": request.param, "seed": 3}
+    reference = make_llm(tiny_model("llama-gqa"), CHAIN, TIERS, **options)
+    options["kv_cache_memory"] = (16 * 4 * reference.engine.kv_bytes_per_token(0) + 0.5) / GIB
+    return options, (prompts, params, depths), reference.generate(prompts, params, depths)
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("budget", [2048, 19])
-def test_mixed_traffic_equals_the_eager_executor(budget, graphs, overlap, tiny_model, make, make_llm):
+def test_mixed_traffic_equals_the_eager_executor(traffic_answered, graphs, overlap, tiny_model, make):
     """Four depths, preemptions, prefix hits, chunks; tokens chosen in every way: the same answers, value for value."""
-    model = tiny_model("llama-gqa")
-    prompts, params, depths = traffic(budget)
-    options = {"max_num_batched_tokens": budget, "seed": 3}
-    reference = make_llm(model, CHAIN, TIERS, **options)
-    memory = (16 * 4 * reference.engine.kv_bytes_per_token(0) + 0.5) / GIB
-    expected = reference.generate(prompts, params, depths)
-    llm = make(model, CHAIN, TIERS, graphs, overlap=overlap, kv_cache_memory=memory, **options)
-    outputs = llm.generate(prompts, params, depths)
+    options, asked, expected = traffic_answered
+    llm = make(tiny_model("llama-gqa"), CHAIN, TIERS, graphs, overlap=overlap, **options)
+    outputs = llm.generate(*asked)
     for want, output in zip(expected, outputs, strict=True):
         assert output.token_ids == want.token_ids
         close(values(output), values(want), 5e-4)
@@ -286,7 +290,10 @@ def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm):
         pytest.skip("kernels are compiled here")
     model = tiny_model(name)
     units = (Unit(2), Unit(1, "mlp"), Unit(1, "attention"))
-    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=2)
+    options = {"max_tokens": 3, "ignore_eos": True, "logprobs": 2}
+    greedy = SamplingParams(temperature=0.0, **options)
+    drawn = SamplingParams(temperature=0.9, top_k=7, top_p=0.9, seed=2, **options)
+    params = [greedy, drawn if name == "llama-gqa" else greedy, greedy]
     prompts, depths = [PROMPT[:9], PROMPT[5:6], PROMPT[11:15]], [0, 3, 1]
     options = {"max_num_batched_tokens": 7}
     expected = make_llm(model, units, (0, 1, 3), **options).generate(prompts, params, depths)

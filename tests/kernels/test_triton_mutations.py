@@ -133,7 +133,10 @@ def check_draw(module):
         [0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0, 0.0],
         [0.0, 0.97, 0.5, 0.97, 0.5, 0.97, 0.999, 0.999],  # point
     )
-    assert module.draw(logits, *numbers).tolist() == reference.draw(logits, *numbers).tolist()
+    assert (
+        module.draw_packed(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        == reference.draw(logits, *numbers).tolist()
+    )
 
 
 def check_linear(module):

@@ -12,8 +12,11 @@ import torch
 from sleb.kernels import draw as draw_module
 from sleb.kernels import fused_reference, reference
 from sleb.kernels import greedy as greedy_module
-from sleb.kernels.draw import draw, draw_packed
+from sleb.kernels.draw import draw_packed
+from sleb.kernels.fused import triton_fused_kernels
 from sleb.kernels.greedy import greedy, log_softmax_gather
+
+draw = triton_fused_kernels().draw
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
