@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +29,26 @@ from sleb.fetch import resolve_model
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the start, and the present state; kv_cache_usage is a share, 0 to 1."""
+    """Counters since the start, and the present state.
 
-    num_running: int
-    num_waiting: int
+    running, waiting: requests by depth, without the depths that have none. kv_cache_usage: a share, 0 to 1.
+    """
+
+    running: Mapping[int, int]
+    waiting: Mapping[int, int]
     kv_cache_usage: float
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
     num_preemptions: int
+
+    @property
+    def num_running(self) -> int:
+        return sum(self.running.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(self.waiting.values())
 
 
 class Engine:
@@ -72,6 +84,7 @@ class Engine:
         block_manager = BlockManager(self.runner.num_pages, page_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
         self._requests: dict[str, Request] = {}
+        self._num_open: Counter[int] = Counter()  # by depth
         self._seeds = random.Random(config.seed)
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
 
@@ -159,14 +172,15 @@ class Engine:
         if parent is not None and parent.tier is tier and parent.tokens[: len(tokens)] == tokens:
             request.parent = parent
         self._requests[request_id] = request
+        self._num_open[tier.depth] += 1
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Drops a request and frees its pages at once; an id that is not (or no longer) there is no error."""
-        request = self._requests.pop(request_id, None)
+        request = self._requests.get(request_id)
         if request is not None:
             request.finish_reason = "abort"
-            self.scheduler.remove(request)
+            self._forget(request)
 
     def tier(self, name: str | int | None) -> Tier:
         """The tier with that id or depth; None is the default one. Raises RequestError listing those served."""
@@ -198,10 +212,11 @@ class Engine:
         return len(self.scheduler.waiting)
 
     def stats(self) -> EngineStats:
-        """Counters and present state; cheap enough to call after every step."""
+        """Counters and present state; cheap enough to call after every step, however long the queue."""
+        running = Counter(request.tier.depth for request in self.scheduler.running)
         return EngineStats(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
+            running=running,
+            waiting=self._num_open - running,
             kv_cache_usage=self.scheduler.block_manager.usage,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
@@ -228,6 +243,14 @@ class Engine:
         assert {id(request) for request in self._requests.values()} == {
             id(request) for request in self.scheduler.requests
         }, "the table of requests and the queues differ"
+        depths = Counter(request.tier.depth for request in self._requests.values())
+        assert depths == +self._num_open, "the count of open requests is wrong"
+
+    def _forget(self, request: Request) -> None:
+        """Takes out a request that has ended, and frees its pages."""
+        del self._requests[request.request_id]
+        self._num_open[request.tier.depth] -= 1
+        self.scheduler.remove(request)
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         if not tokens:
@@ -291,8 +314,7 @@ class Engine:
             text = self._append(request, sampled.token_id, ended, now)
         if request.finish_reason is not None:
             request.timings.finished = now
-            del self._requests[request.request_id]
-            self.scheduler.remove(request)
+            self._forget(request)
         return StepOutput(
             request_id=request.request_id,
             new_token_ids=[] if sampled is None else [sampled.token_id],

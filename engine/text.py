@@ -26,7 +26,7 @@ class TextProcessor:
         self.generation_config = _read_generation_config(path)
         self.tokenizer: Tokenizer | None = None
         self.chat_template: str | None = None
-        self._named_tokens: dict[str, str] = {}
+        self.named_tokens: dict[str, str] = {}
         if any((path / name).is_file() for name in _TOKENIZER_FILES):
             self._load(path)
 
@@ -45,7 +45,7 @@ class TextProcessor:
         for name in _NAMED_TOKENS:
             token = getattr(fast, name, None)
             if token is not None:
-                self._named_tokens[name] = str(token)
+                self.named_tokens[name] = str(token)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises RequestError when the model has no tokenizer."""
@@ -80,7 +80,7 @@ class TextProcessor:
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
-                **(self._named_tokens | variables),
+                **(self.named_tokens | variables),
             )
         except Exception as error:
             raise RequestError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ class ServerContext:
     names: dict[str, Tier]
     metrics: ServerMetrics
     created: int = field(default_factory=lambda: int(time.time()))
-    unknown_fields: set[str] = field(default_factory=set)
+    unknown_fields: Counter[str] = field(default_factory=Counter)
     warm: bool = True
 
     @classmethod
@@ -80,7 +81,7 @@ class ServerContext:
         Raises ConfigError for an alias that another tier has already.
         """
         behind_loop = AsyncEngine(engine, max_num_seqs + options.max_queue)
-        unknown_fields: set[str] = set()
+        unknown_fields: Counter[str] = Counter()
         return cls(
             engine=behind_loop,
             options=options,

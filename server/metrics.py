@@ -171,15 +171,16 @@ class TierMetrics:
 class ServerMetrics(Collector):
     """All series of a server, in a registry of its own.
 
-    A queue, a cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
+    The cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
     """
 
-    def __init__(self, engine: AsyncEngine, unknown_fields: set[str]) -> None:
+    def __init__(self, engine: AsyncEngine, unknown_fields: Counter[str]) -> None:
         model = engine.engine
         self._engine = engine
         self._unknown_fields = unknown_fields
         self._model_name = model.model_name
         self._tiers = {tier.id: TierMetrics(model.max_model_len) for tier in model.tiers}
+        self._depths = {tier.id: tier.depth for tier in model.tiers}
         self._http: Counter[tuple[str, str, str]] = Counter()
         self._failures: Counter[str] = Counter()
         self.registry = CollectorRegistry()
@@ -219,24 +220,24 @@ class ServerMetrics(Collector):
         yield _counter("request_failure", "Requests answered with an error.", ("code",), failures)
         text = "HTTP requests that are over."
         yield _counter("http_requests", text, ("method", "path", "status"), self._http.items())
-        text = "Names of request fields that this server does not know, each counted once."
-        yield _counter("unknown_request_fields", text, (), [((), len(self._unknown_fields))])
+        text = "Request fields that this server does not know, every time that one came."
+        yield _counter("unknown_request_fields", text, (), [((), self._unknown_fields.total())])
 
     def _collect_engine(self) -> Iterator[Metric]:
         stats, model = self._engine.stats, (self._model_name,)
-        gauges = (
-            ("num_requests_running", "Requests that are computed now.", stats.num_running),
-            ("num_requests_waiting", "Requests that wait to be computed.", stats.num_waiting),
-            (
-                "kv_cache_usage_perc",
-                "Share of the KV cache that is in use; 1 is all of it.",
-                stats.kv_cache_usage,
-            ),
+        states = (
+            ("num_requests_running", "Requests that are computed now.", stats.running),
+            ("num_requests_waiting", "Requests that wait to be computed.", stats.waiting),
         )
-        for name, text, value in gauges:
+        for name, text, counts in states:
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
-            gauge.add_metric(model, value)
+            for tier, depth in self._depths.items():
+                gauge.add_metric((tier,), counts.get(depth, 0))
             yield gauge
+        text = "Share of the KV cache that is in use; 1 is all of it."
+        gauge = GaugeMetricFamily(PREFIX + "kv_cache_usage_perc", text, labels=("model_name",))
+        gauge.add_metric(model, stats.kv_cache_usage)
+        yield gauge
         text = "Requests that lost their pages and were computed again."
         yield _counter("num_preemptions", text, ("model_name",), [(model, stats.num_preemptions)])
 

@@ -7,6 +7,7 @@ dropped, unless it then means nothing (`tools: []`); fields unknown to it are na
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
@@ -30,6 +31,7 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "prompt_logprobs",
 }
 _MAX_FIELDS_NAMED = 1000  # unknown field names that are remembered
+_OTHER_FIELDS = ""  # where those past that are counted
 
 Model = TypeVar("Model", bound="GenerationBody")
 
@@ -180,7 +182,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse_body(data: bytes, model: type[Model], seen_fields: set[str]) -> Model:
+def parse_body(data: bytes, model: type[Model], unknown_fields: Counter[str]) -> Model:
     """The fields of a JSON body. Raises RequestError for what is no JSON object, or has a field of a wrong type."""
     try:
         content = orjson.loads(data)
@@ -192,7 +194,7 @@ def parse_body(data: bytes, model: type[Model], seen_fields: set[str]) -> Model:
         body = model.model_validate(content)
     except ValidationError as error:
         raise _type_error(error) from None
-    _name_unknown_fields(body, seen_fields)
+    _count_unknown_fields(body, unknown_fields)
     body.check()
     return body
 
@@ -210,11 +212,15 @@ def _type_error(error: ValidationError) -> RequestError:
     return RequestError(f"bad value{shown} for '{field}': {' or '.join(reasons)[:300]}", param=str(field))
 
 
-def _name_unknown_fields(body: GenerationBody, seen: set[str]) -> None:
+def _count_unknown_fields(body: GenerationBody, counts: Counter[str]) -> None:
+    """Counts them, and names each in the log when it first comes."""
     names = list(body.model_extra or {})
     if body.stream_options is not None:
         names += [f"stream_options.{name}" for name in body.stream_options.model_extra or {}]
     for name in (name[:200] for name in names):
-        if name not in seen and len(seen) < _MAX_FIELDS_NAMED:
-            seen.add(name)
-            logger.warning("unknown request field %s is ignored (said once)", shorten(name))
+        if name not in counts:
+            if len(counts) >= _MAX_FIELDS_NAMED:
+                name = _OTHER_FIELDS
+            else:
+                logger.warning("unknown request field %s is ignored (said once)", shorten(name))
+        counts[name] += 1

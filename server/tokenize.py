@@ -98,8 +98,7 @@ async def tokenizer_info(request: Request) -> Response:
     """The special tokens, the chat template and what else a client needs who renders prompts by itself."""
     context = get_context(request)
     tokenizer = _tokenizer(context)
-    text = getattr(context.engine.engine, "text", None)
-    named: dict[str, str] = getattr(text, "_named_tokens", {})
+    named = context.engine.engine.text.named_tokens
     added = tokenizer.get_added_tokens_decoder()
     info: dict[str, Any] = {name: named.get(name) for name in _SPECIAL_NAMES}
     info |= {
@@ -118,7 +117,7 @@ async def tokenizer_info(request: Request) -> Response:
             for token_id, token in added.items()
         },
     }
-    template = getattr(text, "chat_template", None)
+    template = context.engine.engine.text.chat_template
     if template is not None:
         info["chat_template"] = template
     return json_response(info)

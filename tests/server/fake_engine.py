@@ -9,11 +9,13 @@ import argparse
 import sys
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sleb.engine.detokenizer import Detokenizer
+from sleb.engine.engine import EngineStats
 from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
 from sleb.engine.request import Tier
 from sleb.errors import RequestError
@@ -58,6 +60,7 @@ class FakeEngine:
         self.model_name = "fake"
         self.max_model_len = max_model_len
         self.tokenizer = make_tokenizer()
+        self.text = SimpleNamespace(named_tokens={}, chat_template=None)
         self.chat_template = None
         self.max_running = 4
         self.delay = 0.0
@@ -126,6 +129,7 @@ class FakeEngine:
         room = self.max_model_len - len(tokens)
         self._requests[request_id] = SimpleNamespace(
             tokens=tokens,
+            depth=self.tier(depth).depth,
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             num_output=0,
@@ -139,18 +143,11 @@ class FakeEngine:
     def has_unfinished(self):
         return bool(self._requests)
 
-    @property
-    def num_running(self):
-        return min(len(self._requests), self.max_running)
-
-    @property
-    def num_waiting(self):
-        return len(self._requests) - self.num_running
-
     def stats(self):
-        return SimpleNamespace(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
+        depths = [request.depth for request in self._requests.values()]
+        return EngineStats(
+            running=Counter(depths[: self.max_running]),
+            waiting=Counter(depths[self.max_running :]),
             kv_cache_usage=0.0,
             num_prompt_tokens=0,
             num_cached_tokens=0,

@@ -89,21 +89,26 @@ def test_times_are_those_that_passed(serve_engine, fake_engine):
     assert mean == pytest.approx(decode / 4)
 
 
-def test_queue_and_cache_are_gauges_of_the_whole_server(serve_engine, fake_engine, wait_until):
+def test_queues_are_gauges_of_each_tier_and_the_cache_of_all(serve_engine, fake_engine, wait_until):
     fake_engine.max_running = 2
     server = serve_engine(fake_engine)
     fake_engine.delay = 0.02
-    body = {"prompt": "x" * 200, "n": 5, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+    body = {"prompt": "x" * 200, "stream": True}
+    with (
+        server.http.stream("POST", "/v1/completions", json=body | {"model": "fake"}),
+        server.http.stream("POST", "/v1/completions", json=body | {"n": 5}),
+    ):
+        wait_until(lambda: server.context.engine.stats.num_waiting == 4)
         samples = scrape(server)
-        assert value(samples, "num_requests_running", model_name="fake") == 2
-        assert value(samples, "num_requests_waiting", model_name="fake") == 3
+        for state, counts in {"running": (1, 1, 0), "waiting": (0, 4, 0)}.items():
+            tiers = ("fake", "fake:sleb-1", "fake:sleb-2")
+            found = [value(samples, f"num_requests_{state}", model_name=tier) for tier in tiers]
+            assert found == list(counts)
         assert value(samples, "kv_cache_usage_perc", model_name="fake") == 0
         assert value(samples, "num_preemptions_total", model_name="fake") == 0
     server.wait_idle()
     wait_until(lambda: value(scrape(server), "request_aborted_total", model_name=MODEL) == 5)
-    assert value(scrape(server), "num_requests_running", model_name="fake") == 0
+    assert value(scrape(server), "num_requests_running", model_name=MODEL) == 0
 
 
 def test_failures_are_counted_by_code(serve_engine, fake_engine, wait_until):
@@ -157,7 +162,7 @@ def test_paths_and_methods_of_strangers_make_no_series(server):
 def test_unknown_fields_are_counted(server):
     server.complete("a", colour="red", flavour="blue")
     server.complete("a", colour="green")
-    assert value(scrape(server), "unknown_request_fields_total") == 2
+    assert value(scrape(server), "unknown_request_fields_total") == 3
 
 
 def test_names_keep_their_colon_whatever_is_accepted(server):
