@@ -48,9 +48,11 @@ async function readError(response) {
   return new ApiError(response.status, message, error?.code ?? null);
 }
 
-/** The tiers, as GET /v1/models lists them. */
+/** The tiers, as GET /v1/models lists them, each under its first name only. */
 export async function fetchTiers() {
-  return (await (await request("v1/models")).json()).data;
+  const cards = (await (await request("v1/models")).json()).data;
+  const depths = cards.map((card) => card.pruning?.depth ?? card.id);
+  return cards.filter((card, index) => depths.indexOf(depths[index]) === index);
 }
 
 /** The data of each event of a response, as text. */

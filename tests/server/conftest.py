@@ -97,6 +97,12 @@ def fake_engine():
     return fake.FakeEngine()
 
 
+@pytest.fixture(scope="session")
+def make_fake_engine():
+    """make_fake_engine(max_model_len=256) -> an engine without a model."""
+    return fake.FakeEngine
+
+
 @pytest.fixture
 def serve_engine() -> Iterator:
     """serve_engine(engine, **options) -> RunningServer, closed at the end of the test."""

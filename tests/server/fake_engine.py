@@ -50,7 +50,8 @@ class FakeEngine:
     """The interface of sleb.engine.engine.Engine as far as the server uses it.
 
     Switches: `delay` seconds a step; `hold` (an event: a cleared one stops all steps); `error` is raised by the
-    next step, `add_error` by the next add_request; `max_running` requests advance, the others wait.
+    next step, `add_error` by the next add_request; `max_running` requests advance, the others wait; `answer`: the ids
+    that answer later requests.
     """
 
     def __init__(self, max_model_len=256):
@@ -68,6 +69,7 @@ class FakeEngine:
         self.hold.set()
         self.error = self.add_error = None
         self.fail_after = None
+        self.answer = None  # token ids; None: the prompt's own
         self.num_steps = 0
         self.threads = set()
         self.seen = []  # (prompt, params, depth) of every request
@@ -129,6 +131,7 @@ class FakeEngine:
         room = self.max_model_len - len(tokens)
         self._requests[request_id] = SimpleNamespace(
             tokens=tokens,
+            answer=tokens if self.answer is None else self.answer,
             depth=self.tier(depth).depth,
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -174,13 +177,13 @@ class FakeEngine:
         new_ids, text, reason, stop = [], "", None, None
         first = request.num_output == 0
         if request.max_tokens > 0:
-            token = request.tokens[request.num_output % len(request.tokens)]
+            token = request.answer[request.num_output % len(request.answer)]
             request.timings.first_token = request.timings.first_token or now
             request.num_output += 1
             new_ids, text = [token], request.detokenizer.push(token)
             if request.detokenizer.stopped_by is not None:
                 reason, stop = "stop", request.detokenizer.stopped_by
-            elif request.num_output == len(request.tokens) and not params.ignore_eos:
+            elif request.num_output == len(request.answer) and not params.ignore_eos:
                 reason = "stop"
         if reason is None and request.num_output >= request.max_tokens:
             reason = "length"

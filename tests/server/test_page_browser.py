@@ -255,10 +255,12 @@ def test_tiers_are_told_apart_before_one_is_chosen(server, open_page):
         "perplexity": {"dense": 20.04, "pruned": 31.72, "dataset": "some text"},
         "speedup": {"value": 1.375, "test": "decode", "batch": 1, "device": "a card"},
     }
-    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": cards}))
+    aliases = [card | {"id": f"other-{number}"} for number, card in enumerate(cards)]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": cards + aliases}))
     page.reload()
     page.locator("#tier-a .name").wait_for()
     page.click("#tier-a")
+    assert page.locator(".tier-card").count() == len(cards)
     shown = page.locator(".tier-card").nth(1).inner_text().replace("\n", " ")
     for each in ("Depth 3", "Blocks 4 of 6", "Weights", "Perplexity 31.7", "Speed 1.38 times"):
         assert each in shown
