@@ -146,6 +146,14 @@ class FakeEngine:
     def has_unfinished(self):
         return bool(self._requests)
 
+    @property
+    def num_running(self):
+        return self.stats().num_running
+
+    @property
+    def num_waiting(self):
+        return self.stats().num_waiting
+
     def stats(self):
         depths = [request.depth for request in self._requests.values()]
         return EngineStats(
