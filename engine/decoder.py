@@ -85,11 +85,15 @@ class Decoder:
 
     def logits(self, residual: Tensor) -> Tensor:
         """Final norm and head: residual [B, E] to logits [B, V] in float32."""
+        return self.kernels.linear(self.head_inputs(residual), self.weights.head.weight, None).float()
+
+    def head_inputs(self, residual: Tensor) -> Tensor:
+        """What the head multiplies: residual [B, E] after the final norm and, where there is one, the projection."""
         weights = self.weights
         hidden = residual if weights.final_norm is None else self._norm(residual, weights.final_norm)
         if weights.project_out is not None:
             hidden = self.kernels.linear(hidden, weights.project_out.weight, None)
-        return self.kernels.linear(hidden, weights.head.weight, None).float()
+        return hidden
 
     def _norm(self, x: Tensor, norm: Norm) -> Tensor:
         if self.spec.norm == "rms":

@@ -1,9 +1,8 @@
-"""A decoder for the search: embed, run one unit, loss, over dense windows of tokens without a KV cache."""
+"""A decoder for the search: embed, run one unit, losses, over dense windows of tokens without a KV cache."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sleb.engine.architecture import resolve_spec
@@ -13,16 +12,16 @@ from sleb.engine.loader import load_weights
 from sleb.engine.text import TextProcessor
 from sleb.engine.weights import all_sublayers
 from sleb.fetch import resolve_model
+from sleb.kernels.cross_entropy import linear_cross_entropy
 from sleb.kernels.reference import causal_attention
 from sleb.kernels.registry import select_kernels
 from sleb.layer_map import Unit
 
-# Rows of logits at once: 512 rows of 128k entries in float32 are 256 MiB.
-_LOSS_ROWS = 512
-
 
 class DecoderScorer:
     """`sleb.search.ScoringModel` over the engine's decoder. W windows of L tokens, hidden size E.
+
+    Differentiable with respect to hidden states; callers that need no gradient say torch.no_grad().
 
     Attributes:
         num_blocks, hidden_size, max_length: of the model; max_length is its longest window in tokens.
@@ -52,13 +51,11 @@ class DecoderScorer:
         decoder = Decoder(spec, weights, kernels, spec.max_positions, target)
         return cls(decoder, resolved.name, TextProcessor(resolved.path))
 
-    @torch.inference_mode()
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [W, L] int64 to hidden states [W, L, E]."""
         flat = token_ids.to(self._decoder.device).reshape(-1)
         return self._decoder.embed(flat, self._positions(*token_ids.shape)).view(*token_ids.shape, -1)
 
-    @torch.inference_mode()
     def run(self, unit: Unit, hidden: Tensor) -> Tensor:
         """Hidden states [W, L, E] after `unit`, as a new tensor; a block is its attention, then its MLP."""
         num_windows, length, _ = hidden.shape
@@ -74,17 +71,14 @@ class DecoderScorer:
             flat = self._decoder.run(sublayer, flat, rotation, attend)
         return flat.view(hidden.shape)
 
-    @torch.inference_mode()
-    def loss(self, hidden: Tensor, token_ids: Tensor) -> float:
-        """Sum over the windows of mean cross-entropy (L − 1 targets, float32) × L."""
+    def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Cross-entropy [W, L − 1] float32 in nats of each token given those before it."""
         num_windows, length = token_ids.shape
-        states = hidden[:, :-1].reshape(num_windows * (length - 1), -1)
+        states = self._decoder.head_inputs(hidden[:, :-1].reshape(num_windows * (length - 1), -1))
         targets = token_ids[:, 1:].reshape(-1).to(states.device)
-        total = 0.0
-        for start in range(0, states.shape[0], _LOSS_ROWS):
-            logits = self._decoder.logits(states[start : start + _LOSS_ROWS])
-            total += F.cross_entropy(logits, targets[start : start + _LOSS_ROWS], reduction="sum").item()
-        return total / (length - 1) * length
+        weight = self._decoder.weights.head.weight
+        assert isinstance(weight, Tensor), "the scorer never quantises"
+        return linear_cross_entropy(states, weight, targets).view(num_windows, length - 1)
 
     def _positions(self, num_windows: int, length: int) -> Tensor:
         return torch.arange(length, device=self._decoder.device).repeat(num_windows)

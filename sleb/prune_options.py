@@ -11,8 +11,11 @@ import torch
 
 from sleb.calibration import check_options
 from sleb.errors import ConfigError
+from sleb.search import check_units
 
 DTYPES = ("float32", "bfloat16", "float16")
+PRUNE_MODES = ("exact", "fast")
+SCREENS = ("race", "gradient")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class PruneOptions:
         seqlen: tokens a window; None: 2,048, or the model's context if that is shorter.
         windows: how many windows; None: up to 128. seed: shuffles them; the rows sampler has seed 0.
         dtype, device: of the model while searching.
+        units: "blocks", "sublayers" or "attention"; what `remove` counts.
+        mode: "exact" is the paper's algorithm; "fast" looks at fewer candidates.
+        screen: how a fast search finds them: "race" or "gradient".
         batch_windows: windows that run at once; None: as many as fit the search's memory bound.
         resume: continue the map in `output`. force: replace it.
     """
@@ -41,6 +47,9 @@ class PruneOptions:
     seed: int | None = None
     dtype: str = "float32"
     device: str = "auto"
+    units: str = "blocks"
+    mode: str = "exact"
+    screen: str = "race"
     batch_windows: int | None = None
     resume: bool = False
     force: bool = False
@@ -49,10 +58,19 @@ class PruneOptions:
         """ConfigError for what can be seen without the model: a slip must not cost the time to load it."""
         parse_remove(self.remove, 10**6)
         check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
+        check_units(self.units)
+        for name, value, allowed in (("mode", self.mode, PRUNE_MODES), ("screen", self.screen, SCREENS)):
+            if value not in allowed:
+                raise ConfigError(f"{name} {value!r} does not exist: choose {' or '.join(allowed)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} does not exist: choose {', '.join(DTYPES)}")
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output file that it continues")
+
+    @property
+    def search_mode(self) -> str:
+        """The mode of `sleb.search`: "exact", or the screen of a fast search."""
+        return "exact" if self.mode == "exact" else self.screen
 
 
 def parse_remove(remove: int | str, num_blocks: int) -> int:

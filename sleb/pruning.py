@@ -14,7 +14,15 @@ from sleb.calibration import Calibration, adds_special_tokens, calibration_windo
 from sleb.errors import ConfigError, LayerMapError
 from sleb.layer_map import LayerMap
 from sleb.prune_options import PruneOptions, parse_remove
-from sleb.search import ScoringModel, SearchProgress, SearchResult, check_num_remove, search
+from sleb.search import (
+    ScoringModel,
+    SearchProgress,
+    SearchResult,
+    SearchSettings,
+    check_num_remove,
+    num_units,
+    search,
+)
 
 DEFAULT_SEQLEN = 2048
 
@@ -101,7 +109,9 @@ def run_pruning(
             resume=start,
             progress=progress,
             on_round=finish_round,
-            batch_windows=options.batch_windows,
+            settings=SearchSettings(
+                units=options.units, mode=options.search_mode, batch_windows=options.batch_windows
+            ),
         )
     else:
         result = start
@@ -154,10 +164,10 @@ def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
 
 
 def _num_remove(options: PruneOptions, num_blocks: int) -> int:
-    num_remove = parse_remove(options.remove, num_blocks)
-    check_num_remove(num_remove, num_blocks)
+    num_remove = parse_remove(options.remove, num_units(options.units, num_blocks))
+    check_num_remove(num_remove, num_blocks, options.units)
     if options.depth is not None and not 0 <= options.depth <= num_remove:
-        allowed = f"0 to {num_remove}, the number of blocks removed"
+        allowed = f"0 to {num_remove}, the number of units removed"
         raise ConfigError(f"depth {options.depth} to recommend must be {allowed}")
     return num_remove
 

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,13 +22,20 @@ from rich.text import Text
 from sleb.layer_map import LayerMap
 from sleb.prune_options import PruneOptions, set_threads
 from sleb.pruning import PruneReport, run_pruning
-from sleb.search import SearchProgress
+from sleb.search import Margin, SearchProgress
 
 
 def prune(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).")],
-    remove: Annotated[str, typer.Option(help="How many blocks: 6, or a share like 20%.")] = "20%",
+    remove: Annotated[str, typer.Option(help="How many units: 6, or a share like 20%.")] = "20%",
+    units: Annotated[
+        str, typer.Option(help="blocks; sublayers (attention and MLP apart); attention (alone).")
+    ] = "blocks",
+    mode: Annotated[
+        str, typer.Option(help="exact: the paper's algorithm; fast: fewer candidates.")
+    ] = "exact",
+    screen: Annotated[str, typer.Option(help="How fast finds them: race or gradient.")] = "race",
     calibration: Annotated[str, typer.Option(help="wikitext2, c4, or a text file.")] = "wikitext2",
     sampler: Annotated[
         str, typer.Option(help="packed: the text cut into windows; rows: the paper's.")
@@ -50,7 +57,7 @@ def prune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the map in --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the map in --output.")] = False,
 ) -> None:
-    """Find the blocks that a model can do without, and write them to a layer map.
+    """Find the blocks, or parts of blocks, that a model can do without, and write them to a layer map.
 
     Ctrl-C keeps what is decided; the same command with --resume goes on from there.
     """
@@ -65,6 +72,9 @@ def prune(
         seed=seed,
         dtype=dtype,
         device=device,
+        units=units,
+        mode=mode,
+        screen=screen,
         resume=resume,
         force=force,
     )
@@ -106,10 +116,14 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
     """The table of rounds, what the search cost beside the authors' implementation, and where the map is."""
     layer_map, num_tokens = report.layer_map, report.num_windows * report.seqlen
     losses = layer_map.losses or ()
+    kind = "units" if any(unit.part != "block" for unit in layer_map.removed) else "blocks"
     table = Table(
-        title=Text(f"{layer_map.model}: {layer_map.max_depth} of {layer_map.num_blocks} blocks removed")
+        title=Text(
+            f"{layer_map.model}: {layer_map.max_depth} {kind} of {layer_map.num_blocks} blocks removed"
+        )
     )
-    for heading in ("round", "removed", "loss", "perplexity", "change"):
+    margins = dict(zip(range(layer_map.max_depth, 0, -1), reversed(report.result.margins), strict=False))
+    for heading in ("round", "removed", "loss", "perplexity", "change", "next best"):
         table.add_column(heading, justify="right")
     for number, loss in enumerate(losses):
         unit = str(layer_map.removed[number - 1]) if number else "none"
@@ -120,23 +134,37 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
             f"{loss:.2f}",
             f"{perplexity(loss, num_tokens):.3f}",
             f"{change:+.1%}" if number else "",
+            margin_text(margins[number], num_tokens) if number in margins else "",
         )
     console.print(table)
-    spent, reference = report.result.num_passes, report.result.reference_passes
-    if spent:
-        console.print(
-            f"{spent} block passes a window over {report.num_windows} windows of {report.seqlen} tokens in "
-            f"{report.seconds:.1f} s; the authors' implementation takes {reference} passes for these rounds "
-            f"({reference / spent:.2f} times as many).",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    if report.result.cost.num_passes:
+        console.print(cost_text(report), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Written to {output}; it recommends depth {layer_map.depth}.",
         markup=False,
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def margin_text(margin: Margin, num_tokens: int) -> str:
+    """How much worse the next best candidate was: "7 +1.2% (3.4 s.e.)"; z is of paired differences between texts."""
+    if margin.runner_up is None:
+        return "none"
+    sign = "≥" if margin.at_least else ""
+    clear = "" if margin.z is None else f" ({margin.z:.1f} s.e.)"
+    return f"{margin.runner_up} {sign}{perplexity(margin.difference, num_tokens) - 1:+.2%}{clear}"
+
+
+def cost_text(report: PruneReport) -> str:
+    """What the search took, beside the authors' implementation for the same rounds."""
+    cost, num_tokens = report.result.cost, report.num_windows * report.seqlen
+    return (
+        f"{cost.num_passes:g} block passes and {cost.num_evaluations:g} heads a window, over {report.num_windows} "
+        f"windows of {report.seqlen} tokens, in {report.seconds:.1f} s "
+        f"({cost.num_evaluations * num_tokens / max(report.seconds, 1e-9):.0f} tokens/s). The authors' implementation "
+        f"takes {cost.reference_passes:g} block passes and {cost.reference_evaluations:g} heads for these rounds "
+        f"({cost.reference_passes / cost.num_passes:.2f} times as many passes)."
     )
 
 
@@ -149,20 +177,19 @@ def perplexity(loss: float, num_tokens: int) -> float:
 
 
 class _ProgressBar:
-    """Block passes done of all, the round, the best candidate so far; appears with the first report."""
+    """The share that is done, the round, the best candidate so far; appears with the first report."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("", total=None)
-        self._seqlen = 0
+        self._task = self._progress.add_task("", total=1)
 
     def __enter__(self) -> _ProgressBar:
         return self
@@ -172,14 +199,9 @@ class _ProgressBar:
 
     def update(self, at: SearchProgress) -> None:
         self._progress.start()  # does nothing once it is started
-        best = (
-            "none yet"
-            if at.best is None
-            else f"{at.best} (loss {at.best_loss / at.best_windows:.2f} a window)"
-        )
+        best = "none yet" if at.best is None else f"{at.best} (loss {at.best_loss:.4f} a token)"
         self._progress.update(
             self._task,
-            total=at.passes_total,
-            completed=int(at.passes_done),
+            completed=at.share,
             description=f"round {at.round}/{at.num_rounds}, best {best}",
         )

@@ -158,4 +158,6 @@ def test_scorer_loss_is_mean_cross_entropy_times_length(name, tiny_model):
             before = hidden.clone()
             hidden, given = scorer.run(Unit(block), hidden), hidden
             assert torch.equal(given, before), "the input of run must stay as it is"
-        assert scorer.loss(hidden, windows) == pytest.approx(expected, abs=1e-3)
+        losses = scorer.token_losses(hidden, windows)
+        assert losses.shape == (3, 20)
+        assert float(losses.mean(1).sum() * 21) == pytest.approx(expected, abs=1e-3)
