@@ -10,7 +10,7 @@ from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype
 from sleb.engine.decoder import Decoder
 from sleb.engine.loader import load_weights
 from sleb.engine.text import TextProcessor
-from sleb.engine.weights import all_sublayers
+from sleb.engine.weights import all_sublayers, num_bytes
 from sleb.fetch import resolve_model
 from sleb.kernels.cross_entropy import linear_cross_entropy
 from sleb.kernels.reference import causal_attention
@@ -79,6 +79,15 @@ class DecoderScorer:
         weight = self._decoder.weights.head.weight
         assert isinstance(weight, Tensor), "the scorer never quantises"
         return linear_cross_entropy(states, weight, targets).view(num_windows, length - 1)
+
+    def num_parameters(self, unit: Unit) -> int:
+        """How many weights a unit has."""
+        weights = self._decoder.weights
+        parts = [
+            weights.attention[block] if part == "attention" else weights.mlp[block]
+            for block, part in unit.sublayers
+        ]
+        return num_bytes(parts) // weights.dtype.itemsize
 
     def _positions(self, num_windows: int, length: int) -> Tensor:
         return torch.arange(length, device=self._decoder.device).repeat(num_windows)

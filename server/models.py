@@ -71,19 +71,17 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> dict[str, Any]:
 
 
 def perplexities(layer_map: LayerMap, depth: int) -> dict[str, Any] | None:
-    """Perplexity of the dense model and at `depth` on the map's calibration text; None unless all of it is known.
+    """Perplexity of the dense model and at `depth` on the map's held-out text, else on its calibration text.
 
-    The map's loss is the sum over windows of mean cross-entropy × window length.
+    None unless all of it is known, the text's name too.
     """
-    record, losses = layer_map.calibration, layer_map.losses
-    if record is None or losses is None or not (record.source and record.windows and record.seqlen):
-        return None
-    num_tokens = record.windows * record.seqlen
-    try:
-        dense, pruned = (math.exp(losses[k] / num_tokens) for k in (0, depth))
-    except OverflowError:
-        return None
-    return {"dense": dense, "pruned": pruned, "dataset": record.source}
+    for held_out, record in ((True, layer_map.held_out), (False, layer_map.calibration)):
+        dense, pruned = (layer_map.perplexity(each, held_out=held_out) for each in (0, depth))
+        if record is None or not record.source or dense is None or pruned is None:
+            continue
+        if math.isfinite(dense) and math.isfinite(pruned):
+            return {"dense": dense, "pruned": pruned, "dataset": record.source}
+    return None
 
 
 @dataclass(frozen=True)

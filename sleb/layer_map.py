@@ -6,7 +6,8 @@ shallower one runs. The JSON form (schema 1) is one object:
     {"schema_version": 1, "model": "llama-2-7b", "fingerprint": "sha256:..." | null, "num_blocks": 32,
      "removed": [14, "7.attention"], "depth": 2, "losses": [dense, after 14, after 7.attention] | null,
      "candidate_losses": [{"1": 2.5, ..., "14": 2.25}, {...}] | null,
-     "calibration": {...} | null, "source": "citation" | null}
+     "calibration": {...} | null, "source": "citation" | null,
+     "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...]}       (left out where unknown)
 
 A block is written as its number and a part of one as "7.attention" or "7.mlp". A candidate that the search
 disqualified (its loss was not finite) is null there and `math.inf` in memory. Fields that are not named
@@ -28,9 +29,17 @@ from typing import cast
 from sleb.errors import LayerMapError
 from sleb.fingerprint import model_fingerprint
 from sleb.layer_map_json import dump_document, parse_document
-from sleb.units import CalibrationRecord, Part, Sublayer, Unit, is_int
+from sleb.units import CalibrationRecord, Part, SearchRecord, Sublayer, Unit, is_int
 
-__all__ = ["CalibrationRecord", "LayerMap", "Part", "Unit", "model_fingerprint", "shipped_maps"]
+__all__ = [
+    "CalibrationRecord",
+    "LayerMap",
+    "Part",
+    "SearchRecord",
+    "Unit",
+    "model_fingerprint",
+    "shipped_maps",
+]
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,9 @@ class LayerMap:
 
     `losses[k]` is the loss (sum over the calibration windows of mean cross-entropy × window length) with
     the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss of every
-    unit that round k + 1 tried, `math.inf` for a disqualified one. `depth` is the recommended one; left
-    out, it is the whole order. Raises LayerMapError when the fields contradict each other.
+    unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out_losses` are like `losses`, on
+    a text that took no part in the search (`held_out`): the calibration text flatters what was chosen on it. `depth` is
+    the recommended one; left out, it is the whole order. Raises LayerMapError when the fields contradict each other.
     """
 
     model: str
@@ -52,6 +62,9 @@ class LayerMap:
     calibration: CalibrationRecord | None = None
     depth: int = -1
     source: str | None = None
+    search: SearchRecord | None = None
+    held_out: CalibrationRecord | None = None
+    held_out_losses: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.num_blocks) or self.num_blocks < 1:
@@ -61,7 +74,10 @@ class LayerMap:
         self._check_repeats()
         if self.losses is not None:
             object.__setattr__(self, "losses", tuple(self.losses))
-            self._check_losses(self.losses)
+            self._check_losses(self.losses, "losses")
+        if self.held_out_losses is not None:
+            object.__setattr__(self, "held_out_losses", tuple(self.held_out_losses))
+            self._check_losses(self.held_out_losses, "held_out_losses")
         if self.candidate_losses is not None:
             object.__setattr__(self, "candidate_losses", tuple(dict(each) for each in self.candidate_losses))
             self._check_candidates(self.candidate_losses)
@@ -85,15 +101,15 @@ class LayerMap:
                     )
                 owner[sublayer] = unit
 
-    def _check_losses(self, losses: tuple[float, ...]) -> None:
+    def _check_losses(self, losses: tuple[float, ...], name: str) -> None:
         if len(losses) != len(self.removed) + 1:
             wanted = f"{len(self.removed) + 1} (the dense model's and one after each removal)"
             raise LayerMapError(
-                f"losses has {len(losses)} values; {len(self.removed)} removals need {wanted}"
+                f"{name} has {len(losses)} values; {len(self.removed)} removals need {wanted}"
             )
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise LayerMapError(f"losses[{index}] is {loss}: every loss must be a finite number")
+                raise LayerMapError(f"{name}[{index}] is {loss}: every loss must be a finite number")
 
     def _check_candidates(self, rounds: tuple[dict[Unit, float], ...]) -> None:
         if len(rounds) != len(self.removed):
@@ -145,13 +161,30 @@ class LayerMap:
     def at(self, depth: int) -> LayerMap:
         """The map whose order is cut to its first `depth` removals, and which recommends all of them."""
         self._depth(depth)
+        held_out = self.held_out_losses
         return replace(
             self,
             removed=self.removed[:depth],
             losses=None if self.losses is None else self.losses[: depth + 1],
+            held_out_losses=None if held_out is None else held_out[: depth + 1],
             candidate_losses=None if self.candidate_losses is None else self.candidate_losses[:depth],
             depth=depth,
         )
+
+    def perplexity(self, depth: int, *, held_out: bool = False) -> float | None:
+        """Perplexity at `depth` on the calibration text, or on the held-out one; None where that is not known.
+
+        A loss is the sum over windows of mean cross-entropy × window length.
+        """
+        record, losses = (
+            (self.held_out, self.held_out_losses) if held_out else (self.calibration, self.losses)
+        )
+        if losses is None or record is None or not (record.windows and record.seqlen):
+            return None
+        try:
+            return math.exp(losses[self._depth(depth)] / (record.windows * record.seqlen))
+        except OverflowError:
+            return math.inf
 
     def recommend(self, depth: int) -> LayerMap:
         """The same order with another recommended depth."""

@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from sleb.errors import LayerMapError
-from sleb.units import CalibrationRecord, Unit, is_int
+from sleb.units import CalibrationRecord, SearchRecord, Unit, is_int
 
 SCHEMA_VERSION = 1
+_LATER_FIELDS = ("search", "held_out", "held_out_losses")  # that maps without them need not name
+
+Record = TypeVar("Record", CalibrationRecord, SearchRecord)
 _TYPE_NAMES: dict[type, str] = {
     dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number",
     bool: "true or false", type(None): "null",
@@ -27,8 +30,12 @@ def dump_document(values: Mapping[str, Any]) -> str:
             {str(unit): loss if math.isfinite(loss) else None for unit, loss in sorted(candidates.items())}
             for candidates in values["candidate_losses"]
         ]
-    if values["calibration"] is not None:
-        document["calibration"] = dict(sorted(asdict(values["calibration"]).items()))
+    for name in ("calibration", "search", "held_out"):
+        if values[name] is not None:
+            document[name] = dict(sorted(asdict(values[name]).items()))
+    for name in _LATER_FIELDS:
+        if document[name] is None:
+            del document[name]
     return json.dumps(dict(sorted(document.items())), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -44,7 +51,9 @@ def parse_document(text: str) -> dict[str, Any]:
             f"its top level is {found}; a layer map is an object with model, num_blocks, removed"
         )
     _check_schema(document)
-    calibration = _get(document, "calibration", dict, optional=True)
+    calibration, held_out, search = (
+        _get(document, name, dict, optional=True) for name in ("calibration", "held_out", "search")
+    )
     removed = _get(document, "removed", list)
     return {
         "model": _get(document, "model", str),
@@ -55,9 +64,16 @@ def parse_document(text: str) -> dict[str, Any]:
         "candidate_losses": _each(
             _get(document, "candidate_losses", list, optional=True), _candidates, "candidate_losses"
         ),
-        "calibration": None if calibration is None else _calibration(calibration),
+        "calibration": None
+        if calibration is None
+        else _record(calibration, CalibrationRecord, "calibration"),
         "depth": len(removed) if document.get("depth") is None else _depth(document["depth"]),
         "source": _get(document, "source", str, optional=True),
+        "search": None if search is None else _record(search, SearchRecord, "search"),
+        "held_out": None if held_out is None else _record(held_out, CalibrationRecord, "held_out"),
+        "held_out_losses": _each(
+            _get(document, "held_out_losses", list, optional=True), _loss, "held_out_losses"
+        ),
     }
 
 
@@ -133,15 +149,13 @@ def _candidates(value: Any, where: str) -> dict[Unit, float]:
     }
 
 
-def _calibration(value: dict[str, Any]) -> CalibrationRecord:
+def _record(value: dict[str, Any], kind: type[Record], where: str) -> Record:
     kinds: dict[str, type] = {"seed": int, "seqlen": int, "windows": int, "special_tokens": bool}
-    known = {each.name: kinds.get(each.name, str) for each in fields(CalibrationRecord)}
+    known = {each.name: kinds.get(each.name, str) for each in fields(kind)}
     try:
-        return CalibrationRecord(
-            **{name: _get(value, name, kind, optional=True) for name, kind in known.items()}
-        )
+        return kind(**{name: _get(value, name, found, optional=True) for name, found in known.items()})
     except LayerMapError as error:
-        raise LayerMapError(f"in calibration: {error}") from None
+        raise LayerMapError(f"in {where}: {error}") from None
 
 
 def _depth(value: Any) -> int:

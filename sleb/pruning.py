@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from sleb.calibration import Calibration, adds_special_tokens, calibration_windows
-from sleb.errors import ConfigError, LayerMapError
-from sleb.layer_map import LayerMap
-from sleb.prune_options import PruneOptions, parse_remove
+from sleb.calibration import Calibration, adds_special_tokens, calibration_windows, token_hash
+from sleb.choice import FrontPoint, Target, check_reachable, front
+from sleb.cost_model import CostModel, fit_cost_model
+from sleb.errors import ConfigError
+from sleb.layer_map import LayerMap, SearchRecord, Unit
+from sleb.prune_options import DEFAULT_REMOVE, PruneOptions, parse_increase, parse_remove
+from sleb.prune_output import check_output, check_resume
 from sleb.search import (
     ScoringModel,
     SearchProgress,
     SearchResult,
     SearchSettings,
+    candidate_units,
     check_num_remove,
     num_units,
     search,
+    total_loss,
 )
 
 DEFAULT_SEQLEN = 2048
@@ -38,22 +42,30 @@ class PrunableModel(ScoringModel, Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def max_length(self) -> int | None: ...
+    def num_parameters(self, unit: Unit) -> int: ...
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a search found, the block passes per window that it took, its tokens and its seconds."""
+    """What a search found, what it took, and the front that it gives.
+
+    Attributes:
+        result: with the work of this search. num_windows, seqlen: of the calibration. seconds: of the search alone.
+        front: quality and predicted speedup of every depth. cost_model: what predicts; None where none was fitted.
+    """
 
     layer_map: LayerMap
     result: SearchResult
     num_windows: int
     seqlen: int
     seconds: float
+    front: list[FrontPoint]
+    cost_model: CostModel | None
 
 
 def prune(
     model: str | os.PathLike[str] | PrunableModel,
-    remove: int | str = "20%",
+    remove: int | str | None = None,
     calibration: str | Path = "wikitext2",
     **options: Any,
 ) -> LayerMap:
@@ -71,11 +83,13 @@ def run_pruning(
     *,
     progress: Callable[[SearchProgress], None] | None = None,
     on_round: Callable[[LayerMap], None] | None = None,
+    on_fit: Callable[[float], None] = lambda share: None,
     note: Callable[[str], None] = lambda message: None,
 ) -> PruneReport:
     """`prune` with everything that it measured.
 
-    `on_round` gets the map as decided so far, after it is saved; `note` gets remarks for people. Whatever
+    `on_round` gets the map as decided so far, after it is saved; `on_fit` how much of the cost model's measurements is
+    done, 0 to 1; `note` remarks for people. Whatever
     ends the search, the output file holds the rounds that were completed, or is as it was before the first.
     """
     options.check()
@@ -83,25 +97,32 @@ def run_pruning(
     earlier = None if path is None else check_output(path, resume=options.resume, force=options.force)
     scorer = _load(model, options)
     num_remove = _num_remove(options, scorer.num_blocks)
-    depth = num_remove if options.depth is None else options.depth
-    tokens = _gather(scorer, options, note)
-    current = _empty_map(scorer, tokens, options)
-    start = SearchResult()
+    tokens = _gather(
+        scorer, options, options.calibration, options.sampler, options.windows, options.seed, note
+    )
+    held_out = _held_out(scorer, options, tokens, note)
+    cost_model = _cost_model(model, options, on_fit)
+    candidates = candidate_units(options.units, scorer.num_blocks)
+    if options.target_speedup is not None and cost_model is not None:
+        check_reachable(cost_model, candidates, options.target_speedup)
+    run = _Run(scorer, options, tokens, held_out, cost_model, num_remove)
     if earlier is not None:
-        check_resume(earlier, current)
-        start = SearchResult(earlier.removed, earlier.losses or (), earlier.candidate_losses or ())
+        check_resume(earlier, run.layer_map)
+        run.layer_map = replace(run.layer_map, **_evidence(earlier))
         note(f"continuing {path}: {earlier.max_depth} of {num_remove} removals are decided")
 
     def finish_round(result: SearchResult) -> None:
-        nonlocal current
-        current = _with_result(current, result, depth)
+        run.add(result)
         if path is not None:
-            current.save(path)
+            run.layer_map.save(path)
         if on_round is not None:
-            on_round(current)
+            on_round(run.layer_map)
 
     started = time.monotonic()
-    if num_remove > len(start.removed):
+    start = SearchResult(
+        run.layer_map.removed, run.layer_map.losses or (), run.layer_map.candidate_losses or ()
+    )
+    if num_remove > len(start.removed) and not (start.removed and run.is_decided()):
         result = search(
             scorer,
             tokens.windows,
@@ -109,62 +130,149 @@ def run_pruning(
             resume=start,
             progress=progress,
             on_round=finish_round,
+            until=lambda result: run.is_decided(),
             settings=SearchSettings(
-                units=options.units, mode=options.search_mode, batch_windows=options.batch_windows
+                units=options.units,
+                mode=options.search_mode,
+                savings=_savings(options, scorer, cost_model, candidates),
+                batch_windows=options.batch_windows,
             ),
         )
     else:
         result = start
         finish_round(start)  # the order stays, longer than asked; only the recommended depth changes
     num_windows, seqlen = tokens.windows.shape
-    return PruneReport(current, result, num_windows, seqlen, time.monotonic() - started)
+    points = run.front()
+    if run.target is not None and (missed := run.target.shortfall(points, run.layer_map.depth)):
+        note(missed)
+    seconds = time.monotonic() - started
+    return PruneReport(run.layer_map, result, num_windows, seqlen, seconds, points, cost_model)
 
 
-def check_output(path: Path, *, resume: bool, force: bool) -> LayerMap | None:
-    """The map to continue, if any; an error, before any work, when the map could not be saved at the end."""
-    if path.is_dir():
-        raise ConfigError(f"output {path} is a folder: name a file in it, like {path / 'map.json'}")
-    folder = path.resolve().parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"output {path} cannot be written ({error.strerror}): name a file elsewhere"
-        ) from None
-    if not path.exists():
-        return None
-    if resume:
-        return LayerMap.load(path)
-    if not force:
-        raise ConfigError(
-            f"output {path} exists: continue it with --resume, replace it with --force, or name another"
+class _Run:
+    """The map as it grows, its held-out losses, and whether the targets are met."""
+
+    def __init__(
+        self,
+        scorer: PrunableModel,
+        options: PruneOptions,
+        tokens: Calibration,
+        held_out: Calibration | None,
+        cost_model: CostModel | None,
+        num_remove: int,
+    ) -> None:
+        self._scorer, self._options, self._held_out = scorer, options, held_out
+        self._cost_model, self._num_remove = cost_model, num_remove
+        increase = options.max_perplexity_increase
+        self.target = (
+            Target(options.target_speedup, None if increase is None else parse_increase(increase))
+            if options.has_target
+            else None
         )
-    return None
+        self.layer_map = LayerMap(
+            model=scorer.model_name,
+            fingerprint=scorer.fingerprint,
+            num_blocks=scorer.num_blocks,
+            calibration=replace(tokens.record, dtype=options.dtype),
+            search=SearchRecord(units=options.units, mode=options.search_mode, cost=options.cost),
+            held_out=None if held_out is None else replace(held_out.record, dtype=options.dtype),
+        )
+
+    def add(self, result: SearchResult) -> None:
+        """Takes over a result, adds the held-out losses of its new depths, and recommends a depth."""
+        num_known = len(self.layer_map.held_out_losses or ())
+        known = self.layer_map.held_out_losses or ()
+        self.layer_map = replace(
+            self.layer_map,
+            removed=result.removed,
+            losses=result.losses,
+            candidate_losses=result.candidate_losses,
+            held_out_losses=None,
+            depth=len(result.removed),
+        )
+        if self._held_out is not None:
+            new = [self._held_out_loss(depth) for depth in range(num_known, len(result.removed) + 1)]
+            self.layer_map = replace(self.layer_map, held_out_losses=(*known, *new))
+        self.layer_map = self.layer_map.recommend(self._depth())
+
+    def _held_out_loss(self, depth: int) -> float:
+        assert self._held_out is not None
+        return total_loss(
+            self._scorer, self._held_out.windows, self._options.units, self.layer_map.removed[:depth]
+        )
+
+    def front(self) -> list[FrontPoint]:
+        return front(self.layer_map, self._cost_model)
+
+    def is_decided(self) -> bool:
+        """Whether the targets make further removals pointless."""
+        return self.target is not None and self.target.is_decided(self.front())
+
+    def _depth(self) -> int:
+        if self.target is not None:
+            return self.target.choose(self.front())
+        depth = self._num_remove if self._options.depth is None else self._options.depth
+        return min(depth, self.layer_map.max_depth)
 
 
-def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
-    """LayerMapError unless `earlier` was found on the model, tokens and precision of `wanted`."""
-    remedy = "repeat the options of the first run, or start again without --resume and with --force"
-    found, asked = earlier.calibration, wanted.calibration
-    if found is None or asked is None or earlier.losses is None or earlier.candidate_losses is None:
-        raise LayerMapError(f"cannot resume: the map has no calibration record or no losses; {remedy}")
-    pairs: Sequence[tuple[str, object, object]] = (
-        ("model", earlier.model, wanted.model),
-        ("number of blocks", earlier.num_blocks, wanted.num_blocks),
-        ("fingerprint", earlier.fingerprint, wanted.fingerprint),
-        ("dtype", found.dtype, asked.dtype),
-        ("seqlen", found.seqlen, asked.seqlen),
-        ("number of windows", found.windows, asked.windows),
-        ("hash of the calibration tokens", found.token_hash, asked.token_hash),
+def _evidence(layer_map: LayerMap) -> dict[str, Any]:
+    """What a continued search takes over."""
+    names = ("removed", "losses", "candidate_losses", "held_out_losses", "depth")
+    return {name: getattr(layer_map, name) for name in names}
+
+
+def _held_out(
+    scorer: PrunableModel, options: PruneOptions, tokens: Calibration, note: Callable[[str], None]
+) -> Calibration | None:
+    """As many windows of the second text as the calibration has, or all that it gives."""
+    if options.held_out is None:
+        return None
+    found = _gather(scorer, options, options.held_out, "packed", None, None, lambda message: None)
+    count = min(len(found.windows), len(tokens.windows))
+    windows = found.windows[:count].contiguous()
+    if found.record.source == tokens.record.source and token_hash(windows) == tokens.record.token_hash:
+        note(f"the held-out text is the calibration text {found.record.source}: it tells nothing new")
+    return replace(
+        found, windows=windows, record=replace(found.record, windows=count, token_hash=token_hash(windows))
     )
-    for name, before, now in pairs:
-        if before != now:
-            raise LayerMapError(f"cannot resume: the map's {name} is {before}, this run's is {now}; {remedy}")
+
+
+def _cost_model(
+    model: str | os.PathLike[str] | PrunableModel, options: PruneOptions, on_fit: Callable[[float], None]
+) -> CostModel | None:
+    """The cost model, fitted before the search; None for a loaded model, which need not be one of the engine's."""
+    if not isinstance(model, str | os.PathLike):
+        if options.target_speedup is not None or options.cost == "latency":
+            raise ConfigError(
+                "a speedup can only be predicted for a model given by name: pass its folder or id"
+            )
+        return None
+    if not options.predicts_speedup:
+        return None
+    return fit_cost_model(
+        os.fspath(model), device=options.device, batch=options.speedup_batch, on_progress=on_fit
+    )
+
+
+def _savings(
+    options: PruneOptions, scorer: PrunableModel, cost_model: CostModel | None, units: Sequence[Unit]
+) -> dict[Unit, float] | None:
+    """What each candidate saves by `options.cost`; None where all save the same."""
+    if options.cost == "params":
+        return {unit: float(scorer.num_parameters(unit)) for unit in units}
+    if options.cost == "latency":
+        assert cost_model is not None
+        return {unit: cost_model.saving(unit) for unit in units}
+    return None  # every attention has as much KV as any other
 
 
 def _num_remove(options: PruneOptions, num_blocks: int) -> int:
-    num_remove = parse_remove(options.remove, num_units(options.units, num_blocks))
+    """How many units the search removes at most."""
+    if options.remove is None and options.has_target:
+        num_remove = len(candidate_units(options.units, num_blocks))
+    else:
+        share = DEFAULT_REMOVE if options.remove is None else options.remove
+        num_remove = parse_remove(share, num_units(options.units, num_blocks))
     check_num_remove(num_remove, num_blocks, options.units)
     if options.depth is not None and not 0 <= options.depth <= num_remove:
         allowed = f"0 to {num_remove}, the number of units removed"
@@ -180,8 +288,16 @@ def _load(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) 
     return DecoderScorer.load(os.fspath(model), dtype=options.dtype, device=options.device)
 
 
-def _gather(scorer: PrunableModel, options: PruneOptions, note: Callable[[str], None]) -> Calibration:
-    context, seqlen, sampler = scorer.max_length, options.seqlen, options.sampler
+def _gather(
+    scorer: PrunableModel,
+    options: PruneOptions,
+    source: str | Path,
+    sampler: str,
+    windows: int | None,
+    seed: int | None,
+    note: Callable[[str], None],
+) -> Calibration:
+    context, seqlen = scorer.max_length, options.seqlen
     if seqlen is None:
         seqlen = min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
     elif context is not None and seqlen > context:
@@ -203,32 +319,13 @@ def _gather(scorer: PrunableModel, options: PruneOptions, note: Callable[[str], 
         )
 
     tokens = calibration_windows(
-        options.calibration,
+        source,
         encode,
         sampler=sampler,
         seqlen=seqlen,
-        windows=options.windows,
-        seed=options.seed,
+        windows=windows,
+        seed=seed,
     )
     if tokens.note:
         note(tokens.note)
     return tokens
-
-
-def _empty_map(scorer: PrunableModel, tokens: Calibration, options: PruneOptions) -> LayerMap:
-    return LayerMap(
-        model=scorer.model_name,
-        fingerprint=scorer.fingerprint,
-        num_blocks=scorer.num_blocks,
-        calibration=replace(tokens.record, dtype=options.dtype),
-    )
-
-
-def _with_result(layer_map: LayerMap, result: SearchResult, depth: int) -> LayerMap:
-    return replace(
-        layer_map,
-        removed=result.removed,
-        losses=result.losses,
-        candidate_losses=result.candidate_losses,
-        depth=min(depth, len(result.removed)),
-    )

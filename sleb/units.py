@@ -49,6 +49,19 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class SearchRecord:
+    """How an order was found. Every field may be unknown (None).
+
+    `units` is "blocks", "sublayers" or "attention"; `mode` "exact", "race" or "gradient" (`sleb.search`); `cost` what a
+    removal's added loss was weighed by, if by anything.
+    """
+
+    units: str | None = None
+    mode: str | None = None
+    cost: str | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """The tokens that a search ran over. Every field may be unknown (None).
 

@@ -28,7 +28,24 @@ from sleb.search import Margin, SearchProgress
 def prune(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).")],
-    remove: Annotated[str, typer.Option(help="How many units: 6, or a share like 20%.")] = "20%",
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            help="How many units: 6, or a share like 20%.",
+            show_default="20%; with a target, as many as it needs",
+        ),
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(help="Recommend the shallowest depth that is so many times as fast, as 1.25."),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        str | None, typer.Option(help="Recommend no depth that raises the perplexity by more, as 5%.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="A second text: its loss is told too, since the calibration text flatters."),
+    ] = None,
     units: Annotated[
         str, typer.Option(help="blocks; sublayers (attention and MLP apart); attention (alone).")
     ] = "blocks",
@@ -48,6 +65,18 @@ def prune(
         int | None,
         typer.Option(help="Shuffle the windows, or the rows.", show_default="not shuffled; rows: 0"),
     ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            help="Weigh the added loss by what a removal saves: params, latency or kv.",
+            show_default="not weighed",
+        ),
+    ] = None,
+    speedup: Annotated[
+        bool, typer.Option(help="Measure this machine and predict the speedup of every depth.")
+    ] = True,
+    speedup_batch: Annotated[int, typer.Option(help="Requests at once, for the predicted speedup.")] = 1,
+    plot: Annotated[bool, typer.Option(help="Draw the front beside the map, as PNG and SVG.")] = True,
     depth: Annotated[
         int | None, typer.Option(help="Depth that the map recommends.", show_default="all removed")
     ] = None,
@@ -72,6 +101,12 @@ def prune(
         seed=seed,
         dtype=dtype,
         device=device,
+        target_speedup=target_speedup,
+        max_perplexity_increase=max_perplexity_increase,
+        held_out=held_out,
+        cost=cost,
+        speedup=speedup,
+        speedup_batch=speedup_batch,
         units=units,
         mode=mode,
         screen=screen,
@@ -93,12 +128,15 @@ def prune(
                 options,
                 progress=bar.update,
                 on_round=keep,
+                on_fit=bar.show_fit,
                 note=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
         console.print(interrupted_message(decided, output), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     print_report(report, output, Console())
+    if plot and report.layer_map.max_depth:
+        draw_front(report, output, console)
 
 
 def interrupted_message(decided: LayerMap | None, output: Path) -> str:
@@ -123,7 +161,10 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
         )
     )
     margins = dict(zip(range(layer_map.max_depth, 0, -1), reversed(report.result.margins), strict=False))
-    for heading in ("round", "removed", "loss", "perplexity", "change", "next best"):
+    with_speed, with_held_out = report.cost_model is not None, layer_map.held_out is not None
+    headings = ["depth", "removed", "loss", "perplexity", "change", "next best"]
+    headings += ["held-out perplexity", "change"] * with_held_out + ["speedup"] * with_speed
+    for heading in headings:
         table.add_column(heading, justify="right")
     for number, loss in enumerate(losses):
         unit = str(layer_map.removed[number - 1]) if number else "none"
@@ -135,6 +176,9 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
             f"{perplexity(loss, num_tokens):.3f}",
             f"{change:+.1%}" if number else "",
             margin_text(margins[number], num_tokens) if number in margins else "",
+            *(held_out_cells(report, number) if with_held_out else ()),
+            *([f"{report.front[number].speedup:.3f}"] if with_speed else ()),
+            style="bold" if number == layer_map.depth else None,
         )
     console.print(table)
     if report.result.cost.num_passes:
@@ -145,6 +189,31 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def held_out_cells(report: PruneReport, depth: int) -> list[str]:
+    """Perplexity of the held-out text, and its change against the dense model's."""
+    now, before = (report.front[each].held_out_perplexity for each in (depth, 0))
+    if now is None or before is None:
+        return ["", ""]
+    return [f"{now:.3f}", f"{now / before - 1:+.1%}" if depth else ""]
+
+
+def draw_front(report: PruneReport, output: Path, console: Console) -> None:
+    """The front as PNG and SVG beside the map; says where, in words."""
+    from sleb.plots import plot_front
+
+    layer_map, points = report.layer_map, report.front
+    texts: dict[str, list[tuple[float, float]]] = {}
+    for record, name in ((layer_map.held_out, "held_out_perplexity"), (layer_map.calibration, "perplexity")):
+        values = [(float(point.depth), getattr(point, name)) for point in points]
+        if record is not None and all(value is not None and math.isfinite(value) for _, value in values):
+            kind = "held out" if name == "held_out_perplexity" else "calibration"
+            texts[f"{record.source} ({kind})"] = values
+    speedups = [(float(point.depth), point.speedup) for point in points if point.speedup is not None]
+    stem = output.with_suffix("")
+    plot_front(stem, texts, speedups, layer_map.depth, f"{layer_map.model}: quality and speed by depth")
+    console.print(f"Plotted to {stem}.png and {stem}.svg.", markup=False, highlight=False, soft_wrap=True)
 
 
 def margin_text(margin: Margin, num_tokens: int) -> str:
@@ -196,6 +265,11 @@ class _ProgressBar:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
+
+    def show_fit(self, share: float) -> None:
+        """Shows how much of the machine's measurement is done."""
+        self._progress.start()
+        self._progress.update(self._task, completed=share, description="measuring this machine")
 
     def update(self, at: SearchProgress) -> None:
         self._progress.start()  # does nothing once it is started

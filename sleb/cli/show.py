@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sleb.errors import LayerMapError
-from sleb.layer_map import LayerMap, Part, shipped_maps
+from sleb.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
 
 _STRIP_BLOCKS = 16  # blocks a line: 16 columns of 4 fit a terminal of 80
 
@@ -58,14 +57,25 @@ def print_map(layer_map: LayerMap, depth: int | None, console: Console) -> None:
 
 
 def _facts(layer_map: LayerMap) -> dict[str, str]:
-    record = {} if layer_map.calibration is None else asdict(layer_map.calibration)
-    known = [f"{name.replace('_', ' ')} {value}" for name, value in record.items() if value is not None]
     facts = {
         "fingerprint": layer_map.fingerprint,
-        "calibration": ", ".join(known),
+        "calibration": _known(layer_map.calibration),
+        "held out": _known(layer_map.held_out),
+        "search": _known(layer_map.search),
         "source": layer_map.source,
     }
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _known(record: CalibrationRecord | SearchRecord | None) -> str:
+    fields = {} if record is None else asdict(record)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in fields.items() if value is not None
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def kept_blocks(layer_map: LayerMap, depth: int) -> float:
@@ -97,16 +107,17 @@ def _has_parts(layer_map: LayerMap) -> bool:
 
 
 def _table(layer_map: LayerMap) -> Table:
-    record, losses = layer_map.calibration, layer_map.losses
-    num_tokens = (record.windows or 0) * (record.seqlen or 0) if record else 0
+    losses, held_out = layer_map.losses, layer_map.held_out_losses
     table = Table()
-    for heading in ("depth", "removed", *(("loss", "perplexity") if losses else ())):
+    headings = (("loss", "perplexity") if losses else ()) + (("held-out perplexity",) if held_out else ())
+    for heading in ("depth", "removed", *headings):
         table.add_column(heading, justify="right")
     table.add_column("")
     for depth in range(layer_map.max_depth + 1):
         cells = [str(depth), str(layer_map.removed[depth - 1]) if depth else "none"]
         if losses:
-            mean = losses[depth] / num_tokens if num_tokens else math.nan
-            cells += [f"{losses[depth]:.2f}", f"{math.exp(min(mean, 700)):.3f}" if num_tokens else ""]
+            cells += [f"{losses[depth]:.2f}", _number(layer_map.perplexity(depth))]
+        if held_out:
+            cells.append(_number(layer_map.perplexity(depth, held_out=True)))
         table.add_row(*cells, "recommended" if depth == layer_map.depth else "")
     return table

@@ -5,11 +5,11 @@ after each candidate, and at most a-2 for the trunk before them; the first round
 dense model. The reference implementation runs the a-1 other blocks for each of the a-2 candidates, (a-2)(a-1) passes.
 """
 
-from sleb.search.criterion import UNIT_KINDS, check_num_remove, check_units, num_units
-from sleb.search.loop import MODES, SearchSettings, search
+from sleb.search.criterion import UNIT_KINDS, candidate_units, check_num_remove, check_units, num_units
+from sleb.search.loop import MODES, SearchSettings, search, total_loss
 from sleb.search.model import Margin, ScoringModel, SearchCost, SearchProgress, SearchResult
 
 __all__ = [
     "MODES", "UNIT_KINDS", "Margin", "ScoringModel", "SearchCost", "SearchProgress", "SearchResult", "SearchSettings",
-    "check_num_remove", "check_units", "num_units", "search",
+    "candidate_units", "check_num_remove", "check_units", "num_units", "search", "total_loss",
 ]  # fmt: skip

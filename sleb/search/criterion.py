@@ -45,6 +45,11 @@ def is_candidate(unit: Unit, units: str, num_blocks: int) -> bool:
     return 0 < unit.block < num_blocks - 1 and (units != "attention" or unit.part == "attention")
 
 
+def candidate_units(units: str, num_blocks: int) -> list[Unit]:
+    """All that may be removed, in order."""
+    return [unit for unit in model_units(units, num_blocks) if is_candidate(unit, units, num_blocks)]
+
+
 def num_units(units: str, num_blocks: int) -> int:
     """How many units of that kind the model has; what a share like 20% is of."""
     return num_blocks * (2 if units == "sublayers" else 1)
@@ -52,7 +57,7 @@ def num_units(units: str, num_blocks: int) -> int:
 
 def check_num_remove(num_remove: int, num_blocks: int, units: str = "blocks") -> None:
     """ConfigError unless there are that many candidates: the first and the last block always stay."""
-    most = sum(is_candidate(unit, units, num_blocks) for unit in model_units(units, num_blocks))
+    most = len(candidate_units(units, num_blocks))
     names = {"blocks": "blocks", "sublayers": "sublayers", "attention": "attention sublayers"}
     if not 1 <= num_remove <= most:
         whose = "the first and the last" if units == "blocks" else "those of the first and the last block"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -17,7 +17,6 @@ from sleb.search.criterion import (
     check_num_remove,
     check_units,
     is_candidate,
-    model_units,
 )
 from sleb.search.fast import gradient_round, race_round
 from sleb.search.model import ScoringModel, SearchCost, SearchProgress, SearchResult
@@ -206,6 +205,19 @@ class _Search:
         return report
 
 
+def total_loss(model: ScoringModel, windows: Tensor, units: str, removed: Iterable[Unit]) -> float:
+    """The loss over `windows` [W, L] int64 without the units in `removed`: the sum of mean cross-entropy × L."""
+    alive = alive_units(units, model.num_blocks, removed)
+    evidence = Evidence()
+    with torch.no_grad():
+        for window in windows.split(1):
+            hidden = model.embed(window)
+            for unit in alive:
+                hidden = model.run(unit, hidden)
+            evidence.add(model.token_losses(hidden, window))
+    return evidence.total
+
+
 def _check_arguments(
     num_blocks: int, windows: Tensor, num_remove: int, units: str, resume: SearchResult
 ) -> None:
@@ -217,6 +229,3 @@ def _check_arguments(
         )
     if len(resume.losses) != len(resume.removed) + bool(resume.removed):
         raise ConfigError("cannot continue an order without a loss for the dense model and for each removal")
-
-
-__all__ = ["MODES", "SearchSettings", "model_units", "search"]
