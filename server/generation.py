@@ -58,6 +58,7 @@ class Generation:
         self._params = params
         self._answers: Answers | None = None
         self._last: dict[int, StepOutput] = {}
+        self._last_time: float | None = None  # when the newest of them came
         self._num_finished = 0
         self._arrival = time.monotonic()
         self._arrival_time = time.time()
@@ -145,6 +146,7 @@ class Generation:
         if output.finish_reason == "error":
             raise ApiError(500, "the engine could not finish this answer", type="server_error")
         self._last[choice] = output
+        self._last_time = time.monotonic()
         self._num_finished += output.finish_reason is not None
         return read(choice, output)
 
@@ -169,7 +171,7 @@ class Generation:
         return request_metrics(self.usage(), len(self._last), self._span(), self._arrival, self._arrival_time)
 
     def _span(self) -> Span:
-        return Span.of([output.timings for output in self._last.values()], self._arrival)
+        return Span.of([output.timings for output in self._last.values()], self._arrival, self._last_time)
 
     def close(self) -> None:
         """Aborts what is unfinished and logs the request; may be called again."""

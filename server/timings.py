@@ -18,13 +18,16 @@ class Span:
     finished: float
 
     @classmethod
-    def of(cls, timings: Sequence[Timings], default: float = 0.0) -> Span:
-        """The span of several choices; it begins at `default` if none was scheduled yet."""
+    def of(cls, timings: Sequence[Timings], default: float = 0.0, until: float | None = None) -> Span:
+        """The span of several choices.
+
+        default: its begin if none was scheduled yet. until: the end of a choice that was given up unfinished.
+        """
         scheduled = [each.first_scheduled for each in timings if each.first_scheduled is not None]
         firsts = [each.first_token for each in timings if each.first_token is not None]
-        ends = [each.finished for each in timings if each.finished is not None]
+        ends = [until if each.finished is None else each.finished for each in timings]
         started = min(scheduled, default=default)
-        finished = max(ends, default=None)
+        finished = max((end for end in ends if end is not None), default=None)
         first = min(firsts, default=started if finished is None else finished)
         return cls(started, first, first if finished is None else finished)
 

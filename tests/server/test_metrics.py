@@ -261,6 +261,23 @@ def test_request_metrics_by_hand():
     assert (timings["predicted_per_second"], timings["predicted_per_token_ms"]) == (2.0, 500.0)
 
 
+def test_the_log_tells_the_speed_of_an_answer_that_was_given_up(
+    serve_engine, fake_engine, wait_until, caplog
+):
+    """A step takes 0.05 s: 20 tokens a second, or fewer on a busy machine."""
+    caplog.set_level("INFO")
+    fake_engine.delay = 0.05
+    server = serve_engine(fake_engine)
+    body = {"prompt": "x" * 100, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        for _, line in zip(range(6), filter(None, response.iter_lines()), strict=False):
+            assert '"text":"x"' in line
+    wait_until(lambda: "disconnected" in caplog.text)
+    [told] = re.findall(r"generated (\d+), first token \d+ ms, ([\d.]+) tokens/s, disconnected", caplog.text)
+    assert 6 <= int(told[0]) < 100
+    assert 2 < float(told[1]) < 21
+
+
 def test_request_metrics_before_anything_is_known():
     usage = {"prompt_tokens": 8, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}}
     metrics = request_metrics(usage, 0, Span.of([], 10.0), 10.0, 1e9)
