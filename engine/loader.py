@@ -64,9 +64,7 @@ def load_weights(
     if load_format == "dummy":
         _fill_random(targets, seed, device, progress)
         return weights
-    files = _tensor_files(path)
-    _, expected = allocate(spec, all_sublayers(spec), dtype, torch.device("meta"))
-    _check_tensors(path, spec, expected, files)
+    files = checkpoint_files(path, spec)
     plain = {name: target for name, target in targets.items() if isinstance(target, Tensor)}
     for file, names in _grouped(files, plain):
         _read(file, names, plain)
@@ -75,6 +73,17 @@ def load_weights(
     if quantized:
         _quantize(WeightCache(path), files, quantized, progress)
     return weights
+
+
+def checkpoint_files(path: Path, spec: DecoderSpec) -> dict[str, Path]:
+    """Which safetensors file of the folder `path` holds each tensor; reads headers only.
+
+    Raises ModelError unless the checkpoint has exactly the tensors, in the shapes, that `spec` asks for.
+    """
+    files = _tensor_files(path)
+    _, expected = allocate(spec, all_sublayers(spec), torch.float32, torch.device("meta"))
+    _check_tensors(path, spec, expected, files)
+    return files
 
 
 class _Progress:

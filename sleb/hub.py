@@ -48,6 +48,16 @@ def snapshot(repository: str, to: Path | None = None, *, progress: bool = True) 
     return build_once(to, {"repository": repository, "revision": folder.name}, build)
 
 
+def config_folder(repository: str) -> Path:
+    """A folder with the config.json of a hub repository, and whatever else of it is in the cache. ModelError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, "config.json")).parent
+    except Exception as error:
+        raise ModelError(_explain(repository, error)) from error
+
+
 def _download(repository: str, progress: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import (

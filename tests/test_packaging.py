@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from sleb.kernels.cpu.build import LIBRARY_NAME, find_compiler, has_key, source_key, unsupported
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTED_AS = {"pyyaml": "yaml"}  # packages whose module has another name
 LINKED = ("engine", "kernels", "server", "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -45,7 +46,8 @@ def expected_files() -> set[str]:
     """Every module of the four folders and of sleb itself, and the data, by its name in the wheel."""
     names = {f"sleb/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
     own = [*(ROOT / "sleb").glob("*.py")]
-    own += (path for folder in ("cli", "client", "doctor") for path in (ROOT / "sleb" / folder).rglob("*.py"))
+    folders = ("cli", "client", "doctor", "formats")
+    own += (path for folder in folders for path in (ROOT / "sleb" / folder).rglob("*.py"))
     data = [ROOT / "sleb/py.typed", *(ROOT / "sleb/maps").glob("*.json")]
     data += (ROOT / "sleb/configs").glob("*/config.json")
     sources = {f"sleb/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/cpu").glob("*.[ch]")}
@@ -173,7 +175,8 @@ def _version() -> str:
 
 def test_every_import_is_a_declared_dependency() -> None:
     """A package that merely comes along with another one may stop doing so."""
-    declared = {requirement.name.replace("-", "_") for requirement in direct_requirements()}
+    names = {requirement.name for requirement in direct_requirements()}
+    declared = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
     for name in ("sleb", *LINKED):
         for parent, _, files in os.walk(ROOT / name):
             for path in (Path(parent, file) for file in files if file.endswith(".py")):

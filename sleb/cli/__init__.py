@@ -35,6 +35,10 @@ COMMANDS = {
     "fetch": Command("sleb.cli.fetch", "fetch", "Fetch a model and print its folder."),
     "prune": Command("sleb.cli.prune", "prune", "Search for the blocks to remove and write a layer map."),
     "show": Command("sleb.cli.show", "show", "Show which units a layer map keeps and removes."),
+    "export": Command(
+        "sleb.cli.export", "export", "Write a pruned model, or what it lacks, for other tools."
+    ),
+    "import": Command("sleb.cli.import_map", "import_file", "Turn another tool's list into a layer map."),
     "serve": Command("sleb.cli.serve", "serve", "Serve a model at one or more depths (OpenAI-compatible)."),
     "chat": Command("sleb.cli.chat", "chat", "Chat with a model behind any OpenAI-compatible server."),
     "doctor": Command("sleb.cli.doctor", "doctor", "Check a server against the OpenAI-compatible contract."),

@@ -1,0 +1,165 @@
+"""Pruned checkpoints: which tensors of the source go where, its configuration, and what is copied beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sleb.engine.architecture import DecoderSpec, read_config
+from sleb.engine.loader import checkpoint_files
+from sleb.errors import ConfigError
+from sleb.formats.decilm import MODEL_FILE, decilm_config
+from sleb.formats.model_config import compact_config, full_config
+from sleb.formats.output import new_folder
+from sleb.formats.provenance import write_provenance
+from sleb.formats.removal import Removal
+from sleb.formats.safetensors_copy import (
+    SHARD_BYTES,
+    Progress,
+    StoredTensor,
+    stored_tensors,
+    write_checkpoint,
+)
+from sleb.formats.source import Source
+from sleb.units import Sublayer
+
+# Everything of a model's folder but its configuration, weights, code and papers.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def export_folder(
+    removal: Removal,
+    source: Source,
+    target: Path,
+    notation: str,
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the folder `target` in one of FOLDER_FORMATS. Memory stays small whatever the model's size.
+
+    Raises ConfigError for what the notation cannot express or a place that cannot be written, ModelError for a
+    checkpoint that is not whole.
+    """
+    raw, spec = read_config(source.path), source.spec
+    config, choose = _PLANS[notation](raw, spec, removal)
+    with new_folder(target, force=force, source=source.path) as folder:
+        stored = stored_tensors(checkpoint_files(source.path, spec))
+        tensors = [chosen for tensor in stored if (chosen := choose(tensor)) is not None]
+        write_checkpoint(tensors, folder, shard_bytes=shard_bytes, progress=progress)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        if notation == "decilm":
+            shutil.copyfile(Path(__file__).with_name("decilm_model.py"), folder / MODEL_FILE)
+        _copy_beside(source.path, folder)
+        write_provenance(folder, removal, source, notation)
+
+
+Choose = Callable[[StoredTensor], StoredTensor | None]
+
+
+def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
+    """The kept blocks only, numbered anew."""
+    removal.whole_blocks("hf")
+    new_number = {block: index for index, block in enumerate(removal.kept_blocks)}
+
+    def choose(tensor: StoredTensor) -> StoredTensor | None:
+        place = _place(spec, tensor.name)
+        if place is None:
+            return tensor
+        block, rest = place
+        if block not in new_number:
+            return None
+        return replace(tensor, name=f"{spec.names.block.format(block=new_number[block])}.{rest}")
+
+    return compact_config(raw, spec, removal.kept_blocks), choose
+
+
+def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
+    """Every tensor, but zeros for the output projections, and their biases, of what is removed."""
+    if not spec.norm_first:
+        raise ConfigError(
+            f"{spec.architecture} has its norms after the residual add here, so a part that adds zero still changes "
+            "its input: use --format hf with a depth of whole blocks"
+        )
+    modules = {"attention": spec.names.attention_out, "mlp": spec.names.down}
+    zeroed = {
+        f"{spec.names.block.format(block=block)}.{modules[part]}.{kind}"
+        for block, part in removal.sublayers
+        for kind in ("weight", "bias")
+    }
+
+    def choose(tensor: StoredTensor) -> StoredTensor:
+        return replace(tensor, zero=tensor.name in zeroed)
+
+    return full_config(raw, spec), choose
+
+
+def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
+    """Every tensor but those of what is removed; blocks keep their numbers."""
+    removed = set(removal.sublayers)
+
+    def choose(tensor: StoredTensor) -> StoredTensor | None:
+        place = _place(spec, tensor.name)
+        if place is None:
+            return tensor
+        sublayer = _sublayer(spec, *place)
+        return None if sublayer is None or sublayer in removed else tensor
+
+    return decilm_config(raw, spec, removal), choose
+
+
+_PLANS: dict[str, Callable[[Mapping[str, Any], DecoderSpec, Removal], tuple[dict[str, Any], Choose]]] = {
+    "hf": _compact,
+    "zeroed": _zeroed,
+    "decilm": _decilm,
+}
+
+
+def _place(spec: DecoderSpec, name: str) -> tuple[int, str] | None:
+    """The block that a tensor belongs to and its name there, or None."""
+    before, after = spec.names.block.split("{block}")
+    found = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + r"\.(.+)", name)
+    return (int(found[1]), found[2]) if found else None
+
+
+def _sublayer(spec: DecoderSpec, block: int, name: str) -> Sublayer | None:
+    """The sublayer of a block's tensor; None for the buffers that old checkpoints carry."""
+    names = spec.names
+    module = name.rpartition(".")[0]
+    if module in (names.attention_norm, *names.qkv, names.attention_out, names.query_norm, names.key_norm):
+        return block, "attention"
+    return (block, "mlp") if module in (names.mlp_norm, *names.up, names.down) else None
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for file in _files_beside(source):
+        place = folder / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)  # follows the links of the hub's cache
+
+
+def _files_beside(source: Path) -> Iterator[Path]:
+    for pattern in _COPIED:
+        yield from (file for file in sorted(source.glob(pattern)) if file.is_file())

@@ -1,0 +1,81 @@
+"""`export`: a model at one depth of a layer map, in any notation."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from sleb.errors import ConfigError
+from sleb.formats import EXPORT_FORMATS, FOLDER_FORMATS, check_format
+from sleb.formats.blockpruner import write_blockpruner
+from sleb.formats.checkpoint import export_folder
+from sleb.formats.llm_drop import write_llm_drop
+from sleb.formats.mergekit import write_mergekit
+from sleb.formats.output import check_file, check_folder, write_file
+from sleb.formats.removal import Removal
+from sleb.formats.removal_list import write_llama_cpp, write_removal_list
+from sleb.formats.safetensors_copy import SHARD_BYTES, Progress
+from sleb.formats.source import Source, choose_removal, open_source
+from sleb.layer_map import LayerMap
+
+_TEXTS: dict[str, Callable[[Removal, Source], str]] = {
+    "mergekit": lambda removal, source: write_mergekit(removal, source.spec, source.reference),
+    "removal-list": lambda removal, source: write_removal_list(removal),
+    "llm-drop": lambda removal, source: write_llm_drop(removal),
+    "blockpruner": lambda removal, source: write_blockpruner(removal),
+    "llama.cpp": lambda removal, source: write_llama_cpp(removal, source.spec, source.gguf),
+}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def export_model(
+    model: str,
+    notation: str,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    layer_map: LayerMap | str | os.PathLike[str] | None = None,
+    depth: int | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> tuple[Removal, str | None]:
+    """Writes `model` at a depth of its map to `output`: a folder for FOLDER_FORMATS, else a text file.
+
+    Without `output` a text is only returned, as the second value. The first says what was removed. `progress`
+    counts bytes of weights. Raises ConfigError, ModelError or LayerMapError.
+    """
+    check_format(notation, EXPORT_FORMATS)
+    target = None if output is None else Path(output)
+    _check_place(notation, target, force)
+    source = open_source(model, weights=notation in FOLDER_FORMATS, progress=progress is not None)
+    removal = choose_removal(source, layer_map, depth)
+    if notation not in FOLDER_FORMATS:
+        text = _TEXTS[notation](removal, source)
+        if target is not None:
+            write_file(target, text, force=force)
+        return removal, text
+    assert target is not None
+    export_folder(removal, source, target, notation, force=force, shard_bytes=shard_bytes, progress=progress)
+    return removal, None
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size like 5GB, 500MB or 1000000. Raises ConfigError."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([KMG]?)B?", text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise ConfigError(f"size {text!r} must be like 5GB, 500MB or a number of bytes, and more than zero")
+    return size
+
+
+def _check_place(notation: str, target: Path | None, force: bool) -> None:
+    """What can be refused before a model is fetched."""
+    if target is None:
+        if notation in FOLDER_FORMATS:
+            raise ConfigError(f"format {notation} writes a folder: name one with --output")
+    elif notation in FOLDER_FORMATS:
+        check_folder(target, force=force)
+    else:
+        check_file(target, force=force)

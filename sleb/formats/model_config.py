@@ -1,0 +1,71 @@
+"""A model's config.json for what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it needs torch, which reading a list does not
+    from sleb.engine.architecture import DecoderSpec
+
+
+# Lists that are as long as the model is deep by chance only: tokens, names, the frequencies of a head.
+_NOT_PER_BLOCK = frozenset(
+    {
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "id2label",
+        "label2id",
+        "rope_scaling",
+        "rope_parameters",
+    }
+)
+# Lists that configuration classes make up where config.json has none; they may be longer than the model.
+_PER_BLOCK = ("layer_types", "no_rope_layers")
+# Remote code is not copied, and a folder's own name means nothing elsewhere.
+_DROPPED = ("auto_map", "_name_or_path")
+
+
+def full_config(raw: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
+    """The config.json of a checkpoint in which no block is missing: the source's own."""
+    config = {name: value for name, value in raw.items() if name not in _DROPPED}
+    config.setdefault("architectures", [spec.architecture])
+    return config
+
+
+def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, Any]:
+    """The config.json of a checkpoint with only these blocks, numbered anew.
+
+    Every list with a value for each block is cut, and what the configuration class would derive from a block's
+    number (a window from `max_window_layers`, rotation from `no_rope_layer_interval`) is stated.
+    """
+    config: dict[str, Any] = _cut(full_config(raw, spec), spec.num_blocks, kept_blocks)
+    config["num_hidden_layers"] = len(kept_blocks)
+    if isinstance(raw.get("max_window_layers"), int):  # the blocks below it have no window
+        config["max_window_layers"] = sum(block < raw["max_window_layers"] for block in kept_blocks)
+    whole = per_block_lists(spec, range(spec.num_blocks))
+    stated = {name for name, values in whole.items() if name in raw or len(set(values)) > 1}
+    config |= {name: values for name, values in per_block_lists(spec, kept_blocks).items() if name in stated}
+    return config
+
+
+def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, list[Any]]:
+    """The lists of the typed configuration that have a value for each block, cut to these blocks."""
+    lists = {name: getattr(spec.config, name, None) for name in _PER_BLOCK}
+    return {name: [values[block] for block in kept_blocks] for name, values in lists.items() if values}
+
+
+def _cut(value: Any, num_blocks: int, kept_blocks: Sequence[int]) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: each if name in _NOT_PER_BLOCK else _cut(each, num_blocks, kept_blocks)
+            for name, each in value.items()
+        }
+    if isinstance(value, list) and len(value) == num_blocks:
+        return [value[block] for block in kept_blocks]
+    return value

@@ -1,0 +1,133 @@
+"""Checkpoints written from other checkpoints' bytes: no tensor is decoded, none is ever whole in memory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sleb.errors import ModelError
+
+Progress = Callable[[int, int], None]
+
+SHARD_BYTES = 5_000_000_000
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor and where its bytes lie; `start` counts from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    num_bytes: int
+    zero: bool = False  # zeros in its place: in every dtype of safetensors those are zero bytes
+
+
+def stored_tensors(files: Mapping[str, Path]) -> list[StoredTensor]:
+    """Where the tensors of these names lie, in the order in which the files hold them.
+
+    The files must have been opened by the safetensors library before, which checks the header.
+    """
+    found = [tensor for file in sorted(set(files.values())) for tensor in _in_file(file)]
+    return [tensor for tensor in found if files.get(tensor.name) == tensor.file]
+
+
+def _in_file(file: Path) -> list[StoredTensor]:
+    """From the header (huggingface.co/docs/safetensors): its length in 8 bytes, then JSON, then the data."""
+    try:
+        with file.open("rb") as handle:
+            [length] = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        start = 8 + length + first
+        tensors.append(StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, start, last - first))
+    return sorted(tensors, key=lambda tensor: tensor.start)
+
+
+def write_checkpoint(
+    tensors: Sequence[StoredTensor],
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Writes model.safetensors, or shards of at most `shard_bytes` with an index, into the existing `folder`.
+
+    A tensor larger than that gets a shard of its own. `progress(done, total)` counts bytes. Raises OSError.
+    """
+    shards = _shards(tensors, shard_bytes)
+    total = sum(tensor.num_bytes for tensor in tensors)
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard))
+            for tensor in shard:
+                for written in _copy(tensor, file):
+                    done += written
+                    if progress is not None:
+                        progress(done, total)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def _shards(tensors: Sequence[StoredTensor], shard_bytes: int) -> list[list[StoredTensor]]:
+    shards: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    return shards
+
+
+def _header(tensors: Iterable[StoredTensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy(tensor: StoredTensor, target: BinaryIO) -> Iterable[int]:
+    """Writes the bytes of a tensor, a chunk at a time; yields the size of each."""
+    left = tensor.num_bytes
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.start)
+        while left:
+            size = min(left, _CHUNK_BYTES)
+            chunk = bytes(size) if tensor.zero else source.read(size)
+            if len(chunk) != size:
+                raise ModelError(f"{tensor.file} ends inside {tensor.name}; download it again")
+            target.write(chunk)
+            left -= size
+            yield size
