@@ -6,10 +6,10 @@ dense model. The reference implementation runs the a-1 other blocks for each of 
 """
 
 from sleb.search.criterion import UNIT_KINDS, candidate_units, check_num_remove, check_units, num_units
-from sleb.search.loop import MODES, SearchSettings, search, total_loss
+from sleb.search.loop import MODES, Search, SearchSettings, search, total_loss
 from sleb.search.model import Margin, ScoringModel, SearchCost, SearchProgress, SearchResult
 
 __all__ = [
-    "MODES", "UNIT_KINDS", "Margin", "ScoringModel", "SearchCost", "SearchProgress", "SearchResult", "SearchSettings",
-    "candidate_units", "check_num_remove", "check_units", "num_units", "search", "total_loss",
+    "MODES", "UNIT_KINDS", "Margin", "ScoringModel", "Search", "SearchCost", "SearchProgress", "SearchResult",
+    "SearchSettings", "candidate_units", "check_num_remove", "check_units", "num_units", "search", "total_loss",
 ]  # fmt: skip

@@ -79,53 +79,53 @@ def search(
     Raises ConfigError when `num_remove`, `windows` or `settings` are out of range, SlebError when the loss of the dense
     model or of every candidate of a round is not finite.
     """
-    settings.check()
-    result = replace(resume or SearchResult(), margins=(), cost=SearchCost())
-    _check_arguments(model.num_blocks, windows, num_remove, settings.units, result)
-    alive = alive_units(settings.units, model.num_blocks, result.removed)
-    if len(result.removed) >= num_remove:
-        return result
-    if settings.mode != "exact":
-        # Neighbouring windows are often one article. Sums do not depend on the order, being rounded once.
-        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    with torch.no_grad():
-        running = _Search(model, windows, alive, settings, num_remove, result, progress)
-        while len(running.result.removed) < num_remove:
-            result = running.next_round()
-            if on_round is not None:
-                on_round(result)
-            if until is not None and until(result):
-                break
+    running = Search(model, windows, num_remove, settings, resume, progress)
+    while running.num_left:
+        result = running.next_round()
+        if on_round is not None:
+            on_round(result)
+        if until is not None and until(result):
+            break
     return running.result
 
 
-class _Search:
-    """A search between rounds."""
+class Search:
+    """A search that goes round by round; `result` is what is decided. Arguments and errors are those of `search`."""
 
     def __init__(
         self,
         model: ScoringModel,
         windows: Tensor,
-        alive: Sequence[Unit],
-        settings: SearchSettings,
         num_remove: int,
-        start: SearchResult,
-        progress: Callable[[SearchProgress], None] | None,
+        settings: SearchSettings = SearchSettings(),
+        resume: SearchResult | None = None,
+        progress: Callable[[SearchProgress], None] | None = None,
     ) -> None:
-        batch_windows = settings.batch_windows
-        most = max(1, len(windows) // _MIN_STEPS)
-        self.state = SearchState(
-            model, windows, alive, batch_windows, most, settings.memory_bound, settings.trunk_bound
-        )
+        settings.check()
+        self.result = replace(resume or SearchResult(), margins=(), cost=SearchCost())
         self.settings = settings
         self.num_blocks = model.num_blocks
-        self.result = start
         self._progress = progress
         self._num_remove = num_remove
-        self._first = len(start.removed)
+        self._first = len(self.result.removed)
         self._order: list[Unit] = []
         self._current: Evidence | None = None
+        _check_arguments(model.num_blocks, windows, num_remove, settings.units, self.result)
+        alive = alive_units(settings.units, model.num_blocks, self.result.removed)
+        if settings.mode != "exact":
+            # Neighbouring windows are often one article. Sums do not depend on the order, being rounded once.
+            windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+        most = max(1, len(windows) // _MIN_STEPS)
+        self.state = SearchState(
+            model, windows, alive, settings.batch_windows, most, settings.memory_bound, settings.trunk_bound
+        )
 
+    @property
+    def num_left(self) -> int:
+        """How many rounds there are to come."""
+        return max(0, self._num_remove - len(self.result.removed))
+
+    @torch.no_grad()
     def next_round(self) -> SearchResult:
         """Removes one more unit."""
         state, earlier = self.state, self.result
