@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +15,27 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_CHOICES = 128
+MAX_INTEGER = 2**63 - 1  # larger integers of JSON are not exact in every parser
+
+# Field: least and greatest integer.
+COUNT_RANGES: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_CHOICES),
+    "max_tokens": (0, MAX_INTEGER),
+    "min_tokens": (0, MAX_INTEGER),
+    "top_k": (-1, MAX_INTEGER),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "seed": (-(2**63), 2**64 - 1),
+}
+# Field: least and greatest number, and whether the least itself is left out.
+NUMBER_RANGES: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0.0, 100.0, False),
+    "top_p": (0.0, 1.0, True),
+    "min_p": (0.0, 1.0, False),
+    "presence_penalty": (-2.0, 2.0, False),
+    "frequency_penalty": (-2.0, 2.0, False),
+    "repetition_penalty": (0.0, 100.0, True),
+}
 
 
 def is_integer(value: Any) -> bool:
@@ -107,40 +127,24 @@ class SamplingParams:
         return replace(self, n=1, seed=self.seed if number == 0 else seed)
 
     def _check_counts(self) -> None:
-        ranges: list[tuple[str, int, float]] = [
-            ("n", 1, MAX_CHOICES),
-            ("max_tokens", 0, math.inf),
-            ("min_tokens", 0, math.inf),
-            ("top_k", -1, math.inf),
-            ("logprobs", 0, MAX_LOGPROBS),
-            ("prompt_logprobs", 0, MAX_LOGPROBS),
-            ("seed", -(2**63), 2**64 - 1),
-        ]
-        for name, low, high in ranges:
+        for name, (low, high) in COUNT_RANGES.items():
             value = getattr(self, name)
             if value is None and name not in ("n", "min_tokens"):
                 continue
             if not is_integer(value) or not low <= value <= high:
-                limit = "" if high == math.inf else f", at most {high}"
+                too_large = is_integer(value) and value > high
+                limit = f", at most {high}" if too_large or high != MAX_INTEGER else ""
                 _refuse(name, value, f"an integer of at least {low}{limit}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _refuse("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
 
     def _check_numbers(self) -> None:
-        ranges = [
-            ("temperature", 0.0, 100.0, ""),
-            ("top_p", 0.0, 1.0, " above 0"),
-            ("min_p", 0.0, 1.0, ""),
-            ("presence_penalty", -2.0, 2.0, ""),
-            ("frequency_penalty", -2.0, 2.0, ""),
-            ("repetition_penalty", 0.0, 100.0, " above 0"),
-        ]
-        for name, low, high, strict in ranges:
+        for name, (low, high, above) in NUMBER_RANGES.items():
             value = getattr(self, name)
             if value is None and name in ("temperature", "top_p", "repetition_penalty"):
                 continue
-            if not is_number(value) or not low <= value <= high or (strict and value == low):
-                _refuse(name, value, f"a number{strict} from {low:g} to {high:g}")
+            if not is_number(value) or not low <= value <= high or (above and value == low):
+                _refuse(name, value, f"a number{' above 0' if above else ''} from {low:g} to {high:g}")
 
     def _check_stops(self) -> None:
         strings = self.stop_strings

@@ -30,7 +30,7 @@ router = APIRouter()
 
 MAX_MESSAGES = 4096
 _NUM_LAST_TOKENS = 16  # of a prompt, in which a mark and the line ends after it have room
-_OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
 @router.post("/v1/chat/completions")
@@ -113,7 +113,7 @@ def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) 
 async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
     messages = normalise_messages(body.messages)
     options = dict(body.chat_template_kwargs or {})
-    for name in _OWN_ARGUMENTS:
+    for name in OWN_ARGUMENTS:
         if name in options:
             raise RequestError(
                 f"'{name}' cannot be given in chat_template_kwargs; it is a field of the request",
@@ -132,7 +132,7 @@ async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None,
 
 
 def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content is a string (or None). Raises RequestError for what a text model cannot read."""
+    """Messages whose content is a string. Raises RequestError for what a text model cannot read."""
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise RequestError(f"there are {len(messages)} messages; send 1 to {MAX_MESSAGES}", param="messages")
     return [_normalise(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -147,7 +147,8 @@ def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
         )
     if content is None and role != "assistant":
         raise RequestError(f"{where}.content is missing", param=f"{where}.content")
-    message = message | {"content": _join_parts(content, f"{where}.content")}
+    # A template would write a null as "None".
+    message = message | {"content": _join_parts(content, f"{where}.content") or ""}
     return _normalise_calls(message, where)
 
 
@@ -155,30 +156,33 @@ def _normalise_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
     """Calls as templates take them, with arguments that are objects; the old fields for them become today's."""
     if message["role"] == "function":
         message = message | {"role": "tool"}
-    calls = message.get("tool_calls")
-    if not calls and message.get("function_call") is not None:
-        calls = [{"type": "function", "function": message["function_call"]}]
-    message = {name: value for name, value in message.items() if name not in ("tool_calls", "function_call")}
-    if not calls:
-        return message
-    if not isinstance(calls, list):
+    calls, function = message.get("tool_calls"), message.get("function_call")
+    if calls is not None and not isinstance(calls, list):
         raise RequestError(f"{where}.tool_calls must be a list of calls", param=f"{where}.tool_calls")
-    normalised = [_normalise_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-    return message | {"content": message["content"] or "", "tool_calls": normalised}
+    normalised = [
+        _normalise_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls or ())
+    ]
+    if function is not None:
+        old = _normalise_call({"type": "function", "function": function}, f"{where}.function_call")
+        normalised = normalised or [old]
+    message = {name: value for name, value in message.items() if name not in ("tool_calls", "function_call")}
+    return message | {"tool_calls": normalised} if normalised else message
 
 
 def _normalise_call(call: Any, where: str) -> dict[str, Any]:
     function: Any = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RequestError(f"{where} must have a function with a name", param=where)
-    arguments = function.get("arguments") or {}
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str | dict | None):
+        raise RequestError(f"the arguments of {where} must be JSON, as a string or an object", param=where)
     if isinstance(arguments, str):
         try:
             arguments = orjson.loads(arguments)
         except orjson.JSONDecodeError:
             pass  # as the model wrote them: broken arguments of its own must not end a conversation
     normalised: dict[str, Any] = {"type": "function"} | call
-    normalised["function"] = function | {"arguments": arguments}
+    normalised["function"] = function | {"arguments": arguments or {}}
     return normalised
 
 

@@ -14,7 +14,7 @@ from sleb.server.context import ServerContext, get_context
 from sleb.server.generation import LARGE_TEXT, Generation, Prompt
 from sleb.server.grammars import compiler_for
 from sleb.server.logprobs import completion_logprobs
-from sleb.server.protocol import CompletionBody, parse_body, read_body
+from sleb.server.protocol import CompletionBody, parse_body, read_body, whole_numbers
 from sleb.server.structured import answer_grammar
 from sleb.server.token_text import TextOffsets
 
@@ -51,6 +51,7 @@ def split_prompts(prompt: Any) -> list[str] | list[list[int]]:
     prompts: Any = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not prompts:
         raise RequestError(f"'prompt' must be {_SHAPES}, and not empty", param="prompt")
+    prompts = [whole_numbers(each) for each in whole_numbers(prompts)]
     if all(type(token_id) is int for token_id in prompts):
         prompts = [prompts]
     if len(prompts) > MAX_PROMPTS:

@@ -32,6 +32,7 @@ td, th { border-top: 1px solid #8884; padding: .25rem .75rem .25rem 0; text-alig
 .method { display: inline-block; font-weight: 600; min-width: 3.5rem; }
 """
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_LARGE = 2**53
 _HEADERS = {
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -46,8 +47,7 @@ def install(app: FastAPI) -> None:
             document = get_openapi(
                 title=app.title, version=app.version, description=_SUMMARY, routes=app.routes
             )
-            has_keys = bool(app.state.context.options.api_keys)
-            app.openapi_schema = complete(document, has_keys)
+            app.openapi_schema = complete(document, app.state.context)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -100,7 +100,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
 
 def _content(content: dict[str, Any]) -> str:
     return "<br>".join(
-        f"{_type(described.get('schema', {}))} ({escape(media_type)})"
+        f"{_type(described.get('schema') or described.get('itemSchema', {}))} ({escape(media_type)})"
         for media_type, described in content.items()
     )
 
@@ -124,6 +124,8 @@ def _type(schema: dict[str, Any]) -> str:
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " or ".join(map(_type, schema[key]))
+    if "contentSchema" in schema:
+        return f"{_type(schema['contentSchema'])} in JSON"
     if "const" in schema or "enum" in schema:
         return escape(", ".join(json.dumps(each) for each in schema.get("enum", [schema.get("const")])))
     kind = schema.get("type", "anything")
@@ -131,4 +133,17 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(_type(schema | {"type": each}) for each in kind)
     if kind == "array":
         return f"list of {_type(schema.get('items', {}))}"
-    return escape(str(kind))
+    return escape(f"{kind}{_range(schema)}" if kind in ("integer", "number") else str(kind))
+
+
+def _range(schema: dict[str, Any]) -> str:
+    """The bounds of a number, without those that only keep it exact."""
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high = schema.get("maximum", _LARGE)
+    bounds = "" if above is None else f" above {_number(above)}"
+    bounds += "" if low is None or low <= -_LARGE else f" from {_number(low)}"
+    return bounds if high >= _LARGE else f"{bounds} to {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return str(int(value) if value == int(value) else value)

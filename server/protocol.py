@@ -7,6 +7,7 @@ dropped, unless it then means nothing (`tools: []`); fields unknown to it are na
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
@@ -15,7 +16,7 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sleb.engine.sampling_params import SamplingParams
+from sleb.engine.sampling_params import COUNT_RANGES, SamplingParams
 from sleb.errors import RequestError
 from sleb.server.errors import ApiError, shorten
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("sleb.server")
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
+TOKEN_ID_PATTERN = "[0-9]{1,9}"  # a name in logit_bias
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "logit_bias",  # its keys are strings in JSON
     "grammar",  # is compiled from other fields
@@ -38,9 +40,26 @@ Model = TypeVar("Model", bound="GenerationBody")
 
 def _default_for_null(default: Any) -> BeforeValidator:
     """A null means the same as a missing field."""
-    return BeforeValidator(lambda value: default if value is None else value)
+    return BeforeValidator(
+        lambda value: default if value is None else value, json_schema_input_type=bool | None
+    )
 
 
+def _whole(value: Any) -> Any:
+    """JSON knows numbers only: 5.0 is the integer 5. Above 2**53 it may be another one, rounded."""
+    exact = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if exact else value
+
+
+def whole_numbers(values: Any) -> Any:
+    """A list with integers for the numbers in it that are whole; anything else as it is."""
+    if isinstance(values, list) and any(type(value) is float for value in values):
+        return [_whole(value) for value in values]
+    return values
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Integers = Annotated[list[int], BeforeValidator(whole_numbers)]
 TrueByDefault = Annotated[bool, _default_for_null(True)]
 FalseByDefault = Annotated[bool, _default_for_null(False)]
 
@@ -58,17 +77,17 @@ class GenerationBody(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: Integer | None = None
+    min_tokens: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
-    n: int | None = None
+    n: Integer | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[Integers, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: FalseByDefault = False
-    seed: int | None = None
+    seed: Integer | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -101,9 +120,9 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: FalseByDefault = False
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -118,8 +137,9 @@ class ChatBody(GenerationBody):
     def check(self) -> None:
         if self.audio is not None or any(modality != "text" for modality in self.modalities or ()):
             _unsupported("modalities", "audio is", "this model reads and writes text")
+        self._check_max_tokens()
         if self.top_logprobs is not None:
-            if not self.logprobs:
+            if self.top_logprobs and not self.logprobs:
                 raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
             if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
                 raise RequestError(
@@ -132,15 +152,25 @@ class ChatBody(GenerationBody):
                 param="continue_final_message",
             )
 
+    def _check_max_tokens(self) -> None:
+        """Both, since the one that does not win is never used."""
+        least, most = COUNT_RANGES["max_tokens"]
+        for name in ("max_tokens", "max_completion_tokens"):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise RequestError(
+                    f"{name} is {value}; it must be an integer of at least {least}", param=name
+                )
+
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Any = None
     echo: FalseByDefault = False
-    logprobs: int | None = None
+    logprobs: Integer | None = None
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Integer | None = None
 
     def check(self) -> None:
         if self.suffix:
@@ -159,12 +189,13 @@ def _unsupported(param: str, what: str, remedy: str) -> None:
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): bias for token_id, bias in biases.items()}
-    except ValueError as error:
-        raise RequestError(
-            f"logit_bias maps token ids to numbers: {shorten(str(error))}", param="logit_bias"
-        ) from None
+    for token_id in biases:
+        if not re.fullmatch(TOKEN_ID_PATTERN, token_id):
+            raise RequestError(
+                f"logit_bias maps token ids to numbers; {shorten(token_id)} is no token id",
+                param="logit_bias",
+            )
+    return {int(token_id): bias for token_id, bias in biases.items()}
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -52,7 +52,8 @@ def _response_format(body: GenerationBody) -> GrammarSpec | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return _spec("json", schema_text(given.get("schema") or _ANY_OBJECT, param), param)
+        schema = given.get("schema")
+        return _spec("json", schema_text(_ANY_OBJECT if schema in (None, {}) else schema, param), param)
     if kind != "json_schema":
         raise RequestError(
             f"response_format.type is {shorten(kind)}; it must be 'text', 'json_object' or 'json_schema'",
@@ -71,7 +72,9 @@ def _guided(body: GenerationBody) -> list[GrammarSpec | None]:
 def _structured_outputs(body: GenerationBody) -> list[GrammarSpec | None]:
     param = "structured_outputs"
     given = {
-        name: value for name, value in (body.structured_outputs or {}).items() if value not in (None, False)
+        name: value
+        for name, value in (body.structured_outputs or {}).items()
+        if value is not None and value is not False
     }
     for name in given:
         if name not in (*_KINDS, "json_object"):
@@ -79,8 +82,11 @@ def _structured_outputs(body: GenerationBody) -> list[GrammarSpec | None]:
                 f"{param} has {shorten(name)}; it may have one of {', '.join(_KINDS)}, json_object",
                 param=param,
             )
-    if given.pop("json_object", None):
-        given["json"] = given.get("json") or _ANY_OBJECT
+    if "json_object" in given:
+        if given.pop("json_object") is not True:
+            raise RequestError(f"{param}.json_object must be true or false", param=param)
+        if given.get("json") in (None, {}):
+            given["json"] = _ANY_OBJECT
     return [_of_kind(kind, value, param) for kind, value in given.items()]
 
 
@@ -101,7 +107,10 @@ def _choice(choices: Any, param: str) -> str:
         raise RequestError(f"{param} must list the answers to choose from, none of them empty", param=param)
     if not 0 < len(choices) <= MAX_CHOICES:
         raise RequestError(f"{param} has {len(choices)} choices; give 1 to {MAX_CHOICES}", param=param)
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    # A terminal, which the lexer's automaton reads: alternatives of a rule would each be an item of the parser.
+    return "start: CHOICE\nCHOICE: " + " | ".join(
+        json.dumps(choice, ensure_ascii=False) for choice in choices
+    )
 
 
 def _spec(kind: Kind, text: str, param: str) -> GrammarSpec:

@@ -15,7 +15,7 @@ from sleb.server.chat import normalise_messages
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import json_response, shorten
 from sleb.server.generation import LARGE_TEXT
-from sleb.server.protocol import read_body
+from sleb.server.protocol import Integers, read_body
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +53,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     model: str | None = None
-    tokens: Annotated[list[int], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[Integers, Field(max_length=MAX_TOKENS)]
 
 
 @router.post("/tokenize")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TOOLS = 256
 MAX_CALLS = 32  # in an answer that must call
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+NAME_PATTERN = "[a-zA-Z0-9_.-]{1,64}"
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -107,21 +107,26 @@ def read_tools(body: ChatBody) -> ToolUse | None:
 
     Raises RequestError for a tool that is malformed and for a choice that is none.
     """
-    legacy = not body.tools and bool(body.functions)
-    choice_field = "function_call" if legacy else "tool_choice"
-    choice: Any = body.function_call if legacy else body.tool_choice
-    if choice == "none":
-        return None
-    given = (
-        [{"type": "function", "function": each} for each in body.functions or ()] if legacy else body.tools
+    tools = _check_tools(body.tools or [], "tools")
+    functions = _check_tools(
+        [{"type": "function", "function": each} for each in body.functions or ()], "functions"
     )
-    if not given:
-        if choice not in (None, "auto"):
-            raise RequestError(
-                f"{choice_field} is {shorten(choice)}, but there are no tools", param=choice_field
-            )
+    if tools and functions:
+        raise RequestError("tools and functions exclude each other; leave one out", param="functions")
+    choices = [
+        _check_choice(body.tool_choice, tools, "tool_choice", "tools"),
+        _check_choice(body.function_call, functions, "function_call", "functions"),
+    ]
+    legacy = bool(functions)
+    choice, named = choices[legacy]
+    if not (tools or functions) or (choice == "none" and not named):
         return None
-    field = "functions" if legacy else "tools"
+    return ToolUse(
+        tools or functions, choice, named, body.parallel_tool_calls is not False and not legacy, legacy
+    )
+
+
+def _check_tools(given: list[Any], field: str) -> list[dict[str, Any]]:
     if len(given) > MAX_TOOLS:
         raise RequestError(f"there are {len(given)} {field}; send at most {MAX_TOOLS}", param=field)
     tools = [_check_tool(tool, f"{field}[{index}]") for index, tool in enumerate(given)]
@@ -129,8 +134,7 @@ def read_tools(body: ChatBody) -> ToolUse | None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RequestError(f"two {field} are named '{twice}'", param=field)
-    chosen, named = _check_choice(choice, names, choice_field)
-    return ToolUse(tools, chosen, named, body.parallel_tool_calls is not False and not legacy, legacy)
+    return tools
 
 
 def _check_tool(tool: Any, where: str) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def _check_tool(tool: Any, where: str) -> dict[str, Any]:
             f"{where} must be an object with type 'function' and the function under 'function'", param=where
         )
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise RequestError(
             f"the name of {where} is {shorten(name)}; it must be 1 to 64 letters, digits, '_', '-' and '.'",
             param=where,
@@ -155,22 +159,31 @@ def _check_tool(tool: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _check_choice(choice: Any, names: list[str], field: str) -> tuple[str, bool]:
-    """auto, required or a name; and whether it is a name."""
-    if choice is None:
-        return "auto", False
-    if choice in ("auto", "required") and not (field == "function_call" and choice == "required"):
-        return choice, False
-    name = None
-    if isinstance(choice, dict):
-        inner = choice.get("function", choice if field == "function_call" else None)
-        name = inner.get("name") if isinstance(inner, dict) else None
-    if not isinstance(name, str) or name not in names:
+def _check_choice(choice: Any, tools: list[dict[str, Any]], field: str, tools_field: str) -> tuple[str, bool]:
+    """none, auto, required or a name; and whether it is a name."""
+    if choice is None or choice in ("none", "auto"):
+        return choice or "auto", False
+    named = choice
+    if field == "tool_choice" and isinstance(choice, dict):
+        named = choice.get("function") if choice.get("type", "function") == "function" else None
+    name = named.get("name") if isinstance(named, dict) else None
+    required = choice == "required" and field == "tool_choice"
+    if not required and not isinstance(name, str):
         raise RequestError(
-            f"{field} is {shorten(choice)}; it must be 'none', 'auto', 'required' or name one of the tools",
+            f"{field} is {shorten(choice)}; it must be 'none', 'auto', 'required' or name one of the {tools_field}",
             param=field,
         )
-    return name, True
+    if not tools:
+        raise RequestError(f"{field} is {shorten(choice)}, but there are no {tools_field}", param=field)
+    if required:
+        return "required", False
+    names = [tool["function"]["name"] for tool in tools]
+    if name not in names:
+        raise RequestError(
+            f"{field} names {shorten(name)}, which is none of the {tools_field}: {shorten(', '.join(names), 300)}",
+            param=field,
+        )
+    return str(name), True
 
 
 def _arguments_schema(function: dict[str, Any]) -> str:

@@ -63,6 +63,8 @@ class FakeEngine:
         self.tokenizer = make_tokenizer()
         self.text = SimpleNamespace(named_tokens={}, chat_template=None)
         self.chat_template = None
+        self.spec = SimpleNamespace(vocab_size=self.tokenizer.get_vocab_size())
+        self.eos_token_ids = frozenset()
         self.max_running = 4
         self.delay = 0.0
         self.hold = threading.Event()
@@ -126,6 +128,14 @@ class FakeEngine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        for name, ids in (
+            ("prompt", tokens),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            for token_id in ids:
+                if not 0 <= token_id < self.spec.vocab_size:
+                    raise RequestError(f"{token_id} in {name} is not a token id", param=name)
         assert params.n == 1
         self.seen.append((tokens, params, depth))
         room = self.max_model_len - len(tokens)

@@ -201,7 +201,7 @@ def test_silence_is_filled_with_comments(serve_engine, fake_engine, wait_until):
     "fields",
     [
         {"tools": []},
-        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
         {"tool_choice": "auto"},
         {"response_format": {"type": "text"}},
         {"modalities": ["text"]},
@@ -212,6 +212,13 @@ def test_silence_is_filled_with_comments(serve_engine, fake_engine, wait_until):
 )
 def test_fields_that_change_nothing_are_accepted(server, fields):
     assert server.chat("a", **fields).status_code == 200
+
+
+def test_no_content_is_an_empty_text(server):
+    """Which a template would otherwise write as "None"."""
+    messages = [{"role": "assistant", "content": None}, {"role": "user", "content": "a"}]
+    answer = server.post("/v1/chat/completions", messages=messages)
+    assert answer.json()["choices"][0]["message"]["content"] == "a"
 
 
 def test_unknown_fields_are_named_once_in_the_log(server, caplog):

@@ -98,7 +98,16 @@ def test_token_ids_are_returned_when_asked_for(server):
     assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])] == ids
 
 
-@pytest.mark.parametrize("prompt", [None, [], {}, 5, ["a", [1]], [["a"]], [1, "a"], [[1], 2], [True], ""])
+def test_whole_numbers_may_have_a_point(server):
+    for prompt in ([5.0, 6], [[5, 6.0]]):
+        answer = server.post("/v1/completions", prompt=prompt, max_tokens=2.0, n=1.0, logprobs=1.0)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["total_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, [], {}, 5, ["a", [1]], [["a"]], [1, "a"], [[1], 2], [True], [1.5], [[1.5]], ""]
+)
 def test_other_shapes_are_refused(server, prompt):
     response = server.post("/v1/completions", prompt=prompt)
     assert response.status_code == 400

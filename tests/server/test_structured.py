@@ -20,6 +20,7 @@ from sleb.errors import RequestError
 from sleb.server import grammars
 from sleb.server.grammar_spec import GrammarSpec, Part
 from sleb.server.grammars import GrammarCompiler
+from sleb.server.structured import MAX_CHOICES
 from sleb.server.token_text import TokenTexts
 
 PERSON = {
@@ -149,6 +150,11 @@ def test_regex(server, pattern):
         assert re.fullmatch(
             pattern, text_of(server.chat("x", structured_outputs={"regex": pattern}, **fields))
         )
+
+
+def test_as_many_choices_as_there_may_be(server):
+    choices = [f"number {number}" for number in range(MAX_CHOICES)]
+    assert text_of(server.complete("x", guided_choice=choices, max_tokens=40)) in choices
 
 
 def test_choice_with_awkward_characters(server):

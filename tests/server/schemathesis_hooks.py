@@ -1,0 +1,107 @@
+"""Loaded by schemathesis: which answers to requests that fit the description may be refusals all the same.
+
+The description is exact but for what a JSON schema cannot say. Each such rule is named here by its message, with a
+test on the request that it really applied: any other refusal of a request that fits is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import schemathesis
+from schemathesis.openapi.checks import RejectedPositiveData
+
+GRAMMARS = (
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+)
+
+
+def names_of(body, field):
+    given = body.get(field) or []
+    return [each["function"]["name"] if field == "tools" else each["name"] for each in given]
+
+
+def has_grammar(body):
+    return any(body.get(name) is not None for name in (*GRAMMARS, "tools", "functions"))
+
+
+def has_empty_prompt(body):
+    """An empty text makes no token; a conversation makes some, but with the fake engine's empty template none."""
+    return "messages" in body or "" in (body["prompt"], *body["prompt"])
+
+
+def names_unknown_tool(body):
+    tool, function = body.get("tool_choice"), body.get("function_call")
+    unknown = isinstance(tool, dict) and tool["function"]["name"] not in names_of(body, "tools")
+    return unknown or (isinstance(function, dict) and function["name"] not in names_of(body, "functions"))
+
+
+def has_same_names(body):
+    return any(len(set(names := names_of(body, field))) < len(names) for field in ("tools", "functions"))
+
+
+def asks_for_too_few(body):
+    limits = [body.get("max_tokens"), body.get("max_completion_tokens")]
+    return any(
+        limit is not None and limit < body["min_tokens"]
+        for limit in [*limits, 16 if "prompt" in body else None]
+    )
+
+
+def forces_what_is_not_there(body):
+    forced = body.get("tool_choice") not in (None, "none", "auto") and not body.get("tools")
+    return forced or (body.get("function_call") not in (None, "none", "auto") and not body.get("functions"))
+
+
+# The beginning of a message, and whether the body breaks the rule that it tells of.
+RULES = [
+    (r"the prompt has \d+ tokens, but the context holds", lambda body: True),
+    (r"the prompt is empty", has_empty_prompt),
+    (r"the chat template refuses the messages", lambda body: "messages" in body),
+    (r"min_tokens is \d+; it must be at most max_tokens", asks_for_too_few),
+    (r"best_of other than n is", lambda body: body["best_of"] != (body.get("n") or 1)),
+    (r"two (tools|functions) are named", has_same_names),
+    (r"(tool_choice|function_call) names .*, which is none of the", names_unknown_tool),
+    (r"(tool_choice|function_call) is .*, but there are no", forces_what_is_not_there),
+    (r"tools and functions exclude each other", lambda body: body["tools"] and body["functions"]),
+    (r"top_logprobs needs logprobs", lambda body: body["top_logprobs"] and not body.get("logprobs")),
+    (
+        r"continue_final_message and add_generation_prompt exclude",
+        lambda body: body["continue_final_message"] and body["add_generation_prompt"],
+    ),
+    (r"\d+ in logit_bias is not a token id", lambda body: body["logit_bias"]),
+    (
+        r"\S+ and \S+ exclude each other",
+        lambda body: sum(body.get(name) is not None for name in GRAMMARS) > 1,
+    ),
+    (r"structured_outputs and structured_outputs exclude", lambda body: len(body["structured_outputs"]) > 1),
+    (
+        rf"({'|'.join(GRAMMARS)}|tools) (cannot be used|is not valid JSON|is .*; it must be a JSON schema)",
+        has_grammar,
+    ),
+]
+
+
+@schemathesis.hook
+def filter_failure(context, failure, case, response):
+    """False drops a failure."""
+    if not isinstance(failure, RejectedPositiveData) or failure.status_code != 400:
+        return True
+    message = response.json()["error"]["message"]
+    return not any(re.match(pattern, message) and applies(case.body) for pattern, applies in RULES)
+
+
+if os.environ.get("SLEB_SCHEMATHESIS_STREAM"):
+
+    @schemathesis.hook
+    def before_call(context, case, **options):
+        """Every request that may ask for a stream does: few that are generated would."""
+        may_stream = case.path in ("/v1/chat/completions", "/v1/completions") and isinstance(case.body, dict)
+        if may_stream and case.body.get("stream") in (None, False):
+            case.body = case.body | {"stream": True}
