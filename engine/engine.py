@@ -82,7 +82,7 @@ class Engine:
         self._in_flight: LaunchedStep | None = None
         page_size = self.runner.page_size
         block_manager = BlockManager(self.runner.num_pages, page_size, config.enable_prefix_caching)
-        self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.step_tokens)
         self._requests: dict[str, Request] = {}
         self._num_open: Counter[int] = Counter()  # by depth
         self._seeds = random.Random(config.seed)

@@ -81,7 +81,7 @@ class _Builder:
             wanted = min(config.max_model_len or self.spec.max_positions, self.spec.max_positions)
             trial = self._executor(device, wanted, 0)
             reserve = measure_reserve(
-                trial, page_size, config.max_num_batched_tokens, wanted, buckets if captured else ()
+                trial, page_size, config.step_tokens, wanted, buckets if captured else ()
             )
             del trial
             gc.collect()
@@ -99,9 +99,9 @@ class _Builder:
     def _warm_up(self, executor: FusedExecutor, max_model_len: int, num_pages: int) -> None:
         """Compiles, and where need be tunes, every kernel that serving runs: a request must not wait for that."""
         executor.warm_up(num_pages, self.config.on_tuning)
-        longest = min(self.config.max_num_batched_tokens, max_model_len)
+        longest = min(self.config.step_tokens, max_model_len)
         steps = [
-            prompt_step(executor, self.page_size, self.config.max_num_batched_tokens, max_model_len),
+            prompt_step(executor, self.page_size, self.config.step_tokens, max_model_len),
             trial_step(executor, self.page_size, [(min(2, longest), longest), (1, 1)]),
             trial_step(executor, self.page_size, [(1, longest)]),
         ]

@@ -156,7 +156,7 @@ class Runner:
                     max_model_len=self.max_model_len,
                     num_pages=self.num_pages,
                     page_size=self.page_size,
-                    max_num_tokens=config.max_num_batched_tokens,
+                    max_num_tokens=config.step_tokens,
                     max_num_seqs=config.max_num_seqs,
                 )
             if config.kernels == kernels.name:

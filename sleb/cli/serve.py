@@ -91,7 +91,13 @@ def serve(
         typer.Option(help="Tokens of prompt and answer.", show_default="what the model and the memory allow"),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests computed at once.")] = 64,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 2048,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of one step: how long a prompt makes other answers wait.",
+            show_default="256 on a CPU, 2048 on a card",
+        ),
+    ] = None,
     kv_cache_memory: Annotated[
         float | None, typer.Option(help="GiB for the KV cache.", show_default="from the free memory")
     ] = None,
