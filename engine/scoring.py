@@ -1,4 +1,4 @@
-"""A decoder for the search: embed, run one unit, losses, over dense windows of tokens without a KV cache."""
+"""A decoder over dense windows of tokens, without a KV cache: embed, run one unit, losses, logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sleb.engine.architecture import resolve_spec
-from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype
+from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.decoder import Decoder
 from sleb.engine.loader import load_weights
 from sleb.engine.text import TextProcessor
@@ -25,7 +25,8 @@ class DecoderScorer:
 
     Attributes:
         num_blocks, hidden_size, max_length: of the model; max_length is its longest window in tokens.
-        fingerprint, model_name: for the layer map. tokenizer: a `tokenizers.Tokenizer`, or None.
+        fingerprint, model_name: for the layer map. tokenizer: a `tokenizers.Tokenizer`, or None; text: what knows it.
+        vocab_size, device, dtype: of the logits, of the weights, and of activations.
     """
 
     def __init__(self, decoder: Decoder, model_name: str, text: TextProcessor) -> None:
@@ -35,20 +36,36 @@ class DecoderScorer:
         self.hidden_size = spec.hidden_size
         self.max_length = spec.max_positions
         self.fingerprint = spec.fingerprint
+        self.vocab_size = spec.vocab_size
+        self.device = decoder.device
+        self.dtype = decoder.weights.dtype
         self.model_name = model_name
+        self.text = text  # renders conversations for the calibration
         self.tokenizer = text.tokenizer
 
     @classmethod
-    def load(cls, model: str, dtype: str = "float32", device: str = "auto") -> DecoderScorer:
-        """The scorer of MODEL (folder, hub id, .gguf or alias). Raises ModelError or ConfigError."""
-        EngineConfig(model, dtype=dtype).check()
+    def load(
+        cls, model: str, dtype: str = "float32", device: str = "auto", weights: str = "auto"
+    ) -> DecoderScorer:
+        """The scorer of MODEL (folder, hub id, .gguf or alias); dtype, weights: as EngineConfig's.
+
+        Raises ModelError or ConfigError.
+        """
+        EngineConfig(model, dtype=dtype, weights=weights).check()
         target = resolve_device(device)
         resolved = resolve_model(model)
         spec = resolve_spec(resolved.path)
-        chosen = resolve_dtype(dtype, "auto", spec.checkpoint_dtype)
-        weights = load_weights(resolved.path, spec, all_sublayers(spec), chosen, target)
+        chosen = resolve_dtype(dtype, weights, spec.checkpoint_dtype)
+        loaded = load_weights(
+            resolved.path,
+            spec,
+            all_sublayers(spec),
+            chosen,
+            target,
+            weight_format=resolve_weight_format(weights),
+        )
         kernels = select_kernels("torch", target)
-        decoder = Decoder(spec, weights, kernels, spec.max_positions, target)
+        decoder = Decoder(spec, loaded, kernels, spec.max_positions, target)
         return cls(decoder, resolved.name, TextProcessor(resolved.path))
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -77,8 +94,17 @@ class DecoderScorer:
         states = self._decoder.head_inputs(hidden[:, :-1].reshape(num_windows * (length - 1), -1))
         targets = token_ids[:, 1:].reshape(-1).to(states.device)
         weight = self._decoder.weights.head.weight
-        assert isinstance(weight, Tensor), "the scorer never quantises"
+        if not isinstance(weight, Tensor):
+            weight = weight.dequantize(states.dtype)
         return linear_cross_entropy(states, weight, targets).view(num_windows, length - 1)
+
+    def head_states(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., E] at the end to what the head multiplies, a row a token: [T, E]."""
+        return self._decoder.head_inputs(hidden.reshape(-1, hidden.shape[-1]))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Rows of `head_states` to their logits [T, vocab_size] float32: callers pass a few rows at a time."""
+        return self._decoder.kernels.linear(states, self._decoder.weights.head.weight, None).float()
 
     def num_parameters(self, unit: Unit) -> int:
         """How many weights a unit has."""

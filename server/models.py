@@ -86,7 +86,7 @@ def perplexities(layer_map: LayerMap, depth: int) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A result file of `sleb bench throughput`, or any of its form whose rows have `depth` and `perplexity`.
+    """A result file of `sleb bench throughput` or `sleb eval`: rows with `depth`, and `speedup` or `perplexity`.
 
     rows: dictionaries, each with an integer `depth`. removed: the units that the deepest of them lacks.
     """
@@ -126,8 +126,8 @@ class BenchResult:
             valid = False
         if not valid:
             raise ConfigError(
-                f"--bench-result {path} is no result of `sleb bench throughput`; make one with "
-                "`sleb bench throughput MODEL --json FILE`"
+                f"--bench-result {path} is no result of `sleb bench throughput` or `sleb eval`; "
+                "make one with `sleb bench throughput MODEL --json FILE`"
             )
         return result
 

@@ -18,6 +18,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 
 Point = tuple[float, float]
+Bar = tuple[float, float, float, float]
+"""x, y, and the ends of the interval around y."""
 
 
 @contextmanager
@@ -124,3 +126,32 @@ def plot_front(
                 for one, other in zip((handles, labels), right.get_legend_handles_labels(), strict=True)
             )
         axes.legend(handles, labels, frameon=False, loc="upper left", fontsize=9)
+
+
+def plot_quality(stem: Path, perplexities: Sequence[Bar], agreements: Sequence[Bar], title: str) -> None:
+    """Perplexity (left) and the share of tokens as the dense model's (right) against depth, with their intervals."""
+    with figure(stem, title) as axes:
+        axes.set_xlabel("depth (units removed)")
+        axes.set_ylabel("perplexity (lower is better)")
+        axes.locator_params(axis="x", integer=True)
+        lines = [_bars(axes, perplexities, 0, "perplexity, 95 % interval")]
+        axes.set_ylim(bottom=0)
+        if agreements:
+            right = axes.twinx()
+            lines.append(_bars(right, agreements, 1, "same next token as the dense model, 95 % interval"))
+            right.set_ylabel("same next token as the dense model")
+            right.set_ylim(0, 1)
+            right.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
+            right.spines["top"].set_visible(False)
+        # Where lines leave room is not known: below the axes there is always some.
+        axes.figure.legend(
+            handles=lines, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=9
+        )
+
+
+def _bars(axes: Axes, bars: Sequence[Bar], number: int, label: str) -> Any:
+    """A line through values with whiskers to the ends of their intervals."""
+    x, y, low, high = ([bar[place] for bar in bars] for place in range(4))
+    below = [value - end for value, end in zip(y, low, strict=True)]
+    above = [end - value for value, end in zip(y, high, strict=True)]
+    return axes.errorbar(x, y, yerr=[below, above], capsize=3, label=label, **style(number))

@@ -30,13 +30,14 @@ class PruneOptions:
         target_speedup: recommend the shallowest depth whose predicted speedup is at least that (`sleb.cost_model`).
         max_perplexity_increase: recommend the deepest depth, up to the target, that raises the perplexity (of the
             held-out text, if there is one) by no more than that: "5%" or 0.05.
-        calibration: "wikitext2", "c4" or a text file; `sampler` is "packed" or "rows" (`sleb.calibration`).
+        calibration: "wikitext2", "c4", a text file, a column of a table ("data.jsonl:text"), "self" (text that the
+            model writes), or a mix ("wiki.txt=0.7,self=0.3"); `sampler` is "packed" or "rows" (`sleb.calibration`).
         output: file that gets the map after each round; None: nowhere.
         depth: the depth that the map recommends; None: all that `remove` asks for.
         seqlen: tokens a window; None: 2,048, or the model's context if that is shorter.
-        windows: how many windows; None: up to 128. seed: shuffles them; the rows sampler has seed 0.
+        windows: how many windows; None: up to 128. seed: shuffles them; 0 for the rows sampler and "self".
         dtype, device: of the model while searching.
-        held_out: a text file or data set that takes no part in the search; its loss is told for every depth.
+        held_out: a source, as `calibration`, that takes no part in the search; its loss is told for every depth.
         cost: weigh the loss that a removal adds by what it saves: "params", "latency" or "kv"; None: not at all.
         speedup: whether to predict the speedup of each depth also where nothing depends on it.
         speedup_batch: requests at once in the steps that the cost model is fitted to.

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from sleb.calibration import Calibration, adds_special_tokens, calibration_windows, token_hash
+from sleb.calibration import Calibration
 from sleb.choice import FrontPoint, Target, check_reachable, front
 from sleb.cost_model import CostModel, fit_cost_model
 from sleb.errors import ConfigError
 from sleb.layer_map import LayerMap, SearchRecord, Unit
 from sleb.prune_options import DEFAULT_REMOVE, PruneOptions, parse_increase, parse_remove
 from sleb.prune_output import check_output, check_resume
+from sleb.prune_tokens import TokenizedModel, gather_tokens
 from sleb.search import (
     ScoringModel,
     SearchProgress,
@@ -28,20 +29,12 @@ from sleb.search import (
     total_loss,
 )
 
-DEFAULT_SEQLEN = 2048
 
-
-class PrunableModel(ScoringModel, Protocol):
+class PrunableModel(ScoringModel, TokenizedModel, Protocol):
     """A scoring model that knows its name, shape, tokenizer and context, as `DecoderScorer` does."""
 
     @property
-    def model_name(self) -> str: ...
-    @property
     def fingerprint(self) -> str | None: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def max_length(self) -> int | None: ...
     def num_parameters(self, unit: Unit) -> int: ...
 
 
@@ -84,23 +77,21 @@ def run_pruning(
     progress: Callable[[SearchProgress], None] | None = None,
     on_round: Callable[[LayerMap], None] | None = None,
     on_fit: Callable[[float], None] = lambda share: None,
+    on_generate: Callable[[float], None] = lambda share: None,
     note: Callable[[str], None] = lambda message: None,
 ) -> PruneReport:
     """`prune` with everything that it measured.
 
     `on_round` gets the map as decided so far, after it is saved; `on_fit` how much of the cost model's measurements is
-    done, 0 to 1; `note` remarks for people. Whatever
-    ends the search, the output file holds the rounds that were completed, or is as it was before the first.
+    done, 0 to 1; `on_generate` how much of a text that the model writes; `note` remarks for people. Whatever ends the
+    search, the output file holds the rounds that were completed, or is as it was before the first.
     """
     options.check()
     path = None if options.output is None else Path(options.output)
     earlier = None if path is None else check_output(path, resume=options.resume, force=options.force)
     scorer = _load(model, options)
     num_remove = _num_remove(options, scorer.num_blocks)
-    tokens = _gather(
-        scorer, options, options.calibration, options.sampler, options.windows, options.seed, note
-    )
-    held_out = _held_out(scorer, options, tokens, note)
+    tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)
     cost_model = _cost_model(model, options, on_fit)
     candidates = candidate_units(options.units, scorer.num_blocks)
     if options.target_speedup is not None and cost_model is not None:
@@ -221,22 +212,6 @@ def _evidence(layer_map: LayerMap) -> dict[str, Any]:
     return {name: getattr(layer_map, name) for name in names}
 
 
-def _held_out(
-    scorer: PrunableModel, options: PruneOptions, tokens: Calibration, note: Callable[[str], None]
-) -> Calibration | None:
-    """As many windows of the second text as the calibration has, or all that it gives."""
-    if options.held_out is None:
-        return None
-    found = _gather(scorer, options, options.held_out, "packed", None, None, lambda message: None)
-    count = min(len(found.windows), len(tokens.windows))
-    windows = found.windows[:count].contiguous()
-    if found.record.source == tokens.record.source and token_hash(windows) == tokens.record.token_hash:
-        note(f"the held-out text is the calibration text {found.record.source}: it tells nothing new")
-    return replace(
-        found, windows=windows, record=replace(found.record, windows=count, token_hash=token_hash(windows))
-    )
-
-
 def _cost_model(
     model: str | os.PathLike[str] | PrunableModel, options: PruneOptions, on_fit: Callable[[float], None]
 ) -> CostModel | None:
@@ -286,46 +261,3 @@ def _load(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) 
     from sleb.engine.scoring import DecoderScorer
 
     return DecoderScorer.load(os.fspath(model), dtype=options.dtype, device=options.device)
-
-
-def _gather(
-    scorer: PrunableModel,
-    options: PruneOptions,
-    source: str | Path,
-    sampler: str,
-    windows: int | None,
-    seed: int | None,
-    note: Callable[[str], None],
-) -> Calibration:
-    context, seqlen = scorer.max_length, options.seqlen
-    if seqlen is None:
-        seqlen = min(DEFAULT_SEQLEN, context or DEFAULT_SEQLEN)
-    elif context is not None and seqlen > context:
-        raise ConfigError(
-            f"seqlen {seqlen} is longer than the context of {scorer.model_name}: {context} at most"
-        )
-    tokenizer = scorer.tokenizer
-    if tokenizer is None:
-        raise ConfigError(
-            f"{scorer.model_name} has no tokenizer: add its tokenizer.json to the model's folder"
-        )
-    # A tokenizer file may carry a limit that would silently cut the calibration text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-
-    def encode(text: str) -> Sequence[int]:
-        return cast(
-            Sequence[int], tokenizer.encode(text, add_special_tokens=adds_special_tokens(sampler)).ids
-        )
-
-    tokens = calibration_windows(
-        source,
-        encode,
-        sampler=sampler,
-        seqlen=seqlen,
-        windows=windows,
-        seed=seed,
-    )
-    if tokens.note:
-        note(tokens.note)
-    return tokens

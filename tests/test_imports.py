@@ -27,7 +27,7 @@ PARTS = {
     "fetch": ("fetch", "hub", "model_store", "gguf_config", "gguf_convert", "gguf_tokenizer"),
     "kernels": ("kernels",),
     "engine": ("engine",),
-    "pruning": ("pruning", "prune_options", "prune_output", "choice", "cost_model"),
+    "pruning": ("pruning", "prune_options", "prune_output", "prune_tokens", "choice", "cost_model"),
     "plots": ("plots",),
     "server": ("server",),
     "benchmarks": ("benchmarks",),

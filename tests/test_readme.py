@@ -90,8 +90,8 @@ def test_flags_in_the_table_exist() -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    """A flag named outside the table belongs to some command, or to pip or pytest."""
-    known = {"--no-build-isolation"}
+    """A flag named outside the table belongs to some command, or to a tool that is named with it."""
+    known = {"--no-build-isolation", "--prune-layers"}  # of pip and llama-quantize
     for name in cli.COMMANDS:
         command = cli.load_command(name)
         below = getattr(command, "commands", {"": command})

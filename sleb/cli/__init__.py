@@ -43,6 +43,7 @@ COMMANDS = {
     "chat": Command("sleb.cli.chat", "chat", "Chat with a model behind any OpenAI-compatible server."),
     "doctor": Command("sleb.cli.doctor", "doctor", "Check a server against the OpenAI-compatible contract."),
     "bench": Command("sleb.cli.bench", "app", "Measure speed, dense against pruned."),
+    "eval": Command("sleb.cli.eval", "evaluate", "Measure what each depth costs in quality."),
 }
 
 

@@ -53,7 +53,13 @@ def prune(
         str, typer.Option(help="exact: the paper's algorithm; fast: fewer candidates.")
     ] = "exact",
     screen: Annotated[str, typer.Option(help="How fast finds them: race or gradient.")] = "race",
-    calibration: Annotated[str, typer.Option(help="wikitext2, c4, or a text file.")] = "wikitext2",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="wikitext2, c4, a text file, a column of texts or conversations (data.jsonl:text, "
+            "data.parquet:messages), self (the model writes it), or a mix with weights (wiki.txt=0.7,self=0.3)."
+        ),
+    ] = "wikitext2",
     sampler: Annotated[
         str, typer.Option(help="packed: the text cut into windows; rows: the paper's.")
     ] = "packed",
@@ -63,7 +69,7 @@ def prune(
     windows: Annotated[int | None, typer.Option(help="Number of windows.", show_default="up to 128")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Shuffle the windows, or the rows.", show_default="not shuffled; rows: 0"),
+        typer.Option(help="Shuffle the windows, or the rows.", show_default="not shuffled; rows, self: 0"),
     ] = None,
     cost: Annotated[
         str | None,
@@ -129,6 +135,7 @@ def prune(
                 progress=bar.update,
                 on_round=keep,
                 on_fit=bar.show_fit,
+                on_generate=bar.show_generated,
                 note=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
@@ -268,14 +275,16 @@ class _ProgressBar:
 
     def show_fit(self, share: float) -> None:
         """Shows how much of the machine's measurement is done."""
-        self._progress.start()
-        self._progress.update(self._task, completed=share, description="measuring this machine")
+        self._show(share, "measuring this machine")
+
+    def show_generated(self, share: float) -> None:
+        """Shows how much of a text the model has written."""
+        self._show(share, "the model writes its text")
 
     def update(self, at: SearchProgress) -> None:
-        self._progress.start()  # does nothing once it is started
         best = "none yet" if at.best is None else f"{at.best} (loss {at.best_loss:.4f} a token)"
-        self._progress.update(
-            self._task,
-            completed=at.share,
-            description=f"round {at.round}/{at.num_rounds}, best {best}",
-        )
+        self._show(at.share, f"round {at.round}/{at.num_rounds}, best {best}")
+
+    def _show(self, share: float, description: str) -> None:
+        self._progress.start()  # does nothing once it is started
+        self._progress.update(self._task, completed=share, description=description)

@@ -76,7 +76,7 @@ def serve(
     bench_result: Annotated[
         list[str] | None,
         typer.Option(
-            help="JSON of `sleb bench throughput`, from which /v1/models tells speedups; repeatable.",
+            help="JSON of `sleb bench throughput` or `sleb eval`: what /v1/models tells of each tier; repeatable.",
             show_default="none",
         ),
     ] = None,

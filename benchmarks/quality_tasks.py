@@ -1,0 +1,193 @@
+"""Tasks of lm-evaluation-harness at every depth, over HTTP: sleb's own server on a free port, `lm_eval` once a tier.
+
+The requests are those of lm-eval's `local-completions` with the server's tokenizer: token ids that are to be scored,
+and prompts to go on from. lm_eval runs in a process of its own, and may be that of another environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sleb.engine.llm import LLM
+from sleb.errors import ConfigError, SlebError
+
+DEFAULT_MAX_LENGTH = 2048  # lm-eval's own, for models behind an API
+_CONCURRENT = 8
+_TIMEOUT = 3600  # seconds of one request: a queue of long ones on a CPU takes its time
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task. stderr: its standard error as lm-eval computes it, None where it does not."""
+
+    value: float
+    stderr: float | None
+
+
+Scores = dict[str, dict[str, TaskScore]]
+"""By task, then by metric; a filter's name follows the metric's where there is one, as in "exact_match,strict"."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What lm_eval is asked. limit: documents of each task; None: all. max_length: tokens of prompt and answer."""
+
+    executable: Path
+    tasks: Sequence[str]
+    limit: int | None = None
+    include_path: Path | None = None
+    max_length: int = DEFAULT_MAX_LENGTH
+
+
+def find_lm_eval(given: str | None) -> Path:
+    """The executable: the one given, else that beside this Python, else that on the PATH. Raises ConfigError."""
+    if given is not None:
+        found = shutil.which(os.path.expanduser(given))
+        if found is None:
+            raise ConfigError(
+                f"--lm-eval {given} is no executable; name the lm_eval of the environment it is in"
+            )
+        return Path(found)
+    beside = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
+    found = beside or shutil.which("lm_eval")
+    if found is None:
+        raise ConfigError(
+            "--tasks needs lm-eval, which is not installed: pip install 'lm_eval[api]', or name the executable of "
+            "another environment with --lm-eval"
+        )
+    return Path(found)
+
+
+@contextmanager
+def served(llm: LLM) -> Iterator[str]:
+    """The address (http://host:port) of a server for `llm`'s engine, which is its own until the end."""
+    from sleb.server.context import ServerContext, ServerOptions
+    from sleb.server.run import base_url, bind_socket, make_server
+
+    context = ServerContext.create(llm.engine, ServerOptions(port=0), llm.engine.config.max_num_seqs)
+    with bind_socket("127.0.0.1", 0) as sock:
+        server = make_server(context)
+        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise SlebError("the server for lm-eval did not start")
+                time.sleep(_POLL_SECONDS)
+            yield base_url(sock)
+        finally:
+            server.should_exit = True
+            thread.join(2 * _GRACE_SECONDS)
+
+
+def run_tasks(
+    llm: LLM,
+    depths: Sequence[int],
+    options: TaskOptions,
+    on_progress: Callable[[int], None] = lambda depth: None,
+) -> Iterator[Scores]:
+    """The scores of each depth, in the order of the depths. Raises SlebError when lm_eval fails."""
+    with served(llm) as url:
+        for depth in depths:
+            on_progress(depth)
+            try:
+                yield run_lm_eval(options, url, llm.engine.tier(depth).id)
+            except SlebError as error:
+                raise SlebError(f"lm-eval at depth {depth}: {error}") from None
+
+
+def run_lm_eval(options: TaskOptions, url: str, model: str) -> Scores:
+    """The scores of one model behind `url`. Raises SlebError with lm_eval's own last words when it fails."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            lm_eval_command(options, url, model, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal is for us, and we end it
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _end(process)
+        if process.returncode:
+            raise SlebError(f"it ended with status {process.returncode}: {_last_line(log)}")
+        files = sorted(Path(folder).rglob("results*.json"))
+        if not files:
+            raise SlebError(f"it wrote no results: {_last_line(log)}")
+        return read_results(json.loads(files[-1].read_text(encoding="utf-8")))
+
+
+def lm_eval_command(options: TaskOptions, url: str, model: str, folder: str) -> list[str]:
+    """The command line, which lm-eval has understood since 0.4.9, the first with a remote tokenizer."""
+    arguments = {
+        "model": model,
+        "base_url": f"{url}/v1/completions",
+        "tokenizer_backend": "remote",
+        "max_length": options.max_length,
+        "num_concurrent": _CONCURRENT,
+        "max_retries": 1,  # an answer that comes only when asked again would be a fault worth seeing
+        "timeout": _TIMEOUT,
+    }
+    command = [str(options.executable), "--model", "local-completions", "--model_args"]
+    command += [",".join(f"{name}={value}" for name, value in arguments.items())]
+    command += ["--tasks", ",".join(options.tasks), "--output_path", folder]
+    if options.limit is not None:
+        command += ["--limit", str(options.limit)]
+    if options.include_path is not None:
+        command += ["--include_path", str(options.include_path)]
+    return command
+
+
+def read_results(content: Mapping[str, Any]) -> Scores:
+    """The numbers in a results file of lm-eval: "acc,none" and "acc_stderr,none" become acc."""
+    scores: Scores = {}
+    for task, metrics in content["results"].items():
+        found: dict[str, TaskScore] = {}
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if metric.endswith("_stderr") or not chosen or not _is_number(value):
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            name = metric if chosen == "none" else key
+            found[name] = TaskScore(float(value), float(error) if _is_number(error) else None)
+        scores[task] = found
+    return scores
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that still runs, by force if it does not go, or if we are interrupted once more."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            process.kill()
+            process.wait()

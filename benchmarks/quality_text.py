@@ -1,0 +1,196 @@
+"""Texts for `sleb eval`, cut into windows in one of two ways.
+
+sleb     As the authors' implementation does (github.com/jiwonsong-dev/SLEB, utils/eval_utils.py), after GPTQ
+         (arXiv:2210.17323): the whole text is tokenised at once, with whatever the tokenizer adds, and cut into
+         windows of `seqlen` tokens; the tail that is shorter is left out. A window's first token is not predicted.
+lm-eval  As lm-evaluation-harness does for loglikelihood_rolling (lm_eval/utils.py, get_rolling_token_windows with
+         context_len 1): no token is added but a prefix, the tokenizer's token for the beginning of a text, or else for
+         its end. The first window predicts `seqlen` tokens after the prefix; each further one as many after the last
+         token of the one before; the last has what comes before its tokens as context, as far as there is room.
+         Every token of the text is predicted once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sleb.errors import ConfigError, SlebError
+
+if TYPE_CHECKING:
+    from sleb.engine.text import TextProcessor
+
+WindowScheme = Literal["sleb", "lm-eval"]
+SCHEMES: tuple[str, ...] = get_args(WindowScheme)
+DATASETS = ("wikitext2", "c4")
+_C4_FILE = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+_C4_DOCUMENTS = 1100
+_C4_WINDOWS = 256
+DEFAULT_SEQLEN = 2048
+# lm-eval over HTTP keeps two of its max_length tokens free: one for the prefix, one that the server has to generate.
+LM_EVAL_SPARE = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, the name to show, and how many windows of it are taken unless it is said; None: all."""
+
+    name: str
+    content: str
+    default_windows: int | None = None
+
+    @property
+    def num_words(self) -> int:
+        """As lm-eval counts them: pieces between runs of white space."""
+        return len(re.split(r"\s+", self.content))
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content.encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids, of which the last `num_scored` are predicted, each from those before it."""
+
+    token_ids: tuple[int, ...]
+    num_scored: int
+
+
+@dataclass(frozen=True)
+class WindowedText:
+    """A text's windows, and whether they predict all of its tokens."""
+
+    text: Text
+    windows: tuple[Window, ...]
+    is_whole: bool
+
+    @property
+    def num_scored(self) -> int:
+        return sum(window.num_scored for window in self.windows)
+
+
+def read_text(source: str) -> Text:
+    """The text file `source`, or the text that the paper evaluates on for "wikitext2" and "c4".
+
+    Those are the test split of WikiText-2, and the first 1,100 documents of C4's first validation file, of which the
+    authors take 256 windows (utils/data_utils.py). Raises ConfigError for a file that cannot be read, SlebError for a
+    data set that cannot be downloaded.
+    """
+    if source == "wikitext2":
+        rows = _load_rows(source, "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        return Text(source, "\n\n".join(rows))
+    if source == "c4":
+        rows = _load_rows(source, "allenai/c4", data_files=_C4_FILE, split="validation")
+        return Text(source, " ".join(rows[:_C4_DOCUMENTS]), _C4_WINDOWS)
+    try:
+        return Text(Path(source).name, Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"--text {source} cannot be read as text ({reason}); name a text file, or {' or '.join(DATASETS)}"
+        ) from None
+
+
+def _load_rows(source: str, *path: str, **options: Any) -> Sequence[str]:
+    try:
+        load_dataset = importlib.import_module("datasets").load_dataset
+    except ImportError:
+        raise ConfigError(
+            f"--text {source} needs the package datasets: pip install 'sleb[eval]', or name a text file"
+        ) from None
+    try:
+        rows: Sequence[str] = load_dataset(*path, **options)["text"]
+    except Exception as error:  # the package raises whatever its network and file layers do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SlebError(
+            f"--text {source} could not be downloaded ({reason}): check the network, or name a text file"
+        ) from error
+    return rows
+
+
+def default_seqlen(scheme: str, max_length: int) -> int:
+    """Tokens of a window where none are asked for: 2,048 or the model's context, less what lm-eval keeps free."""
+    return min(DEFAULT_SEQLEN, max_length) - (LM_EVAL_SPARE if scheme == "lm-eval" else 0)
+
+
+def cut_text(
+    text: Text, processor: TextProcessor, scheme: str, seqlen: int, num_windows: int | None
+) -> WindowedText:
+    """The first `num_windows` windows of a text; None: the text's own number. Raises ConfigError if there are none."""
+    tokenizer = processor.tokenizer
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer; add its tokenizer.json to the model's folder")
+    # A tokenizer file may carry a limit that would silently cut the text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    token_ids = processor.encode(text.content, add_special_tokens=scheme == "sleb")
+    if scheme == "sleb":
+        windows = packed_windows(token_ids, seqlen)
+    else:
+        windows = rolling_windows(token_ids, prefix_token(processor), seqlen)
+    if not windows:
+        least = f"one window of {seqlen}" if scheme == "sleb" else "one"
+        raise ConfigError(
+            f"text {text.name} has {len(token_ids)} tokens, fewer than {least}; give a longer text"
+            + (" or a shorter --seqlen" if scheme == "sleb" else "")
+        )
+    kept = tuple(windows[: text.default_windows if num_windows is None else num_windows])
+    return WindowedText(text, kept, scheme == "lm-eval" and len(kept) == len(windows))
+
+
+def packed_windows(token_ids: Sequence[int], seqlen: int) -> list[Window]:
+    """The windows of the scheme "sleb"."""
+    starts = range(0, len(token_ids) - seqlen + 1, seqlen)
+    return [Window(tuple(token_ids[start : start + seqlen]), seqlen - 1) for start in starts]
+
+
+def rolling_windows(token_ids: Sequence[int], prefix: int, seqlen: int) -> list[Window]:
+    """The windows of the scheme "lm-eval"."""
+    ids, windows = [prefix, *token_ids], []
+    for start in range(1, len(ids), seqlen):
+        end = min(start + seqlen, len(ids))
+        begin = max(0, end - seqlen - 1)
+        windows.append(Window(tuple(ids[begin:end]), end - start))
+    return windows
+
+
+def prefix_token(processor: TextProcessor) -> int:
+    """The id of the beginning-of-text token, or else of the end-of-text token. Raises ConfigError without either."""
+    assert processor.tokenizer is not None
+    for name in ("bos_token", "eos_token"):
+        token = processor.named_tokens.get(name)
+        found: int | None = None if token is None else processor.tokenizer.token_to_id(token)
+        if found is not None:
+            return found
+    raise ConfigError(
+        "the tokenizer names no token for the beginning or the end of a text, with which lm-eval's windows begin; "
+        "use --windows-like sleb"
+    )
+
+
+def batches(windows: Sequence[Window], num_tokens: int) -> Iterator[tuple[Tensor, int]]:
+    """Windows of one shape that follow one another, as token ids [W, L] int64, and how many of a window are scored.
+
+    A batch has about `num_tokens` tokens, and a window at least.
+    """
+    start = 0
+    while start < len(windows):
+        shape = _shape(windows[start])
+        most = max(1, num_tokens // shape[0])
+        end = start + 1
+        while end < len(windows) and end - start < most and _shape(windows[end]) == shape:
+            end += 1
+        yield torch.tensor([window.token_ids for window in windows[start:end]]), shape[1]
+        start = end
+
+
+def _shape(window: Window) -> tuple[int, int]:
+    return len(window.token_ids), window.num_scored

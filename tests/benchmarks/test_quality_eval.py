@@ -1,0 +1,510 @@
+"""`sleb eval` from flags to table, file and plot; its numbers against a plain transformers loop and over HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from sleb.benchmarks import quality, quality_scores
+from sleb.benchmarks.quality import run_quality
+from sleb.benchmarks.quality_generation import PROMPTS
+from sleb.benchmarks.quality_options import QualityOptions
+from sleb.cli.eval import evaluate
+from sleb.engine.engine import Engine
+from sleb.engine.scoring import DecoderScorer
+from sleb.errors import ConfigError, LayerMapError, RequestError, SlebError
+from sleb.layer_map import LayerMap, shipped_maps
+from sleb.server.context import name_tiers
+from sleb.server.models import BenchResult, model_card
+
+TEXT = "The sea is everything. It covers seven tenths of the globe; its breath is pure and life-giving. " * 4
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "sea.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def map_file(tmp_path, tiny_chain):
+    path = tmp_path / "map.json"
+    tiny_chain.save(path)
+    return path
+
+
+@pytest.fixture
+def options(tiny_model_dir, tiny_chain, text_file):
+    """Perplexity alone, at depths 0, 2 and 3."""
+    return {
+        "model": str(tiny_model_dir),
+        "layer_map": tiny_chain,
+        "depths": (2, 3),
+        "texts": (str(text_file),),
+        "seqlen": 48,
+        "generate": False,
+        "device": "cpu",
+    }
+
+
+def run(options, **changes):
+    return run_quality(QualityOptions(**options | changes))
+
+
+def invoke(*arguments):
+    app = typer.Typer()
+    app.command()(evaluate)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def reference(path, removed, windows, dtype=torch.float32):
+    """Mean loss a scored token, by transformers with units' outputs zeroed: a loop with nothing of ours in it.
+
+    windows: (token ids, how many of the last are scored).
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    with torch.no_grad():
+        for unit in removed:
+            for block, part in unit.sublayers:
+                layer = model.model.layers[block]
+                (layer.self_attn.o_proj if part == "attention" else layer.mlp.down_proj).weight.zero_()
+    total, count = 0.0, 0
+    for ids, num_scored in windows:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0, -num_scored:]
+        wanted = torch.tensor(ids[-num_scored:])
+        for rows, tokens in zip(logits.split(256), wanted.split(256), strict=True):
+            total += float(torch.nn.functional.cross_entropy(rows.double(), tokens, reduction="sum"))
+        count += num_scored
+    return total / count
+
+
+def packed(token_ids, seqlen):
+    return [
+        (token_ids[start : start + seqlen], seqlen - 1)
+        for start in range(0, len(token_ids) - seqlen + 1, seqlen)
+    ]
+
+
+def rolling(token_ids, prefix, seqlen):
+    """Every token once: a window's context is the prefix or the token before, and more where the last has room."""
+    ids, made = [prefix, *token_ids], []
+    for start in range(1, len(ids), seqlen):
+        end = min(start + seqlen, len(ids))
+        made.append((ids[max(0, end - seqlen - 1) : end], end - start))
+    return made
+
+
+class TestPerplexity:
+    @pytest.mark.parametrize("scheme", ["sleb", "lm-eval"])
+    def test_against_transformers(self, options, tiny_model_dir, tiny_chain, scheme):
+        """To more than four digits, at every depth."""
+        report = run(options, windows_like=scheme)
+        token_ids = list(TEXT.encode())
+        windows = packed(token_ids, 48) if scheme == "sleb" else rolling(token_ids, 256, 48)
+        assert [row.depth for row in report.rows] == [0, 2, 3]
+        for row in report.rows:
+            loss = reference(tiny_model_dir, tiny_chain.removed[: row.depth], windows)
+            assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+            assert row.tokens == sum(number for _, number in windows)
+            if scheme == "lm-eval":
+                total = loss * len(token_ids)
+                assert row.word_perplexity == pytest.approx(math.exp(total / len(TEXT.split(" "))), rel=1e-4)
+                assert row.bits_per_byte == pytest.approx(total / len(token_ids) / math.log(2), rel=1e-5)
+                assert row.byte_perplexity == pytest.approx(2**row.bits_per_byte, rel=1e-6)
+            else:
+                assert row.word_perplexity is None
+
+    def test_is_that_of_the_search(self, options, tiny_chain):
+        """`sleb prune` tells the same perplexity of the same windows."""
+        from sleb.search import total_loss
+
+        report = run(options)
+        scorer = DecoderScorer.load(options["model"], device="cpu")
+        windows = torch.tensor([ids for ids, _ in packed(list(TEXT.encode()), 48)])
+        loss = total_loss(scorer, windows, "sublayers", tiny_chain.removed[:3])
+        assert report.rows[2].perplexity == pytest.approx(math.exp(loss / windows.numel()), rel=1e-5)
+
+    def test_rows_agree_with_each_other(self, options):
+        dense, *pruned = run(options).rows
+        assert dense.ratio is None and dense.kl is None and dense.agreement is None
+        for row in pruned:
+            assert row.ratio == pytest.approx(row.perplexity / dense.perplexity)
+            for name in ("perplexity", "ratio", "agreement", "kl"):
+                low, high = getattr(row, f"{name}_interval")
+                assert low <= getattr(row, name) <= high
+            assert 0 <= row.agreement <= 1 and row.kl > 0
+
+    def test_several_texts_count_by_their_tokens(self, options, tmp_path):
+        other = tmp_path / "other.txt"
+        other.write_text("0123456789" * 12)
+        one, two = run(options), run(options, texts=(str(other),))
+        both = run(options, texts=(*options["texts"], str(other)))
+        for first, second, joined in zip(one.rows, two.rows, both.rows, strict=True):
+            tokens = (first.tokens, second.tokens)
+            losses = [math.log(row.perplexity) * row.tokens for row in (first, second)]
+            assert joined.perplexity == pytest.approx(math.exp(sum(losses) / sum(tokens)))
+            assert [each["name"] for each in joined.texts] == ["sea.txt", "other.txt"]
+            assert [each["perplexity"] for each in joined.texts] == pytest.approx(
+                [first.perplexity, second.perplexity]
+            )
+        assert both.settings["dataset"] == "sea.txt+other.txt"
+        assert both.settings["windows"] == [8, 2]
+
+    def test_quantised_weights(self, options, tiny_model_dir):
+        """As the engine computes them with torch's operators."""
+        from sleb import LLM
+
+        for weights in ("int8", "int4"):
+            [row] = run(options, weights=weights, layer_map="none", depths=(0,), windows=2).rows
+            llm = LLM(tiny_model_dir, device="cpu", kernels="torch", weights=weights, kv_cache_memory=0.01)
+            scores = torch.cat([llm.score(ids) for ids, _ in packed(list(TEXT.encode()), 48)[:2]])
+            assert row.perplexity == pytest.approx(math.exp(-scores.double().mean()), rel=1e-4)
+
+    def test_default_lengths(self, options, text_file):
+        text_file.write_text(TEXT * 3)
+        assert run(options, seqlen=None).settings["seqlen"] == 512
+        assert run(options, seqlen=None, windows_like="lm-eval").settings["seqlen"] == 510
+
+
+class TestWhole:
+    """Every part at once, through the command."""
+
+    @pytest.fixture
+    def stand_in(self, tmp_path):
+        """A program in lm_eval's place that scores a text over HTTP with lm-eval's requests and windows."""
+        path = tmp_path / "lm_eval"
+        path.write_text(f"#!{sys.executable}\n{ROLLING}")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    def test_table_file_and_plot(self, tiny_model_dir, map_file, text_file, stand_in, tmp_path):
+        file, stem, prompts = tmp_path / "result.json", tmp_path / "plot", tmp_path / "prompts"
+        prompts.write_text("Hello\nWhat is the sea?\n")
+        done = invoke(
+            *(tiny_model_dir, "--layer-map", map_file, "--depths", "3,0", "--text", text_file),
+            *("--windows-like", "lm-eval", "--seqlen", 60, "--prompts", prompts, "--output-tokens", 12),
+            *(
+                "--tasks",
+                text_file,
+                "--lm-eval",
+                stand_in,
+                "--json",
+                file,
+                "--plot",
+                stem,
+                "--dtype",
+                "float32",
+            ),
+        )
+        assert done.exit_code == 0, done.output
+        for piece in (
+            "perplexity",
+            "over dense",
+            "same token",
+            "KL",
+            "2 greedy answers",
+            "lm-eval",
+            "sea.txt",
+        ):
+            assert piece in done.stdout
+        content = json.loads(file.read_text())
+        assert str(tmp_path) not in file.read_text()
+        assert content["complete"] and content["problem"] is None
+        assert [row["depth"] for row in content["rows"]] == [0, 3]
+        for row in content["rows"]:
+            # Our own scores and those over HTTP: the same tokens, windows and prefix.
+            [score] = row["tasks"].values()
+            assert score["perplexity"]["value"] == pytest.approx(row["perplexity"], rel=2e-5)
+            assert score["perplexity"]["stderr"] is None
+            assert row["generation"]["answers"] == 2
+        assert content["rows"][1]["removed"] == content["model"]["removed"] == ["3", "1", "4.attention"]
+        assert content["settings"]["lm_eval_max_length"] == 62
+        assert content["settings"]["interval_stretches"] >= 10
+        assert content["environment"]["dtype"] == "float32"
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        assert "perplexity" in (tmp_path / "plot.svg").read_text()
+
+    def test_the_server_reads_the_file(self, tiny_model_dir, map_file, text_file, tmp_path):
+        file = tmp_path / "result.json"
+        arguments = (tiny_model_dir, "--layer-map", map_file, "--depths", "3", "--text", text_file)
+        done = invoke(*arguments, "--seqlen", 48, "--no-generate", "--json", file)
+        assert done.exit_code == 0, done.output
+        result = BenchResult.load(str(file))
+        rows = {row["depth"]: row["perplexity"] for row in json.loads(file.read_text())["rows"]}
+        assert result.perplexities(3) == {"dense": rows[0], "pruned": rows[3], "dataset": "sea.txt"}
+        assert result.perplexities(2) is None and result.speedup(3) is None
+        chain = LayerMap.load(map_file)
+        engine = SimpleNamespace(
+            layer_map=chain,
+            tiers=[SimpleNamespace(depth=depth) for depth in (0, 3, 5)],
+            model_name="tiny-llama",
+        )
+        result.check(engine)
+
+    def test_a_server_shows_it(self, tiny_model_dir, map_file, text_file, tmp_path):
+        from sleb.engine.config import EngineConfig
+
+        file = tmp_path / "result.json"
+        arguments = (tiny_model_dir, "--layer-map", map_file, "--depths", "3", "--text", text_file)
+        assert invoke(*arguments, "--seqlen", 48, "--no-generate", "--json", file).exit_code == 0
+        result = BenchResult.load(str(file))
+        config = EngineConfig(
+            str(tiny_model_dir), map_file, [0, 3], device="cpu", kernels="torch", kv_cache_memory=0.01
+        )
+        engine = Engine(config)
+        result.check(engine)
+        context = SimpleNamespace(
+            engine=SimpleNamespace(engine=engine),
+            options=SimpleNamespace(bench_results=(result,)),
+            created=0,
+            names=name_tiers(engine, ()),
+        )
+        tier = engine.tier(3)
+        assert model_card(context, tier, tier.id)["pruning"]["perplexity"] == result.perplexities(3)
+
+    def test_answers_alone(self, tiny_model_dir, map_file, tmp_path):
+        file = tmp_path / "result.json"
+        arguments = (tiny_model_dir, "--layer-map", map_file, "--output-tokens", 4, "--json", file)
+        done = invoke(*arguments, "--device", "cpu")
+        assert done.exit_code == 0, done.output
+        content = json.loads(file.read_text())
+        assert [row["depth"] for row in content["rows"]] == [0, 3]  # what the map recommends
+        assert content["rows"][0]["generation"]["answers"] == len(PROMPTS)
+        assert content["rows"][1]["generation"]["example"]["prompt"] in PROMPTS
+        assert "perplexity" not in done.stdout
+        assert BenchResult.load(str(file)).perplexities(3) is None
+
+
+# As lm-eval's local-completions: the server's tokenizer, the prefix token, rolling windows of max_length - 2 tokens,
+# echoed log-probabilities of prompts given as token ids.
+ROLLING = """
+import json, math, pathlib, sys, httpx
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+arguments = dict(pair.split("=", 1) for pair in given["--model_args"].split(","))
+server = arguments["base_url"].removesuffix("/v1/completions")
+def post(path, **body):
+    return httpx.post(server + path, json=body, timeout=60).raise_for_status().json()
+def encode(text):
+    return post("/tokenize", prompt=text, add_special_tokens=False)["tokens"]
+text = pathlib.Path(given["--tasks"]).read_text()
+prefix = encode(httpx.get(server + "/tokenizer_info", timeout=60).json()["bos_token"])[0]
+ids, size, total = [prefix, *encode(text)], int(arguments["max_length"]) - 2, 0.0
+for start in range(1, len(ids), size):
+    end = min(start + size, len(ids))
+    prompt = ids[max(0, end - size - 1):end]
+    answer = post("/v1/completions", model=arguments["model"], prompt=[prompt], max_tokens=1, logprobs=1, echo=True,
+                  temperature=0)
+    total += sum(answer["choices"][0]["logprobs"]["token_logprobs"][:-1][-(end - start):])
+folder = pathlib.Path(given["--output_path"])
+scores = {"perplexity,none": math.exp(-total / (len(ids) - 1)), "perplexity_stderr,none": "N/A"}
+(folder / "results_1.json").write_text(json.dumps({"results": {"text": scores}}))
+"""
+
+
+class TestCutShort:
+    def test_while_a_text_is_scored(self, options, monkeypatch):
+        monkeypatch.setattr(quality_scores, "_BATCH_TOKENS", 48)
+
+        def stop(what, done, total):
+            if done == 7:
+                raise KeyboardInterrupt
+
+        report = run_quality(QualityOptions(**options | {"generate": True}), (), stop)
+        assert not report.complete and report.problem is None and not report.is_empty
+        assert report.settings["windows"] == [2]
+        assert all(row.tokens == 94 and row.generation is None for row in report.rows)
+
+    def test_before_anything_is_complete(self, tiny_model_dir, tmp_path, text_file, monkeypatch):
+        """An older result stays."""
+        file = tmp_path / "result.json"
+        file.write_text("older")
+
+        def stop(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(DecoderScorer, "run", stop)
+        done = invoke(tiny_model_dir, "--text", text_file, "--seqlen", 48, "--json", file)
+        assert done.exit_code == 130
+        assert "before anything was complete" in done.stderr
+        assert file.read_text() == "older"
+
+    def test_between_depths_of_answers(self, options, monkeypatch):
+        def stop(what, done, total):
+            if what == "answering at depth 3":
+                raise KeyboardInterrupt
+
+        report = run_quality(QualityOptions(**options | {"generate": True, "output_tokens": 3}), (), stop)
+        assert [row.generation is not None for row in report.rows] == [True, True, False]
+        assert all(row.perplexity is not None for row in report.rows)
+
+    def test_the_command_says_so(self, tiny_model_dir, text_file, monkeypatch, tmp_path):
+        file = tmp_path / "result.json"
+
+        def stop(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(quality, "_load_engine", stop)
+        done = invoke(tiny_model_dir, "--text", text_file, "--seqlen", 48, "--json", file)
+        assert done.exit_code == 130
+        assert "Cut short" in done.stdout
+        assert json.loads(file.read_text())["complete"] is False
+
+    def test_what_fails_later_keeps_what_was_found(self, tiny_model_dir, text_file, tmp_path):
+        file, prompts = tmp_path / "result.json", tmp_path / "prompts"
+        prompts.write_text("much too long " * 100)
+        arguments = (
+            tiny_model_dir,
+            "--text",
+            text_file,
+            "--seqlen",
+            48,
+            "--prompts",
+            prompts,
+            "--json",
+            file,
+        )
+        done = invoke(*arguments, "--device", "cpu")
+        assert isinstance(done.exception, SlebError) and "context" in str(done.exception)
+        content = json.loads(file.read_text())
+        assert content["rows"][0]["perplexity"] > 1
+        assert "context" in content["problem"]
+
+    def test_what_fails_first_is_an_error(self, tiny_model_dir, tmp_path):
+        prompts = tmp_path / "prompts"
+        prompts.write_text("much too long " * 100)
+        with pytest.raises(RequestError, match="context"):
+            run_quality(QualityOptions(str(tiny_model_dir), prompts=prompts, device="cpu"))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"windows_like": "gptq"}, "--windows-like 'gptq'.*sleb or lm-eval"),
+            ({"seqlen": 1}, "--seqlen is 1; .* at least 2"),
+            ({"seqlen": 0, "windows_like": "lm-eval"}, "--seqlen is 0; .* at least 1"),
+            ({"seqlen": 513}, "--seqlen 513 is longer .* 512 at most"),
+            ({"seqlen": 400}, "sea.txt has 384 tokens, fewer than one window of 400"),
+            ({"windows": 0}, "--windows is 0"),
+            ({"depths": (-1,)}, "depth -1"),
+            ({"depths": (6,)}, "depth 6 is not there: .* 0 to 5"),
+            ({"depths": ()}, "no depth is named"),
+            ({"layer_map": "none"}, "without a layer map"),
+            ({"texts": ("nowhere.txt",)}, "--text nowhere.txt cannot be read"),
+            ({"texts": (), "generate": True}, "--seqlen has nothing to apply to; name a --text"),
+            ({"texts": (), "seqlen": None}, "nothing to measure"),
+            ({"prompts": Path("x")}, "--prompts has nothing to apply to; leave out --no-generate"),
+            ({"limit": 3}, "--limit has nothing to apply to; name --tasks"),
+            ({"limit": 0, "tasks": ["x"]}, "--limit is 0"),
+            ({"lm_eval": "x"}, "--lm-eval has nothing"),
+            ({"tasks": ["x"], "lm_eval": "nowhere"}, "--lm-eval nowhere is no executable"),
+            ({"tasks": ["x"], "include_path": Path("nowhere")}, "--include-path nowhere is no folder"),
+            ({"generate": True, "prompts": Path("nowhere")}, "--prompts nowhere cannot be read"),
+            ({"generate": True, "output_tokens": 0}, "--output-tokens is 0"),
+            ({"dtype": "float8"}, "dtype 'float8'"),
+            ({"threads": 0}, "num_threads is 0"),
+            ({"device": "tpu"}, "device 'tpu'"),
+        ],
+    )
+    def test_before_the_model_is_loaded(self, options, changes, match, monkeypatch):
+        def refuse(*arguments):
+            raise AssertionError("it was loaded")
+
+        monkeypatch.setattr(DecoderScorer, "load", refuse)
+        with pytest.raises(ConfigError, match=match):
+            run(options, **changes)
+
+    def test_a_map_that_is_not_there(self, options):
+        with pytest.raises(LayerMapError, match="does not exist"):
+            run(options, layer_map="nowhere.json")
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            (("--depths", "0,x"), "--depths is '0,x'"),
+            (("--plot", "x"), "--plot draws perplexity by depth; name a --text"),
+            (("--json", "nowhere/x.json"), "cannot be written"),
+            (("--tasks", " , "), "--tasks ' , ' names no task"),
+        ],
+    )
+    def test_of_the_command(self, tiny_model_dir, arguments, match):
+        done = invoke(tiny_model_dir, *arguments)
+        assert isinstance(done.exception, ConfigError) and match in str(done.exception)
+
+
+@pytest.mark.slow
+class TestRealModel:
+    """SmolLM2, with real tokens: the same perplexity by `sleb eval` and by transformers, to five digits."""
+
+    TEXT = Path(__file__).resolve().parents[2] / "README.md"
+
+    @pytest.mark.parametrize("scheme", ["sleb", "lm-eval"])
+    def test_against_transformers(self, scheme):
+        from sleb.engine.text import TextProcessor
+        from sleb.fetch import resolve_model
+
+        path = resolve_model("smollm2").path
+        chain = LayerMap.load(shipped_maps()["smollm2-135m-instruct"])
+        report = run_quality(
+            QualityOptions(
+                "smollm2",
+                depths=(0, 3),
+                texts=(str(self.TEXT),),
+                windows_like=scheme,
+                seqlen=256,
+                windows=4,
+                generate=False,
+                dtype="float32",
+                device="cpu",
+            )
+        )
+        token_ids = TextProcessor(path).encode(self.TEXT.read_text("utf-8"))
+        windows = (packed(token_ids, 256) if scheme == "sleb" else rolling(token_ids, 1, 256))[:4]
+        for row in report.rows:
+            loss = reference(path, chain.removed[: row.depth], windows)
+            assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+
+    @pytest.mark.skipif("SLEB_LM_EVAL" not in os.environ, reason="SLEB_LM_EVAL names no lm_eval")
+    def test_against_lm_eval(self, tmp_path, monkeypatch):
+        """The real one, over HTTP, on the passages that scripts/clients use."""
+        folder = Path(__file__).resolve().parents[1] / "clients" / "lm_eval_tasks"
+        monkeypatch.chdir(folder)  # the paths of data files in tasks are relative to the working directory
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        lines = (folder / "passages.jsonl").read_text("utf-8").splitlines()
+        texts = []
+        for number, line in enumerate(lines):
+            texts.append(tmp_path / f"{number}.txt")
+            texts[-1].write_text(json.loads(line)["text"], encoding="utf-8")
+        report = run_quality(
+            QualityOptions(
+                "smollm2",
+                depths=(0, 3),
+                texts=tuple(map(str, texts)),
+                windows_like="lm-eval",
+                seqlen=40,
+                generate=False,
+                tasks=("sleb_passages",),
+                include_path=folder,
+                lm_eval=os.environ["SLEB_LM_EVAL"],
+                dtype="float32",
+                device="cpu",
+            )
+        )
+        for row in report.rows:
+            scores = row.tasks["sleb_passages"]
+            for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+                assert scores[name].value == pytest.approx(getattr(row, name), rel=1e-4)
