@@ -31,7 +31,7 @@ serve: install
 
 test: install-dev
 	@echo "==> running the tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: install-dev
 	@PYTHON=$(BIN)/python scripts/check
