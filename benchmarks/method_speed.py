@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import Progress, Samples, measure
+from sleb.benchmarks.report import widen
 from sleb.benchmarks.selection import spread_units
 from sleb.benchmarks.throughput import greedy_params, plain_token_ids
 from sleb.engine.architecture import resolve_spec
@@ -215,6 +216,7 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 def print_method_speed(result: Mapping[str, Any], console: Console) -> None:
     """A table, and what its columns mean."""
+    widen(console)
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("load")
     table.add_column("removed by")

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sleb.benchmarks.environment import describe_machine, shown_command
 from sleb.benchmarks.quality_generation import PROMPTS, GenerationQuality, generate_answers
+from sleb.benchmarks.report import widen
 from sleb.benchmarks.selection import (
     Choice,
     contiguous_run,
@@ -224,6 +225,7 @@ def _answer(
 
 def print_methods(result: Mapping[str, Any], console: Console) -> None:
     """A table, best held-out perplexity first within each count, random ones by their median."""
+    widen(console)
     table = Table(box=SIMPLE, pad_edge=False)
     for heading in ("blocks", "method", "removed"):
         table.add_column(heading)

@@ -11,15 +11,13 @@ from rich.table import Table
 
 from sleb.benchmarks.quality_interval import Interval
 from sleb.benchmarks.quality_rows import QualityReport, QualityRow
+from sleb.benchmarks.report import widen
 from sleb.plots import Bar, plot_quality
-
-_MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long as it needs to be
 
 
 def print_quality(report: QualityReport, console: Console) -> None:
     """Tables and notes of the parts that were measured."""
-    if not console.is_terminal:
-        console.width = max(console.width, _MIN_WIDTH)
+    widen(console)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

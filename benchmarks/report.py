@@ -75,11 +75,16 @@ def _not_writable(path: Path, error: OSError) -> ConfigError:
     )
 
 
+def widen(console: Console) -> None:
+    """Lets a table that goes to no terminal be as wide as it needs to be."""
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH)
+
+
 def print_report(report: Report, console: Console) -> None:
     """The table, under a line that says what ran on what, and above what its columns mean."""
     environment, rows = report.environment, report.rows
-    if not console.is_terminal:
-        console.width = max(console.width, _MIN_WIDTH)
+    widen(console)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -211,8 +216,7 @@ def _size(num_bytes: float) -> str:
 
 def print_kernels(report: KernelReport, console: Console) -> None:
     """The table, under a line that says what ran on what, and above what its columns mean."""
-    if not console.is_terminal:
-        console.width = max(console.width, _MIN_WIDTH)
+    widen(console)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sleb.benchmarks.environment import describe_machine, shown_command
+from sleb.benchmarks.report import widen
 from sleb.calibration import calibration_windows, check_options, token_hash
 from sleb.engine.config import resolve_device
 from sleb.engine.scoring import DecoderScorer
@@ -247,6 +248,7 @@ def _agreement(pairs: Sequence[tuple[Run, Run]]) -> dict[str, float]:
 
 def print_search(result: Mapping[str, Any], console: Console) -> None:
     """The summary as a table, and what its columns mean."""
+    widen(console)
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("mode")
     for heading in (
