@@ -39,14 +39,14 @@ from sleb.benchmarks.selection import (
     random_blocks,
     shortgpt,
 )
-from sleb.calibration import calibration_windows, check_options
 from sleb.engine.config import resolve_device
 from sleb.engine.llm import LLM
 from sleb.engine.scoring import DecoderScorer
 from sleb.errors import ConfigError
 from sleb.layer_map import LayerMap
 from sleb.plots import plot_lines
-from sleb.prune_options import DTYPES
+from sleb.prune_options import PruneOptions
+from sleb.prune_tokens import gather_tokens
 from sleb.search import SearchProgress, check_num_remove, search, total_loss
 from sleb.units import Unit
 
@@ -64,18 +64,25 @@ class MethodsOptions:
     layer_map: LayerMap | None = None
     seqlen: int = 1024
     windows: int = 8
-    held_out_windows: int | None = None
     random_seeds: int = 3
     answers: bool = True
     dtype: str = "float32"
     device: str = "auto"
 
+    def pruning(self) -> PruneOptions:
+        """The search as `sleb prune` would be asked for it."""
+        return PruneOptions(
+            calibration=self.calibration,
+            held_out=self.held_out,
+            seqlen=self.seqlen,
+            windows=self.windows,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
     def check(self) -> None:
         """ConfigError for what can be seen before the model is loaded."""
-        for text in (self.calibration, self.held_out):
-            check_options(text, "packed", self.seqlen, self.windows, None)
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} does not exist: choose {', '.join(DTYPES)}")
+        self.pruning().check()
         if not self.counts or min(self.counts) < 1 or len(set(self.counts)) != len(self.counts):
             raise ConfigError(
                 f"counts {list(self.counts)} must be different numbers of blocks, each 1 or more"
@@ -108,10 +115,10 @@ def run_methods(
     scorer = DecoderScorer.load(options.model, dtype=options.dtype, device=options.device)
     for count in options.counts:
         check_num_remove(count, scorer.num_blocks)
-    texts = (
-        _windows(scorer, options, options.calibration, options.windows),
-        _windows(scorer, options, options.held_out, options.held_out_windows),
-    )
+    nothing = {"note": lambda message: None, "on_generate": lambda share: None}
+    seen, unseen = gather_tokens(options.model, scorer, options.pruning(), **nothing)
+    assert unseen is not None
+    texts = (seen.windows, unseen.windows)
     rows: list[MethodRow] = []
     complete = True
     try:
@@ -130,21 +137,6 @@ def run_methods(
         "rows": [asdict(row) for row in rows],
         "complete": complete,
     }
-
-
-def _windows(scorer: DecoderScorer, options: MethodsOptions, source: str, count: int | None) -> Tensor:
-    tokenizer = scorer.tokenizer
-    if tokenizer is None:
-        raise ConfigError(
-            f"{scorer.model_name} has no tokenizer: add its tokenizer.json to the model's folder"
-        )
-    tokenizer.no_truncation()
-    return calibration_windows(
-        source,
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        seqlen=options.seqlen,
-        windows=count,
-    ).windows
 
 
 def _compare(

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from sleb.benchmarks.environment import describe_machine, shown_command
 from sleb.benchmarks.report import widen
-from sleb.calibration import calibration_windows, check_options, token_hash
+from sleb.calibration import token_hash
 from sleb.engine.config import resolve_device
 from sleb.engine.scoring import DecoderScorer
 from sleb.errors import ConfigError
-from sleb.prune_options import DTYPES
-from sleb.search import ScoringModel, Search, SearchSettings, check_num_remove, check_units
+from sleb.prune_options import PruneOptions
+from sleb.prune_tokens import gather_tokens
+from sleb.search import ScoringModel, Search, SearchSettings, check_num_remove
 from sleb.search.rounds import Evidence
 from sleb.units import Unit
 
@@ -51,12 +52,21 @@ class SearchBenchOptions:
     device: str = "auto"
     seed: int = 0
 
+    def pruning(self, draw: int) -> PruneOptions:
+        """The search of a draw as `sleb prune` would be asked for it."""
+        return PruneOptions(
+            calibration=self.calibration,
+            units=self.units,
+            seqlen=self.seqlen,
+            windows=self.windows,
+            seed=self.seed + draw,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
     def check(self) -> None:
         """ConfigError for what can be seen before the model is loaded."""
-        check_units(self.units)
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} does not exist: choose {', '.join(DTYPES)}")
-        check_options(self.calibration, "packed", self.seqlen, self.windows, self.seed)
+        self.pruning(0).check()
         if self.draws < 1 or not 0 <= self.reference_draws <= self.draws:
             raise ConfigError(
                 f"{self.draws} draws with {self.reference_draws} of the reference cannot be run; "
@@ -162,19 +172,9 @@ def run_search_bench(
 
 
 def _windows(scorer: DecoderScorer, options: SearchBenchOptions, draw: int) -> Tensor:
-    tokenizer = scorer.tokenizer
-    if tokenizer is None:
-        raise ConfigError(
-            f"{scorer.model_name} has no tokenizer: add its tokenizer.json to the model's folder"
-        )
-    tokenizer.no_truncation()
-    return calibration_windows(
-        options.calibration,
-        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        seqlen=options.seqlen,
-        windows=options.windows,
-        seed=options.seed + draw,
-    ).windows
+    asked = options.pruning(draw)
+    nothing = {"note": lambda message: None, "on_generate": lambda share: None}
+    return gather_tokens(options.model, scorer, asked, **nothing)[0].windows
 
 
 def _run_draw(

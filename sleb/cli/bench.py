@@ -225,10 +225,7 @@ def methods(
         Path | None, typer.Option(help="SLEB's order.", show_default="searched for on the calibration text")
     ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Windows of the calibration text.")] = 8,
-    held_out_windows: Annotated[
-        int | None, typer.Option(help="Windows of the second text.", show_default="up to 128")
-    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of each text.")] = 8,
     random_seeds: Annotated[int, typer.Option(help="Draws of the random method.")] = 3,
     answers: Annotated[bool, typer.Option(help="Compare greedy answers too.")] = True,
     speed: Annotated[
@@ -262,7 +259,6 @@ def methods(
         layer_map=None if layer_map is None else LayerMap.load(layer_map),
         seqlen=seqlen,
         windows=windows,
-        held_out_windows=held_out_windows,
         random_seeds=random_seeds,
         answers=answers,
         dtype=dtype,
