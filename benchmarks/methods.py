@@ -129,7 +129,7 @@ def run_methods(
         complete = False
     dtype: torch.dtype = getattr(torch, options.dtype)
     hidden = ("model", "layer_map", "calibration", "held_out")
-    settings = {key: value for key, value in asdict(options).items() if key not in hidden}
+    settings = {key: value for key, value in vars(options).items() if key not in hidden}
     return {
         "environment": describe_machine(device, dtype, "torch", shown_command(command, options.model)),
         "model": scorer.model_name,

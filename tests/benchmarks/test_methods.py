@@ -34,6 +34,7 @@ from sleb.benchmarks.selection import (
 from sleb.cli.bench import app
 from sleb.engine.scoring import DecoderScorer
 from sleb.errors import ConfigError
+from sleb.layer_map import LayerMap
 from sleb.units import Unit
 
 
@@ -186,6 +187,17 @@ def test_the_comparison(tiny_model_dir, texts, monkeypatch, tmp_path):
     assert 0 <= rows["sleb", 2]["answers"]["identical"] <= 1
     assert (tmp_path / "plot.png").stat().st_size > 5000 and (tmp_path / "plot.svg").exists()
     assert str(tmp_path) not in path.read_text()
+
+
+def test_an_order_that_is_known_is_not_searched_for(texts, tiny_model_dir):
+    order = LayerMap("tiny-llama", None, 6, (Unit(4), Unit(2)))
+    options = MethodsOptions(
+        str(tiny_model_dir), str(texts[0]), str(texts[1]), (2,), order, 100, 2, 1, answers=False, device="cpu"
+    )
+    result = run_methods(options)
+    [row] = [row for row in result["rows"] if row["method"] == "sleb"]
+    assert row["removed"] == [2, 4]
+    assert json.loads(json.dumps(result))["settings"]["counts"] == [2]
 
 
 def test_options_that_are_no_use(texts, tiny_model_dir, tiny_chain):
