@@ -125,7 +125,8 @@ def plot_front(
                 one + other
                 for one, other in zip((handles, labels), right.get_legend_handles_labels(), strict=True)
             )
-        axes.legend(handles, labels, frameon=False, loc="upper left", fontsize=9)
+        # Where lines leave room is not known: below the axes there is always some.
+        axes.figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=2, fontsize=9)
 
 
 def plot_quality(stem: Path, perplexities: Sequence[Bar], agreements: Sequence[Bar], title: str) -> None:

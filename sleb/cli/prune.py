@@ -24,6 +24,8 @@ from sleb.prune_options import PruneOptions, set_threads
 from sleb.pruning import PruneReport, run_pruning
 from sleb.search import Margin, SearchProgress
 
+_MIN_WIDTH = 120  # where standard output is no terminal, a line may be as long as it needs to be
+
 
 def prune(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
@@ -171,8 +173,10 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
     with_speed, with_held_out = report.cost_model is not None, layer_map.held_out is not None
     headings = ["depth", "removed", "loss", "perplexity", "change", "next best"]
     headings += ["held-out perplexity", "change"] * with_held_out + ["speedup"] * with_speed
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH)
+    for heading in headings:  # where there is little room, the next best is what wraps: figures stay whole
+        table.add_column(heading, justify="right", min_width=None if heading == "next best" else 7)
     for number, loss in enumerate(losses):
         unit = str(layer_map.removed[number - 1]) if number else "none"
         change = perplexity(loss - losses[0], num_tokens) - 1
