@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from sleb.cli.bench import parse_integers, parse_names
+from sleb.cli.bench.shared import parse_integers, parse_names
 from sleb.errors import ConfigError, SlebError
 
 

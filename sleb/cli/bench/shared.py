@@ -1,0 +1,66 @@
+"""What the commands of `sleb bench` share: lists among the options, and the bar of runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from sleb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sleb.benchmarks.harness import Progress
+
+
+def parse_names(text: str) -> list[str]:
+    """The words in a list like "prompt,generate"."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_integers(option: str, text: str) -> list[int]:
+    """The integers in a list like "0,6". Raises ConfigError naming `option`."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} is '{text}'; it must be integers with commas between, as 0,6") from None
+
+
+class RunsBar:
+    """Runs done of all, on standard error.
+
+    It is drawn between runs only: a thread that redraws it would take its time from the runs.
+    """
+
+    def __init__(self, description: str = "loading the model") -> None:
+        self._bar = Bar(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+            transient=True,
+        )
+        self._task = self._bar.add_task(description, total=None)
+
+    def __enter__(self) -> RunsBar:
+        self._bar.start()
+        self._bar.refresh()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show_loading(self, num_done: int, num_weights: int) -> None:
+        """Shows how much of the model is loaded, in percent."""
+        self._bar.update(self._task, total=100, completed=100 * num_done // num_weights, refresh=True)
+
+    def update(self, progress: Progress) -> None:
+        """Shows what has been done and what runs next."""
+        self.show(progress.num_done, progress.num_runs, progress.next_run)
+
+    def show(self, num_done: int, num_runs: int, next_run: str) -> None:
+        """As `update`."""
+        self._bar.update(self._task, total=num_runs, completed=num_done, description=next_run, refresh=True)
