@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sleb.cli.bench.fronts import fronts
 from sleb.cli.bench.kernels import kernels
 from sleb.cli.bench.methods import methods
 from sleb.cli.bench.search import search
@@ -17,5 +18,5 @@ def _bench() -> None:
     """Measure speed: dense against pruned, and operator by operator."""
 
 
-for _command in (throughput, kernels, search, methods):
+for _command in (throughput, kernels, search, methods, fronts):
     app.command()(_command)
