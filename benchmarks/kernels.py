@@ -106,8 +106,8 @@ class KernelReport:
     complete: bool
 
     def to_json(self) -> str:
-        """One object with the keys environment, settings, rows, complete; ends with a newline."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        """One object with the keys kind, environment, settings, rows, complete; ends with a newline."""
+        return json.dumps({"kind": "kernels"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)

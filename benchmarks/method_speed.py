@@ -116,6 +116,7 @@ def run_method_speed(
             complete = False
         engine = engines["dense"][0].engine
         return {
+            "kind": "method-speed",
             "environment": describe_environment(engine, shown_command(command, options.model)),
             "model": engine.model_name,
             "settings": {key: value for key, value in asdict(options).items() if key != "model"},

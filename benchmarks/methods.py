@@ -131,6 +131,7 @@ def run_methods(
     hidden = ("model", "layer_map", "calibration", "held_out")
     settings = {key: value for key, value in vars(options).items() if key not in hidden}
     return {
+        "kind": "methods",
         "environment": describe_machine(device, dtype, "torch", shown_command(command, options.model)),
         "model": scorer.model_name,
         "settings": settings | {"num_windows": [len(each) for each in texts]},

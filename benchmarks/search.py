@@ -162,6 +162,7 @@ def run_search_bench(
     environment = describe_machine(device, dtype, "torch", shown_command(command, options.model))
     settings = {key: value for key, value in asdict(options).items() if key not in ("model", "calibration")}
     return {
+        "kind": "search",
         "environment": environment,
         "model": scorer.model_name,
         "settings": settings | {"token_hashes": [token_hash(windows) for windows in draws]},

@@ -249,7 +249,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     for text in ("bfloat16", "greedy", "int4, 4 rows, 64 → 96", "of limit", "GB/s"):
         assert text in done.stdout
     result = json.loads(output.read_text())
-    assert list(result) == ["environment", "settings", "rows", "complete"]
+    assert list(result) == ["kind", "environment", "settings", "rows", "complete"]
     assert set(result["environment"]["ceilings"]) >= {"copy_bytes_per_second", "matrix_flops_per_second"}
     assert str(tmp_path) not in output.read_text()
 

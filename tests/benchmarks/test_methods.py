@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sleb.benchmarks import methods
+from sleb.benchmarks import method_speed, methods
 from sleb.benchmarks.method_speed import (
     VARIANTS,
     MethodSpeedOptions,
@@ -215,3 +215,23 @@ def test_options_that_are_no_use(texts, tiny_model_dir, tiny_chain):
         run_methods(
             MethodsOptions(**base, counts=(4,), layer_map=tiny_chain, seqlen=100, windows=2, device="cpu")
         )
+
+
+def test_speed_alone_needs_no_texts(tiny_model_dir, monkeypatch, tmp_path):
+    asked = []
+
+    def measured(options, command, on_progress):
+        asked.append(options)
+        return {"kind": "method-speed", "rows": [{"load": "prompt"}], "complete": True}
+
+    monkeypatch.setattr(method_speed, "run_method_speed", measured)
+    monkeypatch.setattr(method_speed, "print_method_speed", lambda result, console: None)
+    path = tmp_path / "speed.json"
+    arguments = ["methods", str(tiny_model_dir), "--no-quality", "--json", str(path)]
+    done = CliRunner().invoke(app, [*arguments, "--speed", "2", "--repetitions", "3"])
+    assert done.exit_code == 0, done.output
+    assert (asked[0].count, asked[0].repetitions) == (2, 3)
+    assert json.loads(path.read_text())["kind"] == "method-speed"
+    for wrong, message in ((arguments, "--speed 6"), (["methods", str(tiny_model_dir)], "--calibration")):
+        done = CliRunner().invoke(app, wrong)
+        assert isinstance(done.exception, ConfigError) and message in str(done.exception)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sleb.cli.bench.shared import RunsBar
+from sleb.cli.bench.shared import JsonPath, Outputs, ReportFolder, RunsBar
 
 
 def fronts(
@@ -25,19 +25,16 @@ def fronts(
     plot: Annotated[
         Path | None, typer.Option(help="Draw to this name with .png and .svg.", show_default=False)
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write environment and results here.")
-    ] = None,
+    json_path: JsonPath = None,
+    report: ReportFolder = None,
 ) -> None:
     """Compare layer maps of different units: perplexity against parameters, KV cache and speedup."""
-    from sleb.benchmarks.command import write_result
     from sleb.benchmarks.fronts import FrontsOptions, plot_fronts, print_fronts, run_fronts
-    from sleb.benchmarks.report import check_writable
     from sleb.errors import ConfigError
     from sleb.layer_map import LayerMap
 
-    if json_path is not None:
-        check_writable(json_path)
+    outputs = Outputs(json_path, report)
+    outputs.check()
     if len({path.stem for path in maps}) < len(maps):
         raise ConfigError("two layer maps have the same file name; the table could not tell them apart")
     options = FrontsOptions(
@@ -53,8 +50,7 @@ def fronts(
     with RunsBar() as bar:
         result = run_fronts(options, ["sleb", *sys.argv[1:]], bar.update)
     print_fronts(result, console)
-    if json_path is not None and result["rows"]:
-        write_result(json_path, result)
+    outputs.write(result, console)
     if plot is not None and result["complete"]:
         plot_fronts(result, plot)
         console.print(f"Plotted to {plot}.png and {plot}.svg.", markup=False, highlight=False)

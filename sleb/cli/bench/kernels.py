@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sleb.cli.bench.shared import RunsBar, parse_names
+from sleb.cli.bench.shared import JsonPath, Outputs, ReportFolder, RunsBar, parse_names
 
 
 def kernels(
@@ -32,9 +32,8 @@ def kernels(
         str, typer.Option(help="auto, full (a card's default) or small (a CPU's): the size of the shapes.")
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the random inputs and the order of the runs.")] = 0,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write environment, samples and results here.")
-    ] = None,
+    json_path: JsonPath = None,
+    report: ReportFolder = None,
 ) -> None:
     """Measure every operator, several backends in turns, against the device's own limits.
 
@@ -42,7 +41,7 @@ def kernels(
     """
     from sleb.benchmarks.environment import shown_command
     from sleb.benchmarks.kernels import KernelOptions, run_kernels
-    from sleb.benchmarks.report import check_writable, print_kernels, write_text
+    from sleb.benchmarks.report import print_kernels
 
     options = KernelOptions(
         ops=None if ops is None else parse_names(ops),
@@ -53,12 +52,12 @@ def kernels(
         scale=scale,
         seed=seed,
     )
-    if json_path is not None:
-        check_writable(json_path)
+    outputs = Outputs(json_path, report)
+    outputs.check()
     with RunsBar("measuring the device") as bar:
-        report = run_kernels(options, shown_command(["sleb", *sys.argv[1:]], ""), on_progress=bar.show)
-    print_kernels(report, Console())
-    if json_path is not None and report.rows:
-        write_text(json_path, report.to_json())
-    if not report.complete:
+        found = run_kernels(options, shown_command(["sleb", *sys.argv[1:]], ""), on_progress=bar.show)
+    console = Console()
+    print_kernels(found, console)
+    outputs.write(json.loads(found.to_json()), console)
+    if not found.complete:
         raise typer.Exit(130)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sleb.cli.bench.shared import RunsBar
+from sleb.cli.bench.shared import JsonPath, Outputs, ReportFolder, RunsBar
 
 
 def search(
@@ -27,31 +26,28 @@ def search(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
     seed: Annotated[int, typer.Option(help="Of the first draw, and of the order of the runs.")] = 0,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write environment, samples and results here.")
-    ] = None,
+    json_path: JsonPath = None,
+    report: ReportFolder = None,
 ) -> None:
     """Measure the search, exact and fast, beside the authors' algorithm, and how often fast agrees with exact.
 
     Ctrl-C reports the draws that are complete.
     """
-    from sleb.benchmarks.command import write_result
-    from sleb.benchmarks.report import check_writable
     from sleb.benchmarks.search import SearchBenchOptions, print_search, run_search_bench
     from sleb.prune_options import set_threads
 
     options = SearchBenchOptions(
         model, calibration, remove, units, seqlen, windows, draws, reference_draws, dtype, device, seed
     )
-    if json_path is not None:
-        check_writable(json_path)
+    outputs = Outputs(json_path, report)
+    outputs.check()
     set_threads(threads)
     with RunsBar() as bar:
         result = run_search_bench(
             options, ["sleb", *sys.argv[1:]], lambda share, text: bar.show(int(share * 100), 100, text)
         )
-    print_search(result, Console())
-    if json_path is not None and result["runs"]:
-        write_result(json_path, result)
+    console = Console()
+    print_search(result, console)
+    outputs.write(result, console)
     if not result["complete"]:
         raise typer.Exit(130)

@@ -1,9 +1,13 @@
-"""What the commands of `sleb bench` share: lists among the options, and the bar of runs."""
+"""What the commands of `sleb bench` share: lists among the options, where results go, the bar of runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -12,6 +16,49 @@ from sleb.errors import ConfigError
 
 if TYPE_CHECKING:
     from sleb.benchmarks.harness import Progress
+
+JsonPath = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write environment, samples and results here.", show_default=False),
+]
+ReportFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", help="Write a report for people, and the JSON file, to this folder.", show_default=False
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a result goes: the file of --json, the folder of --report, both or none."""
+
+    json_path: Path | None
+    report: Path | None
+
+    def check(self) -> None:
+        """ConfigError, before anything is measured, for what cannot be written."""
+        if self.json_path is not None:
+            from sleb.benchmarks.report import check_writable
+
+            check_writable(self.json_path)
+        if self.report is not None:
+            from sleb.benchmarks.reports import check_report
+
+            check_report(self.report)
+
+    def write(self, result: Mapping[str, Any], console: Console) -> None:
+        """Writes a result that has rows: an early Ctrl-C must not replace an older one by nothing."""
+        if not result.get("rows") and not result.get("runs"):
+            return
+        if self.json_path is not None:
+            from sleb.benchmarks.command import write_result
+
+            write_result(self.json_path, result)
+        if self.report is not None:
+            from sleb.benchmarks.reports import write_report
+
+            write_report(self.report, [result], console)
 
 
 def parse_names(text: str) -> list[str]:
