@@ -95,6 +95,7 @@ def measure_quality(
     environment.pop("dtype")  # a column
     settings = {"window": window, "num_tokens": sum(map(len, windows)), "num_windows": len(windows)}
     return {
+        "kind": "weight-formats",
         "environment": environment,
         "model": {"name": name},
         "settings": settings,

@@ -123,7 +123,12 @@ def run_overhead(
     except KeyboardInterrupt:
         complete = False
     settings = {key: value for key, value in asdict(options).items() if key != "model"}
-    result = {"environment": environment, "model": llm.engine.model_name, "settings": settings}
+    result = {
+        "kind": "http-overhead",
+        "environment": environment,
+        "model": llm.engine.model_name,
+        "settings": settings,
+    }
     return result | summarise(options, samples) | {"complete": complete}
 
 

@@ -67,8 +67,8 @@ class QualityReport:
         return all(row.tokens is None and row.generation is None and row.tasks is None for row in self.rows)
 
     def to_json(self) -> str:
-        """One object with the names of the attributes as keys; ends with a newline."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        """One object: its kind, and the names of the attributes as keys; ends with a newline."""
+        return json.dumps({"kind": "quality"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def fill_rows(rows: Sequence[QualityRow], found: Sequence[TextScores]) -> int:

@@ -136,6 +136,7 @@ def run_generate(
     needed = engine.weight_bytes(0) + workload.batch * workload.context * engine.kv_bytes_per_token(0)
     together = needed + _SPARE_BYTES * (device.type == "cuda") <= _free_bytes(device)
     result = {
+        "kind": "transformers",
         "environment": describe_environment(engine, shown_command(command, options.model)),
         "model": engine.model_name,
         "settings": {key: value for key, value in asdict(options).items() if key not in ("model", "config")},
