@@ -1,23 +1,28 @@
-"""What a device can do at most, measured: bytes copied a second, and operations of a matrix product.
+"""What a device can do at most, measured: bytes copied or read a second, and operations of a matrix product.
 
 They stand for the two limits of the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785): no work is
 done faster than its bytes are moved or its operations computed. A copy counts what it reads and what it writes.
-Measured in the same run as what is held against them, so that clocks and neighbours are the same.
+Decoding on a CPU writes next to nothing, and reading alone is faster than copying: where our CPU kernels run, what
+their threads read is measured too. Measured in the same run as what is held against them, so that clocks and
+neighbours are the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
 
+from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
+
 # A card's buffer is past every cache; a CPU's is past those of most.
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+_READ_BYTES = 1 << 29
 # Rows, columns and inputs of the matrix product: large enough for the vendor's library to be at its best.
-_MATRIX_SIZE = {"cuda": 8192, "cpu": 1024}
+_MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}
 _REPETITIONS = 5
 
 
@@ -28,6 +33,7 @@ class Ceilings:
     Attributes:
         copy_bytes_per_second: read and written, by a copy on the device.
         matrix_flops_per_second: of a matrix product of `dtype`; a multiply and an add count two.
+        read_bytes_per_second: by the threads of our CPU kernels; None where that was not measured.
     """
 
     copy_bytes_per_second: float
@@ -35,10 +41,27 @@ class Ceilings:
     copy_samples: list[float]
     matrix_samples: list[float]
     dtype: str
+    read_bytes_per_second: float | None = None
+    read_samples: list[float] = field(default_factory=list)
+
+    @property
+    def memory_bytes_per_second(self) -> float:
+        """What bounds reading: the rate of reading where it is known, else of copying."""
+        return self.read_bytes_per_second or self.copy_bytes_per_second
 
     def floor_seconds(self, num_bytes: float, flops: float = 0) -> float:
         """The least time that so many bytes and operations take."""
-        return max(num_bytes / self.copy_bytes_per_second, flops / self.matrix_flops_per_second)
+        return max(num_bytes / self.memory_bytes_per_second, flops / self.matrix_flops_per_second)
+
+
+def with_read_ceiling(ceilings: Ceilings, num_threads: int, repetitions: int = _REPETITIONS) -> Ceilings:
+    """The same with the rate at which `num_threads` threads of our CPU kernels read; unchanged where none can run."""
+    try:
+        kernels = NativeKernels.load(num_threads)
+        samples = [kernels.read_bandwidth(_READ_BYTES) * 1e9 for _ in range(repetitions + 1)][1:]
+    except (NativeUnavailableError, MemoryError):
+        return ceilings
+    return replace(ceilings, read_bytes_per_second=median(samples), read_samples=samples)
 
 
 def measure_ceilings(

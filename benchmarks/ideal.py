@@ -90,6 +90,11 @@ def decode_bytes(cost: DepthCost, batch: int, prompt_tokens: int, output_tokens:
     return len(contexts) * step_weight_bytes(cost, batch) + batch * kv_bytes
 
 
+def prompt_bytes(cost: DepthCost, batch: int) -> int:
+    """Bytes that `batch` prompts read at least: every weight once, however long they are."""
+    return step_weight_bytes(cost, batch)
+
+
 def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
     """Floating point operations to compute `batch` prompts and the logits after each one's last token.
 
@@ -99,21 +104,36 @@ def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
         MLP         2·T·E·I · (3 if gated else 2)
         head        2·E·V, for one row
     """
-    spec = cost.spec
-    projections = 2 * prompt_tokens * spec.hidden_size * 2 * (spec.query_size + spec.kv_size)
-    attended = sum(
-        _visible(spec, block, context)
-        for block in cost.attention_blocks
-        for context in range(1, prompt_tokens + 1)
-    )
-    mlp = 2 * prompt_tokens * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
-    head = 2 * spec.embed_size * spec.vocab_size
-    if spec.embed_size != spec.hidden_size:  # projected in for every token, out for the one that samples
-        head += 2 * spec.embed_size * spec.hidden_size * (prompt_tokens + 1)
-    blocks = (
+    blocks = _block_flops(cost, range(1, prompt_tokens + 1))
+    return batch * (blocks + _head_flops(cost.spec, prompt_tokens, 1))
+
+
+def decode_flops(cost: DepthCost, batch: int, prompt_tokens: int, output_tokens: int) -> int:
+    """Floating point operations of the decode steps of `batch` equal requests: as `prompt_flops`, with a head a token.
+
+    The contexts are those of `decode_bytes`.
+    """
+    contexts = range(prompt_tokens + 1, prompt_tokens + output_tokens)
+    blocks = _block_flops(cost, contexts)
+    return batch * (blocks + _head_flops(cost.spec, len(contexts), len(contexts)))
+
+
+def _block_flops(cost: DepthCost, contexts: range) -> int:
+    """Of the blocks, for one token in each of `contexts`, its own length included."""
+    spec, num_tokens = cost.spec, len(contexts)
+    projections = 2 * num_tokens * spec.hidden_size * 2 * (spec.query_size + spec.kv_size)
+    attended = sum(_visible(spec, block, context) for block in cost.attention_blocks for context in contexts)
+    mlp = 2 * num_tokens * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    return (
         len(cost.attention_blocks) * projections + 4 * spec.query_size * attended + len(cost.mlp_blocks) * mlp
     )
-    return batch * (blocks + head)
+
+
+def _head_flops(spec: DecoderSpec, num_tokens: int, num_sampled: int) -> int:
+    head = 2 * num_sampled * spec.embed_size * spec.vocab_size
+    if spec.embed_size != spec.hidden_size:  # projected in for every token, out for those that sample
+        head += 2 * spec.embed_size * spec.hidden_size * (num_tokens + num_sampled)
+    return head
 
 
 def ideal_prompt_speedup(baseline: DepthCost, cost: DepthCost, batch: int, prompt_tokens: int) -> float:

@@ -59,10 +59,10 @@ def read_cpu_ticks(proc: Path = PROC) -> CpuTicks | None:
         return None
 
 
-def read_processes(proc: Path = PROC) -> dict[int, ProcessTicks]:
-    """Every process there is."""
+def read_processes(proc: Path = PROC, pids: Iterable[int] | None = None) -> dict[int, ProcessTicks]:
+    """The processes `pids`, or every one there is."""
     processes = {}
-    for folder in proc.glob("[0-9]*"):
+    for folder in proc.glob("[0-9]*") if pids is None else (proc / str(pid) for pid in pids):
         try:
             processes[int(folder.name)] = ProcessTicks.parse((folder / "stat").read_text())
         except (OSError, IndexError, ValueError):  # it has ended meanwhile
@@ -90,13 +90,15 @@ class OthersWatch:
     """Between __enter__ and __exit__: the share of all processors that went to others.
 
     roots: processes that, with their descendants, are not others; nor is this process. share: 0 to 1 and None if
-    it cannot be told; clearly: whether it is above `limit` by more than the grain of the clock.
+    it cannot be told, of the ticks that passed, num_others of num_ticks; disturbed: whether it is above `limit` by more
+    than the grain of the clock.
     """
 
     def __init__(self, roots: Iterable[int], limit: float, proc: Path = PROC) -> None:
         self._roots, self._limit, self._proc = tuple(roots), limit, proc
         self.share: float | None = None
         self.disturbed = False
+        self.num_others = self.num_ticks = 0
 
     def __enter__(self) -> OthersWatch:
         self._before = self._read()
@@ -110,6 +112,7 @@ class OthersWatch:
             return
         total = max(1, after[0].total - before[0].total)
         others = max(0, after[0].busy - before[0].busy - (after[1] - before[1]))
+        self.num_others, self.num_ticks = others, total
         self.share = others / total
         self.disturbed = others > self._limit * total + _TICK_GRACE
 
@@ -117,7 +120,9 @@ class OthersWatch:
         ticks = read_cpu_ticks(self._proc)
         if ticks is None:
             return None
-        return ticks, own_ticks(read_processes(self._proc), os.getpid(), self._roots)
+        # Without roots nobody's ancestry matters, so there is no need to look at every process.
+        processes = read_processes(self._proc, None if self._roots else [os.getpid()])
+        return ticks, own_ticks(processes, os.getpid(), self._roots)
 
 
 def wait_until_idle(

@@ -28,11 +28,11 @@ from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import alternated_orders
 from sleb.benchmarks.idle import QuietPolicy, run_quietly
 from sleb.benchmarks.report import check_writable
-from sleb.benchmarks.throughput import plain_token_ids
+from sleb.benchmarks.throughput import greedy_params, plain_token_ids
+from sleb.benchmarks.variants import depths_in_turns
 from sleb.benchmarks.workloads import ThroughputOptions, choose_map, with_model
 from sleb.engine.architecture import resolve_spec
 from sleb.engine.llm import LLM
-from sleb.engine.sampling_params import SamplingParams
 from sleb.errors import ConfigError
 from sleb.fetch import resolve_model
 
@@ -106,7 +106,8 @@ def run_mixed(
     except KeyboardInterrupt:
         complete = False
     settings = {key: value for key, value in asdict(options).items() if key not in ("model", "layer_map")}
-    result = {"environment": environment, "model": llm.engine.model_name, "settings": settings}
+    model = llm.engine.model_name
+    result = {"kind": "mixed", "environment": environment, "model": model, "settings": settings}
     return result | summarise(options, repetitions) | {"complete": complete}
 
 
@@ -202,17 +203,10 @@ class _Run:
     def __init__(
         self, llm: LLM, options: MixedOptions, prompts: Sequence[Sequence[int]], variant: int
     ) -> None:
-        depths = list(options.depths)
-        self._depths = depths * options.streams if variant == _MIXED else [variant] * len(prompts)
+        mixed = variant == _MIXED
+        self._depths = depths_in_turns(options.depths, len(prompts)) if mixed else [variant] * len(prompts)
         self._llm, self._prompts = llm, prompts
-        self._params = SamplingParams(
-            max_tokens=options.output_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            top_p=1.0,
-            top_k=0,
-            repetition_penalty=1.0,
-        )
+        self._params = greedy_params(options.output_tokens)
 
     def __call__(self) -> float:
         """Seconds."""

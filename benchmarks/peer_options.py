@@ -1,25 +1,33 @@
-"""What `sleb.benchmarks.peers` is asked to measure: tests, formats, peers, who is compared with whom, targets."""
+"""What `sleb bench peers` is asked to measure: tests, engines, and who is compared with whom."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sleb.benchmarks.idle import QuietPolicy
+from sleb.client.connection import base_url
 from sleb.errors import ConfigError
 
 FORMATS = ("bf16", "int8", "int4")
-PYTHON_PEERS = ("vllm", "openvino", "transformers")
+PYTHON_PEERS = ("transformers", "vllm", "openvino")
 LLAMA_FORMATS = ("bf16", "q8_0", "q4_1")
+# Engines that take part by the address of their server alone.
+SERVER_PEERS = ("sglang", "ovms")
 # Our format -> llama.cpp's with as many bits a weight.
 LLAMA_COUNTERPART = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_1"}
 
 # Tokens of a prompt and of its answer in the decode tests.
 DECODE_PROMPT_TOKENS = 64
 DECODE_OUTPUT_TOKENS = 128
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_OURS = "sleb-"
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,35 @@ def tokens_per_second(test: PeerTest, seconds: float, first_token_seconds: float
 
 
 @dataclass(frozen=True)
+class Own:
+    """sleb as a contestant; http: behind its own server."""
+
+    weight_format: str
+    depth: int = 0
+    http: bool = False
+
+    @property
+    def engine(self) -> str:
+        """The process that computes it: one for all depths."""
+        return f"{_OURS}{self.weight_format}{'-http' if self.http else ''}"
+
+    @property
+    def label(self) -> str:
+        """What it is called beside other contestants of ours: bf16, bf16:6, bf16-http:6."""
+        return self.engine.removeprefix(_OURS) + (f":{self.depth}" if self.depth else "")
+
+    @property
+    def name(self) -> str:
+        """What it takes part as."""
+        return _OURS + self.label
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant, or an engine, is sleb."""
+    return name.startswith(_OURS)
+
+
+@dataclass(frozen=True)
 class PeerSpec:
     """Another engine on this machine.
 
@@ -86,20 +123,28 @@ class PeerSpec:
 
     @classmethod
     def parse(cls, text: str) -> PeerSpec:
-        """From NAME=PROGRAM[:MODEL] or llamacpp=FOLDER:FORMAT=FILE,…. Raises ConfigError."""
+        """From transformers, NAME=PROGRAM[:MODEL] or llamacpp=FOLDER:FORMAT=FILE,…. Raises ConfigError."""
         name, equals, rest = text.partition("=")
-        program, colon, models = rest.partition(":")
+        if name == "transformers" and not equals:
+            return cls(name, Path(sys.executable))
+        if name in SERVER_PEERS:
+            raise ConfigError(
+                f"{name} takes part by the address of its server: start it, then give --server {name}=URL"
+            )
         known = (*PYTHON_PEERS, "llamacpp")
-        if name not in known or not equals or not program:
-            raise ConfigError(f"--peer '{text}' does not name one of {', '.join(known)}; write NAME=PROGRAM")
+        if name not in known:
+            raise ConfigError(f"--peer '{text}' does not name one of {', '.join(known)}; see --how")
+        program, colon, models = rest.partition(":")
+        if not program:
+            raise ConfigError(f"--peer '{text}' does not say where {name} is; see --how {name}")
         if name == "llamacpp":
-            return cls(name, _existing(program, folder=True), _parse_llama_models(text, models))
+            return cls(name, _absolute(program), _parse_llama_models(text, models))
         if name == "openvino" and not models:
             raise ConfigError(
                 "--peer openvino lacks its model; write openvino=PYTHON:FOLDER, as optimum-cli made"
             )
-        given = (("bf16", _existing(models, folder=True)),) if colon and models else ()
-        return cls(name, _existing(program, folder=False), given)
+        given = (("bf16", _absolute(models)),) if colon and models else ()
+        return cls(name, _absolute(program), given)
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -108,6 +153,16 @@ class PeerSpec:
             return (self.name,)
         return tuple(f"llamacpp-{weight_format}" for weight_format, _ in self.models)
 
+    @property
+    def problem(self) -> str | None:
+        """What of it is not there, but for llama.cpp's files, which it takes part with one by one."""
+        if self.name == "llamacpp":
+            return None if self.program.is_dir() else f"there is no folder {self.program}"
+        if not self.program.is_file():
+            return f"there is no interpreter {self.program}"
+        gone = [path for _, path in self.models if not path.is_dir()]
+        return f"there is no model folder {gone[0]}" if gone else None
+
 
 def _parse_llama_models(text: str, models: str) -> tuple[tuple[str, Path], ...]:
     pairs = []
@@ -115,7 +170,7 @@ def _parse_llama_models(text: str, models: str) -> tuple[tuple[str, Path], ...]:
         weight_format, _, file = part.partition("=")
         if weight_format not in LLAMA_FORMATS or not file:
             raise ConfigError(f"'{part}' in --peer {text} is not FORMAT=FILE with {', '.join(LLAMA_FORMATS)}")
-        pairs.append((weight_format, _existing(file, folder=False)))
+        pairs.append((weight_format, _absolute(file)))
     if not pairs:
         raise ConfigError(
             f"--peer '{text}' names no model; write llamacpp=FOLDER:bf16=FILE,q8_0=FILE,q4_1=FILE"
@@ -123,12 +178,75 @@ def _parse_llama_models(text: str, models: str) -> tuple[tuple[str, Path], ...]:
     return tuple(pairs)
 
 
-def _existing(text: str, folder: bool) -> Path:
+def _absolute(text: str) -> Path:
     # Not resolved: the interpreter of a virtual environment is a link, and the link is what finds the environment.
-    path = Path(os.path.abspath(Path(text).expanduser()))
-    if not (path.is_dir() if folder else path.is_file()):
-        raise ConfigError(f"{path} is no {'folder' if folder else 'file'}; see --peer")
-    return path
+    return Path(os.path.abspath(Path(text).expanduser()))
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """A server that runs already. url: its API, as …/v1; model: the id to ask for; None: its first one."""
+
+    name: str
+    url: str
+    model: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ServerSpec:
+        """From NAME=URL[#MODEL]. Raises ConfigError."""
+        name, equals, rest = text.partition("=")
+        url, _, model = rest.partition("#")
+        if not equals or "://" not in url or not _NAME.fullmatch(name):
+            raise ConfigError(f"--server '{text}' is not NAME=URL, as vllm=http://127.0.0.1:8000/v1")
+        if is_ours(name) or name == "bandwidth":
+            raise ConfigError(f"--server {name}: that name is taken; choose another")
+        return cls(name, base_url(url), model or None)
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """What to measure.
+
+    Attributes:
+        model: as the user named it; folder: where it is; model_name: what results call it.
+        layer_map: as for LLM. formats: None: those that meet a peer. depths: of ours, each a contestant.
+        kv_gib: room for keys and values, of every engine that wants to be told.
+        versions: by peer, for one that does not know its own. api_key: of the servers that want one.
+        command: as `shown_arguments` gives it.
+    """
+
+    model: str
+    folder: Path
+    model_name: str
+    peers: Sequence[PeerSpec]
+    tests: Sequence[PeerTest]
+    threads: int
+    repetitions: int
+    servers: Sequence[ServerSpec] = ()
+    layer_map: str | None = None
+    formats: Sequence[str] | None = None
+    depths: Sequence[int] = (0,)
+    seed: int = 0
+    kv_gib: float = 4.0
+    versions: dict[str, str] = field(default_factory=dict)
+    api_key: str | None = None
+    policy: QuietPolicy = field(default_factory=QuietPolicy)
+    command: Sequence[str] = ()
+
+    @property
+    def peer_names(self) -> list[str]:
+        """What the others take part as."""
+        names = [name for peer in self.peers for name in peer.contestants]
+        return names + [server.name for server in self.servers]
+
+    def check(self) -> None:
+        """Raises ConfigError for what cannot be meant."""
+        names = self.peer_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"'{twice}' takes part twice; name each once, llamacpp with all its files")
+        if not self.depths or min(self.depths) < 0 or len(set(self.depths)) < len(self.depths):
+            raise ConfigError(f"--depths is {list(self.depths)}; give different depths from 0 on, as 0,6")
 
 
 @dataclass(frozen=True)
@@ -136,66 +254,85 @@ class Round:
     """A run of one peer between those of ours that it is compared with."""
 
     peer: str
-    formats: tuple[str, ...]
+    own: tuple[Own, ...]
 
     @property
     def sequence(self) -> tuple[str, ...]:
-        """Who runs in turn: ours before the peer, further formats of ours after it."""
-        return (self.formats[0], self.peer, *self.formats[1:])
+        """Who runs in turn: ours before the peer, further ones of ours after it."""
+        first, *others = (each.name for each in self.own)
+        return (first, self.peer, *others)
 
 
-def plan_rounds(test: PeerTest, formats: Sequence[str], contestants: Sequence[str]) -> list[Round]:
-    """Who meets whom in `test`.
+def plan_rounds(options: PeerOptions, test: PeerTest, present: Sequence[str]) -> list[Round]:
+    """Who meets whom in `test`, of the peers and servers that are `present`.
 
     bf16 meets every peer that serves bf16, a quantised format llama.cpp's of as many bits; with several streams it
-    meets all of llama.cpp's, since none of them is the fastest everywhere.
+    meets all of llama.cpp's, since none of them is the fastest everywhere. What a server computes with is its affair:
+    it meets all of our formats. Every format takes part at every depth.
     """
+    servers = {server.name for server in options.servers}
     rounds = []
-    for peer in contestants:
-        theirs = peer.removeprefix("llamacpp-") if peer.startswith("llamacpp-") else "bf16"
-        any_bits = peer.startswith("llamacpp-") and test.kind == "decode" and test.batch > 1
-        met = tuple(
-            ours for ours in formats if LLAMA_COUNTERPART[ours] == theirs or (any_bits and ours != "bf16")
-        )
-        if met:
-            rounds.append(Round(peer, met))
+    for peer in present:
+        met = _formats_met(options, test, peer, peer in servers)
+        own = tuple(Own(each, depth, peer in servers) for each in met for depth in options.depths)
+        if own:
+            rounds.append(Round(peer, own))
     return rounds
 
 
-@dataclass(frozen=True)
-class Target:
-    """`factor`: what the best of our `formats` is to reach against the best of `peers`, as a ratio of tokens/s."""
-
-    test: str
-    formats: tuple[str, ...]
-    peers: tuple[str, ...]
-    factor: float
-
-
-_LLAMA = tuple(f"llamacpp-{weight_format}" for weight_format in LLAMA_FORMATS)
-# The aims of this project for 2 cores, set from what each engine leaves of the bandwidth or the arithmetic there is.
-TARGETS = (
-    Target("decode-1", ("bf16",), ("llamacpp-bf16",), 1.4),
-    Target("decode-1", ("bf16",), ("openvino",), 1.6),
-    Target("decode-1", ("bf16",), ("vllm",), 2.2),
-    Target("decode-8", ("bf16",), ("openvino",), 1.7),
-    Target("decode-32", ("bf16",), ("vllm", "openvino"), 2.0),
-    Target("prompt-512", ("bf16",), ("vllm",), 1.5),
-    Target("prompt-1024", ("bf16",), ("vllm",), 1.5),
-    Target("decode-1", ("int8",), ("llamacpp-q8_0",), 1.25),
-    Target("decode-1", ("int4",), ("llamacpp-q4_1",), 1.4),
-    Target("decode-8", ("int8", "int4"), _LLAMA, 2.0),
-    Target("decode-32", ("int8", "int4"), _LLAMA, 2.0),
-)
-# Share of the speed that memory allows, for decode-1 in bf16; peak memory over vLLM's, at most. Same source.
-FLOOR_SHARE_TARGET = 0.8
-MEMORY_TARGET = 0.5
+def _formats_met(options: PeerOptions, test: PeerTest, peer: str, is_server: bool) -> list[str]:
+    if is_server:
+        return list(options.formats or ("bf16",))
+    is_llama = peer.startswith("llamacpp-")
+    theirs = peer.removeprefix("llamacpp-") if is_llama else "bf16"
+    any_bits = is_llama and test.kind == "decode" and test.batch > 1
+    return [
+        ours
+        for ours in options.formats or FORMATS
+        if LLAMA_COUNTERPART[ours] == theirs or (any_bits and ours != "bf16")
+    ]
 
 
-def shown_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line with every path cut to its last component, those inside NAME=PATH:FORMAT=PATH too."""
-    return ["".join(map(_last_component, re.split(r"([=:,])", argument))) for argument in arguments]
+def parse_list(option: str, text: str, allowed: Sequence[str] = ()) -> list[str]:
+    """Names with commas between, each once. Raises ConfigError naming `option`."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if allowed and name not in allowed]
+    if unknown or not names or len(set(names)) < len(names):
+        listed = f" of {', '.join(allowed)}" if allowed else ""
+        raise ConfigError(f"{option} is '{text}'; name some{listed}, each once, with commas between")
+    return names
+
+
+def parse_versions(texts: Sequence[str]) -> dict[str, str]:
+    """{"llamacpp": "b1"} from ["llamacpp=b1"]. Raises ConfigError."""
+    pairs = [text.partition("=") for text in texts]
+    for name, _, value in pairs:
+        if name != "llamacpp" or not value:
+            raise ConfigError(
+                "--peer-version is for llamacpp, whose build may not know its own; write llamacpp=b1234"
+            )
+    return {name: value for name, _, value in pairs}
+
+
+def shown_arguments(arguments: Sequence[str], model: str = "") -> list[str]:
+    """The command line without this machine's paths and the servers' addresses.
+
+    Every path is cut to its last component, those inside NAME=PATH:FORMAT=PATH too. `model` stays whole where it is a
+    hub id, which looks like a path but is none.
+    """
+    public = {model} if model and not Path(model).expanduser().exists() else set()
+    return [each if each in public else _without_addresses(each) for each in arguments]
+
+
+def _without_addresses(argument: str) -> str:
+    hidden = re.sub(r"https?://[^\s#]+", "URL", argument)
+    return "".join(map(_last_component, re.split(r"([=:,#])", hidden)))
 
 
 def _last_component(text: str) -> str:
     return Path(text).name if "/" in text else text
+
+
+def without_paths(text: str) -> str:
+    """A message in which every absolute path is cut to its last component."""
+    return re.sub(r"(?<![\w/:.])/[^\s'\",;:()]+", lambda found: Path(found[0]).name, text)

@@ -18,6 +18,7 @@ from sleb.errors import SlebError
 
 WORKER_MAIN = Path(__file__).resolve().parent / "peer_workers" / "worker_main.py"
 _LOG_LINES = 15
+_NOT_INSTALLED = ("ModuleNotFoundError", "ImportError", "PackageNotFoundError")
 # A worker that waits for a command and yet uses more of a processor than this is stopped between its turns.
 _SPINNING = 0.02
 _SETTLE_SECONDS = 1.0  # for what loading left to be done
@@ -25,19 +26,28 @@ _LISTEN_SECONDS = 1.5
 
 
 class PeerError(SlebError):
-    """An engine's process failed; the message ends with the last lines that it wrote."""
+    """An engine failed. The message is one line; details: what its process wrote last, lines or nothing."""
 
-    def __init__(self, message: str, engine: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, engine: str, details: str = "") -> None:
+        super().__init__(" ".join(message.split()))
         self.engine = engine
+        self.details = details
+
+
+class MissingError(PeerError):
+    """An engine, or a part of it, is not installed."""
+
+
+class UnableError(PeerError):
+    """An engine cannot do one test; others it can."""
 
 
 def log_tail(log: IO[bytes]) -> str:
-    """Its last lines, each on a line of its own."""
+    """Its last lines."""
     log.flush()
     log.seek(0)
     lines = log.read().decode("utf-8", "replace").strip().splitlines()
-    return "\n  ".join(["", *lines[-_LOG_LINES:]])
+    return "\n".join(lines[-_LOG_LINES:])
 
 
 def end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
@@ -58,7 +68,7 @@ def end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
 
 
 class Worker:
-    """An engine in a process group of its own.
+    """An engine in a process group of its own. Raises PeerError if its interpreter cannot be run.
 
     Attributes:
         facts: what it answered to "load". idle_share: of one processor, used while it waits. pid: its process.
@@ -76,14 +86,18 @@ class Worker:
         self.idle_share: float | None = None
         self._paused = self._pausing = False
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
-        self._process = subprocess.Popen(
-            [str(python), str(WORKER_MAIN), module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [str(python), str(WORKER_MAIN), module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._log.close()
+            raise MissingError(f"{name}: {python} cannot be run ({error.strerror})", name) from None
         self.pid = self._process.pid
         self._buffer = b""
 
@@ -96,10 +110,11 @@ class Worker:
             self._process.stdin.write(json.dumps({"command": command, **rest}).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise self._failed("ended") from None
+            raise self._failed(f"ended instead of answering '{command}'") from None
         answer: dict[str, Any] = json.loads(self._read_line(command, time.monotonic() + timeout, on_wait))
         if not answer.pop("ok"):
-            raise self._failed(f"answered '{answer['error']}' to '{command}'")
+            kind = MissingError if answer["error"].startswith(_NOT_INSTALLED) else PeerError
+            raise self._failed(f"failed to {command}: {answer['error']}", kind)
         return answer
 
     def load(self, on_wait: Callable[[], None] | None = None, **options: Any) -> None:
@@ -151,7 +166,7 @@ class Worker:
             if ready:
                 data = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not data:
-                    raise self._failed("ended")
+                    raise self._failed(f"ended instead of answering '{command}'")
                 self._buffer += data
             elif time.monotonic() > deadline:
                 raise self._failed(f"gave no answer to '{command}' in time")
@@ -160,5 +175,5 @@ class Worker:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _failed(self, what: str) -> PeerError:
-        return PeerError(f"{self.name} {what}; the end of its log:{log_tail(self._log)}", self.name)
+    def _failed(self, what: str, kind: type[PeerError] = PeerError) -> PeerError:
+        return kind(f"{self.name} {what}", self.name, log_tail(self._log))

@@ -4,8 +4,11 @@ The tests are those of the SLEB paper's section on speed (arXiv 2402.09025): pro
 generating 128 tokens after 64-token prompts, where tokens/s counts the new tokens over the whole run, prompts
 included. A third, "decode", times that part of the second which follows the first tokens. One engine holds all depths
 and they take turns: every repetition runs each of them once, on the same random prompts, so that whatever slows the
-machine down for a while meets them alike, and a speedup is the median of ratios within repetitions. One run of each
+machine down for a while meets them alike, and a speedup comes from the ratios within repetitions. One run of each
 depth goes before, uncounted.
+
+The baseline takes part twice: what the second, the control, seems faster or slower by is what the run's own errors
+are. A batch of all depths in turns takes part too where batches generate.
 """
 
 from __future__ import annotations
@@ -17,22 +20,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sleb.benchmarks.ceilings import Ceilings, measure_ceilings
+import torch
+
+from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, with_read_ceiling
+from sleb.benchmarks.conditions import ConditionsWatch
 from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.harness import Progress, Samples, measure
-from sleb.benchmarks.ideal import (
-    DepthCost,
-    decode_bytes,
-    ideal_decode_speedup,
-    ideal_prompt_speedup,
-    prompt_flops,
-)
-from sleb.benchmarks.report import Report
-from sleb.benchmarks.results import Row, make_row
+from sleb.benchmarks.harness import Progress, Stopping, StopReason, measure
+from sleb.benchmarks.paper import paper_depths, with_paper_settings
+from sleb.benchmarks.results import Row
+from sleb.benchmarks.throughput_checks import check_options
+from sleb.benchmarks.throughput_report import Report
+from sleb.benchmarks.throughput_rows import RowMaker, control_notices
+from sleb.benchmarks.variants import MIXED, Variant, Variants
 from sleb.benchmarks.workloads import (
     ThroughputOptions,
     Workload,
-    check_options,
     choose_depths,
     choose_map,
     plan_workloads,
@@ -52,13 +54,15 @@ from sleb.layer_map import LayerMap
 _PAGE_SIZE = 16
 # Prompts of a batch are computed in one step up to this many tokens; more would cost memory and gain nothing.
 _MAX_STEP_TOKENS = 8192
+# For each workload, its complete repetitions: seconds by variant.
+ThroughputSamples = dict[Workload, list[dict[Variant, float]]]
 
 
 class ThroughputBench:
     """A model loaded at several depths, and the workloads to run on it.
 
     Attributes:
-        depths: in the order asked. baseline: the one that speedups refer to: 0, else the first.
+        depths: in the order asked. variants: what takes turns; the baseline is depth 0, else the first.
         map_source: where the layer map is from, see `workloads.choose_map`.
 
     on_load: as EngineConfig's on_progress. Raises SlebError subclasses for a model, map, depth or option that does
@@ -67,7 +71,7 @@ class ThroughputBench:
 
     def __init__(self, options: ThroughputOptions, on_load: Callable[[int, int], None] | None = None) -> None:
         check_options(options)
-        options = with_model(options)
+        options = with_model(with_paper_settings(options))
         EngineConfig(
             options.model,
             dtype=options.dtype,
@@ -82,14 +86,24 @@ class ThroughputBench:
         layer_map, shipped = load_layer_map(chosen, resolved, spec)
         if self.map_source == "alias":
             self.map_source = "shipped" if shipped else "none"
-        self.depths = choose_depths(options.depths, layer_map, resolved.name)
-        self.baseline = 0 if 0 in self.depths else self.depths[0]
+        asked = paper_depths(layer_map) if options.paper else options.depths
+        self.depths = choose_depths(asked, layer_map, resolved.name)
+        baseline = 0 if 0 in self.depths else self.depths[0]
+        self.variants = Variants(self.depths, baseline, options.control, options.mixed)
+        self._check_bound()
         self.workloads = plan_workloads(options, spec.max_positions)
         engine_options = self._engine_options(spec, layer_map)
         self.llm = LLM(
             options.model, layer_map, self.depths, on_progress=on_load, on_capture=on_load, **engine_options
         )
         self._token_ids = plain_token_ids(self.llm.engine)
+
+    def _check_bound(self) -> None:
+        if self.options.fail_below is not None and len(self.depths) < 2:
+            raise ConfigError(
+                f"--fail-below has no speedup to judge: depth {self.depths[0]} alone is measured; name another in "
+                "--depths"
+            )
 
     def _engine_options(self, spec: DecoderSpec, layer_map: LayerMap) -> dict[str, Any]:
         """Room for the largest workload and no more; no prefix cache, which would skip what is to be measured."""
@@ -126,73 +140,39 @@ class ThroughputBench:
         rng = random.Random(f"{self.options.seed} {workload} {repetition}")
         return [rng.choices(self._token_ids, k=workload.prompt_tokens) for _ in range(workload.batch)]
 
-    def prepare(self, workload: Workload, repetition: int) -> Callable[[int], float | None]:
-        """Draws the repetition's prompts, the same for all depths, and returns what runs them at a depth."""
+    def prepare(self, workload: Workload, repetition: int) -> Callable[[Variant], float | None]:
+        """Draws the repetition's prompts, the same for all variants, and returns what runs them as a variant."""
         prompts = self.prompts(workload, repetition)
         # Greedy, and nothing of the model's generation config, whose penalties would cost time of their own.
         params = greedy_params(workload.output_tokens)
-        if workload.test == "decode":
-            return lambda depth: decode_seconds(self.llm.engine, prompts, params, depth)
 
-        def run(depth: int) -> None:
-            outputs = self.llm.generate(prompts, params, depth)
+        def run(variant: Variant) -> float | None:
+            depths = self.variants.request_depths(variant, workload.batch)
+            if workload.test == "decode":
+                return decode_seconds(self.llm.engine, prompts, params, depths[0])
+            # One depth for all where it is one, as anyone would ask for it.
+            outputs = self.llm.generate(prompts, params, depths if len(set(depths)) > 1 else depths[0])
             num_tokens = sum(len(output.token_ids) for output in outputs)
             assert num_tokens == workload.batch * workload.output_tokens, (
                 f"{num_tokens} new tokens for {workload}"
             )
+            return None
 
         return run
 
-    def rows(self, samples: Samples[Workload], ceilings: Ceilings | None = None) -> list[Row]:
-        """One row a workload and depth, workloads without a complete repetition left out."""
-        costs = {depth: DepthCost.of(self.llm.engine, depth) for depth in self.depths}
-        return [
-            self._row(workload, depth, repetitions, costs, ceilings)
-            for workload, repetitions in samples.items()
-            for depth in self.depths
-        ]
+    def stopping(self) -> Stopping[Workload, Variant]:
+        """When the options have a workload repeated enough."""
+        options = self.options
+        return Stopping(options.most_repetitions, options.interval, self.variants.ratios, options.time_budget)
 
-    def _row(
+    def rows(
         self,
-        workload: Workload,
-        depth: int,
-        repetitions: Sequence[Mapping[int, float]],
-        costs: Mapping[int, DepthCost],
-        ceilings: Ceilings | None,
-    ) -> Row:
-        baseline, cost = costs[self.baseline], costs[depth]
-        shape = (workload.batch, workload.prompt_tokens)
-        if workload.test == "prompt":
-            ideal = ideal_prompt_speedup(baseline, cost, *shape)
-        else:
-            ideal = ideal_decode_speedup(baseline, cost, *shape, workload.output_tokens)
-        return make_row(
-            workload.test,
-            depth,
-            self.baseline,
-            repetitions,
-            num_blocks_kept=self.llm.engine.tier(depth).num_blocks_kept,
-            batch=workload.batch,
-            prompt_tokens=workload.prompt_tokens,
-            output_tokens=workload.output_tokens,
-            counted_tokens=workload.counted_tokens,
-            ideal_speedup=ideal,
-            floor_seconds=None if ceilings is None else floor_seconds(workload, cost, ceilings),
-            weight_bytes=cost.weight_bytes,
-            kv_bytes_per_token=cost.kv_bytes_per_token,
-            # The last new token is never fed back, so its K and V are never there.
-            kv_bytes=workload.batch * (workload.context - 1) * cost.kv_bytes_per_token,
-        )
-
-
-def floor_seconds(workload: Workload, cost: DepthCost, ceilings: Ceilings) -> float | None:
-    """The least time of a workload at the ceilings; None for "generate", whose prompts and steps have their own."""
-    if workload.test == "prompt":
-        return prompt_flops(cost, workload.batch, workload.prompt_tokens) / ceilings.matrix_flops_per_second
-    if workload.test == "generate":
-        return None
-    num_bytes = decode_bytes(cost, workload.batch, workload.prompt_tokens, workload.output_tokens)
-    return num_bytes / ceilings.copy_bytes_per_second
+        samples: ThroughputSamples,
+        ceilings: Ceilings | None = None,
+        stops: Mapping[Workload, str] | None = None,
+    ) -> list[Row]:
+        """One row a workload and variant, workloads without a complete repetition left out."""
+        return RowMaker(self.llm.engine, self.variants, ceilings, stops or {}).rows(samples)
 
 
 def greedy_params(num_tokens: int) -> SamplingParams:
@@ -274,23 +254,34 @@ def run_throughput(
     bench = ThroughputBench(options, on_load)
     engine = bench.llm.engine
     environment = describe_environment(engine, shown_command(command, options.model))
-    ceilings = measure_ceilings(engine.runner.device, engine.runner.dtype)
+    ceilings = _measure_ceilings(engine)
     environment["ceilings"] = asdict(ceilings)
-    samples: Samples[Workload] = {}
+    samples: ThroughputSamples = {}
+    stops: dict[Workload, StopReason] = {}
+    watch = ConditionsWatch(engine.runner.device)
     complete = True
     try:
         measure(
-            bench.prepare,
-            bench.workloads,
-            bench.depths,
-            options.repetitions,
-            options.seed,
-            samples,
-            on_progress=on_progress,
-        )
+            bench.prepare, bench.workloads, bench.variants.of, options.repetitions, options.seed, samples,
+            stopping=bench.stopping(), stops=stops, watch=watch, on_progress=on_progress,
+        )  # fmt: skip
     except KeyboardInterrupt:
         complete = False
-    model = {
+    rows = bench.rows(samples, ceilings, stops)
+    conditions = watch.summary()
+    conditions["notices"] = control_notices(rows, options.interval) + conditions["notices"]
+    return Report(environment, _describe_model(bench), _describe_settings(bench), rows, complete, conditions)
+
+
+def _measure_ceilings(engine: Engine) -> Ceilings:
+    runner = engine.runner
+    ceilings = measure_ceilings(runner.device, runner.dtype)
+    return with_read_ceiling(ceilings, torch.get_num_threads()) if runner.device.type == "cpu" else ceilings
+
+
+def _describe_model(bench: ThroughputBench) -> dict[str, Any]:
+    engine = bench.llm.engine
+    return {
         "name": engine.model_name,
         "architecture": engine.spec.architecture,
         "num_blocks": engine.spec.num_blocks,
@@ -298,10 +289,21 @@ def run_throughput(
         "fingerprint": engine.spec.fingerprint,
         "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
     }
-    settings = {
+
+
+def _describe_settings(bench: ThroughputBench) -> dict[str, Any]:
+    options, variants = bench.options, bench.variants
+    skipped = [each for each in bench.workloads if variants.mixes(each) and MIXED not in variants.of(each)]
+    return {
         "repetitions": options.repetitions,
+        "max_repetitions": options.most_repetitions,
+        "interval": options.interval,
+        "time_budget": options.time_budget,
+        "control": options.control,
+        "mixed": options.mixed,
+        "not_mixed": [str(workload) for workload in skipped],
+        "paper": options.paper,
         "seed": options.seed,
-        "load_format": bench.options.load_format,
+        "load_format": options.load_format,
         "weights": options.weights,
     }
-    return Report(environment, model, settings, bench.rows(samples, ceilings), complete)

@@ -1,4 +1,4 @@
-"""What `sleb bench throughput` is asked to measure, checked, and as workloads for one model."""
+"""What `sleb bench throughput` is asked to measure, and as workloads and variants for one model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ Test = Literal["prompt", "generate", "decode"]
 TESTS: tuple[Test, ...] = get_args(Test)
 DEFAULT_TESTS: tuple[Test, ...] = ("prompt", "generate")
 DEFAULT_PROMPT_TOKENS: dict[Test, int] = {"prompt": 2048, "generate": 64, "decode": 64}
+DEFAULT_MAX_REPETITIONS = 30
+_MAX_WORKLOADS = 64
 # Which part of the blocks a stand-in for a layer map recommends to remove: what the SLEB paper removes at most.
 _STAND_IN_SHARE = 0.2
 
@@ -24,7 +26,14 @@ class ThroughputOptions:
     """What to measure: a model, or with `config` a shape of `sleb.shapes` with random weights.
 
     None: depths 0 and the map's recommended one; 2,048 prompt tokens for "prompt" (or what the model holds), 64 for the
-    others. batches and output_tokens are of "generate" and "decode"; the rest is as in EngineConfig.
+    others. batches and output_tokens are of "generate" and "decode"; of several lengths and batches every combination
+    is measured. contexts, if given, are the prompt tokens of "decode", and ask for that test.
+
+    repetitions to max_repetitions (None: 30, or repetitions where that is more) are made of every workload, until the
+    half width of each ratio's interval is at most `interval` of the ratio; time_budget: seconds for all workloads, 0:
+    no limit. control: the baseline runs a second time, as a variant of its own. mixed: "generate" runs a batch of all
+    depths besides. paper: see `sleb.benchmarks.paper`. fail_below: the speedup that every depth is to have; checked
+    here for having something to judge. The rest is as in EngineConfig.
     """
 
     model: str = ""
@@ -32,9 +41,17 @@ class ThroughputOptions:
     depths: Sequence[int] | None = None
     tests: Sequence[str] = DEFAULT_TESTS
     batches: Sequence[int] = (64, 1)
-    prompt_tokens: int | None = None
-    output_tokens: int = 128
-    repetitions: int = 5
+    prompt_tokens: Sequence[int] | int | None = None
+    output_tokens: Sequence[int] | int = 128
+    contexts: Sequence[int] | None = None
+    repetitions: int = 6
+    max_repetitions: int | None = None
+    interval: float = 0.01
+    time_budget: float = 0.0
+    control: bool = True
+    mixed: bool = True
+    paper: bool = False
+    fail_below: float | None = None
     dtype: str = "auto"
     weights: str = "auto"
     device: str = "auto"
@@ -42,6 +59,13 @@ class ThroughputOptions:
     threads: int | None = None
     seed: int = 0
     config: str | None = None
+
+    @property
+    def most_repetitions(self) -> int:
+        """max_repetitions, or what stands for it."""
+        if self.max_repetitions is None:
+            return max(DEFAULT_MAX_REPETITIONS, self.repetitions)
+        return self.max_repetitions
 
 
 @dataclass(frozen=True)
@@ -70,60 +94,61 @@ class Workload:
         return self.prompt_tokens + self.output_tokens
 
     def __str__(self) -> str:
-        return f"{self.test}, batch {self.batch}"
+        return describe_workload(self.test, self.batch, self.prompt_tokens, self.output_tokens)
+
+
+def describe_workload(test: str, batch: int, prompt_tokens: int, output_tokens: int) -> str:
+    """In a few words: batch × tokens."""
+    if test == "prompt":
+        return f"prompt {batch} × {prompt_tokens}"
+    return f"{test} {batch} × {output_tokens - (test == 'decode')} after {prompt_tokens}"
+
+
+def wanted_tests(options: ThroughputOptions) -> list[Test]:
+    """The tests in the order in which they run."""
+    return [test for test in TESTS if test in options.tests or (test == "decode" and options.contexts)]
+
+
+def as_numbers(values: Sequence[int] | int) -> Sequence[int]:
+    """One number as a sequence of one."""
+    return (values,) if isinstance(values, int) else values
 
 
 def plan_workloads(options: ThroughputOptions, max_positions: int) -> list[Workload]:
     """The workloads that `options` asks of a model with `max_positions` positions; ConfigError if it cannot."""
     workloads: list[Workload] = []
-    for test in TESTS:
-        if test not in options.tests:
-            continue
-        output_tokens = 1 if test == "prompt" else options.output_tokens
-        default = min(DEFAULT_PROMPT_TOKENS[test], max(1, max_positions - output_tokens))
-        prompt_tokens = default if options.prompt_tokens is None else options.prompt_tokens
-        if prompt_tokens + output_tokens > max_positions:
-            raise ConfigError(
-                f"{prompt_tokens} prompt tokens and {output_tokens} new ones do not fit the model's "
-                f"{max_positions} positions; lower --prompt-tokens or --output-tokens"
-            )
+    for test in wanted_tests(options):
         batches = (1,) if test == "prompt" else options.batches
-        workloads += [Workload(test, batch, prompt_tokens, output_tokens) for batch in batches]
+        workloads += [
+            Workload(test, batch, prompt_tokens, output_tokens)
+            for prompt_tokens, output_tokens in _lengths(options, test, max_positions)
+            for batch in batches
+        ]
+    if len(workloads) > _MAX_WORKLOADS:
+        raise ConfigError(
+            f"the lists make {len(workloads)} workloads; {_MAX_WORKLOADS} are the most: shorten --batches, "
+            "--prompt-tokens, --output-tokens or --context"
+        )
     return workloads
 
 
-def check_options(options: ThroughputOptions) -> None:
-    """Raises ConfigError for the first option out of its range that a look at the model is not needed for."""
-    if bool(options.model) == (options.config is not None):
-        raise ConfigError(
-            f"MODEL is '{options.model}' and --config '{options.config or ''}'; give one of them: a model with its "
-            "weights, or a shape to fill with random ones"
-        )
-    if options.config is not None and options.load_format not in ("auto", "dummy"):
-        raise ConfigError(
-            f"--load-format is '{options.load_format}', but --config has no weights to read; leave it out"
-        )
-    unknown = [test for test in options.tests if test not in TESTS]
-    if unknown or not options.tests:
-        named = f"test '{unknown[0]}' is not known" if unknown else "no test is named"
-        raise ConfigError(f"{named}; choose from: {', '.join(TESTS)}")
-    if not options.batches:
-        raise ConfigError("no batch is named; give --batches at least one number, 1 say")
-    numbers = [("batch", batch, 1) for batch in options.batches]
-    numbers += [("depth", depth, 0) for depth in options.depths or ()]
-    numbers += [("--repetitions", options.repetitions, 1)]
-    if options.prompt_tokens is not None:
-        numbers.append(("--prompt-tokens", options.prompt_tokens, 1))
-    if {"generate", "decode"} & set(options.tests):
-        # The first new token comes with the prompt: decoding begins with the second.
-        numbers.append(("--output-tokens", options.output_tokens, 2))
-    for name, number, least in numbers:
-        if number < least:
-            raise ConfigError(f"{name} is {number}; it must be an integer of at least {least}")
-    for name, values in (("batch", options.batches), ("depth", options.depths or ())):
-        for value in values:
-            if values.count(value) > 1:
-                raise ConfigError(f"{name} {value} is named twice; name each once")
+def _lengths(options: ThroughputOptions, test: Test, max_positions: int) -> list[tuple[int, int]]:
+    """Prompt tokens and output tokens of the workloads of a test."""
+    found = []
+    option, asked = "--prompt-tokens", options.prompt_tokens
+    if test == "decode" and options.contexts is not None:
+        # A context of nothing is not to be had: a request has at least one token.
+        option, asked = "--context", [max(1, context) for context in options.contexts]
+    for output_tokens in (1,) if test == "prompt" else as_numbers(options.output_tokens):
+        default = min(DEFAULT_PROMPT_TOKENS[test], max(1, max_positions - output_tokens))
+        for prompt_tokens in as_numbers(default if asked is None else asked):
+            if prompt_tokens + output_tokens > max_positions:
+                raise ConfigError(
+                    f"{prompt_tokens} prompt tokens and {output_tokens} new ones do not fit the model's "
+                    f"{max_positions} positions; lower {option} or --output-tokens"
+                )
+            found.append((prompt_tokens, output_tokens))
+    return found
 
 
 def choose_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str) -> tuple[int, ...]:

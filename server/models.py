@@ -109,7 +109,9 @@ class BenchResult:
             reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
             raise ConfigError(f"--bench-result {path} cannot be read: {reason}") from None
         try:
-            model, rows = content["model"], tuple(content["rows"])
+            model = content["model"]
+            # A batch of several depths is of none, and the control repeats the full model.
+            rows = tuple(row for row in content["rows"] if row.get("variant") not in ("control", "mixed"))
             environment, settings = content.get("environment", {}), content.get("settings", {})
             result = cls(
                 path=path,

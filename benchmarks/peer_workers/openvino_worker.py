@@ -22,9 +22,14 @@ class Engine:
         scheduler.max_num_batched_tokens = max(2048, max_context)
         properties = {"INFERENCE_PRECISION_HINT": openvino.Type.bf16, "INFERENCE_NUM_THREADS": threads}
         self._pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.facts: dict[str, Any] = {
             "version": version("openvino-genai"),
-            "dtype": "bfloat16",
+            # The hint is for processors that can.
+            "dtype": "bfloat16" if "BF16" in capabilities else "float32",
+            "attention": "paged",
+            "compiled": "by its CPU plugin",
+            "threads": threads,
             "settings": {
                 "prefix_caching": False,
                 "scheduler": "continuous batching",

@@ -22,8 +22,11 @@ class Engine:
         self._model.generation_config.eos_token_id = None  # the end of a sequence is ignored
         self.facts: dict[str, Any] = {
             "version": transformers.__version__,
-            "dtype": "bfloat16",
-            "settings": {"attention": "sdpa", "compiled": False, "torch": torch.__version__},
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "attention": self._model.config._attn_implementation,
+            "compiled": False,
+            "threads": torch.get_num_threads(),
+            "settings": {"torch": torch.__version__},
         }
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:

@@ -22,15 +22,14 @@ class Engine:
             enable_prefix_caching=False,
             disable_log_stats=True,
         )
+        config = self._llm.llm_engine.vllm_config
         self.facts: dict[str, Any] = {
             "version": _version(),
-            "dtype": "bfloat16",
-            "settings": {
-                "prefix_caching": False,
-                "compiled": True,
-                "omp_threads": threads,
-                "kv_cache_gib": kv_gib,
-            },
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "attention": _name(config.attention_config.backend) or "its own choice",
+            "compiled": _name(config.compilation_config.mode),
+            "threads": threads,
+            "settings": {"prefix_caching": False, "kv_cache_gib": kv_gib},
         }
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
@@ -44,6 +43,11 @@ class Engine:
         seconds = time.perf_counter() - started
         answers = [list(output.outputs[0].token_ids) for output in outputs]
         return {"seconds": seconds, "num_tokens": sum(map(len, answers)), "token_ids": answers[0]}
+
+
+def _name(member: Any) -> str | None:
+    """Of one of vLLM's enumerations."""
+    return None if member is None else str(getattr(member, "name", member))
 
 
 def _version() -> str:

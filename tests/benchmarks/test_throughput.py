@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from sleb.benchmarks import ceilings as ceilings_module
 from sleb.benchmarks.ceilings import Ceilings
-from sleb.benchmarks.ideal import DepthCost, decode_bytes, prompt_flops
-from sleb.benchmarks.report import notes
+from sleb.benchmarks.ideal import DepthCost, decode_bytes, decode_flops, prompt_bytes, prompt_flops
 from sleb.benchmarks.throughput import (
     ThroughputBench,
     decode_seconds,
@@ -25,6 +24,7 @@ from sleb.benchmarks.throughput import (
     plain_token_ids,
     run_throughput,
 )
+from sleb.benchmarks.throughput_report import notes
 from sleb.benchmarks.workloads import (
     ThroughputOptions,
     Workload,
@@ -42,6 +42,7 @@ from sleb.shapes import shape_folder
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings_module, "_COPY_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr(ceilings_module, "_READ_BYTES", 1 << 16)
     monkeypatch.setattr(ceilings_module, "_MATRIX_SIZE", {"cpu": 16})
 
 
@@ -56,6 +57,9 @@ def options(tiny_model_dir: Path, tiny_chain: LayerMap) -> ThroughputOptions:
         prompt_tokens=20,
         output_tokens=5,
         repetitions=2,
+        max_repetitions=2,
+        control=False,
+        mixed=False,
     )
 
 
@@ -102,7 +106,7 @@ def test_every_repetition_compares_the_depths_on_prompts_of_its_own(
 def test_the_same_seed_gives_the_same_prompts_and_order(
     options: ThroughputOptions, calls: list[tuple[list[list[int]], Any, int]]
 ) -> None:
-    small = replace(options, tests=("generate",), batches=(1,), repetitions=1)
+    small = replace(options, tests=("generate",), batches=(1,), repetitions=1, max_repetitions=1)
     for seed in (7, 7, 8):
         run_throughput(replace(small, seed=seed))
     first, second, third = (calls[start : start + 4] for start in (0, 4, 8))
@@ -162,12 +166,14 @@ def test_rows(options: ThroughputOptions) -> None:
 def test_the_first_depth_is_the_baseline_where_the_full_model_is_not_asked_for(
     options: ThroughputOptions,
 ) -> None:
-    report = run_throughput(replace(options, depths=(3, 5), tests=("prompt",), repetitions=1))
+    report = run_throughput(
+        replace(options, depths=(3, 5), tests=("prompt",), repetitions=1, max_repetitions=1)
+    )
     assert [(row.depth, row.baseline_depth) for row in report.rows] == [(3, 3), (5, 3)]
 
 
 def test_quantised_weights_are_reported_and_loading_is_told(options: ThroughputOptions) -> None:
-    small = replace(options, tests=("prompt",), repetitions=1, depths=(0,))
+    small = replace(options, tests=("prompt",), repetitions=1, max_repetitions=1, depths=(0,))
     seen: list[tuple[int, int]] = []
     report = run_throughput(replace(small, weights="int4"), on_load=lambda *now: seen.append(now))
     assert report.settings["weights"] == "int4"
@@ -205,6 +211,40 @@ def test_defaults_are_the_papers_settings() -> None:
     assert plan_workloads(options, 2048)[0].prompt_tokens == 2047
 
 
+def test_lists_make_every_combination() -> None:
+    options = ThroughputOptions(
+        "model", tests=("prompt", "generate"), batches=(1, 8), prompt_tokens=(128, 512), output_tokens=(32, 64),
+        contexts=(0, 1024),
+    )  # fmt: skip
+    assert [str(workload) for workload in plan_workloads(options, 2048)] == [
+        *("prompt 1 × 128", "prompt 1 × 512"),
+        *("generate 1 × 32 after 128", "generate 8 × 32 after 128"),
+        *("generate 1 × 32 after 512", "generate 8 × 32 after 512"),
+        *("generate 1 × 64 after 128", "generate 8 × 64 after 128"),
+        *("generate 1 × 64 after 512", "generate 8 × 64 after 512"),
+        # --context asks for decode by itself; a context of 0 is one of a token.
+        *("decode 1 × 31 after 1", "decode 8 × 31 after 1"),
+        *("decode 1 × 31 after 1024", "decode 8 × 31 after 1024"),
+        *("decode 1 × 63 after 1", "decode 8 × 63 after 1"),
+        *("decode 1 × 63 after 1024", "decode 8 × 63 after 1024"),
+    ]
+
+
+def test_the_prompts_of_a_sweep_differ_by_length(options: ThroughputOptions) -> None:
+    report = run_throughput(
+        replace(once(options), prompt_tokens=(5, 9), output_tokens=(2, 3), contexts=(0, 30))
+    )
+    assert {(row.test, row.batch, row.prompt_tokens, row.output_tokens) for row in report.rows} == {
+        *(("prompt", 1, prompt, 1) for prompt in (5, 9)),
+        *(("generate", batch, prompt, new) for batch in (3, 1) for prompt in (5, 9) for new in (2, 3)),
+        *(("decode", batch, context, new) for batch in (3, 1) for context in (1, 30) for new in (2, 3)),
+    }
+
+
+def once(options: ThroughputOptions) -> ThroughputOptions:
+    return replace(options, repetitions=1, max_repetitions=1)
+
+
 def test_depths_default_to_the_full_model_and_the_recommended_depth(
     options: ThroughputOptions, tiny_chain: LayerMap
 ) -> None:
@@ -238,6 +278,19 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(
         ({"repetitions": 0}, ConfigError, "--repetitions is 0"),
         ({"prompt_tokens": 0}, ConfigError, "--prompt-tokens is 0"),
         ({"output_tokens": 1}, ConfigError, "--output-tokens is 1; it must be an integer of at least 2"),
+        ({"output_tokens": (4, 1)}, ConfigError, "--output-tokens is 1"),
+        ({"prompt_tokens": ()}, ConfigError, "no prompt-tokens is named"),
+        ({"prompt_tokens": (8, 16, 8)}, ConfigError, "--prompt-tokens 8 is named twice"),
+        ({"contexts": (16, 16)}, ConfigError, "--context 16 is named twice"),
+        ({"contexts": (-1,)}, ConfigError, "--context is -1"),
+        ({"contexts": (0, 1)}, ConfigError, "0 stands for a context of 1 token"),
+        ({"contexts": ()}, ConfigError, "no context is named"),
+        ({"contexts": (509,)}, ConfigError, "positions; lower --context or --output-tokens"),
+        (
+            {"batches": range(1, 9), "prompt_tokens": range(1, 9)},
+            ConfigError,
+            "the lists make 72 workloads; 64 are the most: shorten --batches",
+        ),
         (
             {"prompt_tokens": 512},
             ConfigError,
@@ -269,7 +322,9 @@ def test_what_cannot_be_measured_is_an_error_with_a_remedy(
 
 
 def test_decode_times_what_follows_the_first_tokens(options: ThroughputOptions) -> None:
-    report = run_throughput(replace(options, tests=("decode",), batches=(3,), repetitions=1))
+    report = run_throughput(
+        replace(options, tests=("decode",), batches=(3,), repetitions=1, max_repetitions=1)
+    )
     for row in report.rows:
         assert (row.test, row.batch, row.output_tokens) == ("decode", 3, 5)
         # The first token of each answer comes with its prompt.
@@ -334,21 +389,25 @@ def test_a_decode_run_whose_answers_never_overlap_says_so() -> None:
 
 
 def test_roofline_shares(options: ThroughputOptions) -> None:
-    """The least time is that of the bytes at the copy's rate, or of the operations at the matrix product's."""
+    """The least time is that of the bytes at the memory's rate, or of the operations at the matrix product's."""
     bench = ThroughputBench(replace(options, tests=("prompt", "generate", "decode"), batches=(3,)))
-    ceilings = Ceilings(1e6, 1e9, [1e6], [1e9], "float32")
+    ceilings = Ceilings(5e5, 4e7, [5e5], [4e7], "float32", 1e6, [1e6])
     samples = {workload: [{0: 2.0, 3: 1.0}] for workload in bench.workloads}
     shares = {(row.test, row.depth): row.roofline_share for row in bench.rows(samples, ceilings)}
     for depth, seconds in ((0, 2.0), (3, 1.0)):
         cost = DepthCost.of(bench.llm.engine, depth)
-        assert shares["prompt", depth] == pytest.approx(prompt_flops(cost, 1, 20) / 1e9 / seconds)
-        assert shares["decode", depth] == pytest.approx(decode_bytes(cost, 3, 20, 5) / 1e6 / seconds)
-        assert shares["generate", depth] is None
+        # Here a prompt's weights take longer than its operations, and three prompts' operations longer still.
+        prompt = max(prompt_bytes(cost, 1) / 1e6, prompt_flops(cost, 1, 20) / 4e7)
+        prompts = max(prompt_bytes(cost, 3) / 1e6, prompt_flops(cost, 3, 20) / 4e7)
+        decode = max(decode_bytes(cost, 3, 20, 5) / 1e6, decode_flops(cost, 3, 20, 5) / 4e7)
+        assert shares["prompt", depth] == pytest.approx(prompt / seconds)
+        assert shares["decode", depth] == pytest.approx(decode / seconds)
+        assert shares["generate", depth] == pytest.approx((prompts + decode) / seconds)
     assert all(row.roofline_share is None for row in bench.rows(samples))
 
 
 def test_the_report_holds_the_ceilings(options: ThroughputOptions) -> None:
-    report = run_throughput(replace(options, tests=("prompt",), repetitions=1))
+    report = run_throughput(replace(options, tests=("prompt",), repetitions=1, max_repetitions=1))
     assert report.environment["ceilings"]["copy_bytes_per_second"] > 0
     assert report.rows[0].roofline_share is not None and report.rows[0].roofline_share > 0
     assert any("roofline" in note for note in notes(report))
@@ -381,6 +440,7 @@ def test_a_shipped_shape_runs_with_random_weights_and_its_shipped_map(shape: Cal
             prompt_tokens=4,
             output_tokens=3,
             repetitions=1,
+            max_repetitions=1,
             dtype="float32",
         )
     )
@@ -395,6 +455,7 @@ def test_a_shape_without_a_shipped_map_has_a_stand_in(shape: Callable[[str], Non
     shape("llama-2-70b")
     output = tmp_path / "result.json"
     words = "--depths 16 --tests decode --batches 2 --prompt-tokens 4 --output-tokens 3 --repetitions 1"
+    words += " --max-repetitions 1 --no-control"
     done = bench("--config", "llama-2-70b", *words.split(), "--dtype", "float32", "--json", output)
     assert done.exit_code == 0, done.output
     assert "decode 2 × 2 after 4" in done.stdout and "stand-in" in done.stdout
@@ -431,7 +492,8 @@ def bench(*arguments: object) -> Any:
 
 
 def quick(model: Path, map_file: Path) -> Sequence[object]:
-    options = "--depths 0,3 --batches 2 --prompt-tokens 8 --output-tokens 3 --repetitions 2 --threads 1"
+    options = "--depths 0,3 --batches 2 --prompt-tokens 8 --output-tokens 3 --repetitions 2"
+    options += " --max-repetitions 2 --no-control --no-mixed --threads 1"
     return [model, "--layer-map", map_file, *options.split()]
 
 
@@ -451,7 +513,7 @@ def test_the_command_prints_a_table_and_writes_json(
     ):
         assert text in done.stdout
     result = json.loads(output.read_text())
-    assert list(result) == ["environment", "model", "settings", "rows", "complete"]
+    assert list(result) == ["kind", "environment", "model", "settings", "rows", "complete", "conditions"]
     assert result["complete"] is True
     assert result["model"]["name"] == "tiny-llama"
     assert result["model"]["removed"] == ["3", "1", "4.attention"]
@@ -515,7 +577,11 @@ def test_a_json_path_that_cannot_be_written_is_told_before_the_run(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--depths", "0,six"), ("--batches", "1;2"), ("--depths", "0.5")]
+    ("option", "value"),
+    [
+        *(("--depths", "0,six"), ("--batches", "1;2"), ("--depths", "0.5")),
+        *(("--prompt-tokens", "1k"), ("--output-tokens", "8,x"), ("--context", "0-8")),
+    ],
 )
 def test_lists_of_numbers(option: str, value: str) -> None:
     done = bench("model", option, value)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from sleb.cli.bench.diff import diff
 from sleb.cli.bench.fronts import fronts
 from sleb.cli.bench.kernels import kernels
 from sleb.cli.bench.methods import methods
+from sleb.cli.bench.peers import peers
+from sleb.cli.bench.report import report
 from sleb.cli.bench.search import search
+from sleb.cli.bench.serve import serve
 from sleb.cli.bench.throughput import throughput
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -15,8 +19,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.callback()
 def _bench() -> None:
-    """Measure speed: dense against pruned, and operator by operator."""
+    """Measure speed: dense against pruned, ours against others, over HTTP, operator by operator."""
 
 
-for _command in (throughput, kernels, search, methods, fronts):
+for _command in (throughput, serve, peers, search, methods, fronts, kernels, report, diff):
     app.command()(_command)

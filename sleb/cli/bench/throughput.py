@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from sleb.cli.bench.shared import RunsBar, parse_integers, parse_names
+
+if TYPE_CHECKING:
+    from sleb.benchmarks.results import Row
+    from sleb.benchmarks.throughput_report import Report
 
 
 def throughput(
@@ -40,13 +46,49 @@ def throughput(
     ] = "prompt,generate",
     batches: Annotated[str, typer.Option(help="Requests at once in generate and decode.")] = "64,1",
     prompt_tokens: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Tokens of a prompt.", show_default="prompt: 2048, or what the model holds; others: 64"
+            help="Tokens of a prompt, or several numbers, as 128,512,2048.",
+            show_default="prompt: 2048, or what the model holds; others: 64",
         ),
     ] = None,
-    output_tokens: Annotated[int, typer.Option(help="New tokens of a request.")] = 128,
-    repetitions: Annotated[int, typer.Option(help="Times that each depth is measured.")] = 5,
+    output_tokens: Annotated[str, typer.Option(help="New tokens of a request, or several numbers.")] = "128",
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="Run decode after so many tokens, as 0,1024,4096 (0: one token), instead of --prompt-tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="The SLEB paper's settings, depths too, and its own rows beside."),
+    ] = False,
+    repetitions: Annotated[int, typer.Option(help="Times that each depth is measured, at least.")] = 6,
+    max_repetitions: Annotated[
+        int | None, typer.Option(help="At most.", show_default="30, or --repetitions where that is more")
+    ] = None,
+    interval: Annotated[
+        str,
+        typer.Option(help="Repeat until the half width of each speedup's 95 % interval is this share of it."),
+    ] = "1%",
+    time_budget: Annotated[
+        float,
+        typer.Option(
+            help="Seconds for all workloads, each measured once at least; loading not counted. 0: no limit."
+        ),
+    ] = 0.0,
+    control: Annotated[
+        bool,
+        typer.Option(help="Measure the baseline a second time, to see how far off equal variants come out."),
+    ] = True,
+    mixed: Annotated[
+        bool, typer.Option(help="In generate, measure a batch of all depths against the depths alone.")
+    ] = True,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(help="Exit with status 1 if the speedup of a depth is below this.", show_default=False),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
@@ -64,13 +106,21 @@ def throughput(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write environment, samples and results here.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a report for people, and the JSON file, to this folder.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Measure prompt processing and token generation, several depths in turns.
 
     Ctrl-C reports the repetitions that are complete.
     """
-    from sleb.benchmarks.report import check_writable, print_report, write_text
+    from sleb.benchmarks.report import check_writable, write_text
     from sleb.benchmarks.throughput import run_throughput
+    from sleb.benchmarks.throughput_checks import parse_share
+    from sleb.benchmarks.throughput_report import print_report
     from sleb.benchmarks.workloads import ThroughputOptions
 
     options = ThroughputOptions(
@@ -80,9 +130,17 @@ def throughput(
         depths=None if depths is None else parse_integers("--depths", depths),
         tests=parse_names(tests),
         batches=parse_integers("--batches", batches),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
+        prompt_tokens=None if prompt_tokens is None else parse_integers("--prompt-tokens", prompt_tokens),
+        output_tokens=parse_integers("--output-tokens", output_tokens),
+        contexts=None if context is None else parse_integers("--context", context),
         repetitions=repetitions,
+        max_repetitions=max_repetitions,
+        interval=parse_share("--interval", interval),
+        time_budget=time_budget,
+        control=control,
+        mixed=mixed,
+        paper=paper,
+        fail_below=fail_below,
         dtype=dtype,
         weights=weights,
         device=device,
@@ -92,12 +150,39 @@ def throughput(
     )
     if json_path is not None:
         check_writable(json_path)
+    if report is not None:
+        from sleb.benchmarks.reports import check_report
+
+        check_report(report)
     with RunsBar() as bar:
-        report = run_throughput(
+        found = run_throughput(
             options, ["sleb", *sys.argv[1:]], on_progress=bar.update, on_load=bar.show_loading
         )
-    print_report(report, Console())
-    if json_path is not None and report.rows:  # an early Ctrl-C must not replace an older result by nothing
-        write_text(json_path, report.to_json())
-    if not report.complete:
+    console = Console()
+    print_report(found, console)
+    if found.rows:  # an early Ctrl-C must not replace an older result by nothing
+        if json_path is not None:
+            write_text(json_path, found.to_json())
+        if report is not None:
+            _write_report(report, found, console)
+    if not found.complete:
         raise typer.Exit(130)
+    if fail_below is not None:
+        _check_speedups(found.rows, fail_below)
+
+
+def _write_report(directory: Path, found: Report, console: Console) -> None:
+    from sleb.benchmarks.reports import write_report
+
+    write_report(directory, [json.loads(found.to_json())], console)
+
+
+def _check_speedups(rows: Sequence[Row], bound: float) -> None:
+    """Exit status 1, after one line on standard error, if a depth's speedup is below `bound`."""
+    from sleb.benchmarks.results import rows_below
+    from sleb.benchmarks.throughput_report import workload_of
+
+    slow = [f"{workload_of(row)}, depth {row.depth}: {row.speedup:.3f}" for row in rows_below(rows, bound)]
+    if slow:
+        typer.secho(f"below --fail-below {bound:g}: {'; '.join(slow)}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1)

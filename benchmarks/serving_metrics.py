@@ -1,0 +1,135 @@
+"""What outcomes amount to, under the names of `vllm bench serve --save-result` (vllm/benchmarks/serve.py).
+
+TTFT: from the sending of a request to its first chunk with text. ITL: between chunks with text. E2EL: from the sending
+to the end of the answer. TPOT: (E2EL − TTFT) / (tokens − 1), of answers of two tokens or more. Rates are of the whole
+duration, the last answers' included, in which the load is no longer whole. Standard deviations are of the population;
+percentiles are interpolated as numpy does it. What has no value, as the latency of no answer, is null.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from sleb.benchmarks.load_events import Outcome
+
+METRICS = ("ttft", "tpot", "itl", "e2el")
+PERCENTILES = (90, 99)
+# Keys of a row that vLLM's files have too.
+VLLM_KEYS = (
+    *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate"),
+    *("burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens"),
+    *(
+        "total_output_tokens",
+        "request_throughput",
+        "request_goodput",
+        "output_throughput",
+        "total_token_throughput",
+    ),
+    *("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "errors"),
+    *("max_output_tokens_per_s", "max_concurrent_requests"),
+    *(
+        f"{statistic}_{metric}_ms"
+        for metric in METRICS
+        for statistic in ("mean", "median", "std", *(f"p{percentile}" for percentile in PERCENTILES))
+    ),
+)
+
+
+def measure(outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, float]) -> dict[str, Any]:
+    """Counts, rates and latencies of all requests together. goodput: limits in milliseconds; none: null."""
+    whole = [outcome for outcome in outcomes if not outcome.error]
+    num_input = sum(outcome.num_prompt_tokens for outcome in whole)
+    num_output = sum(outcome.num_output_tokens for outcome in whole)
+    num_good = sum(is_good(outcome, goodput) for outcome in whole)
+    measured: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(whole),
+        "failed": len(outcomes) - len(whole),
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(whole) / duration,
+        "request_goodput": num_good / duration if goodput else None,
+        "output_throughput": num_output / duration,
+        "total_token_throughput": (num_input + num_output) / duration,
+        "max_output_tokens_per_s": max(peak_rate(whole), num_output / duration),
+        "max_concurrent_requests": peak_concurrency(outcomes),
+    }
+    for metric, seconds in _samples(whole).items():
+        measured |= describe(metric, seconds)
+    return measured
+
+
+def raw_samples(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """A value a request, in seconds; of a failed one 0 or an empty list, as in vLLM's files."""
+    good = [not outcome.error for outcome in outcomes]
+    pairs = list(zip(outcomes, good, strict=True))
+    return {
+        "input_lens": [outcome.num_prompt_tokens for outcome in outcomes],
+        "output_lens": [outcome.num_output_tokens if is_whole else 0 for outcome, is_whole in pairs],
+        "ttfts": [outcome.first_seconds if is_whole else 0.0 for outcome, is_whole in pairs],
+        "itls": [outcome.gaps if is_whole else [] for outcome, is_whole in pairs],
+        "latencies": [outcome.seconds if is_whole else 0.0 for outcome, is_whole in pairs],
+        "start_times": [outcome.start for outcome in outcomes],
+        "queue_times": [max(0.0, outcome.start - outcome.due) for outcome in outcomes],
+        "errors": [outcome.error for outcome in outcomes],
+    }
+
+
+def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many requests failed by reason, the most frequent first."""
+    return dict(Counter(outcome.error for outcome in outcomes if outcome.error).most_common())
+
+
+def is_good(outcome: Outcome, goodput: Mapping[str, float]) -> bool:
+    """Whether an answer that came whole keeps to all limits, in milliseconds."""
+    seconds = {
+        "ttft": outcome.first_seconds,
+        "tpot": outcome.token_seconds or 0.0,
+        "e2el": outcome.seconds,
+    }
+    return all(seconds[name] * 1000 <= limit for name, limit in goodput.items())
+
+
+def _samples(whole: Sequence[Outcome]) -> dict[str, list[float]]:
+    tokens = [outcome.token_seconds for outcome in whole]
+    return {
+        "ttft": [outcome.first_seconds for outcome in whole],
+        "tpot": [seconds for seconds in tokens if seconds is not None],
+        "itl": [gap for outcome in whole for gap in outcome.gaps],
+        "e2el": [outcome.seconds for outcome in whole],
+    }
+
+
+def describe(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
+    """Mean, median, standard deviation and percentiles in milliseconds, by vLLM's names."""
+    names = ["mean", "median", "std", *(f"p{percentile}" for percentile in PERCENTILES)]
+    values: list[float | None] = [None] * len(names)
+    if seconds:
+        found = np.asarray(seconds, dtype=np.float64) * 1000
+        values = [
+            float(value)
+            for value in (found.mean(), np.median(found), found.std(), *np.percentile(found, PERCENTILES))
+        ]
+    return {f"{name}_{metric}_ms": value for name, value in zip(names, values, strict=True)}
+
+
+def peak_concurrency(outcomes: Sequence[Outcome]) -> int:
+    """The most requests that were open at once; one that ends as another begins does not overlap it."""
+    changes = [(outcome.start, 1) for outcome in outcomes] + [(outcome.end, -1) for outcome in outcomes]
+    return max(accumulate(change for _, change in sorted(changes)), default=0)
+
+
+def peak_rate(whole: Sequence[Outcome]) -> float:
+    """The most tokens in one second, seconds counted from the first sending; a chunk holds its share of the tokens."""
+    start = min((outcome.start for outcome in whole), default=0.0)
+    tokens: dict[int, float] = defaultdict(float)
+    for outcome in whole:
+        share = outcome.num_output_tokens / len(outcome.chunk_times)
+        for time in outcome.chunk_times:
+            tokens[int(time - start)] += share
+    return max(tokens.values(), default=0.0)

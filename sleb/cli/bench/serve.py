@@ -1,0 +1,241 @@
+"""`sleb bench serve`: load on any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sleb.cli.chat import API_KEY_VARIABLES
+
+if TYPE_CHECKING:
+    from sleb.benchmarks.load import LoadProgress
+    from sleb.benchmarks.serving import ServeProgress
+    from sleb.benchmarks.serving_options import ServeOptions
+
+_DEFAULT_URL = "http://127.0.0.1:8000/v1"
+
+
+def serve(
+    url: Annotated[str, typer.Option(help="The server's address.")] = _DEFAULT_URL,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tiers that requests take in turns: with commas, or repeated.",
+            show_default="the server's first",
+        ),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            help="Instead of --url: two servers in turns. --model: one for both, or A's and B's.",
+            metavar="URL_A URL_B",
+            show_default=False,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="The server's key.", envvar=API_KEY_VARIABLES, show_default=False)
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
+    concurrency: Annotated[
+        str | None,
+        typer.Option(help="Requests at once; a list is a sweep.", show_default="1,8,32 without --rate"),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Instead: requests a second at random times, as 0.5,2,inf.", show_default=False),
+    ] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Requests of --rate that may be open.", show_default="no bound")
+    ] = None,
+    num_requests: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a level.", show_default="10 × concurrency or 30 seconds' worth, at least 20; 100 at inf"
+        ),
+    ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option(help="Instead: seconds of a level in which requests begin.", show_default=False),
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Requests before a level that do not count.", show_default="one a tier")
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Tokens of a prompt, by the server's count, its template included.")
+    ] = 64,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
+    length_spread: Annotated[
+        float, typer.Option(help="Both lengths vary evenly by this share, as 0.2.")
+    ] = 0.0,
+    prefix_tokens: Annotated[int, typer.Option(help="Tokens before each prompt that others have too.")] = 0,
+    num_prefixes: Annotated[int, typer.Option(help="How many such beginnings there are.")] = 1,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: a file with a prompt, messages or ShareGPT's conversations a line.",
+            show_default=False,
+        ),
+    ] = None,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(help="Limits in milliseconds, as ttft:200,tpot:50,e2el:3000.", show_default=False),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Of --compare.")] = 6,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request; more is a failure.")] = 600.0,
+    label: Annotated[str | None, typer.Option(help="A name for the rows.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts, lengths, arrivals and orders.")] = 0,
+    vllm_json: Annotated[
+        Path | None,
+        typer.Option(help="Write each row into this folder, as vllm bench serve does.", show_default=False),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a report with plots into this folder.", show_default=False)
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write environment, samples and results here.")
+    ] = None,
+) -> None:
+    """Load an OpenAI-compatible server, and measure throughput and latencies; or compare two.
+
+    Prompts are random words, so that no prefix cache helps. Ctrl-C reports what is complete.
+    """
+    from sleb.benchmarks.load_prompts import Lengths
+    from sleb.benchmarks.serving_options import ServeOptions, make_levels, parse_goodput
+    from sleb.client.connection import base_url
+
+    options = ServeOptions(
+        urls=[base_url(each) for each in compare or (url,)],
+        models=[name.strip() for names in model or () for name in names.split(",") if name.strip()],
+        levels=make_levels(concurrency, rate, max_concurrency),
+        api_key=api_key,
+        endpoint=endpoint,
+        num_requests=num_requests,
+        duration=duration,
+        warmup=warmup,
+        lengths=Lengths(prompt_tokens, output_tokens, length_spread, prefix_tokens, num_prefixes),
+        dataset=dataset,
+        goodput=parse_goodput(goodput or ()),
+        rounds=rounds,
+        timeout=timeout,
+        seed=seed,
+    )
+    _check_outputs(json_path, vllm_json, report)
+    result = _measure(options, label)
+    console = Console()
+    _write_outputs(result, console, json_path, vllm_json, report)
+    _exit(result)
+
+
+def _check_outputs(json_path: Path | None, vllm_json: Path | None, report: Path | None) -> None:
+    """Before time is spent."""
+    from sleb.benchmarks.report import check_writable
+    from sleb.benchmarks.serving_rows import check_folder
+
+    if json_path is not None:
+        check_writable(json_path)
+    if vllm_json is not None:
+        check_folder(vllm_json)
+    if report is not None:
+        from sleb.benchmarks.reports import check_report
+
+        check_report(report)
+
+
+def _measure(options: ServeOptions, label: str | None) -> dict[str, Any]:
+    from sleb.benchmarks.serving import run_serving
+    from sleb.benchmarks.serving_compare import run_comparison
+
+    command = ["sleb", *sys.argv[1:]]
+    with _LoadBar() as bar:
+        if options.is_comparison:
+            return run_comparison(options, command, bar.show)
+        return run_serving(options, command, bar.show, label)
+
+
+def _write_outputs(
+    result: Mapping[str, Any],
+    console: Console,
+    json_path: Path | None,
+    vllm_json: Path | None,
+    report: Path | None,
+) -> None:
+    from sleb.benchmarks.command import write_result
+    from sleb.benchmarks.serving_report import print_serving
+    from sleb.benchmarks.serving_rows import write_vllm_files
+
+    print_serving(result, console)
+    if not result["rows"]:  # an early Ctrl-C must not replace an older result by nothing
+        return
+    if json_path is not None:
+        write_result(json_path, result)
+    if vllm_json is not None:
+        write_vllm_files(vllm_json, result["rows"])
+    if report is not None:
+        from sleb.benchmarks.reports import write_report
+
+        write_report(report, [result], console)
+
+
+def _exit(result: Mapping[str, Any]) -> None:
+    """130 for an interrupted load, 1 for one of which nothing was answered."""
+    if not result["complete"]:
+        raise typer.Exit(130)
+    if not any(row["completed"] for row in result["rows"]):
+        reasons = {reason for row in result["rows"] for reason in row["failures"]}
+        typer.secho(
+            f"error: all requests failed: {'; '.join(sorted(reasons))}", fg=typer.colors.RED, err=True
+        )
+        raise typer.Exit(1)
+
+
+class _LoadBar:
+    """Requests done of all, how many run and how fast, on standard error; drawn only when told: twice a second."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _LoadBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(self, progress: ServeProgress) -> None:
+        """What is under way, and how its load stands."""
+        load = progress.load
+        if load is None:
+            self._bar.reset(self._task)
+        self._bar.update(
+            self._task,
+            total=progress.num_requests,
+            completed=0 if load is None else load.num_done,
+            description=progress.what if load is None else f"{progress.what}: {_standing(load)}",
+            refresh=True,
+        )
+
+
+def _standing(load: LoadProgress) -> str:
+    parts = [f"{load.num_running} running", f"{load.tokens_per_second:,.0f} tokens/s"]
+    if load.first_seconds is not None:
+        parts.append(f"TTFT {load.first_seconds * 1000:,.0f} ms")
+    if load.num_failed:
+        parts.append(f"{load.num_failed} failed")
+    return ", ".join(parts)

@@ -1,0 +1,309 @@
+"""The parts of `sleb bench serve` that send nothing: arrivals, prompts, datasets, events, metrics, options."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from sleb.benchmarks.load import arrival_times
+from sleb.benchmarks.load_dataset import DatasetPrompts
+from sleb.benchmarks.load_events import EventSplitter, Outcome
+from sleb.benchmarks.load_prompts import Lengths, Vocabulary, calibrate
+from sleb.benchmarks.serving_metrics import (
+    describe,
+    failures,
+    is_good,
+    measure,
+    peak_concurrency,
+    raw_samples,
+)
+from sleb.benchmarks.serving_options import (
+    Level,
+    ServeOptions,
+    make_levels,
+    parse_goodput,
+    shown_url,
+    side_options,
+)
+from sleb.errors import ConfigError
+
+
+def outcome(
+    start: float, chunks: list[float], end: float, tokens: int | None = None, error: str = ""
+) -> Outcome:
+    usage = {} if tokens is None else {"prompt_tokens": 10, "completion_tokens": tokens}
+    return Outcome("m", 8, 4, start, start, chunks, end, usage, error)
+
+
+# Two whole answers and a failed one, in numbers that a person can add.
+OUTCOMES = [
+    outcome(0.0, [0.1, 0.2, 0.4], 0.5, tokens=5),
+    outcome(0.25, [0.5], 0.5, tokens=1),
+    outcome(0.5, [1.0], 2.0, error="broken"),
+]
+
+
+def test_metrics_by_hand() -> None:
+    found = measure(OUTCOMES, 2.0, {"ttft": 200.0})
+    assert (found["completed"], found["failed"]) == (2, 1)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (20, 6)
+    assert found["request_throughput"] == 1 and found["request_goodput"] == 0.5
+    assert found["output_throughput"] == 3 and found["total_token_throughput"] == 13
+    assert found["mean_ttft_ms"] == pytest.approx((100 + 250) / 2)
+    assert found["median_tpot_ms"] == pytest.approx(400 / 4)  # an answer of one token has none
+    assert found["mean_itl_ms"] == pytest.approx((100 + 200) / 2)
+    assert found["mean_e2el_ms"] == pytest.approx((500 + 250) / 2)
+    assert found["std_ttft_ms"] == pytest.approx(75)
+    assert found["max_concurrent_requests"] == 2  # the third begins as the others end
+    assert found["max_output_tokens_per_s"] == pytest.approx(6)
+
+
+def test_samples_of_a_failed_request_are_empty() -> None:
+    found = raw_samples(OUTCOMES)
+    assert found["ttfts"] == pytest.approx([0.1, 0.25, 0.0])
+    assert [len(gaps) for gaps in found["itls"]] == [2, 0, 0]
+    assert found["output_lens"] == [5, 1, 0] and found["input_lens"] == [10, 10, 8]
+    assert found["errors"] == ["", "", "broken"]
+    assert failures(OUTCOMES) == {"broken": 1}
+
+
+def test_nothing_is_null_and_json() -> None:
+    found = measure(OUTCOMES[2:], 2.0, {})
+    assert found["completed"] == 0 and found["median_ttft_ms"] is None and found["request_goodput"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_percentiles_are_interpolated() -> None:
+    """Of 0, 1, … 10 ms the 90th percentile is 9, the 99th 9.9: numpy's and by hand."""
+    values = [index / 1000 for index in range(11)]
+    Random(3).shuffle(values)
+    found = describe("ttft", values)
+    assert found == pytest.approx(
+        {
+            "mean_ttft_ms": 5,
+            "median_ttft_ms": 5,
+            "std_ttft_ms": math.sqrt(10),
+            "p90_ttft_ms": 9,
+            "p99_ttft_ms": 9.9,
+        }
+    )
+    draws = [Random(5).expovariate(1) for _ in range(100)]
+    assert describe("itl", draws)["p90_itl_ms"] == pytest.approx(1000 * np.percentile(draws, 90))
+
+
+def test_goodput_by_hand() -> None:
+    answer = outcome(0.0, [0.1, 0.3], 0.5, tokens=5)  # TTFT 100 ms, TPOT 100 ms, E2EL 500 ms
+    assert is_good(answer, {"ttft": 100.001, "tpot": 100.001, "e2el": 500})
+    assert not is_good(answer, {"ttft": 99})
+    assert not is_good(answer, {"ttft": 1000, "tpot": 99})
+    assert not is_good(answer, {"e2el": 499})
+
+
+def test_peak_concurrency() -> None:
+    spans = [(0, 3), (1, 2), (2, 4), (2.5, 2.75)]
+    assert peak_concurrency([outcome(start, [start], end) for start, end in spans]) == 3
+    assert peak_concurrency([]) == 0
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    times = list(itertools.islice(arrival_times(4.0, "seed"), 20_000))
+    gaps = np.diff([0.0, *times])
+    assert gaps.min() >= 0 and gaps.mean() == pytest.approx(0.25, rel=0.03)
+    assert gaps.std() == pytest.approx(0.25, rel=0.04)  # an exponential's deviation is its mean
+    for share in (0.1, 0.5, 0.9, 0.99):
+        assert np.quantile(gaps, share) == pytest.approx(-math.log(1 - share) / 4, rel=0.06)
+    assert abs(np.corrcoef(gaps[:-1], gaps[1:])[0, 1]) < 0.03
+    assert times[:9] == list(itertools.islice(arrival_times(4.0, "seed"), 9))
+    assert times[:9] != list(itertools.islice(arrival_times(4.0, "other"), 9))
+    assert list(itertools.islice(arrival_times(math.inf, "seed"), 3)) == [0, 0, 0]
+
+
+def test_calibration_of_common_words_takes_five_requests() -> None:
+    asked: list[str] = []
+
+    def count(text: str) -> int:
+        asked.append(text)
+        return 11 + sum(3 if word == "government" else 1 for word in text.split())
+
+    vocabulary = calibrate(count)
+    assert vocabulary is not None
+    assert len(asked) == 5 and vocabulary.overhead == 12
+    assert set(vocabulary.costs.values()) == {1} and "government" not in vocabulary.costs
+    assert len(vocabulary.costs) == 48
+
+
+def test_words_of_several_tokens_add_up() -> None:
+    vocabulary = Vocabulary({"x": 3, "yy": 5, "zzz": 4}, 0)
+    for num_tokens in (3, 7, 8, 50, 51, 52):
+        words = vocabulary.draw(num_tokens, Random(num_tokens))
+        assert sum(vocabulary.costs[word] for word in words) == num_tokens
+    assert vocabulary.draw(2, Random(0)) == []
+    even = Vocabulary({"x": 2, "yy": 4}, 0)
+    assert sum(even.costs[word] for word in even.draw(9, Random(1))) == 8
+
+
+def test_a_server_without_counts_cannot_be_calibrated() -> None:
+    assert calibrate(lambda text: None) is None
+    assert calibrate(lambda text: 0) is None
+
+
+def test_events_come_in_any_pieces() -> None:
+    stream = b': note\n\ndata: {"a": 1}\r\n\r\nevent: x\ndata:two\ndata: lines\n\n\ndata: last'
+    for size in (1, 2, 3, 7, 1000):
+        splitter = EventSplitter()
+        found = [data for at in range(0, len(stream), size) for data in splitter.feed(stream[at : at + size])]
+        assert found == [b'{"a": 1}', b"two\nlines"]
+        assert list(splitter.finish()) == [b"last"]
+
+
+def test_only_text_is_a_token() -> None:
+    answer = Outcome("m")
+    chunks = [
+        {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
+        {"choices": [{"delta": {"reasoning_content": "hm"}}], "usage": None},
+        {"choices": [{"delta": {"content": "yes"}}]},
+        {"choices": [{"delta": {}, "finish_reason": "stop"}]},
+        {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 9}},
+    ]
+    texts = [answer.take(json.dumps(chunk).encode(), now) for now, chunk in enumerate(chunks)]
+    assert texts == [False, True, True, False, False]
+    assert not answer.take(b"[DONE]", 7.0)
+    assert answer.chunk_times == [1, 2] and answer.end == 7 and answer.has_ended and not answer.error
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (3, 9)
+
+
+def test_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "one"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}]},
+        {"conversations": [{"from": "human", "value": "three"}, {"from": "gpt", "value": "no"}], "id": 3},
+    ]
+    path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    prompts = DatasetPrompts(path, "chat", 9)
+    assert len(prompts) == 3
+    assert prompts.make(0).content == "one" and prompts.make(0).output_tokens == 9
+    assert prompts.make(4).content == rows[1]["messages"]
+    assert prompts.make(2).content == [{"role": "user", "content": "three"}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["not json"], "line 2: is not JSON"),
+        (['[{"prompt": "x"}]'], "line 2: is no JSON object"),
+        (["["], "line 2: begins a list"),
+        (['{"text": "x"}'], "line 2: has neither"),
+        (['{"prompt": ""}'], "line 2: prompt must be a text"),
+        (['{"prompt": 3}'], "line 2: prompt must be a text"),
+        (['{"messages": "x"}'], "line 2: its messages are no list"),
+        (['{"messages": [3]}'], "line 2: a message is no JSON object"),
+        (['{"messages": [{"role": "robot", "content": "x"}]}'], 'line 2: role is "robot"; known are system'),
+        (['{"messages": [{"role": "user", "content": []}]}'], "line 2: content must be a text"),
+        (['{"conversations": [{"from": "gpt", "value": "x"}]}'], "line 2: nobody asks"),
+        (['{"prompt": "' + "x" * (1 << 20) + '"}'], "line 2: longer than"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(['{"prompt": "x"}', *lines]))
+    with pytest.raises(ConfigError, match=message):
+        DatasetPrompts(path, "chat", 9)
+
+
+def test_other_wrong_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        DatasetPrompts(path, "chat", 9)
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="has no rows"):
+        DatasetPrompts(path, "chat", 9)
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ConfigError, match="no text in UTF-8"):
+        DatasetPrompts(path, "chat", 9)
+    path.write_text('{"messages": [{"role": "user", "content": "x"}]}')
+    with pytest.raises(ConfigError, match="line 1: a conversation cannot be sent to completions"):
+        DatasetPrompts(path, "completions", 9)
+
+
+def test_levels() -> None:
+    assert make_levels("1, 8", None, None) == [Level(1), Level(8)]
+    assert [level.concurrency for level in make_levels(None, None, None)] == [1, 8, 32]
+    assert make_levels(None, "0.5,inf", 4) == [Level(None, 0.5, 4), Level(None, math.inf, 4)]
+    assert [str(level) for level in (Level(8), Level(rate=0.5), Level(None, math.inf, 4))] == [
+        "8 at once",
+        "0.5 requests/s",
+        "all at once, at most 4 open",
+    ]
+    requests = [level.default_requests for level in (Level(1), Level(8), Level(rate=0.5), Level(rate=2))]
+    assert requests == [20, 80, 20, 60]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("1", "2", None), "both given"),
+        (("0", None, None), "--concurrency is '0'"),
+        (("1.5", None, None), "--concurrency is '1.5'"),
+        (("inf", None, None), "--concurrency is 'inf'"),
+        (("x", None, None), "--concurrency is 'x'"),
+        ((None, "-1", None), "--rate is '-1'"),
+        ((None, "nan", None), "--rate is 'nan'"),
+        ((None, ",", None), "--rate is ','"),
+        ((None, "2", 0), "--max-concurrency is 0"),
+        (("2", None, 4), "--max-concurrency bounds"),
+    ],
+)
+def test_wrong_levels(arguments: tuple[str | None, str | None, int | None], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_levels(*arguments)
+
+
+def test_goodput_in_vllms_ways() -> None:
+    assert (
+        parse_goodput(["ttft:200,tpot:50"])
+        == parse_goodput(["ttft:200", "tpot:50"])
+        == {"ttft": 200, "tpot": 50}
+    )
+    for wrong in ("ttft", "ttft:x", "itl:3", "ttft:-1", "ttft:nan"):
+        with pytest.raises(ConfigError, match="--goodput has"):
+            parse_goodput([wrong])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"endpoint": "embeddings"}, "--endpoint is 'embeddings'"),
+        ({"num_requests": 0}, "--num-requests is 0"),
+        ({"num_requests": 3, "duration": 3.0}, "both given"),
+        ({"duration": 0.0}, "--duration is 0"),
+        ({"timeout": math.inf}, "--timeout is inf"),
+        ({"lengths": Lengths(0, 1)}, "--prompt-tokens is 0"),
+        ({"lengths": Lengths(1, 1, 1.0)}, "--length-spread is 1"),
+        ({"urls": ["http://a/v1", "http://b/v1"], "models": ["x", "y", "z"]}, "--compare takes one model"),
+        ({"urls": ["http://a/v1", "http://b/v1"], "duration": 3.0}, "--compare sends both"),
+    ],
+)
+def test_wrong_options(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServeOptions(**{"urls": ["http://127.0.0.1:1/v1"], **changes})
+
+
+def test_sides_of_a_comparison() -> None:
+    asked = ServeOptions(["http://a/v1", "http://b/v1"], models=["x", "y"])
+    assert [(side_options(asked, side).urls, list(side_options(asked, side).models)) for side in (0, 1)] == [
+        (("http://a/v1",), ["x"]),
+        (("http://b/v1",), ["y"]),
+    ]
+
+
+def test_names_of_machines_are_not_shown() -> None:
+    assert shown_url("http://127.0.0.1:8000/v1") == "http://127.0.0.1:8000/v1"
+    assert shown_url("http://box-17.corp:8000/v1") == "http://server:8000/v1"
+    assert shown_url("https://box-17.corp/v1") == "https://server/v1"
