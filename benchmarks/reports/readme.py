@@ -9,9 +9,12 @@ A function a table. Each reads the newest file DATE-NAME.json of its name, and n
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from sleb.benchmarks.reports.document import Table
 from sleb.benchmarks.reports.kinds import Result, read_result
@@ -156,6 +159,57 @@ def search_table(results: Path) -> str:
     return _shown(Table(headings, (), lines), *found)
 
 
+def methods_table(results: Path) -> str:
+    """Perplexity of both texts and answers that loop, by rule and count: the best of the last count first."""
+    result = newest(results, "methods-smollm2")
+    counts = sorted({row["count"] for row in result.rows if row["count"]})
+    headings = ["blocks chosen by"]
+    for count in counts:
+        headings += [f"{count} removed: perplexity", "held out", "answers that loop"]
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for row in result.rows:
+        if row["count"]:
+            found.setdefault(row["method"], {}).setdefault(row["count"], []).append(dict(row))
+    order = sorted(found, key=lambda name: _middle(found[name][counts[-1]], "held_out_perplexity"))
+    lines = []
+    for name in order:
+        line = [name if len(found[name][counts[0]]) == 1 else f"{name} (median)"]
+        for count in counts:
+            rows = found[name][count]
+            looped = median(row["answers"]["looped"] for row in rows)
+            line += [
+                *(f"{_middle(rows, key):,.4g}" for key in ("perplexity", "held_out_perplexity")),
+                f"{looped:.0%}".replace("%", " %"),
+            ]
+        lines.append(line)
+    return _shown(Table(headings, (), lines), result)
+
+
+def _middle(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return median(math.inf if row[key] is None else row[key] for row in rows)
+
+
+def fronts_table(results: Path) -> str:
+    """What is removed for which speedup, by kind of unit: the depths that were measured."""
+    result = newest(results, "fronts-smollm2")
+    lines = []
+    for row in result.rows:
+        if row["measured_speedup"] is None:
+            continue
+        lines.append(
+            [
+                f"{row['depth']} {row['map']}",
+                *(f"−{row[key]:.0%}".replace("%", " %") for key in ("parameters_removed", "kv_removed")),
+                f"{row['perplexity']:.1f}",
+                f"{row['held_out_perplexity']:.1f}",
+                f"{row['predicted_speedup']:.2f}",
+                estimate(row["measured_speedup"], row["measured_low"], row["measured_high"]),
+            ]
+        )
+    headings = ["removed", "parameters", "KV", "perplexity", "held out", "speedup, predicted", "measured"]
+    return _shown(Table(headings, (), lines), result)
+
+
 def _same(share: float, loss_ratio: float) -> str:
     more = f", loss {loss_ratio - 1:+.1%}".replace("%", " %") if share < 1 else ""
     return f"{share:.0%}".replace("%", " %") + more
@@ -174,6 +228,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "weight-formats": formats_table,
     "depths": depths_table,
     "search": search_table,
+    "methods": methods_table,
+    "fronts": fronts_table,
 }
 
 

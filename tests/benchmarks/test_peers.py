@@ -60,9 +60,9 @@ import os, subprocess, sys, time
 
 class Engine:
     def __init__(self, tokens_per_second=1000.0, spin=False, child=None, **options):
+        print("a library that prints to standard output", flush=True)
         if options.get("weight_format") == "broken":
             raise ValueError("no such format")
-        print("a library that prints to standard output")
         if child:
             process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             open(child, "w").write(str(process.pid))
@@ -157,7 +157,6 @@ def test_peers_are_parsed_and_what_is_not_there_is_said(tmp_path: Path) -> None:
         PeerSpec.parse(f"sglang={python}")
     absent = (
         "vllm=/nowhere/python",
-        f"llamacpp={tmp_path}:bf16=/nowhere.gguf",
         f"llamacpp={gguf}:bf16={gguf}",
     )
     for text in (*absent, f"openvino={python}:/nowhere"):
@@ -364,11 +363,13 @@ def llama_folder(tmp_path: Path) -> Path:
     for name in ("llama-bench", "llama-batched-bench"):
         (tmp_path / name).write_text(LLAMA)
         (tmp_path / name).chmod(0o755)
+    for name in ("m.gguf", "broken", "strange"):
+        (tmp_path / name).touch()
     return tmp_path
 
 
 def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
-    llama = LlamaCpp("llamacpp-q8_0", llama_folder, Path("m.gguf"), threads=2)
+    llama = LlamaCpp("llamacpp-q8_0", llama_folder, llama_folder / "m.gguf", threads=2)
 
     def run(name: str, num_runs: int = 1, engine: LlamaCpp = llama) -> tuple[float, list[float]]:
         measured = engine.turn(Task(PeerTest.parse(name), None, 1, num_runs))  # type: ignore[arg-type]
@@ -382,12 +383,14 @@ def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
     arguments = " ".join(llama.bench_arguments(PeerTest.parse("decode-1"), 1))
     assert "-p 0 -n 128 -d 64 -r 1" in arguments and "-t 2" in arguments
     with pytest.raises(PeerError, match="ended with 4") as caught:
-        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, Path("broken"), 2))
+        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "broken", 2))
     assert caught.value.details == "cannot load"
     with pytest.raises(PeerError, match="another form"):
-        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, Path("strange"), 2))
+        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "strange", 2))
     with pytest.raises(MissingError, match="lacks llama-bench"):
-        LlamaCpp("llamacpp-bf16", llama_folder / "none", Path("m.gguf"), 2)
+        LlamaCpp("llamacpp-bf16", llama_folder / "none", llama_folder / "m.gguf", 2)
+    with pytest.raises(MissingError, match="there is no model file"):
+        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "gone.gguf", 2)
 
 
 def test_vllm_s_libraries_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
