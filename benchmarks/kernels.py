@@ -107,7 +107,10 @@ class KernelReport:
 
     def to_json(self) -> str:
         """One object with the keys kind, environment, settings, rows, complete; ends with a newline."""
-        return json.dumps({"kind": "kernels"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return (
+            json.dumps({"kind": "kernels"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False)
+            + "\n"
+        )
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,10 @@ class QualityReport:
 
     def to_json(self) -> str:
         """One object: its kind, and the names of the attributes as keys; ends with a newline."""
-        return json.dumps({"kind": "quality"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return (
+            json.dumps({"kind": "quality"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False)
+            + "\n"
+        )
 
 
 def fill_rows(rows: Sequence[QualityRow], found: Sequence[TextScores]) -> int:

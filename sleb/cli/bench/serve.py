@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sleb.cli.bench.shared import JsonPath, Outputs, ReportFolder
 from sleb.cli.chat import API_KEY_VARIABLES
 
 if TYPE_CHECKING:
@@ -94,12 +95,8 @@ def serve(
         Path | None,
         typer.Option(help="Write each row into this folder, as vllm bench serve does.", show_default=False),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a report with plots into this folder.", show_default=False)
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write environment, samples and results here.")
-    ] = None,
+    json_path: JsonPath = None,
+    report: ReportFolder = None,
 ) -> None:
     """Load an OpenAI-compatible server, and measure throughput and latencies; or compare two.
 
@@ -107,6 +104,8 @@ def serve(
     """
     from sleb.benchmarks.load_prompts import Lengths
     from sleb.benchmarks.serving_options import ServeOptions, make_levels, parse_goodput
+    from sleb.benchmarks.serving_report import print_serving
+    from sleb.benchmarks.serving_rows import check_folder, write_vllm_files
     from sleb.client.connection import base_url
 
     options = ServeOptions(
@@ -125,26 +124,17 @@ def serve(
         timeout=timeout,
         seed=seed,
     )
-    _check_outputs(json_path, vllm_json, report)
-    result = _measure(options, label)
-    console = Console()
-    _write_outputs(result, console, json_path, vllm_json, report)
-    _exit(result)
-
-
-def _check_outputs(json_path: Path | None, vllm_json: Path | None, report: Path | None) -> None:
-    """Before time is spent."""
-    from sleb.benchmarks.report import check_writable
-    from sleb.benchmarks.serving_rows import check_folder
-
-    if json_path is not None:
-        check_writable(json_path)
+    outputs = Outputs(json_path, report)
+    outputs.check()
     if vllm_json is not None:
         check_folder(vllm_json)
-    if report is not None:
-        from sleb.benchmarks.reports import check_report
-
-        check_report(report)
+    result = _measure(options, label)
+    console = Console()
+    print_serving(result, console)
+    outputs.write(result, console)
+    if vllm_json is not None and result["rows"]:
+        write_vllm_files(vllm_json, result["rows"])
+    _exit(result)
 
 
 def _measure(options: ServeOptions, label: str | None) -> dict[str, Any]:
@@ -156,30 +146,6 @@ def _measure(options: ServeOptions, label: str | None) -> dict[str, Any]:
         if options.is_comparison:
             return run_comparison(options, command, bar.show)
         return run_serving(options, command, bar.show, label)
-
-
-def _write_outputs(
-    result: Mapping[str, Any],
-    console: Console,
-    json_path: Path | None,
-    vllm_json: Path | None,
-    report: Path | None,
-) -> None:
-    from sleb.benchmarks.command import write_result
-    from sleb.benchmarks.serving_report import print_serving
-    from sleb.benchmarks.serving_rows import write_vllm_files
-
-    print_serving(result, console)
-    if not result["rows"]:  # an early Ctrl-C must not replace an older result by nothing
-        return
-    if json_path is not None:
-        write_result(json_path, result)
-    if vllm_json is not None:
-        write_vllm_files(vllm_json, result["rows"])
-    if report is not None:
-        from sleb.benchmarks.reports import write_report
-
-        write_report(report, [result], console)
 
 
 def _exit(result: Mapping[str, Any]) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from sleb.cli.bench.shared import RunsBar, parse_integers, parse_names
+from sleb.cli.bench.shared import JsonPath, Outputs, ReportFolder, RunsBar, parse_integers, parse_names
 
 if TYPE_CHECKING:
     from sleb.benchmarks.results import Row
-    from sleb.benchmarks.throughput_report import Report
 
 
 def throughput(
@@ -103,21 +101,13 @@ def throughput(
         int | None, typer.Option(help="CPU threads.", show_default="one a physical core")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts and the order of the runs.")] = 0,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write environment, samples and results here.")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a report for people, and the JSON file, to this folder.", show_default=False
-        ),
-    ] = None,
+    json_path: JsonPath = None,
+    report: ReportFolder = None,
 ) -> None:
     """Measure prompt processing and token generation, several depths in turns.
 
     Ctrl-C reports the repetitions that are complete.
     """
-    from sleb.benchmarks.report import check_writable, write_text
     from sleb.benchmarks.throughput import run_throughput
     from sleb.benchmarks.throughput_checks import parse_share
     from sleb.benchmarks.throughput_report import print_report
@@ -148,33 +138,19 @@ def throughput(
         threads=threads,
         seed=seed,
     )
-    if json_path is not None:
-        check_writable(json_path)
-    if report is not None:
-        from sleb.benchmarks.reports import check_report
-
-        check_report(report)
+    outputs = Outputs(json_path, report)
+    outputs.check()
     with RunsBar() as bar:
         found = run_throughput(
             options, ["sleb", *sys.argv[1:]], on_progress=bar.update, on_load=bar.show_loading
         )
     console = Console()
     print_report(found, console)
-    if found.rows:  # an early Ctrl-C must not replace an older result by nothing
-        if json_path is not None:
-            write_text(json_path, found.to_json())
-        if report is not None:
-            _write_report(report, found, console)
+    outputs.write(json.loads(found.to_json()), console)
     if not found.complete:
         raise typer.Exit(130)
     if fail_below is not None:
         _check_speedups(found.rows, fail_below)
-
-
-def _write_report(directory: Path, found: Report, console: Console) -> None:
-    from sleb.benchmarks.reports import write_report
-
-    write_report(directory, [json.loads(found.to_json())], console)
 
 
 def _check_speedups(rows: Sequence[Row], bound: float) -> None:
