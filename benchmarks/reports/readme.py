@@ -178,7 +178,7 @@ def methods_table(results: Path) -> str:
             rows = found[name][count]
             looped = median(row["answers"]["looped"] for row in rows)
             line += [
-                *(f"{_middle(rows, key):,.4g}" for key in ("perplexity", "held_out_perplexity")),
+                *(_rounded(_middle(rows, key)) for key in ("perplexity", "held_out_perplexity")),
                 f"{looped:.0%}".replace("%", " %"),
             ]
         lines.append(line)
@@ -187,6 +187,12 @@ def methods_table(results: Path) -> str:
 
 def _middle(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return median(math.inf if row[key] is None else row[key] for row in rows)
+
+
+def _rounded(perplexity: float) -> str:
+    if perplexity >= 1e6:
+        return "over a million"
+    return f"{perplexity:.1f}" if perplexity < 1000 else f"{perplexity:,.0f}"
 
 
 def fronts_table(results: Path) -> str:
