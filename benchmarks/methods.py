@@ -51,6 +51,7 @@ from sleb.search import SearchProgress, check_num_remove, search, total_loss
 from sleb.units import Unit
 
 _ANSWER_TOKENS = 64
+_MOST_TIMES_DENSE = 10  # of the plot's perplexities
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,10 @@ def _share(value: float | None) -> str:
 
 
 def plot_methods(result: Mapping[str, Any], stem: Path) -> None:
-    """Held-out perplexity against the number of blocks, one line a method; random is its median."""
+    """Held-out perplexity against the number of blocks, one line a method; random is its median.
+
+    What is far above the dense model's is left out, and its method's name says so: it would flatten all else.
+    """
     rows = result["rows"]
     [dense] = [row["held_out_perplexity"] for row in rows if row["count"] == 0]
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -274,9 +278,11 @@ def plot_methods(result: Mapping[str, Any], stem: Path) -> None:
                 for row in rows
                 if row["method"] == method and row["count"] == count
             ]
-            if all(value is not None for value in found):
-                points.append((float(count), median(found)))
-        lines[method] = points
+            value = math.inf if None in found else median(found)
+            if value <= _MOST_TIMES_DENSE * dense:
+                points.append((float(count), value))
+        complete = len(points) == 1 + len({row["count"] for row in rows if row["count"]})
+        lines[method if complete else f"{method} (leaves the plot)"] = points
     plot_lines(
         stem,
         lines,

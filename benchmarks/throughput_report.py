@@ -65,7 +65,9 @@ def print_report(report: Report, console: Console) -> None:
 
     where = environment.get("gpu") or environment.get("cpu") or environment.get("system")
     threads = f", threads: {environment.get('threads')}" if environment.get("device") == "cpu" else ""
-    say(f"{report.model.get('name')}, {environment.get('dtype')} on {where}{threads}")
+    weights = report.settings.get("weights", "auto")
+    computed = f"{environment.get('dtype')}" + ("" if weights == "auto" else f", {weights} weights")
+    say(f"{report.model.get('name')}, {computed} on {where}{threads}")
     console.print(_table(rows))
     for note in notes(report):
         say(note)

@@ -82,6 +82,7 @@ def throughput_table(results: Path) -> str:
     result = newest(results, "throughput-smollm2-cpu")
     rows = [row for row in result.rows if is_depth(row)]
     depths = spaced(sorted({row["depth"] for row in rows if not is_baseline(row)}), _MOST_DEPTHS)
+    is_interval = any(row.get("speedup_level") for row in rows)
     lines = []
     for base in filter(is_baseline, rows):
         shape = [base[key] for key in _SHAPE]
@@ -89,9 +90,11 @@ def throughput_table(results: Path) -> str:
         line = [_workload(*shape), rate(base["tokens_per_second"])]
         for row in (own[depth] for depth in depths):
             speedup = estimate(row["speedup"], row["speedup_low"], row["speedup_high"])
+            if is_interval and row.get("speedup_level") is None:
+                speedup += f", low–high of {row['repetitions']} runs"
             line += [rate(row["tokens_per_second"]), speedup, number(row["ideal_speedup"], ".2f")]
         lines.append(line)
-    ends = "95 % interval" if any(row.get("speedup_level") for row in rows) else "low–high"
+    ends = "95 % interval" if is_interval else "low–high"
     headings = ["test", "depth 0, tokens/s"]
     for depth in depths:
         headings += [f"depth {depth}, tokens/s", f"speedup ({ends})", "ideal"]
