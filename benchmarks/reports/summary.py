@@ -27,12 +27,15 @@ def depth_sentences(results: Sequence[Result]) -> list[str]:
     return sentences
 
 
+def is_about(quality: Result, speed: Result) -> bool:
+    """Whether both are of the same model with the same weights: those of another format lose something else."""
+    return quality.model == speed.model and quality.weights == speed.weights
+
+
 def _of_speed(speed: Result, qualities: Sequence[Result], with_name: bool) -> Iterator[str]:
     rows = [row for row in speed.rows if is_depth(row) and not is_baseline(row)]
     depths = sorted({row["depth"] for row in rows})
-    # A quality result with the same weights says more about this model than another.
-    own = [each for each in qualities if each.model == speed.model]
-    own.sort(key=lambda each: each.weights != speed.weights)
+    own = [each for each in qualities if is_about(each, speed)]
     for depth in spaced(depths, _MOST_SENTENCES):
         costs = [quality_sentence(each, depth) for each in own[:1]]
         parts = [speed_sentence(row for row in rows if row["depth"] == depth), *filter(None, costs)]

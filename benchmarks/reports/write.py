@@ -31,7 +31,7 @@ from sleb.benchmarks.reports.speed import (
     throughput_section,
     transformers_section,
 )
-from sleb.benchmarks.reports.summary import depth_sentences
+from sleb.benchmarks.reports.summary import depth_sentences, is_about
 from sleb.errors import ConfigError
 
 _SECTIONS: dict[str, Callable[[Result], Section]] = {
@@ -156,7 +156,7 @@ def _tradeoffs(directory: Path, titled: Sequence[tuple[str, Result]]) -> Iterato
     """Speedup against perplexity, for every pair of results of one model."""
     qualities = [result for _, result in titled if result.kind == "quality"]
     for title, speed in titled:
-        matching = [each for each in qualities if each.model == speed.model]
+        matching = [each for each in qualities if is_about(each, speed)]
         for number, quality in enumerate(matching if speed.kind == "throughput" else ()):
             suffix = f"-{number + 1}" if number else ""
             stem = directory / f"tradeoff-{slug(title)}{suffix}"
