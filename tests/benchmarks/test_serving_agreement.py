@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -148,71 +147,66 @@ def ratio(pairs: list[tuple[dict, dict]], name: str) -> float:
     return median(ours[name] / plain[name] for plain, ours in pairs)
 
 
-def test_on_a_scripted_server() -> None:
+def scripted_loads(rounds: int, num_requests: int) -> list[tuple[dict, dict]]:
+    """Four requests at once to a server whose first token takes 50 ms and whose others 10 ms."""
     scripted = load_scripted()
     server = scripted.ScriptedServer(scripted.Script(first=0.05, gap=0.01))
-    shape = Shape(concurrency=4, num_requests=8, prompt_tokens=30, words=23, tokens=16)
+    shape = Shape(concurrency=4, num_requests=num_requests, prompt_tokens=30, words=23, tokens=16)
     try:
-        pairs = both_loads(server.url, "small", shape, rounds=2)
+        return both_loads(server.url, "small", shape, rounds)
     finally:
         server.close()
+
+
+def test_on_a_scripted_server() -> None:
+    """However busy the machine is, nothing can come out faster than the script goes."""
     ideal = 4 * 16 / (0.05 + 15 * 0.01)
-    assert 0.75 < ratio(pairs, "rate") < 1.33
-    assert 0.75 < ratio(pairs, "ttft") < 1.33
-    assert all(ours["rate"] <= ideal and ours["ttft"] >= 0.05 for _, ours in pairs)
+    for plain, ours in scripted_loads(rounds=2, num_requests=8):
+        assert 0 < ours["rate"] <= ideal and ours["ttft"] >= 0.05
+        assert 0 < plain["rate"] <= ideal and plain["ttft"] >= 0.05
+
+
+@pytest.mark.slow
+def test_on_a_scripted_server_within_three_percent() -> None:
+    """On a machine that does much else the bounds may be too narrow, as for any such figure."""
+    pairs = scripted_loads(rounds=6, num_requests=32)
+    assert ratio(pairs, "rate") == pytest.approx(1, abs=0.03)
+    assert ratio(pairs, "ttft") == pytest.approx(1, abs=0.03)
 
 
 @contextmanager
-def tiny_server(folder: Path) -> Iterator[str]:
-    """The address of sleb's server over a tiny model, in a thread."""
-    from sleb.engine.config import EngineConfig
-    from sleb.engine.engine import Engine
-    from sleb.server.context import ServerContext, ServerOptions
-    from sleb.server.run import base_url, bind_socket, make_server
-
-    engine = Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", kv_cache_memory=0.01))
-    context = ServerContext.create(engine, ServerOptions(port=0), 16)
-    sock = bind_socket("127.0.0.1", 0)
-    server = make_server(context)
-    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"{base_url(sock)}/v1"
-    server.handle_exit(signal.SIGTERM, None)
-    thread.join(10)
-    sock.close()
+def sleb_server(*arguments: object) -> Iterator[str]:
+    """The address of `sleb serve`. In a process of its own: threads of one would wait for each other's turn."""
+    command = [sys.executable, "-m", "sleb", "serve", *map(str, arguments), "--port", "0"]
+    environment = os.environ | {"COLUMNS": "80"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            lines = (re.search(r"Serving at (http://\S+)/v1", line) for line in process.stderr)
+            address = next(filter(None, lines))[1]
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield f"{address}/v1"
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 def test_on_sleb_itself(tiny_model_dir: Path) -> None:
-    """Bytes are tokens there, so a word is five or so; the model is no work, so only HTTP is compared."""
-    shape = Shape(concurrency=4, num_requests=8, prompt_tokens=120, words=17, tokens=16)
-    with tiny_server(tiny_model_dir) as url:
-        result = run_serving(
-            ServeOptions([url], levels=[Level(2)], num_requests=4, lengths=Lengths(120, 8), warmup=0)
+    """Bytes are tokens there, so a word is five or so."""
+    with sleb_server(tiny_model_dir, "--dtype", "float32", "--kv-cache-memory", "0.01") as url:
+        asked = ServeOptions(
+            [url], levels=[Level(2)], num_requests=4, lengths=Lengths(130, 8, 0.2), warmup=0, seed=9
         )
-        pairs = both_loads(url, "tiny-llama", shape, rounds=2)
+        result = run_serving(asked)
     (row,) = result["rows"]
-    assert row["input_lens"] == [120] * 4 and row["output_lens"] == [8] * 4  # by a tokenizer of bytes
+    assert row["completed"] == 4 and not any("length" in each for each in result["conditions"]["notices"])
     assert result["server"]["owned_by"] == "sleb" and result["model"]["name"] == "tiny-llama"
-    assert 0.5 < ratio(pairs, "rate") < 2
-    assert 0.4 < ratio(pairs, "ttft") < 2.5
 
 
 @pytest.mark.slow
 def test_on_the_demo_model_within_three_percent() -> None:
-    """Needs a machine that does nothing else, as any such figure does."""
-    command = [sys.executable, "-m", "sleb", "serve", "smollm2", "--port", "0", "--tiers", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "80"})
-    try:
-        found = next(
-            filter(None, (re.search(r"Serving at (http://\S+)/v1", line) for line in process.stderr))
-        )
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        shape = Shape(concurrency=8, num_requests=24, prompt_tokens=64, words=33, tokens=64)
-        pairs = both_loads(f"{found[1]}/v1", "smollm2", shape, rounds=6)
-    finally:
-        process.terminate()
-        process.wait(30)
+    """On a machine that does much else the bounds may be too narrow, as for any such figure."""
+    shape = Shape(concurrency=8, num_requests=24, prompt_tokens=64, words=33, tokens=64)
+    with sleb_server("smollm2", "--tiers", "0") as url:
+        pairs = both_loads(url, "smollm2", shape, rounds=6)
     assert ratio(pairs, "rate") == pytest.approx(1, abs=0.03)
     assert ratio(pairs, "ttft") == pytest.approx(1, abs=0.15)
