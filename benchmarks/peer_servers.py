@@ -234,19 +234,28 @@ def _without_cache(dialect: Dialect) -> Dialect:
 def listening_pids(port: int, proc: Path = PROC) -> tuple[int, ...]:
     """The processes that listen on a TCP port of this machine, without those that descend from another of them."""
     sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port, proc)}
-    found = set()
-    for folder in proc.glob("[0-9]*") if sockets else ():
-        try:
-            links = {os.readlink(link) for link in (folder / "fd").iterdir()}
-        except OSError:  # another user's, or it has ended
-            continue
-        if links & sockets:
-            found.add(int(folder.name))
+    folders = proc.glob("[0-9]*") if sockets else ()
+    found = {int(folder.name) for folder in folders if _open_files(folder) & sockets}
     processes = read_processes(proc)
     trees = {pid: process_tree(processes, pid) for pid in found}
     return tuple(
         sorted(pid for pid in found if not any(pid in trees[other] for other in found if other != pid))
     )
+
+
+def _open_files(folder: Path) -> set[str]:
+    """What the descriptors of a process are; nothing where it is another user's, or has ended."""
+    links: set[str] = set()
+    try:
+        names = os.listdir(folder / "fd")
+    except OSError:
+        return links
+    for name in names:
+        try:
+            links.add(os.readlink(folder / "fd" / name))
+        except OSError:  # closed meanwhile
+            continue
+    return links
 
 
 def _listening_inodes(port: int, proc: Path) -> set[str]:
