@@ -8,17 +8,19 @@ httpx-sse takes 104 µs, 7.8 %. uvloop made no difference. Proxies of the enviro
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import ssl
 import time
-from urllib.parse import urlsplit
 
 import httptools
-import orjson
+import httpx
 
-from sleb.benchmarks.load_events import EventSplitter, Outcome
-from sleb.client.connection import error_object, shorten
+from sleb.benchmarks.load_events import EventSplitter, Outcome, StreamError, error_message, without_key
+from sleb.client.connection import shorten
 
 _MAX_ERROR_BYTES = 1 << 16  # of an answer that is no stream
+_MAX_ERROR = 200  # characters of what it says
 
 
 class _Exchange:
@@ -58,8 +60,11 @@ class _Exchange:
         if not self._is_stream:
             self._body = (self._body + body)[:_MAX_ERROR_BYTES]
             return
-        for data in self._events.feed(body):
-            self._client.num_chunks += self._outcome.take(data, self._now)
+        try:
+            for data in self._events.feed(body):
+                self._client.num_chunks += self._outcome.take(data, self._now)
+        except StreamError as error:
+            self._finish(str(error))
 
     def on_message_complete(self) -> None:
         self.keeps_open = self._parser.should_keep_alive()
@@ -68,17 +73,24 @@ class _Exchange:
     def lose(self, error: Exception | None) -> None:
         """The connection has closed, which ends an answer without a length, and breaks off any other."""
         reason = "" if error is None else f" ({shorten(str(error)) or type(error).__name__})"
+        problem = f"the connection closed{reason}"
         self._now = time.perf_counter()
-        self._finish(self._problem(f"the connection closed{reason}"))
+        try:
+            problem = self._problem(problem)
+        finally:  # whatever the server has sent, nobody waits for an answer that cannot come
+            self._finish(problem)
 
     def _problem(self, broken: str) -> str:
         """Why the answer, of which all has come that will, is no good, `broken` if it has no end; empty if it is."""
         if self._status and self._status != 200:
-            return f"HTTP {self._status}: {_message(self._body)}"
+            return f"HTTP {self._status}: {error_message(self._body)[:_MAX_ERROR] or 'no message'}"
         if self._status and not self._is_stream:
             return "the answer is no event stream"
-        for data in self._events.finish():
-            self._outcome.take(data, self._now)
+        try:
+            for data in self._events.finish():
+                self._outcome.take(data, self._now)
+        except StreamError as error:
+            return str(error)
         if self._outcome.error:
             return self._outcome.error
         if not self._outcome.has_ended:
@@ -141,16 +153,15 @@ class LoadClient:
     """
 
     def __init__(self, url: str, path: str, api_key: str | None, timeout: float) -> None:
-        parts = urlsplit(url)
-        assert parts.hostname is not None
+        address = httpx.URL(url)  # written as in the requests before the load
         self.num_chunks = 0
-        self._host, self._timeout = parts.hostname, timeout
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._port = parts.port or (443 if self._tls else 80)
+        self._host, self._timeout, self._api_key = address.raw_host.decode("ascii"), timeout, api_key
+        self._tls = ssl.create_default_context() if address.scheme == "https" else None
+        self._port = address.port or (443 if self._tls else 80)
         self._idle: list[_Connection] = []
         head = [
-            f"POST {parts.path}/{path} HTTP/1.1",
-            f"Host: {parts.netloc.rpartition('@')[2]}",
+            f"POST {address.raw_path.decode('ascii')}/{path} HTTP/1.1",
+            f"Host: {address.netloc.decode('ascii')}",
             "Content-Type: application/json",
             "Accept: text/event-stream",
             *([] if api_key is None else [f"Authorization: Bearer {api_key}"]),
@@ -159,22 +170,22 @@ class LoadClient:
         self._head = "\r\n".join(head).encode("ascii")
 
     async def stream(self, body: bytes, outcome: Outcome) -> None:
-        """Sends a request and fills in its outcome; a failure of any kind is its `error`.
+        """Sends a request and fills in its outcome; a failure of any kind is its `error`, without the key.
 
         body: JSON. Cancelling it closes the connection, by which servers know that nobody listens.
         """
         outcome.start = time.perf_counter()
+        limit = asyncio.timeout(self._timeout)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with limit:
                 await self._ask(body, outcome)
-        except TimeoutError:
-            self._fail(outcome, f"no whole answer within {self._timeout:g} s")
         except OSError as error:
-            reason = shorten(error.strerror or str(error)) or type(error).__name__
-            self._fail(outcome, f"no connection ({reason})")
-
-    def _fail(self, outcome: Outcome, reason: str) -> None:
-        outcome.error, outcome.end = reason, time.perf_counter()
+            # A connection that nobody answers to is a TimeoutError too, after the system's own time.
+            ours = f"no whole answer within {self._timeout:g} s"
+            outcome.error = ours if limit.expired() else f"no connection ({_reason(error)})"
+            outcome.timed_out = isinstance(error, TimeoutError)
+            outcome.end = time.perf_counter()
+        outcome.error = without_key(outcome.error, self._api_key)
 
     async def _ask(self, body: bytes, outcome: Outcome) -> None:
         request = self._head + b"%d\r\n\r\n" % len(body) + body
@@ -213,10 +224,9 @@ class LoadClient:
             self._idle.pop().close()
 
 
-def _message(body: bytes) -> str:
-    """What an error's body says, in a line."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        content = body.decode("utf-8", "replace")
-    return shorten(str(error_object(content)["message"]))[:200] or "no message"
+def _reason(error: OSError) -> str:
+    """In words, without the address that asyncio puts beside the system's own."""
+    code = error.errno or 0
+    if code in errno.errorcode and not isinstance(error, ssl.SSLError):  # which numbers its errors itself
+        return os.strerror(code)
+    return shorten(error.strerror or str(error)) or type(error).__name__

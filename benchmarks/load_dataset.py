@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sleb.benchmarks.load_prompts import Prompt
+from sleb.benchmarks.load_prompts import Prompt, is_unicode
 from sleb.errors import ConfigError
 
 MAX_ROWS = 100_000
@@ -121,4 +121,8 @@ def _read_messages(entries: Any, role_key: str, text_key: str, where: str) -> Me
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{where}: {name} must be a text, and not empty")
+    if not is_unicode(value):  # JSON can write it, but no request can hold it
+        raise ConfigError(
+            f"{where}: {name} holds half of a pair like \\ud83d\\ude00; mend it or leave the line out"
+        )
     return value

@@ -142,9 +142,13 @@ class PromptSource(Protocol):
 
 
 class RandomPrompts:
-    """Prompts of random words: no two alike, but for prefixes that are asked for."""
+    """Prompts of random words: no two alike, but for prefixes that are asked for.
 
-    def __init__(self, lengths: Lengths, vocabulary: Vocabulary, seed: int) -> None:
+    salt: of the words alone, so that prompts of the same seed and number have the same lengths but other words. A run
+    takes a new one for each server: the words of an earlier run would come from a server's prefix cache.
+    """
+
+    def __init__(self, lengths: Lengths, vocabulary: Vocabulary, seed: int, salt: str = "") -> None:
         least = lengths.prompt_tokens * (1 - lengths.spread) + lengths.prefix_tokens
         if round(least) <= vocabulary.overhead:
             raise ConfigError(
@@ -152,10 +156,11 @@ class RandomPrompts:
                 f"{vocabulary.overhead}; ask for more with --prompt-tokens, or try --endpoint completions"
             )
         self._lengths, self._vocabulary, self._seed = lengths, vocabulary, seed
+        self._words_seed = f"{seed} {salt}"
         # The template comes before the prefix, so it is a part of what is shared.
         shared = max(0, lengths.prefix_tokens - vocabulary.overhead)
         self._prefixes = [
-            vocabulary.draw(shared, Random(f"{seed} prefix {number}"))
+            vocabulary.draw(shared, Random(f"{self._words_seed} prefix {number}"))
             for number in range(lengths.num_prefixes)
         ]
 
@@ -167,4 +172,14 @@ class RandomPrompts:
         prefix = rng.choice(self._prefixes)
         costs = self._vocabulary.costs
         own = total - self._vocabulary.overhead - sum(costs[word] for word in prefix)
-        return Prompt(join_words([*prefix, *self._vocabulary.draw(own, rng)]), total, output_tokens)
+        words = self._vocabulary.draw(own, Random(f"{self._words_seed} {number}"))
+        return Prompt(join_words([*prefix, *words]), total, output_tokens)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a request can hold `text`: neither bytes of a command line that are no UTF-8, nor halves of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ _MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long 
 
 def check_writable(path: Path) -> None:
     """Raises ConfigError, before hours are spent, if a file cannot be written at `path`. Leaves nothing behind."""
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, false for what cannot be looked at; the probe says why
         raise ConfigError(f"{path} is a folder; name a file in it")
     probe = _beside(path)
     try:
@@ -35,7 +36,8 @@ def write_text(path: Path, text: str) -> None:
     """Writes atomically: a reader, or a crash, sees the old file or the new one. Raises ConfigError."""
     temporary = _beside(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # Names in a command line may be no UTF-8; in JSON the escapes read back as what they were.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -43,7 +45,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise _not_writable(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _beside(path: Path) -> Path:

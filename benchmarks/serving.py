@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,16 @@ import torch
 from sleb.benchmarks.environment import describe_machine, shown_command
 from sleb.benchmarks.load import LoadProgress
 from sleb.benchmarks.serving_options import ServeOptions, shown_url
-from sleb.benchmarks.serving_rows import Row, make_row, row_notices
-from sleb.benchmarks.serving_target import Target, num_warmups, prepare, run_level, warm_up
+from sleb.benchmarks.serving_rows import Row, make_row, nothing_due, row_notices
+from sleb.benchmarks.serving_target import (
+    ServerStallsError,
+    Target,
+    check_alive,
+    num_warmups,
+    prepare,
+    run_level,
+    warm_up,
+)
 from sleb.client.connection import base_url
 from sleb.errors import ConfigError
 
@@ -39,18 +47,17 @@ def run_serving(
     options: ServeOptions,
     command: Sequence[str] = (),
     on_progress: OnProgress = lambda progress: None,
-    label: str | None = None,
 ) -> dict[str, Any]:
     """Asks what must be known, loads the server level by level, and gives the result. Raises SlebError.
 
-    Ctrl-C ends the level under way, whose complete answers are reported. command: as it was typed, program first.
+    Ctrl-C ends the level under way, whose complete answers are reported; a server that answers no more ends the sweep,
+    and "problem" in the result says so. command: as it was typed, program first.
     """
     environment = describe_client(options, command)
     on_progress(ServeProgress("asking the server"))
     target = prepare(options)
     rows: list[Row] = []
-    with load_loop() as runner:
-        complete = runner.run(_sweep(target, rows, on_progress, label))
+    ending = run_load(_sweep(target, rows, on_progress), target.notices)
     return {
         "kind": "serve",
         "environment": environment,
@@ -58,27 +65,48 @@ def run_serving(
         "server": target.facts,
         "settings": options.settings(),
         "rows": rows,
-        "conditions": {"notices": list(dict.fromkeys(target.notices)), "others_share": None, "clock": None},
-        "complete": complete,
+        "conditions": conditions(options, target.notices),
+        **ending,
     }
 
 
-async def _sweep(target: Target, rows: list[Row], on_progress: OnProgress, label: str | None) -> bool:
-    """Adds a row a level; whether all were whole."""
+def run_load(load: Coroutine[Any, Any, bool], notices: list[str]) -> dict[str, Any]:
+    """Runs what gives whether it was whole. "problem", a notice too: why a server that answers no more ended it."""
+    with load_loop() as runner:
+        try:
+            return {"complete": runner.run(load)}
+        except ServerStallsError as error:
+            notices.append(f"{error}.")
+            return {"complete": False, "problem": str(error)}
+
+
+def conditions(options: ServeOptions, notices: Sequence[str]) -> dict[str, Any]:
+    """What a reader must know. A server may repeat the key, so it is looked for in all that is said."""
+    shown = dict.fromkeys(map(options.without_key, notices))
+    return {"notices": list(shown), "others_share": None, "clock": None}
+
+
+async def _sweep(target: Target, rows: list[Row], on_progress: OnProgress) -> bool:
+    """Adds a row a level; whether all were whole. Raises ServerStallsError."""
     options = target.options
     try:
         for number, level in enumerate(options.levels):
-            warmups = num_warmups(options, target.models)
-            if await warm_up(target, level, warmups, teller(on_progress, f"{level}: warming up", warmups)):
+            what, warmups = f"{level}: warming up", num_warmups(options, target.models)
+            if await warm_up(target, level, warmups, what, teller(on_progress, what, warmups)):
                 return False
             tell = teller(on_progress, str(level), options.requests_of(level))
             result = await run_level(target, level, f"{options.seed} {number}", tell)
             if result.outcomes:
-                row = make_row(target, level, result.outcomes, result.duration, result.cpu_seconds, label)
+                row = make_row(
+                    target, level, result.outcomes, result.duration, result.cpu_seconds, options.label
+                )
                 rows.append(row)
-                target.notices += row_notices(row, result.outcomes)
+                target.notices += row_notices(row, result.outcomes, result.num_unsent)
+            elif not result.interrupted and options.duration is not None:
+                target.notices.append(f"{level}: {nothing_due(options.duration)}.")
             if result.interrupted:
                 return False
+            check_alive(target, str(level), result)
     finally:
         target.client.close()
     return True
@@ -112,14 +140,17 @@ def _public_command(options: ServeOptions, command: Sequence[str]) -> list[str]:
     """Without paths, keys and names of machines."""
     shown: list[str] = []
     for argument in command:
-        option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-        if option == "--api-key" or (shown and shown[-1] == "--api-key"):
-            value = "…"
+        # The first "=" ends the option: a key or a path may hold others.
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if shown and shown[-1] == "--api-key":
+            option, equals, value = "", "", "…"
+        elif option == "--api-key":
+            value = "…" if equals else ""
         elif _is_server(value, options):
             value = shown_url(base_url(value))
         elif not any(model in value.split(",") for model in options.models):  # a hub id looks like a path
             value = shown_command([value], "")[0]
-        shown.append(option + equals + value)
+        shown.append(options.without_key(option + equals + value))
     return shown
 
 

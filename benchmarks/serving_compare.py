@@ -1,13 +1,13 @@
 """`sleb bench serve --compare`: two servers in turns, so that what slows the machine down for a while meets both alike.
 
-A round sends both the same requests, one server after the other, in the order A B or B A; the order alternates as in
-`sleb.benchmarks.harness.alternated_orders`. What is compared is paired within rounds. One server is idle while the
-other is measured.
+A round sends both requests of the same lengths at the same times, one server after the other, in the order A B or B A;
+the order alternates as in `sleb.benchmarks.harness.alternated_orders`. Random words differ, since both may be one
+server with a prefix cache; rows of a dataset are the same. What is compared is paired within rounds. One server is idle
+while the other is measured.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -17,11 +17,18 @@ from typing import Any
 from sleb.benchmarks.harness import alternated_orders
 from sleb.benchmarks.intervals import ratio_interval, verdict
 from sleb.benchmarks.load_events import Outcome
-from sleb.benchmarks.serving import OnProgress, ServeProgress, describe_client, load_loop, teller
+from sleb.benchmarks.serving import (
+    OnProgress,
+    ServeProgress,
+    conditions,
+    describe_client,
+    run_load,
+    teller,
+)
 from sleb.benchmarks.serving_metrics import measure
 from sleb.benchmarks.serving_options import Level, ServeOptions, side_options
 from sleb.benchmarks.serving_rows import Row, make_row, row_notices
-from sleb.benchmarks.serving_target import Target, num_warmups, prepare, run_level, warm_up
+from sleb.benchmarks.serving_target import Target, check_alive, num_warmups, prepare, run_level, warm_up
 
 SIDES = ("A", "B")
 # Metric -> whether more of it is better.
@@ -31,8 +38,6 @@ COMPARED = {
     "median_ttft_ms": False,
     "median_tpot_ms": False,
 }
-# Where both sides are one model of one server, the same prompts would come from its prefix cache the second time.
-_OTHER_PROMPTS = 1_000_000_000
 
 
 @dataclass
@@ -50,20 +55,18 @@ def run_comparison(
 ) -> dict[str, Any]:
     """Measures both servers level by level and gives the result, with "comparisons". Raises SlebError.
 
-    Ctrl-C keeps complete rounds. command: as it was typed, program first.
+    Ctrl-C keeps complete rounds, as does a server that answers no more, which "problem" then tells. command: as it was
+    typed, program first.
     """
     environment = describe_client(options, command)
     on_progress(ServeProgress("asking the servers"))
     targets = [prepare(side_options(options, side)) for side in range(len(SIDES))]
-    if targets[0].options.urls == targets[1].options.urls and targets[0].models == targets[1].models:
-        targets[1].numbers = itertools.count(_OTHER_PROMPTS)
     rows: list[Row] = []
     comparisons: list[dict[str, Any]] = []
     notices = [
         f"{name}: {text}" for name, target in zip(SIDES, targets, strict=True) for text in target.notices
     ]
-    with load_loop() as runner:
-        complete = runner.run(_compare(options, targets, rows, comparisons, notices, on_progress))
+    ending = run_load(_compare(options, targets, rows, comparisons, notices, on_progress), notices)
     names = [",".join(target.models) for target in targets]
     return {
         "kind": "serve",
@@ -73,8 +76,8 @@ def run_comparison(
         "settings": options.settings(),
         "rows": rows,
         "comparisons": comparisons,
-        "conditions": {"notices": list(dict.fromkeys(notices)), "others_share": None, "clock": None},
-        "complete": complete,
+        "conditions": conditions(options, notices),
+        **ending,
     }
 
 
@@ -86,18 +89,20 @@ async def _compare(
     notices: list[str],
     on_progress: OnProgress,
 ) -> bool:
-    """Adds two rows and the comparisons of a level; whether all levels were whole."""
+    """Adds two rows and the comparisons of a level; whether all levels were whole. Raises ServerStallsError."""
     rng = Random(options.seed)
     try:
         for level in options.levels:
             sides = [_Side() for _ in SIDES]
-            whole = await _run_rounds(options, level, targets, sides, rng, on_progress)
-            if sides[0].rounds:
-                for name, target, side in zip(SIDES, targets, sides, strict=True):
-                    row = make_row(target, level, side.outcomes, side.duration, side.cpu_seconds, name)
-                    rows.append(row)
-                    notices += row_notices(row, side.outcomes)
-                comparisons += compare_rounds(level, *(side.rounds for side in sides))
+            try:
+                whole = await _run_rounds(options, level, targets, sides, rng, on_progress)
+            finally:
+                if sides[0].rounds:
+                    for name, target, side in zip(SIDES, targets, sides, strict=True):
+                        row = make_row(target, level, side.outcomes, side.duration, side.cpu_seconds, name)
+                        rows.append(row)
+                        notices += row_notices(row, side.outcomes)
+                    comparisons += compare_rounds(level, *(side.rounds for side in sides))
             if not whole:
                 return False
     finally:
@@ -114,21 +119,22 @@ async def _run_rounds(
     rng: Random,
     on_progress: OnProgress,
 ) -> bool:
-    """Adds complete rounds to `sides`; whether all were."""
+    """Adds complete rounds to `sides`; whether all were. Raises ServerStallsError."""
     for name, target in zip(SIDES, targets, strict=True):
-        warmups = num_warmups(options, target.models)
-        if await warm_up(target, level, warmups, teller(on_progress, f"{level}: warming up {name}", warmups)):
+        what, warmups = f"{level}: warming up {name}", num_warmups(options, target.models)
+        if await warm_up(target, level, warmups, what, teller(on_progress, what, warmups)):
             return False
-    orders = alternated_orders(range(len(SIDES)), options.rounds, rng)
+    orders = alternated_orders(range(len(SIDES)), options.num_rounds, rng)
     for number, order in enumerate(orders, 1):
         results = {}
         for side in order:
-            what = f"{level}: {SIDES[side]}, round {number} of {options.rounds}"
+            what = f"{level}: {SIDES[side]}, round {number} of {options.num_rounds}"
             tell = teller(on_progress, what, options.requests_of(level))
             # Both sides meet the same arrivals.
             results[side] = await run_level(targets[side], level, f"{options.seed} {level} {number}", tell)
             if results[side].interrupted:
                 return False
+            check_alive(targets[side], what, results[side])
         for index, done in enumerate(sides):
             result = results[index]
             done.outcomes += result.outcomes

@@ -7,14 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from sleb.benchmarks.load_prompts import Lengths
+from sleb.benchmarks.load_events import without_key
+from sleb.benchmarks.load_prompts import Lengths, is_unicode
 from sleb.client.connection import is_loopback
 from sleb.errors import ConfigError
 
 ENDPOINTS = {"chat": "chat/completions", "completions": "completions"}
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 DEFAULT_CONCURRENCY = "1,8,32"
+DEFAULT_ROUNDS = 6
+MAX_CONCURRENCY = 10_000
+MAX_REQUESTS = 1_000_000
+_MAX_TOKENS = 1 << 20
+_MIN_RATE, _MAX_RATE = 0.001, 100_000
+_MIN_SECONDS, _MAX_SECONDS = 0.001, 86_400
 _LEAST_REQUESTS = 20
 _REQUESTS_A_SLOT = 10
 _SECONDS_OF_REQUESTS = 30  # at a rate
@@ -51,17 +59,17 @@ class Level:
             return max(_LEAST_REQUESTS, _REQUESTS_A_SLOT * self.concurrency)
         if math.isinf(self.rate):
             return _REQUESTS_AT_ONCE
-        return max(_LEAST_REQUESTS, round(_SECONDS_OF_REQUESTS * self.rate))
+        return min(MAX_REQUESTS, max(_LEAST_REQUESTS, round(_SECONDS_OF_REQUESTS * self.rate)))
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What to measure. Raises ConfigError for values out of range.
+    """What to measure. Raises ConfigError for values out of range, and for what would have no effect.
 
     urls: as `sleb.client.connection.base_url` gives them; two to compare. models: of one server, taken in turns, none
     for its first; when comparing one for both or one for each. num_requests: a level, None for the level's own;
     duration: seconds in which requests begin, instead. warmup: requests before each level, None for one a model.
-    goodput: milliseconds by metric. rounds: of a comparison.
+    goodput: milliseconds by metric. rounds: of a comparison, None for 6. label: of the rows of one server.
     """
 
     urls: Sequence[str]
@@ -75,97 +83,177 @@ class ServeOptions:
     lengths: Lengths = field(default_factory=Lengths)
     dataset: Path | None = None
     goodput: Mapping[str, float] = field(default_factory=dict)
-    rounds: int = 6
+    rounds: int | None = None
     timeout: float = 600.0
     seed: int = 0
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if self.endpoint not in ENDPOINTS:
             raise ConfigError(f"--endpoint is '{self.endpoint}'; it must be one of {', '.join(ENDPOINTS)}")
-        if self.num_requests is not None and self.duration is not None:
-            raise ConfigError("--num-requests and --duration are both given; a level ends by one of them")
-        if self.is_comparison and len(self.models) > 2:
-            raise ConfigError(f"--compare takes one model a server, not {len(self.models)}: as --model A,B")
-        if self.is_comparison and self.duration is not None:
-            raise ConfigError(
-                "--compare sends both servers the same requests: give --num-requests, not --duration"
-            )
-        limits = {
-            "--num-requests": (self.num_requests, 1),
-            "--warmup": (self.warmup, 0),
-            "--rounds": (self.rounds, 1),
-            "--prompt-tokens": (self.lengths.prompt_tokens, 1),
-            "--output-tokens": (self.lengths.output_tokens, 1),
-            "--prefix-tokens": (self.lengths.prefix_tokens, 0),
-            "--num-prefixes": (self.lengths.num_prefixes, 1),
+        self._check_ranges()
+        self._check_ends()
+        self._check_sides()
+        for option, text in (*(("--model", model) for model in self.models), ("--label", self.label or "")):
+            if not is_unicode(text):
+                raise ConfigError(f"{option} {text!a} is no text in UTF-8; write it in UTF-8")
+
+    def _check_ranges(self) -> None:
+        lengths = self.lengths
+        limits: dict[str, tuple[float | None, float, float]] = {
+            "--num-requests": (self.num_requests, 1, MAX_REQUESTS),
+            "--warmup": (self.warmup, 0, MAX_REQUESTS),
+            "--rounds": (self.rounds, 1, 1_000),
+            "--prompt-tokens": (lengths.prompt_tokens, 1, _MAX_TOKENS),
+            "--output-tokens": (lengths.output_tokens, 1, _MAX_TOKENS),
+            "--prefix-tokens": (lengths.prefix_tokens, 0, _MAX_TOKENS),
+            "--num-prefixes": (lengths.num_prefixes, 1, 10_000),
+            "--num-prefixes times --prefix-tokens": (lengths.num_prefixes * lengths.prefix_tokens, 0, 10**8),
+            "--duration": (self.duration, _MIN_SECONDS, _MAX_SECONDS),
+            "--timeout": (self.timeout, _MIN_SECONDS, _MAX_SECONDS),
         }
-        for option, (value, least) in limits.items():
-            if value is not None and value < least:
-                raise ConfigError(f"{option} is {value}; it must be {least} or more")
-        for option, seconds in (("--duration", self.duration), ("--timeout", self.timeout)):
-            if seconds is not None and not 0 < seconds < math.inf:
-                raise ConfigError(f"{option} is {seconds:g}; it must be a number of seconds above 0")
-        if not 0 <= self.lengths.spread < 1:
-            raise ConfigError(f"--length-spread is {self.lengths.spread:g}; it must be from 0 to below 1")
+        for option, (value, least, most) in limits.items():
+            if value is not None and not least <= value <= most:
+                unit = " seconds" if option in ("--duration", "--timeout") else ""
+                raise ConfigError(f"{option} is {value:,}; it must be from {least:,} to {most:,}{unit}")
+        if not 0 <= lengths.spread < 1:
+            raise ConfigError(f"--length-spread is {lengths.spread:g}; it must be from 0 to below 1")
+
+    def _check_ends(self) -> None:
+        """That every level ends, and in one way."""
+        if self.duration is None:
+            return
+        if self.num_requests is not None:
+            raise ConfigError("--num-requests and --duration are both given; a level ends by one of them")
+        for level in self.levels:
+            if level.concurrency is None and math.isinf(level.rate):
+                raise ConfigError("--rate inf sends all at once; give --num-requests instead of --duration")
+            if level.concurrency is None and level.rate * self.duration > MAX_REQUESTS:
+                raise ConfigError(
+                    f"--rate {level.rate:g} for --duration {self.duration:g} are {level.rate * self.duration:,.0f} "
+                    f"requests; at most {MAX_REQUESTS:,} may be sent: give less of one"
+                )
+
+    def _check_sides(self) -> None:
+        """What only two servers have, and what only one has."""
+        if not self.is_comparison:
+            if self.rounds is not None:
+                raise ConfigError("--rounds are those of --compare; give that too, or leave --rounds out")
+            return
+        if len(self.models) > 2:
+            raise ConfigError(f"--compare takes one model a server, not {len(self.models)}: as --model A,B")
+        if self.duration is not None:
+            raise ConfigError(
+                "--compare sends both servers requests of the same lengths: give --num-requests, not --duration"
+            )
+        if self.label is not None:
+            raise ConfigError("--compare labels the rows of its servers A and B; leave --label out")
 
     @property
     def is_comparison(self) -> bool:
         """Whether two servers are compared."""
         return len(self.urls) == 2
 
+    @property
+    def num_rounds(self) -> int:
+        """Of a comparison."""
+        return DEFAULT_ROUNDS if self.rounds is None else self.rounds
+
     def requests_of(self, level: Level) -> int | None:
         """How many requests a level has; None where its time ends it."""
         return None if self.duration is not None else self.num_requests or level.default_requests
 
+    def without_key(self, text: str) -> str:
+        """`text` without the server's key, if that is in it."""
+        return without_key(text, self.api_key)
+
     def settings(self) -> dict[str, Any]:
-        """For the result file: plain values, without the key and the names of machines."""
+        """For the result file: plain values, without the key and the names of machines; null for what has no effect."""
+        lengths, is_random = self.lengths, self.dataset is None
         return {
-            "urls": [shown_url(url) for url in self.urls],
+            "urls": [self.without_key(shown_url(url)) for url in self.urls],
             "models": list(self.models),
             "levels": [str(level) for level in self.levels],
             "endpoint": self.endpoint,
             "num_requests": self.num_requests,
             "duration": self.duration,
             "warmup": self.warmup,
-            "prompt_tokens": None if self.dataset else self.lengths.prompt_tokens,
-            "output_tokens": self.lengths.output_tokens,
-            "length_spread": self.lengths.spread,
-            "prefix_tokens": self.lengths.prefix_tokens,
-            "num_prefixes": self.lengths.num_prefixes,
+            "prompt_tokens": lengths.prompt_tokens if is_random else None,
+            "output_tokens": lengths.output_tokens,
+            "length_spread": lengths.spread if is_random else None,
+            "prefix_tokens": lengths.prefix_tokens if is_random else None,
+            "num_prefixes": lengths.num_prefixes if is_random and lengths.prefix_tokens else None,
             "dataset": self.dataset and self.dataset.name,
             "goodput": dict(self.goodput),
-            "rounds": self.rounds if self.is_comparison else None,
+            "rounds": self.num_rounds if self.is_comparison else None,
             "timeout": self.timeout,
             "seed": self.seed,
         }
+
+
+def make_lengths(
+    output_tokens: int,
+    *,
+    prompt_tokens: int | None,
+    spread: float | None,
+    prefix_tokens: int | None,
+    num_prefixes: int | None,
+    has_dataset: bool,
+) -> Lengths:
+    """The lengths that are given, None for those that are not. Raises ConfigError for those without effect."""
+    of_random = {
+        "--prompt-tokens": prompt_tokens,
+        "--length-spread": spread,
+        "--prefix-tokens": prefix_tokens,
+        "--num-prefixes": num_prefixes,
+    }
+    given = [option for option, value in of_random.items() if value is not None]
+    if has_dataset and given:
+        raise ConfigError(
+            f"--dataset has the prompts, so {' and '.join(given)} would do nothing; leave one or the other out"
+        )
+    if num_prefixes is not None and not prefix_tokens:
+        raise ConfigError("--num-prefixes needs --prefix-tokens, their length; give that too")
+    plain = Lengths()
+    return Lengths(
+        plain.prompt_tokens if prompt_tokens is None else prompt_tokens,
+        output_tokens,
+        plain.spread if spread is None else spread,
+        plain.prefix_tokens if prefix_tokens is None else prefix_tokens,
+        plain.num_prefixes if num_prefixes is None else num_prefixes,
+    )
 
 
 def shown_url(url: str) -> str:
     """An address without the name of the machine, unless it is this one."""
     if is_loopback(url):
         return url
-    scheme, _, rest = url.partition("://")
-    place, slash, path = rest.partition("/")
-    _, colon, port = place.rpartition(":")
-    return f"{scheme}://server{colon}{port if colon else ''}{slash}{path}"
+    parts = urlsplit(url)
+    port = "" if parts.port is None else f":{parts.port}"
+    return f"{parts.scheme}://server{port}{parts.path}"
 
 
 def make_levels(concurrency: str | None, rate: str | None, max_concurrency: int | None) -> list[Level]:
     """The levels of a sweep, from lists like "1,8,32" or "0.5,2,inf". Raises ConfigError."""
     if concurrency is not None and rate is not None:
         raise ConfigError("--concurrency and --rate are both given; a load is one of them")
-    if max_concurrency is not None and max_concurrency < 1:
-        raise ConfigError(f"--max-concurrency is {max_concurrency}; it must be 1 or more")
+    if max_concurrency is not None and not 1 <= max_concurrency <= MAX_CONCURRENCY:
+        raise ConfigError(
+            f"--max-concurrency is {max_concurrency:,}; it must be from 1 to {MAX_CONCURRENCY:,}"
+        )
     if rate is not None:
-        rates = _numbers("--rate", rate, "requests a second above 0, as 0.5,2,inf")
+        allowed = f"requests a second from {_MIN_RATE:g} to {_MAX_RATE:,}, or inf, as 0.5,2,inf"
+        rates = _numbers("--rate", rate, allowed)
+        if not all(_MIN_RATE <= each <= _MAX_RATE or math.isinf(each) for each in rates):
+            raise ConfigError(f"--rate is '{rate}'; it must be {allowed}")
         return [Level(rate=each, max_concurrency=max_concurrency) for each in rates]
     if max_concurrency is not None:
         raise ConfigError(
             "--max-concurrency bounds the requests of --rate; give that too, or --concurrency alone"
         )
-    allowed = "whole numbers above 0, as 1,8,32"
+    allowed = f"whole numbers from 1 to {MAX_CONCURRENCY:,}, as 1,8,32"
     numbers = _numbers("--concurrency", concurrency or DEFAULT_CONCURRENCY, allowed)
-    if any(number != math.floor(number) for number in numbers if number < math.inf) or math.inf in numbers:
+    if not all(1 <= number <= MAX_CONCURRENCY and number == math.floor(number) for number in numbers):
         raise ConfigError(f"--concurrency is '{concurrency}'; it must be {allowed}")
     return [Level(concurrency=int(number)) for number in numbers]
 
@@ -202,4 +290,4 @@ def parse_goodput(given: Sequence[str]) -> dict[str, float]:
 def side_options(options: ServeOptions, side: int) -> ServeOptions:
     """Of one server of a comparison, as if it were measured alone."""
     models = options.models[side : side + 1] if len(options.models) == 2 else options.models
-    return replace(options, urls=(options.urls[side],), models=models)
+    return replace(options, urls=(options.urls[side],), models=models, rounds=None)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sleb.benchmarks.report import widen
 
@@ -32,7 +33,7 @@ def print_serving(result: Mapping[str, Any], console: Console) -> None:
     widen(console)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(as_text(text), soft_wrap=True)
 
     settings = result["settings"]
     for name, url in zip(("A", "B"), settings["urls"], strict=False):
@@ -64,9 +65,9 @@ def _level_table(rows: Sequence[Mapping[str, Any]], has_goodput: bool) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         label = f"{row['label']}: " if row["label"] else ""
-        table.add_row(f"{label}{row['level']}", *_cells(row, has_goodput))
+        table.add_row(as_text(f"{label}{row['level']}"), *_cells(row, has_goodput))
         for tier in row["tiers"]:
-            table.add_row(f"  {tier['model_id']}", *_cells(tier, has_goodput), style="dim")
+            table.add_row(as_text(f"  {tier['model_id']}"), *_cells(tier, has_goodput), style="dim")
     return table
 
 
@@ -93,7 +94,7 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
         if previous and previous != each["level"]:
             table.add_section()
         table.add_row(
-            "" if previous == each["level"] else each["level"],
+            as_text("" if previous == each["level"] else each["level"]),
             _SHOWN_METRICS[each["metric"]],
             number(each["a"]),
             number(each["b"]),
@@ -105,10 +106,20 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def as_text(text: str) -> Text:
+    """What servers and users wrote, as they wrote it: Rich would take what stands in brackets for its own marks."""
+    return Text(printable(text))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what moves a cursor, and for what no terminal can be sent."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What a reader of the tables must know."""
     lines = []
-    if not result["complete"]:
+    if not result["complete"] and "problem" not in result:  # which is a notice
         lines.append("Interrupted: only what was complete by then is counted.")
     lines += result["conditions"]["notices"]
     if result["rows"]:

@@ -63,8 +63,8 @@ def make_row(
     return row
 
 
-def row_notices(row: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
-    """What a reader must know of one level."""
+def row_notices(row: Mapping[str, Any], outcomes: Sequence[Outcome], num_unsent: int = 0) -> list[str]:
+    """What a reader must know of one level. num_unsent: requests that had no turn before the end of --duration."""
     where = ", ".join(filter(None, (row["label"], row["level"])))
     notices = []
     for reason, number in row["failures"].items():
@@ -83,13 +83,24 @@ def row_notices(row: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[str
         notices.append(
             f"{where}: the client took {row['client_cpu_share']:.0%} of a processor; it may be what limits."
         )
+    if num_unsent:
+        notices.append(
+            f"{where}: {num_unsent} requests were not sent, as --max-concurrency were open until --duration was over."
+        )
     waits, latencies = sum(row["queue_times"]), sum(row["latencies"])
     if row["request_rate"] != "inf" and waits > _LONG_QUEUE * latencies:
-        notices.append(
-            f"{where}: requests waited {waits / len(outcomes):.2g} s for their turn, as --max-concurrency were open; "
-            "no latency includes it."
-        )
+        late = f"{waits / len(outcomes):.2g} s"
+        if row["max_concurrency"] is None:
+            why = f"were sent {late} late, as the client itself could not keep up"
+        else:
+            why = f"waited {late} for their turn, as --max-concurrency were open"
+        notices.append(f"{where}: requests {why}; no latency includes it.")
     return notices
+
+
+def nothing_due(duration: float) -> str:
+    """What to do about a level of a low rate in which nothing was sent."""
+    return f"no request came due in {duration:g} s; give a longer --duration or a higher --rate"
 
 
 def check_folder(folder: Path) -> None:

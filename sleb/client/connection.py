@@ -30,15 +30,21 @@ class ClientError(SlebError):
 def base_url(url: str) -> str:
     """`url` with a scheme, with /v1 where it has no path, without a slash at the end.
 
-    Raises ConfigError for what is no HTTP address.
+    Raises ConfigError for what is no HTTP address, and for one with a user or a password, which it does not repeat.
     """
     full = url.strip() if "://" in url else f"http://{url.strip()}"
     try:
         parts = urlsplit(full)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        has_user = "@" in parts.netloc
         httpx.URL(full)
     except (ValueError, httpx.InvalidURL):
-        is_address = False
+        is_address = has_user = False
+    if has_user or (not is_address and "@" in full):  # a password with a slash in it makes no address
+        raise ConfigError(
+            "an address must not hold a user or a password (what stands before an @); give the key with --api-key, or "
+            "set SLEB_API_KEY, and write the address like http://127.0.0.1:8000/v1"
+        )
     if not is_address or parts.query or parts.fragment:
         raise ConfigError(f"'{url}' is not the address of a server; write it like http://127.0.0.1:8000/v1")
     path = parts.path.rstrip("/")

@@ -280,11 +280,13 @@ def test_the_command_line_is_kept_without_keys_and_places(start, monkeypatch: py
     server = start(key="secret-9", models=("org/small",))
     command = ["sleb", "bench", "serve", "--url", server.url, "--api-key", "secret-9", "--model", "org/small"]
     asked = options(server, api_key="secret-9", models=["org/small"])
-    result = run_serving(asked, [*command, "--api-key=secret-9", "--json", "/home/somebody/x.json"])
+    others = ["--api-key=older==", "--json", "/home/somebody/x.json", "--dataset=/home/some=body/rows.jsonl"]
+    result = run_serving(asked, [*command, "--api-key=secret-9", *others])
     shown = result["environment"]["command"]
     assert (
         shown
-        == f"sleb bench serve --url {server.url} --api-key … --model org/small --api-key=… --json x.json"
+        == f"sleb bench serve --url {server.url} --api-key … --model org/small --api-key=… --api-key=… --json x.json "
+        "--dataset=rows.jsonl"
     )
 
 
@@ -342,9 +344,21 @@ def test_a_sweep_warms_up_and_asks_nothing_twice(start) -> None:
     assert len(server.seen) == 1 + 2 * (3 + 5)
     texts = [scripted.text_of(request.body) for request in server.seen[1:]]
     assert len(set(texts)) == 16
-    again = start()
-    run_serving(options(again, Level(1), Level(4), warmup=3))
-    assert sorted(scripted.text_of(request.body) for request in again.seen[1:]) == sorted(texts)
+
+
+def test_a_second_run_has_the_lengths_of_the_first_and_other_words(start) -> None:
+    """The server's prefix cache would know the words of the first."""
+    server = start()
+    for _ in range(2):
+        run_serving(options(server, lengths=Lengths(60, 20, 0.5, 30, 3), seed=7, num_requests=8))
+    loads = [server.seen[1:9], server.seen[10:]]
+    lengths = [
+        [(len(scripted.text_of(request.body).split()), request.body["max_tokens"]) for request in load]
+        for load in loads
+    ]
+    assert len(lengths[0]) == 8 and lengths[0] == lengths[1] and len(set(lengths[0])) > 4
+    starts = [{scripted.text_of(request.body)[:60] for request in load} for load in loads]
+    assert 1 < len(starts[0]) <= 3 and not starts[0] & starts[1]
 
 
 def test_vllm_keys_and_types(start, tmp_path: Path) -> None:
@@ -423,7 +437,7 @@ def test_a_comparison_finds_the_slow_server(start) -> None:
         [fast.url, slow.url],
         models=["small", "other"],
         levels=[Level(2)],
-        lengths=Lengths(24, 5),
+        lengths=Lengths(24, 5, 0.2),
         num_requests=4,
         rounds=6,
     )
@@ -437,10 +451,14 @@ def test_a_comparison_finds_the_slow_server(start) -> None:
         assert len(found[metric]["speedup_samples"]) == 6
     assert found["median_tpot_ms"]["b"] > found["median_tpot_ms"]["a"] >= 3
     loads = [server.seen[2:] for server in (fast, slow)]  # after the first question and a warm-up
-    texts = [[scripted.text_of(request.body) for request in load] for load in loads]
-    assert [sorted(texts[0][at : at + 4]) for at in range(0, 24, 4)] == [
-        sorted(texts[1][at : at + 4]) for at in range(0, 24, 4)
+    lengths = [
+        [(len(scripted.text_of(request.body).split()), request.body["max_tokens"]) for request in load]
+        for load in loads
     ]
+    assert [sorted(lengths[0][at : at + 4]) for at in range(0, 24, 4)] == [
+        sorted(lengths[1][at : at + 4]) for at in range(0, 24, 4)
+    ]
+    assert len(set(lengths[0])) > 2
     order = sorted(
         [(load[at].received, name) for name, load in zip("AB", loads, strict=True) for at in range(0, 24, 4)]
     )
@@ -451,16 +469,34 @@ def test_a_comparison_finds_the_slow_server(start) -> None:
 
 
 def test_a_comparison_of_a_server_with_itself(start) -> None:
-    """Its prefix cache must not help the second time, so the prompts differ."""
+    """Its prefix cache must not help the second time, so the words differ, but neither lengths nor anything else."""
     server = start(gap=0.004)
     asked = ServeOptions(
-        [server.url] * 2, levels=[Level(1)], lengths=Lengths(24, 5), num_requests=2, warmup=0
+        [server.url] * 2, levels=[Level(1)], lengths=Lengths(24, 8, 0.5), num_requests=2, warmup=0
     )
     result = run_comparison(asked)
     found = {each["metric"]: each for each in result["comparisons"]}
     assert 0.6 < found["median_tpot_ms"]["speedup"] < 1.6
-    texts = [scripted.text_of(request.body) for request in server.seen[2:]]
+    load = server.seen[2:]
+    texts = [scripted.text_of(request.body) for request in load]
     assert len(texts) == len(set(texts)) == 24
+    shapes = [
+        (len(text.split()), request.body["max_tokens"]) for text, request in zip(texts, load, strict=True)
+    ]
+    rounds = [shapes[at : at + 4] for at in range(0, 24, 4)]  # of each two requests to A, and two to B
+    assert all(found[:2] == found[2:] for found in rounds) and len(set(shapes)) > 3
+
+
+def test_both_sides_of_a_comparison_get_the_same_rows(start, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"question {number}"}) for number in range(3)))
+    server = start()
+    asked = ServeOptions(
+        [server.url] * 2, levels=[Level(1)], dataset=path, num_requests=2, rounds=3, warmup=0
+    )
+    run_comparison(asked)
+    texts = [scripted.text_of(request.body) for request in server.seen[2:]]
+    assert texts == [f"question {number % 3}" for number in (0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5)]
 
 
 def test_comparisons_by_hand() -> None:

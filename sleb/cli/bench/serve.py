@@ -23,7 +23,7 @@ _DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 
 def serve(
-    url: Annotated[str, typer.Option(help="The server's address.")] = _DEFAULT_URL,
+    url: Annotated[str | None, typer.Option(help="The server's address.", show_default=_DEFAULT_URL)] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,14 +68,21 @@ def serve(
         int | None, typer.Option(help="Requests before a level that do not count.", show_default="one a tier")
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(help="Tokens of a prompt, by the server's count, its template included.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt, by the server's count, its template included.", show_default="64"
+        ),
+    ] = None,
     output_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 128,
     length_spread: Annotated[
-        float, typer.Option(help="Both lengths vary evenly by this share, as 0.2.")
-    ] = 0.0,
-    prefix_tokens: Annotated[int, typer.Option(help="Tokens before each prompt that others have too.")] = 0,
-    num_prefixes: Annotated[int, typer.Option(help="How many such beginnings there are.")] = 1,
+        float | None, typer.Option(help="Both lengths vary evenly by this share, as 0.2.", show_default="0")
+    ] = None,
+    prefix_tokens: Annotated[
+        int | None, typer.Option(help="Tokens before each prompt that others have too.", show_default="0")
+    ] = None,
+    num_prefixes: Annotated[
+        int | None, typer.Option(help="How many such beginnings there are.", show_default="1")
+    ] = None,
     dataset: Annotated[
         Path | None,
         typer.Option(
@@ -87,10 +94,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Limits in milliseconds, as ttft:200,tpot:50,e2el:3000.", show_default=False),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Of --compare.")] = 6,
+    rounds: Annotated[int | None, typer.Option(help="Of --compare.", show_default="6")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for a request; more is a failure.")] = 600.0,
     label: Annotated[str | None, typer.Option(help="A name for the rows.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts, lengths, arrivals and orders.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of lengths, arrivals and orders. Random words are new in every run.")
+    ] = 0,
     vllm_json: Annotated[
         Path | None,
         typer.Option(help="Write each row into this folder, as vllm bench serve does.", show_default=False),
@@ -100,16 +109,17 @@ def serve(
 ) -> None:
     """Load an OpenAI-compatible server, and measure throughput and latencies; or compare two.
 
-    Prompts are random words, so that no prefix cache helps. Ctrl-C reports what is complete.
+    Prompts are random words, new in every run, so that no prefix cache helps. Ctrl-C reports what is complete.
     """
-    from sleb.benchmarks.load_prompts import Lengths
-    from sleb.benchmarks.serving_options import ServeOptions, make_levels, parse_goodput
-    from sleb.benchmarks.serving_report import print_serving
-    from sleb.benchmarks.serving_rows import check_folder, write_vllm_files
+    from sleb.benchmarks.serving_options import ServeOptions, make_lengths, make_levels, parse_goodput
+    from sleb.benchmarks.serving_rows import check_folder
     from sleb.client.connection import base_url
+    from sleb.errors import ConfigError
 
+    if compare is not None and url is not None:
+        raise ConfigError("--compare names both servers, so --url would do nothing; leave one of them out")
     options = ServeOptions(
-        urls=[base_url(each) for each in compare or (url,)],
+        urls=[base_url(each) for each in compare or (_DEFAULT_URL if url is None else url,)],
         models=[name.strip() for names in model or () for name in names.split(",") if name.strip()],
         levels=make_levels(concurrency, rate, max_concurrency),
         api_key=api_key,
@@ -117,27 +127,31 @@ def serve(
         num_requests=num_requests,
         duration=duration,
         warmup=warmup,
-        lengths=Lengths(prompt_tokens, output_tokens, length_spread, prefix_tokens, num_prefixes),
+        lengths=make_lengths(
+            output_tokens,
+            prompt_tokens=prompt_tokens,
+            spread=length_spread,
+            prefix_tokens=prefix_tokens,
+            num_prefixes=num_prefixes,
+            has_dataset=dataset is not None,
+        ),
         dataset=dataset,
         goodput=parse_goodput(goodput or ()),
         rounds=rounds,
         timeout=timeout,
         seed=seed,
+        label=label,
     )
     outputs = Outputs(json_path, report)
     outputs.check()
     if vllm_json is not None:
         check_folder(vllm_json)
-    result = _measure(options, label)
-    console = Console()
-    print_serving(result, console)
-    outputs.write(result, console)
-    if vllm_json is not None and result["rows"]:
-        write_vllm_files(vllm_json, result["rows"])
+    result = _measure(options)
+    _tell(result, outputs, vllm_json)
     _exit(result)
 
 
-def _measure(options: ServeOptions, label: str | None) -> dict[str, Any]:
+def _measure(options: ServeOptions) -> dict[str, Any]:
     from sleb.benchmarks.serving import run_serving
     from sleb.benchmarks.serving_compare import run_comparison
 
@@ -145,19 +159,41 @@ def _measure(options: ServeOptions, label: str | None) -> dict[str, Any]:
     with _LoadBar() as bar:
         if options.is_comparison:
             return run_comparison(options, command, bar.show)
-        return run_serving(options, command, bar.show, label)
+        return run_serving(options, command, bar.show)
+
+
+def _tell(result: Mapping[str, Any], outputs: Outputs, vllm_json: Path | None) -> None:
+    """Files first: what cannot be shown must not cost them. What cannot be written must not cost the tables."""
+    from sleb.benchmarks.serving_report import print_serving
+    from sleb.benchmarks.serving_rows import write_vllm_files
+
+    console = Console()
+    try:
+        outputs.write(result, console)
+        if vllm_json is not None and result["rows"]:
+            write_vllm_files(vllm_json, result["rows"])
+    finally:
+        print_serving(result, console)
 
 
 def _exit(result: Mapping[str, Any]) -> None:
-    """130 for an interrupted load, 1 for one of which nothing was answered."""
-    if not result["complete"]:
+    """130 for an interrupted load; 1 where nothing was answered, or a server answered no more."""
+    from sleb.benchmarks.serving_report import printable
+    from sleb.benchmarks.serving_rows import nothing_due
+
+    if "problem" in result:
+        problem = result["problem"]
+    elif not result["complete"]:
         raise typer.Exit(130)
-    if not any(row["completed"] for row in result["rows"]):
+    elif any(row["completed"] for row in result["rows"]):
+        return
+    elif result["rows"]:
         reasons = {reason for row in result["rows"] for reason in row["failures"]}
-        typer.secho(
-            f"error: all requests failed: {'; '.join(sorted(reasons))}", fg=typer.colors.RED, err=True
-        )
-        raise typer.Exit(1)
+        problem = f"all requests failed: {'; '.join(sorted(reasons))}"
+    else:
+        problem = nothing_due(result["settings"]["duration"])
+    typer.secho(f"error: {printable(problem)}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
 
 
 class _LoadBar:
