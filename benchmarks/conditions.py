@@ -27,6 +27,8 @@ _PIECE_SECONDS = 0.0015
 _PIECE_BYTES = bytes(16 << 10)  # half of a first cache
 # A clock that moves by less than this share is a constant.
 _CONSTANT = 0.001
+# So many looks are two medians of three.
+_LEAST_SMOOTHED = 4
 # A drift above this share is told; the turns that variants take make up for less.
 DRIFT_LIMIT = 0.05
 # What others may take before it is told, as a share of all processors.
@@ -97,7 +99,8 @@ class RepetitionConditions:
     Attributes:
         pace: pieces of work a second before it. megahertz: of the processor then; card_megahertz: of the card.
         others_share: of all processors, over its runs; None where it cannot be told.
-        run_shares: of each run, in their order. num_disturbed: of them with more than `OTHERS_LIMIT`.
+        run_shares: of each run that took a tick of the clock, in their order. num_disturbed: of them with more than
+            `OTHERS_LIMIT`.
     """
 
     workload: str
@@ -171,13 +174,14 @@ class ConditionsWatch:
         num_runs = sum(len(each.run_shares) for each in self.repetitions)
         return [
             f"Other processes took up to {max(self._disturbed_shares):.0%} of the processors in "
-            f"{len(self._disturbed_shares)} of {num_runs} runs. End them, or measure when the machine is idle."
+            f"{len(self._disturbed_shares)} of {num_runs} runs. End them, or measure when the machine is idle. On a "
+            "virtual machine it may be the hypervisor, at work for others."
         ]
 
     def _clocks(self) -> list[dict[str, Any]]:
-        """Those that are known, the one first that says most."""
+        """Those that are known, the one first that says most; none of a single look, which shows no change."""
         paces = [each.pace for each in self.repetitions]
-        if not paces:
+        if len(paces) < 2:
             return []
         middle = median(paces)
         clocks = [describe_clock("relative", [pace / middle for pace in paces], "processor")]
@@ -194,11 +198,12 @@ class ConditionsWatch:
 def describe_clock(unit: str, values: Sequence[float], part: str) -> dict[str, Any]:
     """Median, low, high and drift of a clock, in the order of time. drift: (high − low) / median.
 
-    low and high are of medians of three neighbours: a single look that something interrupted is no drift.
+    low and high are of medians of three neighbours: a single look that something interrupted is no drift. Fewer than
+    four looks have one such median at most, so theirs are the least and the greatest look.
     """
-    smooth = [median(values[place - 1 : place + 2]) for place in range(1, len(values) - 1)] or [
-        median(values)
-    ]
+    smooth = [median(values[place - 1 : place + 2]) for place in range(1, len(values) - 1)]
+    if len(values) < _LEAST_SMOOTHED:
+        smooth = list(values)
     low, high, middle = min(smooth), max(smooth), median(values)
     drift = (high - low) / middle
     return {"unit": unit, "of": part, "median": middle, "low": low, "high": high, "drift": drift}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,6 +20,7 @@ import sleb
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
+_BARE_WORD = re.compile(r"[\w@%+=:,./\-\u0080-\U0010ffff]+")
 # What decides which CPU kernels can run: x86 names first, then those of ARM.
 _CPU_FLAGS = (
     *(
@@ -46,8 +49,8 @@ def describe_machine(
 ) -> dict[str, Any]:
     """Versions, hardware and settings of a measurement on `device`, ready for JSON.
 
-    command: as `shown_command` gives it. memory_bytes is the machine's physical memory; what cannot be found
-    out is null. Neither host nor user names nor paths are recorded.
+    command: as `shown_command` gives it, recorded as `command_line` has it. memory_bytes is the machine's physical
+    memory; what cannot be found out is null. Neither host nor user names nor paths are recorded.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,8 +72,13 @@ def describe_machine(
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": kernels,
-        "command": " ".join(command),
+        "command": command_line(command),
     }
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The words as a shell takes them: as `shlex.join`, which would also quote what is beyond ASCII."""
+    return " ".join(word if _BARE_WORD.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def shown_command(arguments: Sequence[str], model: str) -> list[str]:

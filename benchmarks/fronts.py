@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.harness import Progress, Samples, measure
+from sleb.benchmarks.harness import MOST_REPETITIONS, Progress, Samples, measure
 from sleb.benchmarks.report import widen
-from sleb.benchmarks.throughput import decode_seconds, greedy_params, plain_token_ids
+from sleb.benchmarks.throughput import MAX_STEP_TOKENS, decode_seconds, greedy_params, plain_token_ids
 from sleb.cost_model import CostModel, fit_cost_model
 from sleb.engine.architecture import DecoderSpec
 from sleb.engine.llm import LLM
@@ -64,6 +64,8 @@ class FrontsOptions:
         ):  # fmt: skip
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be {least} or more")
+        if self.repetitions > MOST_REPETITIONS:
+            raise ConfigError(f"--repetitions is {self.repetitions}; it must be at most {MOST_REPETITIONS:,}")
         for name, layer_map in self.maps.items():
             if layer_map.losses is None or layer_map.calibration is None:
                 raise ConfigError(f"{name} has no losses, so it has no front; take a map of sleb prune")
@@ -183,6 +185,8 @@ def _load(options: FrontsOptions, layer_map: LayerMap, depths: Sequence[int]) ->
     return LLM(
         options.model, layer_map, depths, dtype=options.dtype, device=options.device, seed=options.seed,
         max_model_len=_PROMPT_TOKENS + options.output_tokens, max_num_seqs=options.batch,
+        # As many prompts in a step as `sleb bench throughput` has, so that most steps decode all requests.
+        max_num_batched_tokens=max(options.batch, min(options.batch * _PROMPT_TOKENS, MAX_STEP_TOKENS)),
         enable_prefix_caching=False,
     )  # fmt: skip
 

@@ -26,8 +26,10 @@ ContravariantVariant = TypeVar("ContravariantVariant", bound=Hashable, contravar
 # For each workload, its complete repetitions: seconds by depth.
 Samples = dict[Workload, list[dict[int, float]]]
 # Why a workload was not repeated further: its intervals are narrow enough, there are as many repetitions as allowed,
-# its share of the time is over.
+# the time for it is over.
 StopReason = Literal["interval", "repetitions", "time"]
+# More than anyone needs: what is computed between repetitions grows with their number.
+MOST_REPETITIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class Stopping(Generic[Workload, Variant]):
         half_width: what the half width of every ratio's interval must not exceed, as a share of the ratio. It is looked
             at after pairs of repetitions only, an order and the same backwards, in which a drift cancels.
         ratios: those whose intervals count, from the times of a repetition.
-        seconds: a budget for all workloads, shared out equally over those that are left; 0: none. No repetition is
-            begun that would overrun it, but every workload gets one.
+        seconds: a budget for all workloads; 0: none. One after another they get the least number of repetitions; what
+            is left is shared out equally over those whose intervals are not narrow yet. No repetition is begun that
+            would overrun it, but every workload gets one.
     """
 
     max_repetitions: int | None = None
@@ -151,48 +154,54 @@ class _Measurement(Generic[Workload, Variant]):
     def __post_init__(self) -> None:
         self.most = max(self.least, self.stopping.max_repetitions or 0)
         self._num_runs = sum((self.most + 1) * len(variants) for variants in self.variants.values())
+        self._orders: dict[Workload, Iterator[tuple[Variant, ...]]] = {}
+        self._last_seconds: dict[
+            Workload, float
+        ] = {}  # what the last repetition took, the next one's estimate
 
     def all(self) -> None:
-        """Every workload."""
-        ends = self.clock() + self.stopping.seconds
-        left = len(self.variants)
-        for workload in self.variants:
-            share = (ends - self.clock()) / left if self.stopping.seconds else math.inf
-            self._one(workload, self.clock() + share)
-            left -= 1
+        """Every workload: with a budget first the least of each, then what narrows intervals."""
+        ends = self.clock() + (self.stopping.seconds or math.inf)
+        if self.stopping.seconds:
+            for workload in self.variants:
+                self._repeat(workload, self.least, ends)
+        left = [workload for workload in self.variants if workload not in self.stops]
+        for place, workload in enumerate(left):
+            now = self.clock()
+            self._repeat(workload, self.most, now + (ends - now) / (len(left) - place))
         self.report(Progress(self.num_done, self._num_runs, "done"))
 
-    def _one(self, workload: Workload, deadline: float) -> None:
-        """The warm-up and the repetitions of one workload."""
+    def _repeat(self, workload: Workload, limit: int, deadline: float) -> None:
+        """Repeats a workload, on from where it was left, until it has `limit` repetitions or should have no more."""
         variants = self.variants[workload]
-        self._repetition(workload, 0, variants, "warm-up")
-        # Of the workload alone, so that the orders do not depend on how often others were repeated.
-        orders = turns(variants, random.Random(f"{self.seed} {workload}"))
-        reason: StopReason | None = None
+        if workload not in self._orders:
+            # Of the workload alone, so that the orders do not depend on how often others were repeated.
+            self._orders[workload] = turns(variants, random.Random(f"{self.seed} {workload}"))
+            self._repetition(workload, 0, variants, "warm-up")
         which = f"of {self.most}" if self.most == self.least else f"of {self.least} to {self.most}"
-        for number, order in enumerate(islice(orders, self.most), 1):
+        while True:
+            count = len(self.samples.get(workload, ()))
+            if count and (reason := self._stop(workload, deadline)):
+                self.stops[workload] = reason
+                self._num_runs -= (self.most - count) * len(variants)
+                return
+            if count >= limit:
+                return
             began = self.clock()
-            times = self._repetition(workload, number, order, f"repetition {number} {which}")
-            done = self.samples.setdefault(workload, [])
-            done.append(times)
-            now = self.clock()
-            if reason := self._stop(workload, done, now + (now - began) > deadline):
-                break
-        if reason is not None:
-            self.stops[workload] = reason
-            self._num_runs -= (self.most - len(self.samples[workload])) * len(variants)
+            order = next(self._orders[workload])
+            times = self._repetition(workload, count + 1, order, f"repetition {count + 1} {which}")
+            self.samples.setdefault(workload, []).append(times)
+            self._last_seconds[workload] = self.clock() - began
 
-    def _stop(
-        self, workload: Workload, done: Sequence[Mapping[Variant, float]], late: bool
-    ) -> StopReason | None:
+    def _stop(self, workload: Workload, deadline: float) -> StopReason | None:
         """Why there should be no further repetition, if so."""
-        bound = self.stopping.half_width
+        done, bound = self.samples[workload], self.stopping.half_width
         paired = len(done) >= self.least and len(done) % 2 == 0
         if bound and paired and self.stopping.widest(workload, done) <= bound:
             return "interval"
         if len(done) >= self.most:
             return "repetitions"
-        return "time" if late else None
+        return "time" if self.clock() + self._last_seconds[workload] > deadline else None
 
     def _repetition(
         self, workload: Workload, number: int, order: Sequence[Variant], which: str

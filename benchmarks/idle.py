@@ -89,9 +89,9 @@ def own_ticks(processes: dict[int, ProcessTicks], pid: int, roots: Iterable[int]
 class OthersWatch:
     """Between __enter__ and __exit__: the share of all processors that went to others.
 
-    roots: processes that, with their descendants, are not others; nor is this process. share: 0 to 1 and None if
-    it cannot be told, of the ticks that passed, num_others of num_ticks; disturbed: whether it is above `limit` by more
-    than the grain of the clock.
+    roots: processes that, with their descendants, are not others; nor is this process. What the hypervisor took counts
+    as theirs. share: 0 to 1, of the ticks that passed, num_others of num_ticks; None if it cannot be told, as where no
+    tick passed. disturbed: whether it is above `limit` by more than the grain of the clock.
     """
 
     def __init__(self, roots: Iterable[int], limit: float, proc: Path = PROC) -> None:
@@ -110,7 +110,9 @@ class OthersWatch:
         before, after = self._before, self._read()
         if before is None or after is None:
             return
-        total = max(1, after[0].total - before[0].total)
+        total = after[0].total - before[0].total
+        if total <= 0:  # over before a tick of the clock: nobody knows
+            return
         others = max(0, after[0].busy - before[0].busy - (after[1] - before[1]))
         self.num_others, self.num_ticks = others, total
         self.share = others / total

@@ -7,8 +7,11 @@ is the distribution-free one of Wilcoxon's signed rank statistic: its ends are t
 Walsh average, k from the statistic's exact distribution (Hollander & Wolfe, "Nonparametric Statistical Methods",
 section 3.3). It covers the true value with at least the level asked for.
 
-Whoever repeats until the interval is narrow looks at it more than once, which costs a little of that level:
-`tests/benchmarks/test_intervals.py` says how much.
+Whoever repeats until the interval is narrow looks at it more than once, which costs a little of that level, see
+`UNTIL_NARROW`.
+
+Above 100 ratios k is that of the normal approximation (Hollander & Wolfe, same section), rounded down: the exact
+distribution has lighter tails, so the level is still met. The averages are then counted, not listed.
 """
 
 from __future__ import annotations
@@ -17,12 +20,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import median
+from statistics import NormalDist, median
 from typing import Literal
 
 LEVEL = 0.95
 # With fewer, even the widest interval, from the least to the greatest, has a level below 95 %: 1 − 2 / 2⁵ is 93.75 %.
 LEAST_FOR_LEVEL = 6
+# What is left of the level where repetitions go on until the interval is narrow, by simulation
+# (`tests/benchmarks/test_intervals.py`).
+UNTIL_NARROW = "92 to 95 %"
+# With more ratios the distribution is approximated, and averages are counted.
+_MOST_EXACT = 100
 
 Verdict = Literal["baseline", "faster", "slower", "no difference"]
 
@@ -44,9 +52,13 @@ class RatioInterval:
 
 def ratio_interval(ratios: Sequence[float], level: float = LEVEL) -> RatioInterval:
     """The estimate of the ratio that `ratios`, positive, one a repetition, scatter about."""
-    averages = walsh_averages([math.log(ratio) for ratio in ratios])
+    logs = sorted(math.log(ratio) for ratio in ratios)
+    rank = interval_rank(len(logs), level)
+    if len(logs) > _MOST_EXACT:
+        assert rank is not None, f"no rank for {len(logs)} values"
+        return _interval_by_counting(logs, rank, level)
+    averages = walsh_averages(logs)
     estimate = math.exp(median(averages))
-    rank = interval_rank(len(ratios), level)
     if rank is None:
         return RatioInterval(estimate, min(ratios), max(ratios), None)
     return RatioInterval(estimate, math.exp(averages[rank - 1]), math.exp(averages[-rank]), level)
@@ -57,7 +69,38 @@ def walsh_averages(values: Sequence[float]) -> list[float]:
     return sorted((first + second) / 2 for i, first in enumerate(values) for second in values[i:])
 
 
-@cache
+def _interval_by_counting(ordered: Sequence[float], rank: int, level: float) -> RatioInterval:
+    num_averages = len(ordered) * (len(ordered) + 1) // 2
+    middle = (num_averages + 1) // 2, num_averages // 2 + 1  # one and the same of an odd number
+    ends = [kth_walsh_average(ordered, each) for each in (rank, num_averages + 1 - rank)]
+    estimate = sum(kth_walsh_average(ordered, each) for each in middle) / 2
+    return RatioInterval(math.exp(estimate), math.exp(ends[0]), math.exp(ends[1]), level)
+
+
+def kth_walsh_average(ordered: Sequence[float], rank: int) -> float:
+    """The average of that rank, 1 the least, by halving: of ascending values, whose averages are n²/2 to list."""
+    low, high = ordered[0], ordered[-1]
+    for _ in range(60):  # then the last bit is settled
+        middle = (low + high) / 2
+        if _num_averages_to(ordered, middle) >= rank:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _num_averages_to(ordered: Sequence[float], limit: float) -> int:
+    """How many Walsh averages are at most `limit`."""
+    count, last = 0, len(ordered) - 1
+    for first, value in enumerate(ordered):
+        while last >= first and value + ordered[last] > 2 * limit:
+            last -= 1
+        if last < first:
+            break
+        count += last - first + 1
+    return count
+
+
 def signed_rank_counts(num_values: int) -> tuple[int, ...]:
     """Of the 2ⁿ ways to give signs to the ranks 1 … n, how many have positive ranks that sum to 0, 1, … n(n+1)/2."""
     counts = [1]
@@ -73,8 +116,13 @@ def signed_rank_counts(num_values: int) -> tuple[int, ...]:
 def interval_rank(num_values: int, level: float = LEVEL) -> int | None:
     """The greatest k for which the k-th Walsh averages from both ends cover with `level`; None where no k does.
 
-    They cover with a probability of 1 − 2 · P(W⁺ < k).
+    They cover with a probability of 1 − 2 · P(W⁺ < k). Above 100 values W⁺ is taken to be normal, of mean n(n+1)/4 and
+    variance n(n+1)(2n+1)/24.
     """
+    if num_values > _MOST_EXACT:
+        pairs = num_values * (num_values + 1)
+        deviation = math.sqrt(pairs * (2 * num_values + 1) / 24)
+        return math.floor(pairs / 4 + NormalDist().inv_cdf((1 - level) / 2) * deviation)
     allowed = (1 - level) / 2 * 2**num_values
     rank, below = 0, 0
     for count in signed_rank_counts(num_values):

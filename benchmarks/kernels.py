@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, seconds_of_calls
 from sleb.benchmarks.environment import describe_machine
-from sleb.benchmarks.harness import alternated_orders
+from sleb.benchmarks.harness import MOST_REPETITIONS, alternated_orders
 from sleb.benchmarks.kernel_cases import (
     ATTENTION_OPS,
     OPS,
@@ -130,8 +130,10 @@ def plan(options: KernelOptions) -> _Plan:
     """Raises ConfigError for the first option that cannot be."""
     _check_names("op", options.ops, OPS)
     _check_names("backend", options.backends, BACKENDS)
-    if options.repetitions < 1:
-        raise ConfigError(f"--repetitions is {options.repetitions}; it must be an integer of at least 1")
+    if not 1 <= options.repetitions <= MOST_REPETITIONS:
+        raise ConfigError(
+            f"--repetitions is {options.repetitions}; it must be an integer from 1 to {MOST_REPETITIONS:,}"
+        )
     device = resolve_device(options.device)
     on_card = device.type == "cuda"
     name = DTYPE_ALIASES.get(options.dtype, options.dtype)

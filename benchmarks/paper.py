@@ -18,6 +18,7 @@ from sleb.benchmarks.results import Row
 from sleb.benchmarks.workloads import ThroughputOptions
 from sleb.errors import ConfigError
 from sleb.layer_map import LayerMap
+from sleb.units import Unit
 
 SOURCE = "Song et al. 2024, SLEB, arXiv 2402.09025"
 MODEL, HARDWARE = "LLaMA-2-70B", "two A100"
@@ -76,20 +77,39 @@ def _plain(values: Sequence[Any] | int | None) -> tuple[Any, ...] | None:
 
 
 def paper_depths(layer_map: LayerMap) -> tuple[int, ...]:
-    """Depth 0 and those that remove 10 % and 20 % of the blocks, without those that the map does not reach.
+    """Depth 0 and those that remove 10 % and 20 % of the blocks, without the shares that `missing_shares` tells.
 
     Of a map whose units are parts of blocks, the depth that removes as many attentions and MLPs together.
     """
-    depths = [0]
+    found = [_depth_of(share, layer_map) for share in SHARES]
+    return tuple(dict.fromkeys([0, *(depth for depth in found if depth is not None)]))
+
+
+def missing_shares(layer_map: LayerMap) -> list[str]:
+    """A sentence for each share that has no depth."""
+    sentences = []
     for share in SHARES:
-        wanted = 2 * round(share * layer_map.num_blocks)
-        removed = 0
-        for depth, unit in enumerate(layer_map.removed, 1):
-            removed += len(unit.sublayers)
-            if removed >= wanted:
-                depths.append(depth)
-                break
-    return tuple(dict.fromkeys(depths))
+        if _depth_of(share, layer_map) is not None:
+            continue
+        reason = f"of {layer_map.num_blocks} blocks it is none."
+        if wanted := _num_blocks(share, layer_map):
+            reason = f"the layer map removes fewer than {wanted} of {layer_map.num_blocks}; give a longer --layer-map."
+        sentences.append(f"The paper's {share:.0%} of the blocks is not measured: {reason}")
+    return sentences
+
+
+def _num_blocks(share: float, layer_map: LayerMap) -> int:
+    return round(share * layer_map.num_blocks)
+
+
+def _depth_of(share: float, layer_map: LayerMap) -> int | None:
+    """The first depth that removes the share; None where it is no block, or the map does not reach it."""
+    wanted, removed = 2 * _num_blocks(share, layer_map), 0
+    for depth, unit in enumerate(layer_map.removed, 1):
+        removed += len(unit.sublayers)
+        if removed >= wanted > 0:
+            return depth
+    return None
 
 
 def describe_paper() -> dict[str, Any]:
@@ -110,7 +130,7 @@ def print_paper(rows: Sequence[Row], model: Mapping[str, Any], where: str, conso
         measured = [row for row in rows if row.test == test and row.variant.startswith("depth")]
         if measured:
             say(_title(measured[0]))
-            console.print(_table(test, measured, int(model["num_blocks"])))
+            console.print(_table(test, measured, model))
     for note in (
         f"here: {model['name']} on {where}, measured in this run.",
         f"paper: {MODEL} on {HARDWARE}, printed in {SOURCE}; nothing of it was measured here. Times and tokens/s "
@@ -125,7 +145,13 @@ def _title(row: Row) -> str:
     return f"Throughput of {row.batch} prompts with {row.output_tokens} new tokens each:"
 
 
-def _table(test: str, measured: Sequence[Row], num_blocks: int) -> Table:
+def _removed(model: Mapping[str, Any], depth: int) -> float:
+    """The share of attentions and MLPs that a depth is without: a block counts as one of each."""
+    num_removed = sum(len(Unit.parse(unit).sublayers) for unit in model["removed"][:depth])
+    return num_removed / (2 * int(model["num_blocks"]))
+
+
+def _table(test: str, measured: Sequence[Row], model: Mapping[str, Any]) -> Table:
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("from")
     table.add_column("method")
@@ -134,8 +160,8 @@ def _table(test: str, measured: Sequence[Row], num_blocks: int) -> Table:
     for row in measured:
         value = f"{1000 * row.seconds:,.1f}" if test == "prompt" else f"{row.tokens_per_second:,.0f}"
         name = "dense" if row.depth == 0 else f"SLEB, depth {row.depth}"
-        removed = f"{1 - row.num_blocks_kept / num_blocks:.0%}"
-        table.add_row("here", name, removed, value, f"{row.speedup:.2f}")
+        removed = _removed(model, row.depth or 0)
+        table.add_row("here", name, f"{removed:.0%}", value, f"{row.speedup:.2f}")
     table.add_section()
     for each in ROWS:
         value = f"{each.latency_ms:,.1f}" if test == "prompt" else f"{each.tokens_per_second:,.0f}"

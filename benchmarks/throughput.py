@@ -2,7 +2,7 @@
 
 The tests are those of the SLEB paper's section on speed (arXiv 2402.09025): processing one long prompt, and
 generating 128 tokens after 64-token prompts, where tokens/s counts the new tokens over the whole run, prompts
-included. A third, "decode", times that part of the second which follows the first tokens. One engine holds all depths
+included. A third, "decode", times the steps of the second in which all requests decode. One engine holds all depths
 and they take turns: every repetition runs each of them once, on the same random prompts, so that whatever slows the
 machine down for a while meets them alike, and a speedup comes from the ratios within repetitions. One run of each
 depth goes before, uncounted.
@@ -26,9 +26,9 @@ from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, with_read_ceili
 from sleb.benchmarks.conditions import ConditionsWatch
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import Progress, Stopping, StopReason, measure
-from sleb.benchmarks.paper import paper_depths, with_paper_settings
+from sleb.benchmarks.paper import missing_shares, paper_depths, with_paper_settings
 from sleb.benchmarks.results import Row
-from sleb.benchmarks.throughput_checks import check_options
+from sleb.benchmarks.throughput_checks import check_options, check_overlap
 from sleb.benchmarks.throughput_report import Report
 from sleb.benchmarks.throughput_rows import RowMaker, control_notices
 from sleb.benchmarks.variants import MIXED, Variant, Variants
@@ -53,7 +53,7 @@ from sleb.layer_map import LayerMap
 
 _PAGE_SIZE = 16
 # Prompts of a batch are computed in one step up to this many tokens; more would cost memory and gain nothing.
-_MAX_STEP_TOKENS = 8192
+MAX_STEP_TOKENS = 8192
 # For each workload, its complete repetitions: seconds by variant.
 ThroughputSamples = dict[Workload, list[dict[Variant, float]]]
 
@@ -63,7 +63,7 @@ class ThroughputBench:
 
     Attributes:
         depths: in the order asked. variants: what takes turns; the baseline is depth 0, else the first.
-        map_source: where the layer map is from, see `workloads.choose_map`.
+        map_source: where the layer map is from, see `workloads.choose_map`. notices: what is not measured, and why.
 
     on_load: as EngineConfig's on_progress. Raises SlebError subclasses for a model, map, depth or option that does
     not work.
@@ -87,12 +87,14 @@ class ThroughputBench:
         if self.map_source == "alias":
             self.map_source = "shipped" if shipped else "none"
         asked = paper_depths(layer_map) if options.paper else options.depths
+        self.notices = missing_shares(layer_map) if options.paper else []
         self.depths = choose_depths(asked, layer_map, resolved.name)
         baseline = 0 if 0 in self.depths else self.depths[0]
         self.variants = Variants(self.depths, baseline, options.control, options.mixed)
         self._check_bound()
         self.workloads = plan_workloads(options, spec.max_positions)
         engine_options = self._engine_options(spec, layer_map)
+        check_overlap(self.workloads, engine_options["max_num_batched_tokens"])
         self.llm = LLM(
             options.model, layer_map, self.depths, on_progress=on_load, on_capture=on_load, **engine_options
         )
@@ -100,9 +102,9 @@ class ThroughputBench:
 
     def _check_bound(self) -> None:
         if self.options.fail_below is not None and len(self.depths) < 2:
+            remedy = "give a longer --layer-map" if self.options.paper else "name another in --depths"
             raise ConfigError(
-                f"--fail-below has no speedup to judge: depth {self.depths[0]} alone is measured; name another in "
-                "--depths"
+                f"--fail-below has no speedup to judge: depth {self.depths[0]} alone is measured; {remedy}"
             )
 
     def _engine_options(self, spec: DecoderSpec, layer_map: LayerMap) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class ThroughputBench:
             "seed": options.seed,
             "max_model_len": max_model_len,
             "max_num_seqs": batch,
-            "max_num_batched_tokens": max(longest_prompt, batch, min(all_prompts, _MAX_STEP_TOKENS)),
+            "max_num_batched_tokens": max(longest_prompt, batch, min(all_prompts, MAX_STEP_TOKENS)),
             "page_size": _PAGE_SIZE,
             # Half a page more, so that rounding to GiB and back does not lose the last one.
             "kv_cache_memory": (num_pages + 0.5) * page_bytes / GIB if page_bytes else None,
@@ -193,15 +195,20 @@ _decode_runs = itertools.count()
 def decode_seconds(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, depth: int
 ) -> float:
-    """Seconds that `engine` takes for all tokens but the first of each request.
+    """Seconds that `engine` takes for all tokens but the first of each request, at the pace of full steps.
 
-    Timed from when every request has its first token to when all are done. Where the prompts took several steps, some
-    requests have more by then: the time is scaled from the tokens made in it to all but the first.
+    Timed from when every request has its first token to when the first of them is done, so that no prompt and no
+    request that has ended lies in between, and scaled from the tokens of that window to all but the first. Where the
+    prompts took several steps, it misses as many steps of an average request at its beginning as at its end: the mean
+    context is still prompt + output / 2 tokens, to first order, as `sleb.benchmarks.ideal` has it.
+
+    Raises ConfigError where there is no such window; `throughput_checks.check_overlap` knows before.
     """
     run = next(_decode_runs)
     made = {f"decode-{run}-{index}": 0 for index in range(len(prompts))}
     unfinished = set(made)
-    started, num_before = 0.0, 0
+    started = seconds = 0.0
+    num_before = num_timed = 0
     try:
         for request_id, prompt in zip(made, prompts, strict=True):
             engine.add_request(request_id, prompt, params, depth)
@@ -210,19 +217,23 @@ def decode_seconds(
                 made[increment.request_id] += len(increment.new_token_ids)
                 if increment.finish_reason is not None:
                     unfinished.discard(increment.request_id)
-            if not num_before and all(made.values()):
-                started, num_before = time.perf_counter(), sum(made.values())
-        seconds = time.perf_counter() - started
+            now = time.perf_counter()
+            all_go_on = len(unfinished) == len(made)
+            if all_go_on and not num_before and all(made.values()):
+                started, num_before = now, sum(made.values())
+            elif not all_go_on and not num_timed:
+                if not num_before:
+                    raise ConfigError(
+                        "an answer was done before every request had its first token, so no step decodes them all; "
+                        "give more --output-tokens, or fewer requests at once"
+                    )
+                seconds, num_timed = now - started, sum(made.values()) - num_before
     finally:
         for request_id in unfinished:
             engine.abort(request_id)
     num_tokens = sum(made.values())
     assert num_tokens == len(prompts) * (params.max_tokens or 0), f"{num_tokens} tokens for {params}"
-    if num_tokens == num_before:
-        raise ConfigError(
-            "all answers were done before the last prompt was; give --output-tokens more, or --batches less"
-        )
-    return seconds * (num_tokens - len(prompts)) / (num_tokens - num_before)
+    return seconds * (num_tokens - len(prompts)) / num_timed
 
 
 def plain_token_ids(engine: Engine) -> list[int]:
@@ -269,7 +280,9 @@ def run_throughput(
         complete = False
     rows = bench.rows(samples, ceilings, stops)
     conditions = watch.summary()
-    conditions["notices"] = control_notices(rows, options.interval) + conditions["notices"]
+    repeated = options.most_repetitions > options.repetitions
+    told = control_notices(rows, options.interval, until_narrow=repeated)
+    conditions["notices"] = bench.notices + told + conditions["notices"]
     return Report(environment, _describe_model(bench), _describe_settings(bench), rows, complete, conditions)
 
 

@@ -1,11 +1,19 @@
-"""The options of `sleb bench throughput` that a look at the model is not needed to refuse."""
+"""What `sleb bench throughput` refuses before it loads a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from sleb.benchmarks.workloads import TESTS, ThroughputOptions, as_numbers, wanted_tests
+from sleb.benchmarks.harness import MOST_REPETITIONS
+from sleb.benchmarks.workloads import (
+    TESTS,
+    ThroughputOptions,
+    Workload,
+    as_numbers,
+    steps_apart,
+    wanted_tests,
+)
 from sleb.errors import ConfigError
 
 
@@ -72,13 +80,29 @@ def _check_list(name: str, values: Sequence[int], least: int) -> None:
             raise ConfigError(f"{name} {value} is named twice; name each once")
 
 
+def check_overlap(workloads: Iterable[Workload], step_tokens: int) -> None:
+    """Raises ConfigError for a "decode" in which no step decodes all requests, see `throughput.decode_seconds`."""
+    for workload in workloads:
+        if workload.test != "decode":
+            continue
+        least = steps_apart(workload, step_tokens) + 2
+        if workload.output_tokens < least:
+            raise ConfigError(
+                f"--output-tokens is {workload.output_tokens}, too few for a decode of {workload.batch} requests after "
+                f"{workload.prompt_tokens} tokens: the first answer would be done before the last prompt is; give at "
+                f"least {least}, or fewer requests in --batches"
+            )
+
+
 def _check_stopping(options: ThroughputOptions) -> None:
-    if options.repetitions < 1:
-        raise ConfigError(f"--repetitions is {options.repetitions}; it must be an integer of at least 1")
-    if options.most_repetitions < options.repetitions:
+    if not 1 <= options.repetitions <= MOST_REPETITIONS:
+        raise ConfigError(
+            f"--repetitions is {options.repetitions}; it must be an integer from 1 to {MOST_REPETITIONS:,}"
+        )
+    if not options.repetitions <= options.most_repetitions <= MOST_REPETITIONS:
         raise ConfigError(
             f"--max-repetitions is {options.most_repetitions}; it must be at least --repetitions, "
-            f"{options.repetitions}"
+            f"{options.repetitions}, and at most {MOST_REPETITIONS:,}"
         )
     if not 0 < options.interval < 1:
         raise ConfigError(f"--interval is {options.interval}; it must be a share between 0 and 1, as 1%")

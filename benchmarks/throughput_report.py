@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sleb.benchmarks.intervals import LEAST_FOR_LEVEL
+from sleb.benchmarks.intervals import LEAST_FOR_LEVEL, UNTIL_NARROW
 from sleb.benchmarks.paper import describe_paper, print_paper
 from sleb.benchmarks.report import format_rate, format_size, widen
 from sleb.benchmarks.results import NOISY, Row
@@ -25,7 +25,7 @@ _CEILING_ERROR = 0.02
 # Why a workload whose intervals are wide was not repeated further.
 _STOPPED = {
     "repetitions": "the most repetitions",
-    "time": "its share of the time was over",
+    "time": "the time for it was over",
     "interrupt": "interrupted",
 }
 _STAND_IN = (
@@ -69,8 +69,12 @@ def print_report(report: Report, console: Console) -> None:
     computed = f"{environment.get('dtype')}" + ("" if weights == "auto" else f", {weights} weights")
     say(f"{report.model.get('name')}, {computed} on {where}{threads}")
     console.print(_table(rows))
-    for note in notes(report):
+    if not report.complete:
+        say("Interrupted: only complete repetitions are counted, and tests without one are missing.")
+    for note in (*notes(report.to_dict()), *(meanings(report) if rows else ())):
         say(note)
+    for notice in report.conditions.get("notices", ()):
+        say(notice)
     if report.settings.get("paper") and rows:
         print_paper(rows, report.model, f"{where}{threads}", console)
 
@@ -93,6 +97,10 @@ def _table(rows: Sequence[Row]) -> Table:
 def workload_of(row: Row) -> str:
     """The workload of a row in a few words."""
     return describe_workload(row.test, row.batch, row.prompt_tokens, row.output_tokens)
+
+
+def _workload(row: Mapping[str, Any]) -> str:
+    return describe_workload(row["test"], row["batch"], row["prompt_tokens"], row["output_tokens"])
 
 
 def variant_label(row: Row) -> str:
@@ -123,20 +131,28 @@ def _cells(row: Row) -> list[str]:
     return [*cells, format_size(row.weight_bytes), format_size(row.kv_bytes)]
 
 
-def notes(report: Report) -> list[str]:
-    """What a reader of the table must know."""
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of the rows must know, beside what columns mean and what the conditions were.
+
+    result: `Report.to_dict`, or a result file; what an older one does not have is passed over.
+    """
+    rows: Sequence[Mapping[str, Any]] = result.get("rows") or ()
+    settings: Mapping[str, Any] = result.get("settings") or {}
+    model = result.get("model")
     lines = []
-    if not report.complete:
-        lines.append("Interrupted: only complete repetitions are counted, and tests without one are missing.")
-    if report.model.get("layer_map") == "stand-in":
+    if isinstance(model, Mapping) and model.get("layer_map") == "stand-in":
         lines.append(_STAND_IN)
-    if report.rows:
-        lines += [*_noise_notes(report.rows), *_repetition_notes(report), *_meanings(report)]
-    return [*lines, *report.conditions.get("notices", ())]
+    if rows:
+        lines += [*_noise_notes(rows), *_repetition_notes(rows, settings), *_rest_notes(rows, settings)]
+    return lines
 
 
-def _noise_notes(rows: Sequence[Row]) -> Iterator[str]:
-    noisy = [f"{workload_of(row)}, {row.variant}: ±{row.relative_spread:.0%}" for row in rows if row.noisy]
+def _noise_notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    noisy = [
+        f"{_workload(row)}, {row.get('variant') or row['depth']}: ±{row['relative_spread']:.0%}"
+        for row in rows
+        if (row.get("relative_spread") or 0) > NOISY
+    ]
     if noisy:
         yield (
             f"* Noisy: half the spread is above {NOISY:.0%} of the median ({'; '.join(noisy)}). "
@@ -144,26 +160,50 @@ def _noise_notes(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _repetition_notes(report: Report) -> Iterator[str]:
-    """How often it was repeated, and which intervals stayed wider than they were to be."""
-    counts = sorted({row.repetitions for row in report.rows})
-    if counts[0] < LEAST_FOR_LEVEL:
+def _repetition_notes(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Iterator[str]:
+    """How often it was repeated, which intervals stayed wider than they were to be, and what they are worth."""
+    if any((row.get("repetitions") or LEAST_FOR_LEVEL) < LEAST_FOR_LEVEL for row in rows):
         yield (
             f"An interval of 95 % takes {LEAST_FOR_LEVEL} repetitions. With fewer, the column has the least and the "
             "greatest ratio, and there is no verdict."
         )
-    interval = report.settings.get("interval") or 0.0
+    interval = settings.get("interval") or 0.0
     wide: dict[str, float] = {}
-    for row in report.rows:
-        if row.stopped != "interval" and row.half_width is not None and row.half_width > interval:
-            key = f"{workload_of(row)}, {_STOPPED[row.stopped or 'interrupt']}"
-            wide[key] = max(wide.get(key, 0.0), row.half_width)
-    if wide:
+    for row in rows:
+        half_width = _half_width(row)
+        if row.get("stopped") != "interval" and half_width is not None and half_width > interval:
+            key = f"{_workload(row)}, {_STOPPED.get(row.get('stopped') or '', 'interrupted')}"
+            wide[key] = max(wide.get(key, 0.0), half_width)
+    if wide and interval:
         shown = "; ".join(f"{workload}: ±{width:.1%}" for workload, width in wide.items())
         yield f"Intervals wider than ±{interval:.1%} ({shown}): give --max-repetitions or --time-budget more."
+    chosen = (settings.get("max_repetitions") or 0) > (settings.get("repetitions") or 0)
+    if chosen and any(row.get("stopped") == "interval" for row in rows):
+        yield (
+            "Where repetitions went on until intervals were narrow, those of 95 % hold the true value in "
+            f"{UNTIL_NARROW} of runs, and about one control in twelve differs by chance."
+        )
 
 
-def _meanings(report: Report) -> Iterator[str]:
+def _half_width(row: Mapping[str, Any]) -> float | None:
+    """As `Row.half_width`."""
+    if row.get("speedup_level") is None:
+        return None
+    return float((row["speedup_high"] - row["speedup_low"]) / 2 / row["speedup"])
+
+
+def _rest_notes(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Iterator[str]:
+    skipped = settings.get("not_mixed") or ()
+    if skipped:
+        yield f"Not mixed, since the batch has fewer requests than there are depths: {', '.join(skipped)}."
+    if any((row.get("roofline_share") or 0) > 1 + _CEILING_ERROR for row in rows):
+        yield (
+            "A share of the roofline above 100 % says that the ceiling was measured too low: the machine was slower at "
+            "that moment, or its library's matrix product is slower than the model's own kernels."
+        )
+
+
+def meanings(report: Report) -> Iterator[str]:
     """What the columns are."""
     rows = report.rows
     counts = sorted({row.repetitions for row in rows})
@@ -171,7 +211,7 @@ def _meanings(report: Report) -> Iterator[str]:
     plural = "" if counts == [1] else "s"
     yield (
         f"tokens/s: median of {shown} repetition{plural}; generate counts new tokens over the whole run, prompts too, "
-        "decode those after each request's first, and their time alone."
+        "decode those after each request's first, at the pace of the steps in which all requests decode."
     )
     if any(row.is_pruned for row in rows):
         yield (
@@ -189,16 +229,8 @@ def _meanings(report: Report) -> Iterator[str]:
             "Depths with a plus: one batch of all of them in turns; its speedup is the time that its requests' depths "
             "would take alone over its own, 1 if mixing costs nothing."
         )
-    skipped = report.settings.get("not_mixed") or ()
-    if skipped:
-        yield f"Not mixed, since the batch has fewer requests than there are depths: {', '.join(skipped)}."
     if report.environment.get("ceilings"):
         yield _roofline_note(report.environment["ceilings"])
-    if any((row.roofline_share or 0) > 1 + _CEILING_ERROR for row in rows):
-        yield (
-            "A share of the roofline above 100 % says that the ceiling was measured too low: the machine was slower at "
-            "that moment, or its library's matrix product is slower than the model's own kernels."
-        )
 
 
 def _roofline_note(ceilings: Mapping[str, Any]) -> str:

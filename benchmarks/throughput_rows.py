@@ -111,10 +111,11 @@ def floor_seconds(workload: Workload, cost: DepthCost, ceilings: Ceilings) -> fl
     return decode if workload.test == "decode" else prompt + decode
 
 
-def control_notices(rows: Sequence[Row], bound: float) -> list[str]:
+def control_notices(rows: Sequence[Row], bound: float, until_narrow: bool = False) -> list[str]:
     """What to say about controls that came out different from what they are a copy of.
 
     bound: the half width that intervals were to have; a smaller error is told as the size of what cannot be trusted.
+    until_narrow: whether a workload may be repeated until its intervals have it, which makes such errors more frequent.
     """
     notices = []
     for row in rows:
@@ -132,6 +133,9 @@ def control_notices(rows: Sequence[Row], bound: float) -> list[str]:
                 "again, on a quiet machine and with more --repetitions."
             )
         else:
-            found += f" Differences of {error:.1%} and less mean nothing here; one control in twenty errs by chance."
+            chance = "one control in twenty errs by chance"
+            if until_narrow and row.stopped == "interval":
+                chance = "repeated until intervals are narrow, about one control in twelve errs by chance"
+            found += f" Differences of {error:.1%} and less mean nothing here; {chance}."
         notices.append(found)
     return notices

@@ -31,9 +31,9 @@ class ThroughputOptions:
 
     repetitions to max_repetitions (None: 30, or repetitions where that is more) are made of every workload, until the
     half width of each ratio's interval is at most `interval` of the ratio; time_budget: seconds for all workloads, 0:
-    no limit. control: the baseline runs a second time, as a variant of its own. mixed: "generate" runs a batch of all
-    depths besides. paper: see `sleb.benchmarks.paper`. fail_below: the speedup that every depth is to have; checked
-    here for having something to judge. The rest is as in EngineConfig.
+    no limit, see `harness.Stopping`. control: the baseline runs a second time, as a variant of its own. mixed:
+    "generate" runs a batch of all depths besides. paper: see `sleb.benchmarks.paper`. fail_below: the speedup that
+    every depth is to have; checked here for having something to judge. The rest is as in EngineConfig.
     """
 
     model: str = ""
@@ -73,7 +73,7 @@ class Workload:
     """`batch` equal requests.
 
     A "prompt" test asks one new token, so that the head runs for one row. "decode" is "generate" without the prompts:
-    the clock runs from when every request has its first token.
+    the clock runs over the steps in which all requests decode, and what they took is scaled up to all steps.
     """
 
     test: Test
@@ -107,6 +107,21 @@ def describe_workload(test: str, batch: int, prompt_tokens: int, output_tokens: 
 def wanted_tests(options: ThroughputOptions) -> list[Test]:
     """The tests in the order in which they run."""
     return [test for test in TESTS if test in options.tests or (test == "decode" and options.contexts)]
+
+
+def steps_apart(workload: Workload, step_tokens: int) -> int:
+    """Steps from the first request's first token to the last one's: 0 where a step of `step_tokens` holds all prompts.
+
+    As the scheduler has it: requests with their first token take one token of a step each, prompts the rest in turn.
+    """
+    num_computed = num_whole = num_steps = first = 0
+    while num_whole < workload.batch:
+        num_steps += 1
+        num_computed += step_tokens - num_whole
+        num_whole = min(workload.batch, num_computed // workload.prompt_tokens)
+        if num_whole and not first:
+            first = num_steps
+    return num_steps - first
 
 
 def as_numbers(values: Sequence[int] | int) -> Sequence[int]:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import getpass
 import json
 import platform
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from sleb.benchmarks.environment import describe_environment, shown_command, source_commit
+from sleb.benchmarks.environment import (
+    command_line,
+    describe_environment,
+    describe_machine,
+    shown_command,
+    source_commit,
+)
 from sleb.engine.llm import LLM
 
 
@@ -51,6 +58,25 @@ def test_a_command_is_shown_without_the_paths_of_the_machine(tmp_path: Path) -> 
     shown = shown_command([*arguments, "--depths", "0,6"], str(model) + "/")
     expected = ["sleb", "bench", "some-model", "--json=r.json", "--layer-map", "map.json", "--depths", "0,6"]
     assert shown == expected
+
+
+def test_a_command_is_recorded_as_a_shell_takes_it() -> None:
+    words = [
+        "sleb",
+        "bench",
+        "--label",
+        "a b's",
+        "--json=my file.json",
+        "",
+        "größe…",
+        "r\udcff.json",
+        "x=1,2",
+    ]
+    line = command_line(words)
+    assert shlex.split(line) == words
+    assert line == "sleb bench --label 'a b'\"'\"'s' '--json=my file.json' '' größe… r\udcff.json x=1,2"
+    machine = describe_machine(torch.device("cpu"), torch.float32, "", ["sleb", "my model"])
+    assert machine["command"] == "sleb 'my model'"
 
 
 def test_a_hub_id_is_no_path() -> None:

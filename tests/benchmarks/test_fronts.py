@@ -74,6 +74,8 @@ def test_maps_that_do_not_compare_are_refused(tiny_model_dir):
         FrontsOptions("m", {"two": LayerMap("m", None, 6, (Unit(1),))}).check()
     with pytest.raises(ConfigError, match="--repetitions is 0"):
         FrontsOptions("m", {"one": BLOCKS}, repetitions=0).check()
+    with pytest.raises(ConfigError, match="--repetitions is 10001; it must be at most 10,000"):
+        FrontsOptions("m", {"one": BLOCKS}, repetitions=10_001).check()
 
 
 def test_measures_the_depths_and_keeps_whole_maps_when_interrupted(tiny_model_dir, monkeypatch):

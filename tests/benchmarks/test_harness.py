@@ -170,20 +170,86 @@ def test_the_interval_of_every_variant_counts() -> None:
     assert len(samples["a"]) == 20
 
 
-def test_the_time_is_shared_out_and_every_workload_gets_a_repetition() -> None:
+def budgeted(
+    seconds: float, noise: float = 0.01, least: int = 6
+) -> tuple[FakeRuns, dict[str, int], dict[str, StopReason]]:
+    """Of "long", 7,000 s a repetition, and "short", 1,000 s and two runs: the runs, how often, and why not more."""
+    rng = random.Random(1)
+
+    def cost(depth: int, repetition: int) -> float:
+        return (3000.0 if runs.log[-1][0] == "long" else 1.0) * (1 + noise * rng.random())
+
+    runs = FakeRuns(cost)
+    samples: Samples[str] = {}
+    stops: dict[str, StopReason] = {}
+    began = runs.now
+    measure(
+        runs.prepare, ["long", "short"], (0, 6), least, 0, samples, clock=runs.clock, stops=stops,
+        stopping=Stopping(30, 0.001, ratios_of, seconds=seconds),
+    )  # fmt: skip
+    assert runs.now - began <= seconds
+    return runs, {name: len(repetitions) for name, repetitions in samples.items()}, stops
+
+
+def test_the_least_repetitions_come_before_narrow_intervals() -> None:
+    """Seven times each, warm-ups included, take 56,000 s; half of the other 13,000 are too few for a long one more."""
+    runs, counts, stops = budgeted(69_000.0)
+    assert counts == {"long": 6, "short": 18}
+    assert stops == {"long": "time", "short": "time"}
+    assert [workload for workload, repetition, _ in runs.log if repetition == 0] == ["long"] * 2 + [
+        "short"
+    ] * 2
+
+
+def test_what_is_left_is_shared_out_over_those_that_are_not_narrow() -> None:
+    """24,000 s are left for each: three long repetitions, and as many short ones as there may be."""
+    runs, counts, stops = budgeted(105_000.0)
+    assert counts == {"long": 9, "short": 30} and stops == {"long": "time", "short": "repetitions"}
+    # Taken up again, a workload goes on with its orders.
+    for workload, count in counts.items():
+        order = [depth for name, repetition, depth in runs.log if name == workload and repetition]
+        planned = alternated_orders((0, 6), count, random.Random(f"0 {workload}"))
+        assert order == [depth for each in planned for depth in each]
+    narrow = budgeted(105_000.0, noise=0.0)
+    assert narrow[1:] == ({"long": 6, "short": 6}, {"long": "interval", "short": "interval"})
+
+
+def test_an_odd_least_number_is_made_even_by_what_is_left() -> None:
+    assert budgeted(100_000.0, noise=0.0, least=7)[1:] == (
+        {"long": 8, "short": 8}, {"long": "interval", "short": "interval"},
+    )  # fmt: skip
+
+
+def test_the_time_goes_in_order_and_every_workload_gets_a_repetition() -> None:
     """A repetition takes 1,002 s: 1,000 to prepare, and two runs; so does the warm-up."""
     runs = FakeRuns(lambda depth, repetition: 1.0 + random.Random(repetition * 10 + depth).random() / 10)
     samples: Samples[str] = {}
     stops: dict[str, StopReason] = {}
+    seen: list[Progress] = []
     started = runs.now
     measure(
-        runs.prepare, ["a", "b"], (0, 6), 6, 0, samples, clock=runs.clock, stops=stops,
+        runs.prepare, ["a", "b"], (0, 6), 6, 0, samples, clock=runs.clock, stops=stops, on_progress=seen.append,
         stopping=Stopping(30, 0.001, ratios_of, seconds=10_050.0),
     )  # fmt: skip
-    assert {name: len(repetitions) for name, repetitions in samples.items()} == {"a": 4, "b": 4}
+    assert {name: len(repetitions) for name, repetitions in samples.items()} == {"a": 6, "b": 2}
     assert stops == {"a": "time", "b": "time"}
     assert runs.now - started <= 10_050
+    assert seen[-1].num_done == seen[-1].num_runs == 2 * (7 + 3)
     assert repeated(lambda depth, repetition: 1.0, seconds=1.0) == (1, "time")
+
+
+def test_an_interrupt_while_intervals_are_narrowed_keeps_what_is_complete() -> None:
+    noise = random.Random(1)
+    runs = FakeRuns(lambda depth, repetition: 1 + noise.random(), interrupt_at=2 * 2 * 7 + 2 + 1)
+    samples: Samples[str] = {}
+    stops: dict[str, StopReason] = {}
+    with pytest.raises(KeyboardInterrupt):
+        measure(
+            runs.prepare, ["a", "b"], (0, 6), 6, 0, samples, clock=runs.clock, stops=stops,
+            stopping=Stopping(30, 0.001, ratios_of, seconds=1e6),
+        )  # fmt: skip
+    assert {name: len(repetitions) for name, repetitions in samples.items()} == {"a": 7, "b": 6}
+    assert stops == {}
 
 
 def test_time_that_a_workload_leaves_goes_to_the_others() -> None:

@@ -147,3 +147,38 @@ def test_coverage_when_repeated_until_it_is_narrow(
         found = ratio_interval(ratios)
         covered += found.low <= 1 <= found.high
     assert covered / runs >= at_least
+
+
+@pytest.mark.parametrize("num_values", [101, 120, 137])
+def test_above_a_hundred_the_rank_is_approximated_from_below(num_values: int) -> None:
+    rank = interval_rank(num_values)
+    assert rank is not None
+    below, exact = itertools.accumulate(signed_rank_counts(num_values)), 0
+    while next(below) <= 0.025 * 2**num_values:
+        exact += 1
+    assert exact - 3 <= rank <= exact
+
+
+@pytest.mark.parametrize("num_values", [101, 102])
+@pytest.mark.parametrize("grain", [1e-9, 0.01])
+def test_above_a_hundred_averages_are_counted(num_values: int, grain: float) -> None:
+    """As listing them has it, equal ones among them too."""
+    rng = random.Random(num_values)
+    logs = [grain * round(rng.gauss(0.1, 0.05) / grain) for _ in range(num_values)]
+    averages, rank = walsh_averages(logs), interval_rank(num_values)
+    assert rank is not None
+    found = ratio_interval([math.exp(value) for value in logs])
+    ends = [math.exp(averages[rank - 1]), math.exp(averages[-rank])]
+    assert [found.low, found.high] == pytest.approx(ends, rel=1e-12)
+    assert found.estimate == pytest.approx(math.exp(median(averages)), rel=1e-12)
+    assert found.level == 0.95
+
+
+def test_thousands_of_ratios_have_an_interval() -> None:
+    """2¹⁰²⁴ is past what a float holds."""
+    rng = random.Random(7)
+    ratios = [1.19 * math.exp(rng.gauss(0, 0.02)) for _ in range(2000)]
+    found = ratio_interval(ratios)
+    assert 1.185 < found.low < 1.19 < found.high < 1.195
+    assert verdict(ratio_interval([1.0] * 1024)) == "no difference"
+    assert interval_rank(10_000) is not None

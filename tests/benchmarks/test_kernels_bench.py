@@ -230,6 +230,7 @@ def test_interpreted_kernels_are_marked() -> None:
         ({"ops": ("greedy", "greedy")}, "op 'greedy' is named twice"),
         ({"backends": ("cudnn",)}, "backend 'cudnn' is not known; choose from: torch, triton, flash, varlen"),
         ({"repetitions": 0}, "--repetitions is 0"),
+        ({"repetitions": 10_001}, "--repetitions is 10001; it must be an integer from 1 to 10,000"),
         ({"dtype": "float8"}, "--dtype is 'float8'"),
         ({"scale": "huge"}, "--scale is 'huge'; choose one of: auto, full, small"),
         ({"device": "abacus"}, "abacus"),

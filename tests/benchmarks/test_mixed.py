@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sleb.benchmarks import ceilings as ceilings_module
+from sleb.benchmarks import mixed as mixed_module
+from sleb.benchmarks.mixed import MixedOptions, MixedRepetition, run_mixed
 from sleb.benchmarks.throughput import ThroughputBench, run_throughput
 from sleb.benchmarks.throughput_report import notes
 from sleb.benchmarks.variants import CONTROL, MIXED, Variants, depths_in_turns
@@ -106,4 +110,21 @@ def test_the_row(options: ThroughputOptions) -> None:
 def test_a_batch_that_is_too_small_is_left_out_and_told(options: ThroughputOptions) -> None:
     report = run_throughput(options)
     assert {(row.test, row.batch) for row in report.rows if row.variant == "mixed"} == {("generate", 5)}
-    assert any(note.endswith("than there are depths: generate 2 × 3 after 6.") for note in notes(report))
+    assert any(
+        note.endswith("than there are depths: generate 2 × 3 after 6.") for note in notes(report.to_dict())
+    )
+
+
+def test_the_target_is_that_of_the_device_that_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.93 of the throughput expected meets a card's target and not a processor's."""
+    repetition = MixedRepetition(mixed=1.0, alone={0: 1.0, 3: 0.86}, others_share=None, disturbed=False)
+    monkeypatch.setattr(
+        mixed_module, "_measure", lambda llm, options, repetitions, progress: repetitions.append(repetition)
+    )
+    monkeypatch.setattr(mixed_module, "describe_environment", lambda engine, command: {})
+    for device, target in (("cpu", 0.95), ("cuda", 0.90)):
+        runner = SimpleNamespace(device=torch.device(device))
+        llm = SimpleNamespace(engine=SimpleNamespace(runner=runner, model_name="m"))
+        monkeypatch.setattr(mixed_module, "_load", lambda options, llm=llm: llm)
+        found = run_mixed(MixedOptions("m", depths=(0, 3), device="auto"))
+        assert (found["target"], found["met"]) == (target, device == "cuda")

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +18,10 @@ from sleb.benchmarks.ceilings import Ceilings
 from sleb.benchmarks.ideal import DepthCost, decode_bytes, decode_flops, prompt_bytes, prompt_flops
 from sleb.benchmarks.throughput import (
     ThroughputBench,
-    decode_seconds,
-    greedy_params,
     plain_token_ids,
     run_throughput,
 )
-from sleb.benchmarks.throughput_report import notes
+from sleb.benchmarks.throughput_report import meanings, notes
 from sleb.benchmarks.workloads import (
     ThroughputOptions,
     Workload,
@@ -275,7 +272,13 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(
         ({"batches": ()}, ConfigError, "no batch is named"),
         ({"batches": (4, 0)}, ConfigError, "batch is 0; it must be an integer of at least 1"),
         ({"batches": (4, 4)}, ConfigError, "batch 4 is named twice"),
-        ({"repetitions": 0}, ConfigError, "--repetitions is 0"),
+        ({"repetitions": 0}, ConfigError, "--repetitions is 0; it must be an integer from 1 to 10,000"),
+        ({"repetitions": 10_001}, ConfigError, "--repetitions is 10001"),
+        (
+            {"max_repetitions": 10_001},
+            ConfigError,
+            "--max-repetitions is 10001; it must be at least --repetitions, 2, and",
+        ),
         ({"prompt_tokens": 0}, ConfigError, "--prompt-tokens is 0"),
         ({"output_tokens": 1}, ConfigError, "--output-tokens is 1; it must be an integer of at least 2"),
         ({"output_tokens": (4, 1)}, ConfigError, "--output-tokens is 1"),
@@ -331,63 +334,6 @@ def test_decode_times_what_follows_the_first_tokens(options: ThroughputOptions) 
         assert row.tokens_per_second_samples == pytest.approx([3 * 4 / each for each in row.seconds_samples])
 
 
-class ScriptedEngine:
-    """Gives the tokens of a script: for every step, the requests that get one. A step takes a second."""
-
-    def __init__(self, script: list[list[int]], clock: Any) -> None:
-        self.script, self.clock = iter(script), clock
-        self.ids: list[str] = []
-        self.left: dict[str, int] = {}
-        self.aborted: list[str] = []
-
-    def add_request(self, request_id: str, prompt: list[int], params: Any, depth: int) -> None:
-        self.ids.append(request_id)
-        self.left[request_id] = params.max_tokens
-
-    def step(self) -> list[Any]:
-        self.clock.now += 1.0
-        outputs = []
-        for index in next(self.script):
-            self.left[self.ids[index]] -= 1
-            reason = "length" if not self.left[self.ids[index]] else None
-            outputs.append(
-                SimpleNamespace(request_id=self.ids[index], new_token_ids=[7], finish_reason=reason)
-            )
-        return outputs
-
-    def abort(self, request_id: str) -> None:
-        self.aborted.append(request_id)
-
-
-@pytest.mark.parametrize(
-    ("script", "seconds"),
-    [
-        # All prompts in the first step, then two steps.
-        ([[0, 1], [0, 1], [0, 1]], 2.0),
-        # Outputs a step late.
-        ([[], [0, 1], [0, 1], [0, 1]], 2.0),
-        # A prompt a step: three tokens follow the last first one, in 2 s; all but the first are four.
-        ([[0], [0, 1], [0, 1], [1]], 2.0 * 4 / 3),
-    ],
-)
-def test_decode_time_is_that_of_all_tokens_but_the_first(
-    script: list[list[int]], seconds: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("sleb.benchmarks.throughput.time.perf_counter", lambda: clock.now)
-    engine: Any = ScriptedEngine(script, clock)
-    assert decode_seconds(engine, [[1], [2]], greedy_params(3), 0) == pytest.approx(seconds)
-    assert engine.aborted == []
-
-
-def test_a_decode_run_whose_answers_never_overlap_says_so() -> None:
-    engine: Any = ScriptedEngine([[0], [0], [1], [1]], SimpleNamespace(now=0.0))
-    assert decode_seconds(engine, [[1], [2]], greedy_params(2), 0) > 0
-    engine = ScriptedEngine([[0], [1]], SimpleNamespace(now=0.0))
-    with pytest.raises(ConfigError, match="--output-tokens"):
-        decode_seconds(engine, [[1], [2]], greedy_params(1), 0)
-
-
 def test_roofline_shares(options: ThroughputOptions) -> None:
     """The least time is that of the bytes at the memory's rate, or of the operations at the matrix product's."""
     bench = ThroughputBench(replace(options, tests=("prompt", "generate", "decode"), batches=(3,)))
@@ -410,7 +356,7 @@ def test_the_report_holds_the_ceilings(options: ThroughputOptions) -> None:
     report = run_throughput(replace(options, tests=("prompt",), repetitions=1, max_repetitions=1))
     assert report.environment["ceilings"]["copy_bytes_per_second"] > 0
     assert report.rows[0].roofline_share is not None and report.rows[0].roofline_share > 0
-    assert any("roofline" in note for note in notes(report))
+    assert any("roofline" in line for line in meanings(report))
     assert report.model["layer_map"] == "given"
 
 
@@ -448,7 +394,7 @@ def test_a_shipped_shape_runs_with_random_weights_and_its_shipped_map(shape: Cal
     assert report.model["removed"] == ["14", "23", "11", "24", "10", "27", "15"]
     assert report.settings["load_format"] == "dummy"
     assert {row.num_blocks_kept for row in report.rows} == {32, 25}
-    assert not any("stand-in" in note for note in notes(report))
+    assert not any("stand-in" in note for note in notes(report.to_dict()))
 
 
 def test_a_shape_without_a_shipped_map_has_a_stand_in(shape: Callable[[str], None], tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sleb.benchmarks import ceilings as ceilings_module
 from sleb.benchmarks.results import Row, make_row, rows_below
 from sleb.benchmarks.throughput import ThroughputBench, run_throughput
-from sleb.benchmarks.throughput_report import notes
+from sleb.benchmarks.throughput_report import notes, print_report
 from sleb.benchmarks.throughput_rows import control_notices
 from sleb.benchmarks.variants import CONTROL, Variant
 from sleb.benchmarks.workloads import ThroughputOptions, Workload
@@ -90,7 +91,53 @@ def test_a_control_that_differs_makes_the_run_untrusted(options: ThroughputOptio
     )
     [small] = control_notices(rows_of(plain, {3: [1.2] * 6, CONTROL: [1.004, 1.003, 1.005] * 2}), 0.01)
     assert "0.4% faster than itself" in small and "cannot be trusted" not in small
-    assert "Differences of 0.4% and less mean nothing here" in small
+    assert small.endswith(
+        "Differences of 0.4% and less mean nothing here; one control in twenty errs by chance."
+    )
+
+
+def test_controls_err_more_often_where_repetitions_go_on_until_narrow(options: ThroughputOptions) -> None:
+    rows = rows_of(replace(options, mixed=False), {3: [1.2] * 6, CONTROL: [1.004, 1.003, 1.005] * 2})
+    rows = [replace(row, stopped="interval") for row in rows]
+    [notice] = control_notices(rows, 0.01, until_narrow=True)
+    assert "repeated until intervals are narrow, about one control in twelve errs by chance" in notice
+    for others in (
+        control_notices(rows, 0.01),
+        control_notices([replace(rows[-1], stopped="time")], 0.01, True),
+    ):
+        assert "one control in twenty" in others[0]
+
+
+def test_what_intervals_are_worth_is_told_where_they_ended_the_repetitions(
+    options: ThroughputOptions,
+) -> None:
+    report = run_throughput(options)
+    for most, stopped, told in ((30, "interval", True), (6, "interval", False), (30, "repetitions", False)):
+        rows = [replace(row, stopped=stopped) for row in report.rows]
+        changed = replace(report, rows=rows, settings={**report.settings, "max_repetitions": most})
+        found = [
+            note for note in notes(changed.to_dict()) if "hold the true value in 92 to 95 % of runs" in note
+        ]
+        assert len(found) == told
+
+
+def test_notes_of_a_file_that_lacks_what_came_later() -> None:
+    row = {
+        "test": "generate",
+        "depth": 6,
+        "batch": 8,
+        "prompt_tokens": 64,
+        "output_tokens": 128,
+        "speedup": 1.2,
+    }
+    assert notes({"kind": "throughput", "rows": [row]}) == []
+    assert notes({"kind": "throughput", "model": "a name", "rows": []}) == []
+    [note] = notes({"rows": [row | {"relative_spread": 0.2}]})
+    assert note.startswith(
+        "* Noisy: half the spread is above 10% of the median (generate 8 × 128 after 64, 6: ±20%)"
+    )
+    [note] = notes({"rows": [row | {"roofline_share": 1.2}], "settings": {}})
+    assert "measured too low" in note
 
 
 def test_rows_below(options: ThroughputOptions) -> None:
@@ -106,7 +153,7 @@ def test_the_time_budget_ends_a_workload(options: ThroughputOptions) -> None:
     assert {row.repetitions for row in report.rows} == {1} and {row.stopped for row in report.rows} == {
         "time"
     }
-    text = " ".join(notes(report))
+    text = " ".join(notes(report.to_dict()))
     assert "An interval of 95 % takes 6 repetitions" in text
 
 
@@ -117,7 +164,7 @@ def test_the_result_has_the_machines_conditions(options: ThroughputOptions) -> N
     assert set(found) >= {"notices", "others_share", "clock"}
     assert len(found["repetitions"]) == 6
     assert {each["workload"] for each in found["repetitions"]} == {"generate 2 × 3 after 6"}
-    assert all(len(each["run_shares"]) in (0, 4) for each in found["repetitions"])
+    assert all(len(each["run_shares"]) <= 4 for each in found["repetitions"])
     assert found["clock"]["unit"] in ("MHz", "relative")
     json.dumps(result, allow_nan=False)
 
@@ -125,7 +172,9 @@ def test_the_result_has_the_machines_conditions(options: ThroughputOptions) -> N
 def test_notices_are_printed(options: ThroughputOptions) -> None:
     report = run_throughput(options)
     told = replace(report, conditions={"notices": ["The processor's pace changed by 12% (…)."]})
-    assert notes(told)[-1] == "The processor's pace changed by 12% (…)."
+    console = Console(record=True, width=160)
+    print_report(told, console)
+    assert console.export_text().splitlines()[-1] == "The processor's pace changed by 12% (…)."
 
 
 def test_wide_intervals_are_told_with_what_stopped_them(options: ThroughputOptions) -> None:
@@ -135,17 +184,17 @@ def test_wide_intervals_are_told_with_what_stopped_them(options: ThroughputOptio
     told = replace(report, rows=[replace(row, stopped="repetitions") for row in rows])
     assert any(
         note.startswith("Intervals wider than ±1.0% (generate 2 × 3 after 6, the most repetitions: ±8.3%)")
-        for note in notes(told)
+        for note in notes(told.to_dict())
     )
     narrow = replace(report, rows=[replace(row, stopped="interval") for row in rows[:1]])
-    assert not any("wider" in note for note in notes(narrow))
+    assert not any("wider" in note for note in notes(narrow.to_dict()))
 
 
 def test_a_share_above_the_ceiling_is_explained(options: ThroughputOptions) -> None:
     report = run_throughput(options)
     for share, explained in ((0.9, False), (1.3, True)):
         told = replace(report, rows=[replace(row, roofline_share=share) for row in report.rows])
-        assert any("measured too low" in note for note in notes(told)) is explained
+        assert any("measured too low" in note for note in notes(told.to_dict())) is explained
 
 
 def bench(model: Path, map_file: Path, *arguments: object) -> Any:

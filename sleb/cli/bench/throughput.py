@@ -73,7 +73,8 @@ def throughput(
     time_budget: Annotated[
         float,
         typer.Option(
-            help="Seconds for all workloads, each measured once at least; loading not counted. 0: no limit."
+            help="Seconds for all workloads, loading not counted: the least repetitions first, then narrower "
+            "intervals. 0: no limit."
         ),
     ] = 0.0,
     control: Annotated[
