@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -25,8 +27,8 @@ _PASSING = ("date", "load_average", "ceilings")
 
 MEANING = (
     "ratio: B over A, turned so that above 1 B is better. overlap: whether the 95 % intervals do, of the samples' "
-    "median by ranks (all of the samples where they are fewer than six), or those that the results tell; if so, chance "
-    "may explain the difference. speedup: how far the row's own ratio moved."
+    "median by ranks, or those that the results tell; if so, chance may explain the difference. It is blank where "
+    "either has fewer than six samples, which say nothing about chance. speedup: how far the row's own ratio moved."
 )
 
 
@@ -56,6 +58,7 @@ class Difference:
     Attributes:
         environment: by fact its values in A and B, where they differ; None where one does not tell it.
         only_a, only_b: names of what the other has not measured.
+        without_ratio: names of what both measured, but one of them as 0, which nothing is a multiple of.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Difference:
     rows: list[Change]
     only_a: list[str]
     only_b: list[str]
+    without_ratio: list[str]
 
     def below(self, bound: float) -> list[Change]:
         """Where B is worse than `bound` times A."""
@@ -81,7 +85,7 @@ class Difference:
 
 
 def compare(a: Result, b: Result) -> Difference:
-    """Raises ConfigError for results of different kinds, or that measured nothing in common."""
+    """Raises ConfigError for results of different kinds, that are not whole, or that measured nothing in common."""
     if a.kind != b.kind:
         raise ConfigError(
             f"{a.name} is a {a.kind} result and {b.name} a {b.kind} one; give two results of the same kind"
@@ -93,14 +97,16 @@ def compare(a: Result, b: Result) -> Difference:
             f"{a.name} and {b.name} measured nothing in common ({_some(of_a)} against {_some(of_b)}); "
             "measure both with the same options"
         )
+    changes = {name: _change(of_a[name], of_b[name]) for name in common}
     return Difference(
         a.kind,
         a.name,
         b.name,
         environment_changes(a, b),
-        [_change(of_a[name], of_b[name]) for name in common],
+        [change for change in changes.values() if change is not None],
         [name for name in of_a if name not in of_b],
         [name for name in of_b if name not in of_a],
+        [name for name, change in changes.items() if change is None],
     )
 
 
@@ -108,34 +114,69 @@ def _some(found: Mapping[str, Measure]) -> str:
     return next(iter(found), "nothing")
 
 
-def _change(a: Measure, b: Measure) -> Change:
+def _change(a: Measure, b: Measure) -> Change | None:
+    """None where there is no ratio: more than nothing is better, but not so many times as good."""
     better, worse = (b.value, a.value) if a.higher_is_better else (a.value, b.value)
+    ratio = better / worse if worse else math.inf
+    if not math.isfinite(ratio):
+        return None
     overlap = None
     if a.interval is not None and b.interval is not None:
         overlap = a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
     moved = None if a.speedup is None or b.speedup is None else b.speedup - a.speedup
-    return Change(a.name, a.unit, a.value, b.value, better / worse, overlap, moved)
+    return Change(a.name, a.unit, a.value, b.value, ratio, overlap, moved)
 
 
 def environment_changes(a: Result, b: Result) -> dict[str, tuple[str | None, str | None]]:
-    """Facts of the environment, the model and its weights that differ, each with A's and B's."""
+    """Facts of the environment, the model and its weights that differ, each with A's and B's. Raises ConfigError."""
     facts_a, facts_b = _facts(a), _facts(b)
-    return {
+    found = {
         fact_name(key): (facts_a.get(key), facts_b.get(key))
         for key in dict.fromkeys((*facts_a, *facts_b))
         if facts_a.get(key) != facts_b.get(key)
     }
+    return found | _order_changes(_removal_orders(a), _removal_orders(b))
 
 
 def _facts(result: Result) -> dict[str, str]:
-    named = {"model": result.model, "weights": str(result.settings.get("weights") or "")}
-    facts = {key: value for key, value in named.items() if value} | flat_environment(result.environment)
-    for name, server in result.servers.items():
-        facts |= {
-            f"server {name} {key}".replace("  ", " "): value
-            for key, value in flat_environment(server).items()
-        }
+    model = result.data.get("model")
+    named = {
+        "model": result.model,
+        "model fingerprint": model.get("fingerprint") if isinstance(model, Mapping) else None,
+        "weights": result.settings.get("weights"),
+    }
+    facts = {key: str(value) for key, value in named.items() if value}
+    with result.reading():
+        facts |= flat_environment(result.environment)
+        for name, server in result.servers.items():
+            facts |= {
+                f"server {name} {key}".replace("  ", " "): value
+                for key, value in flat_environment(server).items()
+            }
     return {key: value for key, value in facts.items() if key not in _PASSING}
+
+
+def _removal_orders(result: Result) -> dict[str, list[str]]:
+    """What layer maps remove, in their order, by the name of the map, which is empty where there is one."""
+    model, maps = result.data.get("model"), result.data.get("maps")
+    found: dict[str, Any] = {"": model.get("removed") if isinstance(model, Mapping) else None}
+    with result.reading():
+        if result.kind == "prune":
+            found[""] = result.data["removed"]
+        elif result.kind == "fronts" and maps:
+            found = {name: each.get("removed") for name, each in maps.items()}
+        return {name: list(map(str, removed)) for name, removed in found.items() if removed is not None}
+
+
+def _order_changes(
+    a: Mapping[str, Sequence[str]], b: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Of maps that both tell. A longer order that begins as the other is no other one: it reaches deeper."""
+    changes: dict[str, tuple[str | None, str | None]] = {}
+    for name in a:
+        if any(one != other for one, other in zip(a[name], b.get(name, ()), strict=False)):
+            changes[f"layer map {name}".strip()] = (", ".join(a[name]), ", ".join(b[name]))
+    return changes
 
 
 def print_difference(found: Difference, console: Console, bound: float | None = None) -> None:
@@ -153,10 +194,14 @@ def print_difference(found: Difference, console: Console, bound: float | None = 
         say("The environments are the same.")
     console.print(_table(found, bound))
     say(MEANING)
-    for letter, names in (("A", found.only_a), ("B", found.only_b)):
+    for what, names in (
+        ("Without a ratio, as it would be over 0", found.without_ratio),
+        ("Only in A", found.only_a),
+        ("Only in B", found.only_b),
+    ):
         if names:
             more = f"; and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-            say(f"Only in {letter}: {'; '.join(names[:_MOST_NAMES])}{more}.")
+            say(f"{what}: {'; '.join(names[:_MOST_NAMES])}{more}.")
     if bound is not None and (below := found.below(bound)):
         say(f"Below {bound:g}: {'; '.join(f'{row.name} ({row.ratio:.3f})' for row in below)}.")
 

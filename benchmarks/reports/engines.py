@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
-from sleb.benchmarks.reports.document import Block, Bullets, Paragraph, Section, Table, unrepeated
+from sleb.benchmarks.reports.document import Block, Bullets, Section, Table, unrepeated
 from sleb.benchmarks.reports.kinds import Result
-from sleb.benchmarks.reports.shown import estimate, listed, number, rate, rate_spread, share, size, spread
+from sleb.benchmarks.reports.shown import (
+    estimate,
+    listed,
+    number,
+    plural,
+    rate,
+    rate_spread,
+    share,
+    size,
+    spread,
+)
 
 Row = Mapping[str, Any]
 
@@ -27,25 +37,40 @@ def peers_section(result: Result) -> Section:
     return Section(_peer_sentences(result), blocks)
 
 
+def ratio_meaning(rows: Iterable[Row]) -> tuple[str, str]:
+    """What ratios of engines are, and what the ends of their intervals."""
+    levels = {row.get("ratio_level") for row in rows}
+    few = "the median of the ratios", "the least and the greatest"
+    many = "the Hodges–Lehmann estimate of the ratios", "the ends of its 95 % interval"
+    if None not in levels:
+        return many
+    if levels == {None}:
+        return few
+    return f"{many[0]}, of fewer than six {few[0]}", f"{many[1]}, of fewer than six {few[1]}"
+
+
 def _meanings(result: Result) -> list[str]:
-    levels = {row.get("ratio_level") for row in result.rows}
-    ends = (
-        "of the least to the greatest ratio"
-        if levels == {None}
-        else "of 95 %, or with few repetitions of all ratios"
-    )
+    value, ends = ratio_meaning(result.rows)
     lines = [
         "sleb: by its weights; http: behind its own server; after a colon the depth, where pruned. tokens/s: medians.",
-        f"ratio: from the ratios of two turns of one repetition; above 1 sleb is faster. The interval is that {ends}.",
+        f"ratio: {value}, each of two turns of one repetition; above 1 sleb is faster. interval: {ends}.",
         "decode-N: N streams; one stream without its first token. prompt-N: a prompt of N tokens and one new token.",
     ]
     for label, shares in (result.data.get("floor_shares") or {}).items():
         if shares:
-            shown = estimate(median(shares), min(shares), max(shares))
+            shown = estimate(median(shares), min(shares), max(shares), num_runs=len(shares))
             lines.append(
                 f"decode-1, {label}: {shown} of the speed at which memory gives the weights, read beside it."
             )
     return lines
+
+
+def words_of_test(test: str) -> str:
+    """As "8 streams" and "prompt of 512 tokens"."""
+    name, _, count = test.partition("-")
+    if name == "decode" and count.isdigit():
+        return plural(int(count), "stream")
+    return f"prompt of {int(count):,} tokens" if name == "prompt" and count.isdigit() else test
 
 
 def by_test(result: Result) -> list[Row]:
@@ -144,11 +169,7 @@ def kernels_section(result: Result) -> Section:
             ("µs", "low–high", "GB/s", "TFLOP/s", "limit", "of limit", "timed by"),
             unrepeated(lines, 2),
         ),
-        Paragraph(
-            "GB/s: every input read once and every output written once, over the median time. of limit: the least "
-            "time that these bytes or the operations take at the ceilings, over the median time. interpreted: Triton "
-            "ran its kernels in Python; the times mean nothing."
-        ),
+        Bullets(_kernel_notes(result)),
     ]
     shares: dict[str, list[float]] = {}
     for row in result.rows:
@@ -160,6 +181,19 @@ def kernels_section(result: Result) -> Section:
         for backend, found in shares.items()
     ]
     return Section(summary, blocks)
+
+
+def _kernel_notes(result: Result) -> list[str]:
+    """What the columns mean, as `sleb bench kernels` says it."""
+    lines = [
+        "GB/s: every input read once and every output written once, over the median time. of limit: the least time "
+        "that these bytes or the operations take at the ceilings, over the median time."
+    ]
+    if any(row.get("timing") == "interpreted" for row in result.rows):
+        lines.append("interpreted: Triton ran its kernels in Python; the times mean nothing.")
+    if str(result.environment.get("device")).startswith("cpu"):
+        lines.append("On a CPU the inputs stay in its caches, so small shapes can pass the memory's limit.")
+    return lines
 
 
 def _kernel_cells(row: Row) -> list[str]:

@@ -36,8 +36,14 @@ _ELSEWHERE = ("command",)
 
 
 def environment_tables(results: Sequence[tuple[str, Result]]) -> list[Table]:
-    """What all results, each with its title, have in common, a row a fact; and a row a result of what differs."""
-    facts = {title: flat_environment(result.environment) for title, result in results}
+    """What all results, each with its title, have in common, a row a fact; and a row a result of what differs.
+
+    Raises ConfigError.
+    """
+    facts = {}
+    for title, result in results:
+        with result.reading():
+            facts[title] = flat_environment(result.environment)
     keys = list(dict.fromkeys([*_NAMES, *(key for each in facts.values() for key in each)]))
     found = {key: {each[key] for each in facts.values() if key in each} for key in keys}
     told = [each for each in facts.values() if each]

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sleb.benchmarks.intervals import LEAST_FOR_LEVEL
 from sleb.benchmarks.reports.document import Figure
 from sleb.benchmarks.reports.drawings import draw_scaling, draw_speedups, draw_tradeoff
-from sleb.benchmarks.reports.engines import by_test
+from sleb.benchmarks.reports.engines import by_test, ratio_meaning, words_of_test
 from sleb.benchmarks.reports.kinds import Result
 from sleb.benchmarks.reports.quality import dataset, perplexities
 from sleb.benchmarks.reports.serving import serve_figures
-from sleb.benchmarks.reports.shown import spaced
-from sleb.benchmarks.reports.speed import is_baseline, is_depth, without_parts, workload
+from sleb.benchmarks.reports.shown import plural, spaced
+from sleb.benchmarks.reports.speed import is_baseline, is_depth, without_parts
+from sleb.benchmarks.reports.speed_notes import num_counted, workload
 from sleb.plots import Bar, Measure, plot_groups, plot_quality
 
 Row = Mapping[str, Any]
@@ -69,9 +71,7 @@ def _throughput(result: Result, stem: Path) -> Iterator[Figure]:
     if any(not is_baseline(row) for row in rows):
         yield _speedups(result, rows, _beside(stem, "speedup"))
     for test in ("generate", "decode"):
-        own = [row for row in rows if row["test"] == test]
-        if len({row["batch"] for row in own}) > 1:
-            yield _batches(result, own, spaced(depths, _MOST_LINES), test, _beside(stem, f"batch-{test}"))
+        yield from _scalings(result, [row for row in rows if row["test"] == test], stem)
     shares = _shares(rows, spaced(depths, _MOST_BARS))
     if shares:
         path = _beside(stem, "roofline")
@@ -93,26 +93,56 @@ def _speedups(result: Result, rows: Sequence[Row], stem: Path) -> Figure:
         if row.get("ideal_speedup") is not None:
             ideals.setdefault(workload(row), []).append((row["depth"], row["ideal_speedup"]))
     draw_speedups(stem, lines, ideals, f"{_about(result)}: speedup by depth")
-    return Figure(stem.name, "Speedup by depth with its interval, beside the ideal, a panel a test.")
+    caption = "Speedup by depth with its interval, beside the ideal, a panel a test."
+    if any(row.get("speedup_level") is None for row in rows):
+        caption += (
+            f" With fewer than {LEAST_FOR_LEVEL} repetitions its ends are the least and the greatest ratio."
+        )
+    return Figure(stem.name, caption)
 
 
-def _batches(result: Result, rows: Sequence[Row], depths: Sequence[int], test: str, stem: Path) -> Figure:
+def _scalings(result: Result, rows: Sequence[Row], stem: Path) -> Iterator[Figure]:
+    """Throughput of one test, a figure for each of its lengths against the batch.
+
+    Decoding at more contexts than batches is a sweep over contexts: a figure for each batch against the context.
+    """
+    batches, contexts = ({row[key] for row in rows} for key in ("batch", "prompt_tokens"))
+    sweeps = any(row["test"] == "decode" for row in rows) and len(contexts) > len(batches)
+    x, fixed = ("prompt_tokens", "batch") if sweeps else ("batch", "prompt_tokens")
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["depth"], row[x])):
+        groups.setdefault((row[fixed], row["output_tokens"]), []).append(row)
+    for (value, output_tokens), own in sorted(groups.items()):
+        if len({row[x] for row in own}) > 1:
+            name = f"{'context' if sweeps else 'batch'}-{own[0]['test']}"
+            if len(groups) > 1:
+                name += f"-{value}-{output_tokens}"
+            yield _scaling(result, own, x, _beside(stem, name))
+
+
+def _scaling(result: Result, rows: Sequence[Row], x: str, stem: Path) -> Figure:
+    """Rows of one test that differ in depth and in `x`: "batch", or "prompt_tokens", the context."""
+    first = rows[0]
+    every = sorted({row["depth"] for row in rows})
+    drawn = spaced(every, _MOST_LINES)
     lines: dict[str, list[Bar]] = {}
-    for row in sorted(rows, key=lambda row: (row["depth"], row["batch"])):
-        if row["depth"] in depths:
+    for row in rows:
+        if row["depth"] in drawn:
             value = row["tokens_per_second"]
             ends = (row.get("tokens_per_second_low", value), row.get("tokens_per_second_high", value))
-            lines.setdefault(f"depth {row['depth']}", []).append((row["batch"], value, *ends))
-    draw_scaling(
-        stem,
-        lines,
-        title=f"{_about(result)}: {test} by batch",
-        x_label="requests at once",
-        y_label="tokens/s",
-    )
-    every = sorted({row["depth"] for row in rows})
+            lines.setdefault(f"depth {row['depth']}", []).append((row[x], value, *ends))
+    tokens = f"{num_counted(first):,} tokens"
+    if x == "batch":
+        against, label = "batch", "requests at once"
+        what = f"{tokens} after {first['prompt_tokens']:,}"
+    else:
+        against, label = "context", "tokens of context"
+        what = f"{plural(first['batch'], 'request')} of {tokens}"
+    title = f"{_about(result)}: {first['test']} of {what}, by {against}"
+    draw_scaling(stem, lines, title=title, x_label=label, y_label="tokens/s")
     return Figure(
-        stem.name, f"Throughput ({test}) against the batch, by depth{_left_out(every, _MOST_LINES)}."
+        stem.name,
+        f"Throughput ({first['test']}: {what}) against the {against}, by depth{_left_out(every, _MOST_LINES)}.",
     )
 
 
@@ -134,8 +164,9 @@ def _peers(result: Result, stem: Path) -> Iterator[Figure]:
     for row in by_test(result):
         ends = (row.get("ratio_low", row["ratio"]), row.get("ratio_high", row["ratio"]))
         groups = formats.setdefault(row["weight_format"], {})
-        groups.setdefault(_test_in_words(row["test"]), []).append((row["peer"], row["ratio"], *ends))
+        groups.setdefault(words_of_test(row["test"]), []).append((row["peer"], row["ratio"], *ends))
     for weight_format, groups in formats.items():
+        value, whiskers = ratio_meaning(row for row in result.rows if row["weight_format"] == weight_format)
         path = _beside(stem, slug(weight_format))
         plot_groups(
             path, groups, title=f"{result.model}: sleb {weight_format} against other engines", form=".2f", mark=1.0,
@@ -143,18 +174,8 @@ def _peers(result: Result, stem: Path) -> Iterator[Figure]:
         )  # fmt: skip
         yield Figure(
             path.name,
-            f"sleb with {weight_format} weights against other engines: median of the ratios, whiskers from the "
-            "least to the greatest.",
+            f"sleb with {weight_format} weights against other engines: {value}, whiskers to {whiskers}.",
         )
-
-
-def _test_in_words(test: str) -> str:
-    name, _, number = test.partition("-")
-    if not number.isdigit():
-        return test
-    if name == "decode":
-        return "1 stream" if number == "1" else f"{number} streams"
-    return f"prompt of {int(number):,} tokens" if name == "prompt" else test
 
 
 def _quality(result: Result, stem: Path) -> Iterator[Figure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,7 +158,9 @@ def _has(data: Mapping[str, Any], sign: str) -> bool:
 def read_result(path: Path) -> Result:
     """The result in a file. Raises ConfigError, which names the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        data = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite_float
+        )
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); name a file that --json wrote"
@@ -171,3 +174,10 @@ def read_result(path: Path) -> Result:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # which no report could be written of
+        raise ValueError(f"{text} is too large for a number")
+    return value

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from sleb.benchmarks.intervals import LEAST_FOR_LEVEL, LEVEL
 
 Interval = tuple[float, float]
 
-_LEVEL, _Z = 0.95, 1.96
+_Z = 1.96
 _MANY = 100
 
 
@@ -19,7 +22,7 @@ class Measure:
     Attributes:
         name: what was measured, by which rows of two results are matched.
         unit: of value, as "tokens/s". higher_is_better: whether more of it is better.
-        interval: around value; None where there are no samples. speedup: a ratio that the row itself tells.
+        interval: around value; None where there are too few samples. speedup: a ratio that the row itself tells.
     """
 
     name: str
@@ -29,14 +32,24 @@ class Measure:
     interval: Interval | None = None
     speedup: float | None = None
 
+    def check(self) -> None:
+        """Raises ValueError for what is no number: it may come from a file."""
+        figures: list[Any] = [self.value, *(self.interval or ())]
+        if self.speedup is not None:
+            figures.append(self.speedup)
+        for figure in figures:
+            if not isinstance(figure, int | float) or not math.isfinite(figure):
+                raise ValueError(f"{self.name}: {figure!r} is no number")
+
 
 def sample_interval(samples: Sequence[float] | None) -> Interval | None:
-    """Where the median that samples scatter about is: a 95 % interval by ranks, with fewer than six all samples.
+    """Where the median that samples scatter about is: a 95 % interval by ranks. None for fewer than six samples.
 
     From the k-th smallest to the k-th largest, which covers it unless fewer than k samples fall on one side: two tails
-    of a binomial distribution (David & Nagaraja, "Order Statistics", section 7.1). None for no samples.
+    of a binomial distribution (David & Nagaraja, "Order Statistics", section 7.1). Even the least and the greatest of
+    five cover it with 1 − 2 / 2⁵ only, which is below 95 %.
     """
-    if not samples:
+    if not samples or len(samples) < LEAST_FOR_LEVEL:
         return None
     ordered = sorted(samples)
     rank = _interval_rank(len(ordered))
@@ -44,11 +57,11 @@ def sample_interval(samples: Sequence[float] | None) -> Interval | None:
 
 
 def _interval_rank(num_samples: int) -> int:
-    """The greatest k that covers the median with 95 %, but 1 at least."""
+    """The greatest k that covers the median with 95 %, of six samples or more."""
     if num_samples > _MANY:  # the normal approximation, rounded so that it covers more
         return math.floor((num_samples - _Z * math.sqrt(num_samples)) / 2)
     rank, tail = 0, 0.0
-    while tail <= (1 - _LEVEL) / 2:
+    while tail <= (1 - LEVEL) / 2:
         tail += math.comb(num_samples, rank) / 2**num_samples
         rank += 1
-    return max(1, rank - 1)
+    return rank - 1

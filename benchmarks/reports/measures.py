@@ -10,18 +10,18 @@ from sleb.benchmarks.reports.kinds import Result
 from sleb.benchmarks.reports.measure import Measure, sample_interval
 from sleb.benchmarks.reports.quality import dataset, prune_perplexities
 from sleb.benchmarks.reports.serving import serve_measures
-from sleb.benchmarks.reports.speed import workload
+from sleb.benchmarks.reports.speed_notes import workload
 
 
 def measures(result: Result) -> dict[str, Measure]:
-    """By name, without those of zero, which have no ratio. Raises ConfigError for a result that is not whole."""
+    """By name. Raises ConfigError for a result that is not whole."""
     found: dict[str, Measure] = {}
     with result.reading():
         for each in _MEASURES[result.kind](result):
             if each.name in found:
                 raise ValueError(f"{each.name} is there twice")
-            if each.value > 0:
-                found[each.name] = each
+            each.check()
+            found[each.name] = each
     return found
 
 

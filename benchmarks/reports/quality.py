@@ -8,7 +8,7 @@ from typing import Any
 
 from sleb.benchmarks.reports.document import Block, Bullets, Paragraph, Section, Table, unrepeated
 from sleb.benchmarks.reports.kinds import Result
-from sleb.benchmarks.reports.shown import number, share, size, spread
+from sleb.benchmarks.reports.shown import number, plural, share, size, spread, unit_noun
 
 Row = Mapping[str, Any]
 
@@ -167,14 +167,16 @@ def prune_section(result: Result) -> Section:
         for depth, value in found.items()
     ]
     last = max(found)
+    noun = unit_noun(removed[:last])
+    summary = [
+        f"By the search itself, removing {plural(last, noun)} raises the perplexity of its calibration text from "
+        f"{found[0]:.3g} to {found[last]:.3g}."
+    ]
     return Section(
-        [
-            f"By the search itself, {last} blocks removed raise the perplexity of its calibration text from "
-            f"{found[0]:.3g} to {found[last]:.3g}."
-        ],
+        summary if last else [],
         [
             Table((), ("depth", "removed last", "perplexity", "over dense"), lines),
-            Paragraph("The blocks were chosen on this text, so it flatters: other texts lose more."),
+            Paragraph(f"The {noun}s were chosen on this text, so it flatters: other texts lose more."),
         ],
     )
 

@@ -19,11 +19,11 @@ Row = Mapping[str, Any]
 _MOST_LINES = 6  # levels in a plot with a line each
 _LATENCIES = {"TTFT": "ttft", "TPOT": "tpot", "ITL": "itl", "E2EL": "e2el"}
 # Metric of a comparison of two servers -> what people call it.
-_COMPARED = {
+COMPARED = {
     "output_throughput": "tokens/s",
     "request_throughput": "requests/s",
-    "median_ttft_ms": "TTFT",
-    "median_tpot_ms": "TPOT",
+    "median_ttft_ms": "median TTFT, ms",
+    "median_tpot_ms": "median TPOT, ms",
 }
 _MEANINGS = [
     "tokens/s: new tokens of all whole answers over the level's duration. TTFT: from the sending of a request to its "
@@ -68,12 +68,12 @@ def _comparison(comparisons: Sequence[Row]) -> list[Block]:
     lines = [
         [
             each["level"],
-            _COMPARED.get(each["metric"], each["metric"]),
+            COMPARED.get(each["metric"], each["metric"]),
             rate(each["a"]),
             rate(each["b"]),
             number(each["speedup"], ".3f"),
             spread(each["speedup_low"], each["speedup_high"]),
-            each["verdict"] if each.get("speedup_level") else "",
+            verdict_in_words(each),
         ]
         for each in comparisons
     ]
@@ -81,10 +81,24 @@ def _comparison(comparisons: Sequence[Row]) -> list[Block]:
     return [
         table.without_empty(),
         Paragraph(
-            "B over A: above 1 B is better (of times A / B), from ratios within rounds in which both met the same "
-            "requests. Without a verdict the rounds were too few, and the interval is from the least to the greatest."
+            "B over A: above 1 B is better (of times A / B), from ratios within rounds in which both met requests "
+            "of the same lengths. Without a verdict the rounds were too few, and the interval is from the least to the "
+            "greatest."
         ),
     ]
+
+
+def verdict_in_words(compared: Row) -> str:
+    """What B is; nothing of too few rounds."""
+    if not compared.get("speedup_level"):
+        return ""
+    return "no different" if compared["verdict"] == "no difference" else str(compared["verdict"])
+
+
+def speedup_in_words(compared: Row) -> str:
+    """B over A with its interval; of too few rounds for one with the least and the greatest."""
+    num_runs = None if compared.get("speedup_level") else len(compared.get("speedup_samples") or ()) or None
+    return estimate(compared["speedup"], compared["speedup_low"], compared["speedup_high"], num_runs=num_runs)
 
 
 def name_of(row: Row) -> str:
@@ -126,19 +140,20 @@ def _sentences(result: Result) -> list[str]:
         each for each in result.data.get("comparisons") or () if each["metric"] == "output_throughput"
     ]
     if compared:
-        shown = (
-            f"{estimate(each['speedup'], each['speedup_low'], each['speedup_high'])} with {each['level']}"
-            for each in compared
-        )
+        shown = (f"{speedup_in_words(each)} with {each['level']}" for each in compared)
         return [f"Tokens/s of server B over server A's: {', '.join(shown)}."]
     sentences = []
     for row in spaced([row for row in result.rows if row["completed"]], 3):
-        text = f"Serving {name_of(row)}: {rate(row['output_throughput'])} tokens/s"
+        text = f"Serving {name_of(row)} gives {rate(row['output_throughput'])} tokens/s"
+        # Tokens/s is a total over the duration, the others are of each answer.
+        latencies = []
         if row.get("median_ttft_ms") is not None:
-            text += f"; the first token after {rate(row['median_ttft_ms'])} ms"
+            latencies.append(f"the first token after {rate(row['median_ttft_ms'])} ms")
         if row.get("median_tpot_ms") is not None:
-            text += f", then {rate(row['median_tpot_ms'])} ms a token"
-        sentences.append(f"{text} (medians).")
+            latencies.append(f"then {rate(row['median_tpot_ms'])} ms a token")
+        if latencies:
+            text += f"; in the median {', '.join(latencies)}"
+        sentences.append(f"{text}.")
     return sentences
 
 

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from sleb.benchmarks.report import format_rate, format_size
 
 Item = TypeVar("Item")
+
+# Parts of blocks among the units of a layer map -> what one of its units is called.
+_UNITS: dict[tuple[str, ...], str] = {
+    ("block",): "block",
+    ("attention",): "attention sublayer",
+    ("mlp",): "MLP",
+    ("attention", "mlp"): "sublayer",
+}
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -15,7 +25,7 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 def rate(value: float | None) -> str:
     """A figure of which three digits or all before the point count."""
-    return number(value, ",.0f" if value is not None and value >= 100 else ".3g")
+    return "" if value is None else format_rate(value)
 
 
 def share(value: float | None, form: str = ".0%") -> str:
@@ -33,21 +43,25 @@ def rate_spread(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{rate(low)}–{rate(high)}"
 
 
-def estimate(value: float | None, low: float | None, high: float | None, form: str = ".2f") -> str:
-    """A value with its interval in brackets, as 1.25 (1.23–1.28); the value alone where there is none."""
+def estimate(
+    value: float | None, low: float | None, high: float | None, form: str = ".2f", num_runs: int | None = None
+) -> str:
+    """A value with its interval in brackets, as 1.25 (1.23–1.28); the value alone where there is none.
+
+    num_runs: given where the ends are no interval but the least and the greatest of so many, as 1.25 (1.23–1.28 of 3
+    runs).
+    """
+    if value is None:
+        return ""
     ends = "" if low == high else spread(low, high, form)
-    return f"{number(value, form)} ({ends})" if ends and value is not None else number(value, form)
+    runs = "" if num_runs is None else plural(num_runs, "run")
+    inside = " of ".join(filter(None, (ends, runs)))
+    return f"{number(value, form)} ({inside})" if inside else number(value, form)
 
 
 def size(num_bytes: float | None) -> str:
     """Bytes in B, KiB, MiB or GiB."""
-    if num_bytes is None:
-        return ""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}" if num_bytes < 1000 else f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} GiB"
+    return "" if num_bytes is None else format_size(num_bytes)
 
 
 def seconds(value: float | None) -> str:
@@ -66,6 +80,12 @@ def listed(words: Iterable[str]) -> str:
 def plural(count: int, noun: str) -> str:
     """A count and its noun, which takes an s for many."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def unit_noun(removed: Iterable[Any]) -> str:
+    """What one of the units that a layer map removes is called; "unit" where blocks and parts of blocks are mixed."""
+    parts = {str(unit).partition(".")[2] or "block" for unit in removed}
+    return _UNITS.get(tuple(sorted(parts)), "unit")
 
 
 def spaced(items: Sequence[Item], most: int) -> list[Item]:

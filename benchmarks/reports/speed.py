@@ -11,6 +11,7 @@ from sleb.benchmarks.reports.shown import (
     estimate,
     listed,
     number,
+    plural,
     rate,
     rate_spread,
     seconds,
@@ -18,18 +19,11 @@ from sleb.benchmarks.reports.shown import (
     size,
     spread,
 )
+from sleb.benchmarks.reports.speed_notes import is_noisy, num_counted, throughput_notes, workload
 
 Row = Mapping[str, Any]
 
 _MOST_DEPTHS = 4  # that the name of a mixed batch lists
-
-
-def workload(row: Row) -> str:
-    """The test of a row of throughput, batch and tokens, as `sleb bench throughput` prints it."""
-    if row["test"] == "prompt":
-        return f"prompt {row['batch']} × {row['prompt_tokens']:,}"
-    new_tokens = row["output_tokens"] - (row["test"] == "decode")
-    return f"{row['test']} {row['batch']} × {new_tokens:,} after {row['prompt_tokens']:,}"
 
 
 def is_depth(row: Row) -> bool:
@@ -68,7 +62,10 @@ def throughput_section(result: Result) -> Section:
         *("roofline", "weights", "KV"),
     )
     lines = unrepeated([[workload(row), *_cells(row)] for row in rows])
-    blocks: list[Block] = [Table(("test",), columns, lines).without_empty(), Bullets(_meanings(result))]
+    blocks: list[Block] = [
+        Table(("test",), columns, lines).without_empty(),
+        Bullets(throughput_notes(result)),
+    ]
     if paper := result.data.get("paper"):
         blocks += _paper(paper)
     return Section([], blocks)
@@ -105,11 +102,10 @@ def _interval_heading(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     compared = not is_baseline(row)
-    noisy = (row.get("relative_spread") or 0) > 0.10  # as sleb.benchmarks.results
     ends = rate_spread(row.get("tokens_per_second_low"), row.get("tokens_per_second_high"))
     return [
         variant(row),
-        rate(row["tokens_per_second"]) + ("*" if noisy else ""),
+        rate(row["tokens_per_second"]) + ("*" if is_noisy(row) else ""),
         ends,
         seconds(row.get("seconds")),
         number(row["speedup"], ".3f") if compared else "1",
@@ -123,64 +119,40 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _meanings(result: Result) -> list[str]:
-    rows = result.rows
-    counts = sorted({row["repetitions"] for row in rows if "repetitions" in row})
-    shown = "–".join(map(str, dict.fromkeys((*counts[:1], *counts[-1:]))))
-    lines = [
-        f"tokens/s: median of {shown or 'all'} repetitions, low–high the slowest and the fastest. generate counts new "
-        "tokens over the whole run, prompts too; decode those after each request's first, and their time alone.",
-        "speedup: over the baseline depth, from ratios of two times of one repetition, in which what slows the "
-        "machine down for a while cancels. Without a level, its ends are the least and the greatest ratio.",
-        "ideal: modelled from floating point operations for prompts, and from the bytes of weights and KV otherwise. "
-        "of gain: (speedup − 1) / (ideal − 1).",
-    ]
-    if any(row.get("variant") == "control" for row in rows):
-        lines.append(
-            'again: the baseline a second time, in turns with the others; its verdict should be "no difference".'
-        )
-    if any(row.get("variant") == "mixed" for row in rows):
-        lines.append(
-            "Depths with a plus: one batch of all of them; its speedup is over their time alone, 1 at best."
-        )
-    if any((row.get("relative_spread") or 0) > 0.10 for row in rows):
-        lines.append("*: noisy, half the spread is above 10 % of the median.")
-    if any(row.get("roofline_share") is not None for row in rows):
-        lines.append(
-            "roofline: the least time that the ceilings, measured in the same run, allow for the bytes and the "
-            "operations, over the time taken."
-        )
-    model = result.data.get("model")
-    if isinstance(model, Mapping) and model.get("layer_map") == "stand-in":
-        lines.append(
-            "The layer map is a stand-in: speed does not depend on which blocks it removes; quality does."
-        )
-    return lines
-
-
 def speed_sentence(rows: Iterable[Row]) -> str:
     """The speedups of one depth in all tests, as "1.25 (1.23–1.28) times as fast for a prompt of 2,048 tokens"."""
+    told = without_parts(rows)
+    lengths = {(row["prompt_tokens"], row["output_tokens"]) for row in told if row["test"] != "prompt"}
     parts: list[str] = []
-    for row in without_parts(rows):
+    for row in told:
+        words = _in_words(row, with_lengths=len(lengths) > 1)
         if row.get("speedup_level") and row.get("verdict") == "no difference":
-            parts.append(f"no measurable difference for {_in_words(row)}")
+            parts.append(f"no measurable difference for {words}")
             continue
-        shown = estimate(row["speedup"], row.get("speedup_low"), row.get("speedup_high"))
-        parts.append(f"{shown} {'' if parts else 'times as fast '}for {_in_words(row)}")
+        num_runs = None if row.get("speedup_level") else row.get("repetitions")
+        shown = estimate(row["speedup"], row.get("speedup_low"), row.get("speedup_high"), num_runs=num_runs)
+        parts.append(f"{shown} {'' if parts else 'times as fast '}for {words}")
     return ", ".join(parts)
 
 
 def without_parts(rows: Iterable[Row]) -> list[Row]:
-    """The rows without those of decode, which is a part of generate, unless there are no others."""
+    """The rows without those of decode that are a part of one of generate: of the same batch and lengths."""
     every = list(rows)
-    return [row for row in every if row["test"] != "decode"] or every
+    whole = {_shape(row) for row in every if row["test"] == "generate"}
+    return [row for row in every if row["test"] != "decode" or _shape(row) not in whole]
 
 
-def _in_words(row: Row) -> str:
+def _shape(row: Row) -> tuple[int, int, int]:
+    return row["batch"], row["prompt_tokens"], row["output_tokens"]
+
+
+def _in_words(row: Row, with_lengths: bool) -> str:
     if row["test"] == "prompt":
         what = "a prompt" if row["batch"] == 1 else f"{row['batch']} prompts"
         return f"{what} of {row['prompt_tokens']:,} tokens"
-    streams = "1 stream" if row["batch"] == 1 else f"{row['batch']} streams"
+    streams = plural(row["batch"], "stream")
+    if with_lengths:
+        streams += f" of {num_counted(row):,} tokens after {row['prompt_tokens']:,}"
     return f"{streams} without their prompts" if row["test"] == "decode" else streams
 
 
@@ -191,7 +163,7 @@ def mixed_section(result: Result) -> Section:
     depths = [str(depth) for depth in rates["alone"]]
     rows = [[f"depth {depth} alone", rate(rates["alone"][depth])] for depth in rates["alone"]]
     rows += [["expected of the mixed batch", rate(rates["expected"])], ["mixed batch", rate(rates["mixed"])]]
-    shown = estimate(data["ratio"], data["ratio_low"], data["ratio_high"])
+    shown = _ratio(data)
     return Section(
         [
             f"A batch that mixes the depths {listed(depths)} reaches {shown} of the throughput that the depths "
@@ -212,7 +184,7 @@ def http_section(result: Result) -> Section:
     """The ratio of `sleb.benchmarks.http_overhead`."""
     data = result.data
     rates = data["tokens_per_second"]
-    shown = estimate(data["ratio"], data["ratio_low"], data["ratio_high"])
+    shown = _ratio(data)
     streams = result.settings.get("streams")
     who = f"{streams} streams over HTTP get" if streams else "Over HTTP one gets"
     return Section(
@@ -230,6 +202,13 @@ def http_section(result: Result) -> Section:
     )
 
 
+def _ratio(data: Row) -> str:
+    """With its interval, or where it has no level the least and the greatest of the repetitions."""
+    runs = data.get("ratio_samples") or data.get("repetitions") or ()
+    num_runs = None if data.get("ratio_level") or not runs else len(runs)
+    return estimate(data["ratio"], data["ratio_low"], data["ratio_high"], num_runs=num_runs)
+
+
 def _target(data: Row, shown: str) -> str:
     target = data.get("target")
     met = "" if target is None else f"; the target, {target:g}, is {'met' if data.get('met') else 'not met'}"
@@ -245,6 +224,6 @@ def transformers_section(result: Result) -> Section:
     ]
     summary = []
     if "ratio" in data:
-        shown = estimate(data["ratio"], data["ratio_low"], data["ratio_high"])
+        shown = _ratio(data)
         summary.append(f"sleb generates {shown} times as fast as transformers' generate.")
     return Section(summary, [Table(("engine",), ("tokens/s",), rows)])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +55,37 @@ _SECTIONS: dict[str, Callable[[Result], Section]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a report has of one result.
+
+    Attributes:
+        title: of its section, which no other has. stem: what the names of its plots begin with, as distinct.
+        section: with notices of the run before all else.
+    """
+
+    title: str
+    stem: str
+    result: Result
+    section: Section
+
+    @property
+    def label(self) -> str:
+        """Model and weights, as distinct as the title; that itself where there are none."""
+        return self.title.removeprefix(f"{TITLES[self.result.kind]}: ")
+
+
 def check_report(directory: Path) -> None:
     """Raises ConfigError, before hours are spent, if a report cannot be written into `directory`; makes the folder."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        check_writable(directory / "report.html")
     except OSError as error:
-        reason = "it is a file" if directory.is_file() else error.strerror
+        # Path.is_file raises where the system does not let it look.
+        reason = "it is a file" if os.path.isfile(directory) else error.strerror
         raise ConfigError(
             f"report folder {directory} cannot be made ({reason}); name a folder that is yours"
         ) from None
-    check_writable(directory / "report.html")
 
 
 def write_report(directory: Path, results: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -79,18 +103,22 @@ def write_results(directory: Path, results: Sequence[Result], console: Console) 
     """As `write_report`, for results whose kind is known and that have the names of their files."""
     if not results:
         raise ConfigError("no result is given; name at least one")
-    ordered = sorted(results, key=lambda result: list(TITLES).index(result.kind))
-    titled = list(zip(_distinct([result.title for result in ordered]), ordered, strict=True))
-    sections = [_section(result) for result in ordered]  # before anything is written
+    # Whatever is wrong with a result is to be told before anything is written.
+    parts = _parts(sorted(results, key=lambda result: list(TITLES).index(result.kind)))
+    title = _title([part.result for part in parts])
+    before, after = _beginning(title, parts), _ending(parts)
     check_report(directory)
-    blocks = list(_document(directory, titled, sections))
+    blocks: list[Block] = [*before, *_tradeoffs(directory, parts)]
+    for part in parts:
+        blocks += [Heading(part.title, 2), *part.section.blocks, *_figures(directory, part)]
+    blocks += after
     plots = {
         block.stem: (directory / f"{block.stem}.svg").read_text(encoding="utf-8")
         for block in blocks
         if isinstance(block, Figure)
     }
     write_text(directory / "report.md", markdown.render(blocks))
-    write_text(directory / "report.html", page.render(_title(ordered), blocks, plots))
+    write_text(directory / "report.html", page.render(title, blocks, plots))
     write_text(directory / "results.json", _all_results(results))
     written = "report.html, report.md, results.json"
     if plots:
@@ -107,18 +135,31 @@ def _all_results(results: Sequence[Result]) -> str:
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
+def _parts(results: Sequence[Result]) -> list[_Part]:
+    titles = _distinct([result.title for result in results], "{} ({})")
+    # Titles that differ may be the same when they are cut and written small.
+    stems = _distinct([slug(title) for title in titles], "{}-{}")
+    return [
+        _Part(title, stem, result, _section(result))
+        for title, stem, result in zip(titles, stems, results, strict=True)
+    ]
+
+
 def _section(result: Result) -> Section:
     with result.reading():
-        return _SECTIONS[result.kind](result)
+        section, lines = _SECTIONS[result.kind](result), notices(result)
+    return Section(section.summary, [Bullets(lines), *section.blocks]) if lines else section
 
 
-def _distinct(titles: Sequence[str]) -> list[str]:
-    """The titles, with a number after those that are not the first of their name."""
-    seen: dict[str, int] = {}
-    found = []
-    for title in titles:
-        seen[title] = seen.get(title, 0) + 1
-        found.append(title if seen[title] == 1 else f"{title} ({seen[title]})")
+def _distinct(names: Sequence[str], numbered: str) -> list[str]:
+    """The names; one that is there already gets the next number that makes it another, in the form of `numbered`."""
+    found: list[str] = []
+    for name in names:
+        number, free = 1, name
+        while free in found:
+            number += 1
+            free = numbered.format(name, number)
+        found.append(free)
     return found
 
 
@@ -127,40 +168,43 @@ def _title(results: Sequence[Result]) -> str:
     return f"Benchmark report: {', '.join(models)}" if models else "Benchmark report"
 
 
-def _document(
-    directory: Path, titled: Sequence[tuple[str, Result]], sections: Sequence[Section]
-) -> Iterator[Block]:
-    results = [result for _, result in titled]
-    yield Heading(_title(results), 1)
-    summary = [*depth_sentences(results), *(line for section in sections for line in section.summary)]
-    if summary:
-        yield Bullets(summary)
-    yield from _tradeoffs(directory, titled)
-    for (title, result), section in zip(titled, sections, strict=True):
-        yield Heading(title, 2)
-        with result.reading():
-            if lines := notices(result):
-                yield Bullets(lines)
-            yield from section.blocks
-            yield from draw_figures(result, directory, slug(title))
-    yield Heading("Environment", 2)
-    yield from environment_tables(titled)
-    yield Heading("Commands", 2)
-    for title, result in titled:
-        yield Paragraph(f"{title}:")
-        yield Code(result.command) if result.command else Paragraph("The command was not recorded.")
-    yield Paragraph("results.json, beside this file, holds the results whole, with every sample.")
+def _beginning(title: str, parts: Sequence[_Part]) -> list[Block]:
+    """The heading, and in a sentence each what was found: whose it is, where there are several of a kind."""
+    summary = depth_sentences([(part.label, part.result) for part in parts])
+    kinds = Counter(part.result.kind for part in parts)
+    for part in parts:
+        whose = f"{part.label}: " if kinds[part.result.kind] > 1 else ""
+        summary += [f"{whose}{line}" for line in part.section.summary]
+    return [Heading(title, 1), *([Bullets(summary)] if summary else [])]
 
 
-def _tradeoffs(directory: Path, titled: Sequence[tuple[str, Result]]) -> Iterator[Figure]:
+def _ending(parts: Sequence[_Part]) -> list[Block]:
+    """What was measured on what, by which commands."""
+    blocks: list[Block] = [Heading("Environment", 2)]
+    blocks += environment_tables([(part.title, part.result) for part in parts])
+    blocks.append(Heading("Commands", 2))
+    for part in parts:
+        blocks.append(Paragraph(f"{part.title}:"))
+        command = part.result.command
+        blocks.append(Code(command) if command else Paragraph("The command was not recorded."))
+    blocks.append(Paragraph("results.json, beside this file, holds the results whole, with every sample."))
+    return blocks
+
+
+def _figures(directory: Path, part: _Part) -> list[Figure]:
+    with part.result.reading():
+        return draw_figures(part.result, directory, part.stem)
+
+
+def _tradeoffs(directory: Path, parts: Sequence[_Part]) -> Iterator[Figure]:
     """Speedup against perplexity, for every pair of results of one model."""
-    qualities = [result for _, result in titled if result.kind == "quality"]
-    for title, speed in titled:
-        matching = [each for each in qualities if is_about(each, speed)]
-        for number, quality in enumerate(matching if speed.kind == "throughput" else ()):
-            suffix = f"-{number + 1}" if number else ""
-            stem = directory / f"tradeoff-{slug(title)}{suffix}"
-            with speed.reading():
-                found = draw_tradeoffs(speed, quality, stem)
+    qualities = [part.result for part in parts if part.result.kind == "quality"]
+    for part in parts:
+        matching = [each for each in qualities if is_about(each, part.result)]
+        for number, quality in enumerate(matching if part.result.kind == "throughput" else (), start=1):
+            # The number is in the middle: at the end it may be one that makes stems distinct.
+            name = "tradeoff" if number == 1 else f"tradeoff-{number}"
+            with part.result.reading():
+                found = draw_tradeoffs(part.result, quality, directory / f"{name}-{part.stem}")
             if found is not None:
                 yield found

@@ -416,7 +416,7 @@ def test_two_servers_are_compared(serving: dict[str, Any], tmp_path: Path) -> No
     [table] = [each for each in tables if "B over A" in each and each.startswith("|")]
     assert table.splitlines()[2:] == [
         "| 8 at once | tokens/s | 100 | 125 | 1.250 | 1.200–1.300 | faster |",
-        "| | TTFT | 100 | 125 | 1.250 | 1.200–1.300 | |",
+        "| | median TTFT, ms | 100 | 125 | 1.250 | 1.200–1.300 | |",
     ]
     assert (
         "- Tokens/s of server B over server A's: 1.25 (1.20–1.30) with 8 at once." in tables[1].splitlines()

@@ -125,6 +125,66 @@ def test_one_batch_gives_no_plot_by_batch(tmp_path: Path) -> None:
     ]
 
 
+def sweep(test: str, shapes: Sequence[tuple[int, int, int]]) -> Result:
+    """Depths 0 and 6 of one test, for each batch, prompt tokens and output tokens."""
+    rows = [
+        {
+            "test": test,
+            "depth": depth,
+            "baseline_depth": 0,
+            "batch": batch,
+            "prompt_tokens": prompt_tokens,
+            "output_tokens": output_tokens,
+            "tokens_per_second": 1000.0 * batch + prompt_tokens + depth,
+            "speedup": 1.0,
+        }
+        for batch, prompt_tokens, output_tokens in shapes
+        for depth in (0, 6)
+    ]
+    return Result.of({"kind": "throughput", "model": {"name": "tiny"}, "rows": rows}, "sweep")
+
+
+def test_each_length_has_a_plot_by_batch_of_its_own(drawn: list[Any], tmp_path: Path) -> None:
+    shapes = [(batch, tokens, 128) for tokens in (128, 512) for batch in (8, 1)]
+    _, *found = draw_figures(sweep("generate", shapes), tmp_path, "it")
+    assert [figure.stem for figure in found] == ["it-batch-generate-128-128", "it-batch-generate-512-128"]
+    assert ["128 tokens after 512" in figure.caption for figure in found] == [False, True]
+    assert [lines(axes)["depth 6"] for axes in drawn] == [
+        [(1.0, 1134.0), (8.0, 8134.0)],
+        [(1.0, 1518.0), (8.0, 8518.0)],
+    ]
+
+
+def test_a_sweep_over_contexts_is_drawn_against_them(drawn: list[Any], tmp_path: Path) -> None:
+    shapes = [(batch, tokens, 128) for tokens in (4096, 1, 512) for batch in (1, 8)]
+    _, *found = draw_figures(sweep("decode", shapes), tmp_path, "it")
+    assert [figure.stem for figure in found] == ["it-context-decode-1-128", "it-context-decode-8-128"]
+    assert "8 requests of 127 tokens" in found[1].caption and "context" in found[1].caption
+    assert lines(drawn[0])["depth 0"] == [(1.0, 1001.0), (512.0, 1512.0), (4096.0, 5096.0)]
+    assert [axes.get_xlabel() for axes in drawn] == ["tokens of context"] * 2
+    drawn.clear()
+    assert len(draw_figures(sweep("decode", shapes[::2]), tmp_path, "one")) == 2  # one batch will do
+    assert lines(drawn[0])["depth 6"] == [(1.0, 1007.0), (512.0, 1518.0), (4096.0, 5102.0)]
+
+
+@pytest.mark.parametrize(("level", "ends"), [(0.95, "95 % interval"), (None, "the least and the greatest")])
+def test_whiskers_of_engines_are_called_what_they_are(level: float | None, ends: str, tmp_path: Path) -> None:
+    row = {
+        "test": "decode-1",
+        "weight_format": "bf16",
+        "peer": "vllm",
+        "ratio": 2.0,
+        "ratio_low": 1.9,
+        "ratio_high": 2.1,
+        "ratio_level": level,
+    }
+    [figure] = draw_figures(
+        Result.of({"kind": "peers", "model": "tiny", "rows": [row]}, "it"), tmp_path, "it"
+    )
+    assert ends in figure.caption
+    assert ("median of the ratios" in figure.caption) is (level is None)
+
+
 def test_an_axis_that_does_not_start_at_zero_says_so(drawn: list[Any], tmp_path: Path) -> None:
     def draw(points: list[tuple[float, float]]) -> Any:
         plot_lines(tmp_path / "it", {"one": points}, title="t", x_label="x", y_label="y")

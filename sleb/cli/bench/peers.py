@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,7 +63,9 @@ def peers(
         int, typer.Option(help="Times that each peer runs a test; a verdict takes six.", min=1)
     ] = 6,
     seed: Annotated[int, typer.Option(help="Of the random prompts and the order.")] = 0,
-    kv_gib: Annotated[float, typer.Option(help="GiB of KV cache for engines that want to know.", min=1)] = 4,
+    kv_gib: Annotated[
+        int, typer.Option(help="Whole GiB of KV cache for engines that want to know.", min=1)
+    ] = 4,
     wait: Annotated[float, typer.Option(help="Seconds that a run waits for an idle machine.", min=0)] = 20,
     retries: Annotated[int, typer.Option(help="Times that a disturbed run is made anew.", min=0)] = 3,
     peer_version: Annotated[
@@ -91,8 +94,8 @@ def peers(
         ServerSpec,
         parse_list,
         parse_versions,
-        shown_arguments,
     )
+    from sleb.benchmarks.peer_public import shown_arguments
     from sleb.errors import ConfigError
     from sleb.fetch import resolve_model
 
@@ -125,6 +128,18 @@ def peers(
     _measure(options, outputs)
 
 
+def _end_on_signals() -> None:
+    """SIGTERM and the end of the terminal are as Ctrl-C, which ends the engines too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # shell and system may both tell of a closed terminal
+    raise KeyboardInterrupt
+
+
 def _measure(options: PeerOptions, outputs: Outputs) -> None:
     """Runs, reports, and ends with the exit status that says how it went."""
     from sleb.benchmarks.command import write_result
@@ -142,12 +157,15 @@ def _measure(options: PeerOptions, outputs: Outputs) -> None:
         if outputs.json_path is not None and result["rows"]:
             write_result(outputs.json_path, result)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the engines too
+    _end_on_signals()
     with RunsBar("starting") as bar:
         result = run_peers(options, bar.update, say, save)
+        save(result)  # before anything is shown: the terminal may be gone
     console = Console()
-    print_peers(result, console)
-    outputs.write(result, console)
+    try:
+        outputs.write(result, console)
+    finally:
+        print_peers(result, console)
     if "problem" in result:
         raise SlebError(result["problem"])
     if not result["complete"]:
