@@ -3,8 +3,9 @@
     python -m sleb.benchmarks.http_overhead MODEL [--streams 32] [--json FILE]
 
 One engine serves both: within a repetition it first generates directly and then behind the server, or the other way
-round. The clients are one process that does as little as it can (`sleb.benchmarks.http_client`); it runs on the same
-machine, so what it takes counts as HTTP's. The ratio is the direct time over the time over HTTP.
+round. The clients are one process that does as little as it can (`sleb.benchmarks.peer_http`); it runs on the same
+machine, so what it takes counts as HTTP's. The ratio is the direct time over the time over HTTP, from sending the
+requests to the last token.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ class OverheadOptions:
 class _Clients:
     """The process of the clients."""
 
-    def __init__(self, host: str, port: int) -> None:
-        command = [sys.executable, "-m", "sleb.benchmarks.http_client", host, str(port)]
+    def __init__(self, url: str) -> None:
+        command = [sys.executable, "-m", "sleb.benchmarks.peer_http", url]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, bodies: Sequence[dict[str, Any]]) -> float:
-        """Seconds until all are answered. Raises RuntimeError when the process has ended."""
+        """Seconds until the last token of all. Raises RuntimeError when the process has ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(bodies) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError("the clients' process has ended")
-        return float(json.loads(line)["seconds"])
+        return float(line)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -79,7 +80,7 @@ class _Clients:
 def _served(llm: LLM, streams: int) -> Iterator[_Clients]:
     """The engine behind a server on a free port, and the clients; both gone afterwards."""
     from sleb.server.context import ServerContext, ServerOptions
-    from sleb.server.run import bind_socket, make_server
+    from sleb.server.run import base_url, bind_socket, make_server
 
     context = ServerContext.create(llm.engine, ServerOptions(port=0), streams)
     sock = bind_socket("127.0.0.1", 0)
@@ -88,7 +89,7 @@ def _served(llm: LLM, streams: int) -> Iterator[_Clients]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    clients = _Clients(*sock.getsockname()[:2])
+    clients = _Clients(f"{base_url(sock)}/v1")
     try:
         yield clients
     finally:
@@ -170,7 +171,7 @@ def _measure(
             else:
                 with _served(llm, options.streams) as clients:
                     bodies = [_body(prompt, options.output_tokens) for prompt in prompts]
-                    clients.run([_body(prompts[0], 1)])  # connects once, uncounted
+                    clients.run([_body(prompts[0], 1)])  # the first request of a server, uncounted
                     seconds["http"] = clients.run(bodies)
         if number:
             samples.append(seconds)
@@ -179,7 +180,7 @@ def _measure(
 def _body(prompt: Sequence[int], num_tokens: int) -> dict[str, Any]:
     """As `greedy_params`."""
     fields = {"temperature": 0, "top_p": 1, "top_k": 0, "repetition_penalty": 1, "ignore_eos": True}
-    return {"prompt": list(prompt), "max_tokens": num_tokens} | fields
+    return {"prompt": list(prompt), "max_tokens": num_tokens, "stream": True} | fields
 
 
 def main(

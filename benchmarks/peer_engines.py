@@ -130,7 +130,7 @@ class WorkerEngine:
         self._worker.close(grace_seconds)
 
 
-def vllm_environment(python: Path, threads: int, kv_gib: float) -> dict[str, str]:
+def vllm_environment(python: Path, threads: int, kv_gib: int) -> dict[str, str]:
     """The variables that vLLM's CPU backend wants. Raises MissingError if a library to preload is missing."""
     folder = python.parent.parent
     openmp = folder / "lib" / "libiomp5.so"
@@ -141,7 +141,7 @@ def vllm_environment(python: Path, threads: int, kv_gib: float) -> dict[str, str
     processors = sorted(os.sched_getaffinity(0))[:threads]
     return {
         "LD_PRELOAD": f"{find_tcmalloc()}:{openmp}",
-        "VLLM_CPU_KVCACHE_SPACE": f"{kv_gib:g}",
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, processors)),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -22,11 +22,12 @@ from sleb.benchmarks.peer_options import (
     Round,
     is_ours,
     plan_rounds,
-    without_paths,
 )
 from sleb.benchmarks.peer_process import MissingError, PeerError, UnableError, Worker
 from sleb.benchmarks.peer_prompts import Prompts
+from sleb.benchmarks.peer_public import public_text
 from sleb.benchmarks.peer_servers import find_server, serve_ours
+from sleb.benchmarks.peer_weights import declared_format, ir_format, is_quantised
 from sleb.errors import ConfigError
 
 _LEAST_CONTEXT = 2048
@@ -103,7 +104,9 @@ class Entrants:
             for name, (_, path) in zip(peer.contestants, peer.models, strict=True):
                 with self.dropping(name):
                     version = self.options.versions.get("llamacpp")
-                    self._add(LlamaCpp(name, peer.program, path, self.options.threads, version))
+                    llama = LlamaCpp(name, peer.program, path, self.options.threads, version)
+                    self._add(llama)
+                    self.notices += [llama.notice] if llama.notice else []
 
     def _start_ours(self, own: Own) -> None:
         options = self.options
@@ -137,7 +140,9 @@ class Entrants:
         )
         engine = WorkerEngine(worker)
         engine.facts["model"] = options.model_name if model == options.folder else model.name
+        engine.facts["weights"] = ir_format(model) if peer.name == "openvino" else declared_format(model)
         self._add(engine)
+        self._note_weights(peer.name)
 
     def _start_bandwidth(self) -> None:
         with self.dropping("bandwidth"):
@@ -177,8 +182,18 @@ class Entrants:
         self.engines[engine.name] = engine
         self.facts[engine.name] = engine.facts
 
+    def _note_weights(self, name: str) -> None:
+        """Of an engine that meets ours in bf16."""
+        weights = self.facts[name].get("weights")
+        if is_quantised(weights):
+            self.notices.append(
+                f"{name} has quantised weights ({weights}), though it is compared with bf16 ones."
+            )
+
     def _note_server(self, name: str) -> None:
         engine = self.engines[name]
+        if "bf16" in (self.options.formats or ("bf16",)):
+            self._note_weights(name)
         if engine.pids is None:
             self.notices.append(
                 f"{name} runs on this machine, but its processes cannot be found: whether others disturbed its turns "
@@ -223,11 +238,11 @@ class Entrants:
                 raise
             if test is not None and isinstance(error, UnableError):
                 self._unable.add((test, error.engine))
-                self.failures[f"{error.engine}, {test}"] = without_paths(str(error))
+                self.failures[f"{error.engine}, {test}"] = public_text(str(error))
                 self._say(f"{error}; it takes no part in {test}")
                 return
             for name in names:
-                self.failures[name] = without_paths(str(error))
+                self.failures[name] = public_text(str(error))
                 engine = self.engines.pop(name, None)
                 if engine is not None:
                     engine.close(1.0)

@@ -1,13 +1,18 @@
 """A client that costs little: streamed completions over plain sockets, read as they come.
 
-It runs beside the server on the same processors, so what it takes counts as HTTP's: of an event it reads no more than
-the time, the tokens counted and whether there is an error.
+    python -m sleb.benchmarks.peer_http URL < one JSON list of request bodies a line
+
+For each line it sends all bodies at once and prints the seconds until the last token. It runs beside the server on the
+same processors, so what it takes counts as HTTP's: of an event it reads no more than the time, the tokens counted and
+whether there is an error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +62,8 @@ class CompletionClient:
         self._host = parts.hostname
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        lines = [f"POST {parts.path}/completions HTTP/1.1", f"Host: {parts.netloc}"]
+        host = parts.netloc.rpartition("@")[2]  # without a name and a password
+        lines = [f"POST {parts.path}/completions HTTP/1.1", f"Host: {host}"]
         lines += ["Content-Type: application/json", "Connection: close"]
         if api_key is not None:
             lines.append(f"Authorization: Bearer {api_key}")
@@ -117,16 +123,22 @@ async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]
 
 
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while True:
-        line = (await reader.readline()).partition(b";")[0].strip()
-        try:
-            size = int(line, 16)
-        except ValueError:
-            raise ServerError("broke off the stream" if not line else "sent a broken stream") from None
-        if size == 0:
-            return
+    while size := await _chunk_size(reader):
         yield await reader.readexactly(size)
         await reader.readexactly(2)
+
+
+async def _chunk_size(reader: asyncio.StreamReader) -> int:
+    try:
+        line = await reader.readline()
+    except ValueError:  # longer than the reader takes
+        raise ServerError("sent a broken stream") from None
+    if not line:
+        raise ServerError("broke off the stream")
+    size = line.partition(b";")[0].strip()
+    if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size):
+        raise ServerError("sent a broken stream")
+    return int(size, 16)
 
 
 async def _rest(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
@@ -178,26 +190,50 @@ class _Events:
         try:
             event = orjson.loads(data)
         except orjson.JSONDecodeError:
-            raise ServerError(
-                f"sent an event that is no JSON: {shorten(data.decode(errors='replace'))}"
-            ) from None
+            raise ServerError(f"sent an event that is no JSON: {_shown(data)}") from None
+        if not isinstance(event, dict):
+            raise ServerError(f"answered in another form: {_shown(data)}")
         if event.get("error"):
             raise ServerError(f"failed: {shorten(str(error_object(event)['message']))}")
-        self._usage = event.get("usage") or self._usage
-        choices = event.get("choices")
+        usage, choices = event.get("usage") or {}, event.get("choices") or []
+        if not (isinstance(usage, dict) and isinstance(choices, list)):
+            raise ServerError(f"answered in another form: {_shown(data)}")
+        self._usage = usage or self._usage
         if choices:
+            if not isinstance(choices[0], dict):
+                raise ServerError(f"answered in another form: {_shown(data)}")
             self._first = now if self._first is None else self._first
             self._last = now
             self._finish_reason = choices[0].get("finish_reason") or self._finish_reason
 
     def answer(self) -> Answer:
-        """Of the whole stream."""
+        """Of the whole stream. Raises ServerError."""
         if self._first is None:
             raise ServerError("sent a stream without a token")
-        return Answer(
-            self._first,
-            self._last,
-            self._usage.get("completion_tokens"),
-            self._usage.get("prompt_tokens"),
-            self._finish_reason,
-        )
+        counts = [self._count(name) for name in ("completion_tokens", "prompt_tokens")]
+        return Answer(self._first, self._last, counts[0], counts[1], self._finish_reason)
+
+    def _count(self, name: str) -> int | None:
+        count = self._usage.get(name)
+        if count is not None and type(count) is not int:
+            raise ServerError(
+                f"answered in another form: {name} is {shorten(repr(count))}, which is no number"
+            )
+        return count
+
+
+def _shown(data: bytes) -> str:
+    return shorten(data.decode(errors="replace"))
+
+
+def main(url: str) -> None:
+    """Serves its standard input, as the module says; a failure of the server ends it."""
+    client = CompletionClient(url)
+    for line in sys.stdin:
+        seconds = max(answer.last for answer in client.run(orjson.loads(line)))
+        sys.stdout.write(f"{seconds!r}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

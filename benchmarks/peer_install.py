@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from sleb.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -145,18 +142,13 @@ INSTALLS = (
 )
 
 
-def advice(names: Sequence[str] = ()) -> str:
-    """The lines for `names`, or for every engine. Raises ConfigError for an unknown one."""
-    by_name = {install.name: install for install in INSTALLS}
-    unknown = next((name for name in names if name not in by_name), None)
-    if unknown is not None:
-        raise ConfigError(f"--how does not know '{unknown}'; it knows {', '.join(by_name)}")
-    parts = [_section(by_name[name]) for name in names or by_name]
+def advice() -> str:
+    """The lines for every engine."""
     head = (
         "Nothing is installed for you. MODEL is a folder: `sleb fetch smollm2` prints one. On Linux,\n"
         "`--index-url https://download.pytorch.org/whl/cpu` brings torch without CUDA."
     )
-    return "\n\n".join([head, *parts])
+    return "\n\n".join([head, *map(_section, INSTALLS)])
 
 
 def lines_for(name: str) -> str:

@@ -7,7 +7,8 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,12 +16,20 @@ from typing import Any
 from sleb.benchmarks.peer_engines import Measured, Task
 from sleb.benchmarks.peer_options import PeerTest
 from sleb.benchmarks.peer_process import MissingError, PeerError, end_group, log_tail
+from sleb.benchmarks.peer_weights import gguf_format
+
+_VERSION_SECONDS = 30.0
 
 
 class LlamaCpp:
-    """llama.cpp with one model file: a process a run, which warms up by itself. Raises MissingError without either.
+    """llama.cpp with one model file: a process a run, which warms up by itself.
 
-    Attributes: peak_rss: the largest of any run so far, in bytes.
+    Raises MissingError where its programs or the file are not there or cannot be run, PeerError for a file of another
+    format than `name` says, as llamacpp-q8_0.
+
+    Attributes:
+        peak_rss: the largest of any run so far, in bytes.
+        notice: what a reader must know, that the format could not be checked; None: nothing.
     """
 
     pids: tuple[int, ...] | None = ()
@@ -32,6 +41,7 @@ class LlamaCpp:
     ) -> None:
         self.name = name
         self.peak_rss = 0
+        self.notice: str | None = None
         self._folder, self._model, self._threads = folder, model, threads
         for program in ("llama-bench", "llama-batched-bench"):
             if not os.access(folder / program, os.X_OK):
@@ -48,6 +58,25 @@ class LlamaCpp:
             "threads": threads,
             "settings": {"kv_cache_dtype": "f16"},
         }
+        self._check_format()
+
+    def _check_format(self) -> None:
+        """By the smallest run that llama-bench makes, before any counts."""
+        shape = ["-p", "1", "-n", "0", "-r", "1", "-o", "json"]
+        with self._explained():
+            told = json.loads(self._execute(["llama-bench", *self._common(), *shape]))[0].get("model_type")
+        claimed, found = self.facts["dtype"], gguf_format(told)
+        if found is None:
+            self.notice = (
+                f"{self.name}: llama-bench does not say in a known form what weights {self._model.name} holds "
+                f"({told}); they are taken for {claimed}."
+            )
+        elif found != claimed:
+            raise PeerError(
+                f"{self.name}: {self._model.name} holds {found} weights, as llama-bench says ({told}); give a file "
+                f"of {claimed} ones",
+                self.name,
+            )
 
     def turn(self, task: Task) -> Measured:
         """The median of a process's runs, of one run for several streams.
@@ -55,11 +84,16 @@ class LlamaCpp:
         For one stream the seconds are those of the tokens after the prompt. It makes its prompts itself. Raises
         PeerError.
         """
-        try:
+        with self._explained():
             return self._turn(task.test, task.num_runs)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise PeerError(f"{self.name} cannot be run ({error.strerror})", self.name) from None
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise PeerError(f"{self.name} printed a result of another form ({error})", self.name) from None
 
     def _turn(self, test: PeerTest, num_runs: int) -> Measured:
@@ -91,8 +125,13 @@ class LlamaCpp:
         return ["llama-bench", *self._common(), *shape, "-r", str(num_runs), "-o", "json"]
 
     def batched_arguments(self, test: PeerTest) -> list[str]:
-        """llama-batched-bench: several streams with a prompt each."""
-        shape = ["-npp", str(test.prompt_tokens), "-ntg", str(test.output_tokens), "-npl", str(test.batch)]
+        """llama-batched-bench: several streams with a prompt each.
+
+        Its prompts end with the logits of the first new token, which it does not count: one step fewer, then, for as
+        many tokens as the others give.
+        """
+        steps = test.output_tokens - 1
+        shape = ["-npp", str(test.prompt_tokens), "-ntg", str(steps), "-npl", str(test.batch)]
         context = ["-c", str(test.batch * test.context + 256), "-b", "2048", "-ub", "512"]
         threads = ["-tb", str(self._threads), "--output-format", "jsonl"]
         return ["llama-batched-bench", *self._common(), *context, *shape, *threads]
@@ -130,8 +169,20 @@ class LlamaCpp:
         raise PeerError(f"{self.name} did not end in time", self.name)
 
     def _own_version(self) -> str:
-        done = subprocess.run(
-            [str(self._folder / "llama-bench"), "--version"], capture_output=True, text=True, check=False
-        )
-        lines = (done.stdout + done.stderr).splitlines()
+        program = self._folder / "llama-bench"
+        try:
+            done = subprocess.run(
+                [str(program), "--version"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=_VERSION_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            why = error.strerror if isinstance(error, OSError) else "it does not tell its version in time"
+            raise MissingError(
+                f"{self.name}: {program} cannot be run ({why}); build llama.cpp on this machine", self.name
+            ) from None
+        lines = done.stdout.decode("utf-8", "replace").splitlines()
         return next((line.partition(": ")[2] for line in lines if line.startswith("version: ")), "unknown")

@@ -25,6 +25,9 @@ LLAMA_COUNTERPART = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_1"}
 # Tokens of a prompt and of its answer in the decode tests.
 DECODE_PROMPT_TOKENS = 64
 DECODE_OUTPUT_TOKENS = 128
+# More of either no engine is asked for; the model and the memory set lower bounds of their own.
+MAX_STREAMS = 1024
+MAX_PROMPT_TOKENS = 1 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _OURS = "sleb-"
@@ -42,11 +45,16 @@ class PeerTest:
     @classmethod
     def parse(cls, name: str) -> PeerTest:
         """From decode-8 or prompt-512, say. Raises ConfigError."""
-        found = re.fullmatch(r"(decode|prompt)-([1-9]\d*)", name.strip())
+        found = re.fullmatch(r"(decode|prompt)-([1-9][0-9]*)", name.strip())
+        shown = name if len(name) <= 40 else f"{name[:37]}..."
         if found is None:
             raise ConfigError(
-                f"test '{name}' is not known; write decode-STREAMS or prompt-TOKENS, as decode-8"
+                f"test '{shown}' is not known; write decode-STREAMS or prompt-TOKENS, as decode-8"
             )
+        most = MAX_STREAMS if found[1] == "decode" else MAX_PROMPT_TOKENS
+        # By length first: int() refuses thousands of digits.
+        if len(found[2]) > len(str(most)) or int(found[2]) > most:
+            raise ConfigError(f"test '{shown}' is too large; write {found[1]}-1 to {found[1]}-{most}")
         number = int(found[2])
         if found[1] == "decode":
             return cls("decode", number, DECODE_PROMPT_TOKENS, DECODE_OUTPUT_TOKENS)
@@ -133,10 +141,12 @@ class PeerSpec:
             )
         known = (*PYTHON_PEERS, "llamacpp")
         if name not in known:
-            raise ConfigError(f"--peer '{text}' does not name one of {', '.join(known)}; see --how")
+            raise ConfigError(
+                f"--peer '{text}' does not name one of {', '.join(known)}; see sleb bench peers --how"
+            )
         program, colon, models = rest.partition(":")
         if not program:
-            raise ConfigError(f"--peer '{text}' does not say where {name} is; see --how {name}")
+            raise ConfigError(f"--peer '{text}' does not say where {name} is; see sleb bench peers --how")
         if name == "llamacpp":
             return cls(name, _absolute(program), _parse_llama_models(text, models))
         if name == "openvino" and not models:
@@ -210,9 +220,9 @@ class PeerOptions:
     Attributes:
         model: as the user named it; folder: where it is; model_name: what results call it.
         layer_map: as for LLM. formats: None: those that meet a peer. depths: of ours, each a contestant.
-        kv_gib: room for keys and values, of every engine that wants to be told.
+        kv_gib: room for keys and values, of every engine that wants to be told; whole GiB, since vLLM takes no others.
         versions: by peer, for one that does not know its own. api_key: of the servers that want one.
-        command: as `shown_arguments` gives it.
+        command: as `shown_arguments` of peer_public gives it.
     """
 
     model: str
@@ -227,7 +237,7 @@ class PeerOptions:
     formats: Sequence[str] | None = None
     depths: Sequence[int] = (0,)
     seed: int = 0
-    kv_gib: float = 4.0
+    kv_gib: int = 4
     versions: dict[str, str] = field(default_factory=dict)
     api_key: str | None = None
     policy: QuietPolicy = field(default_factory=QuietPolicy)
@@ -312,27 +322,3 @@ def parse_versions(texts: Sequence[str]) -> dict[str, str]:
                 "--peer-version is for llamacpp, whose build may not know its own; write llamacpp=b1234"
             )
     return {name: value for name, _, value in pairs}
-
-
-def shown_arguments(arguments: Sequence[str], model: str = "") -> list[str]:
-    """The command line without this machine's paths and the servers' addresses.
-
-    Every path is cut to its last component, those inside NAME=PATH:FORMAT=PATH too. `model` stays whole where it is a
-    hub id, which looks like a path but is none.
-    """
-    public = {model} if model and not Path(model).expanduser().exists() else set()
-    return [each if each in public else _without_addresses(each) for each in arguments]
-
-
-def _without_addresses(argument: str) -> str:
-    hidden = re.sub(r"https?://[^\s#]+", "URL", argument)
-    return "".join(map(_last_component, re.split(r"([=:,#])", hidden)))
-
-
-def _last_component(text: str) -> str:
-    return Path(text).name if "/" in text else text
-
-
-def without_paths(text: str) -> str:
-    """A message in which every absolute path is cut to its last component."""
-    return re.sub(r"(?<![\w/:.])/[^\s'\",;:()]+", lambda found: Path(found[0]).name, text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sleb.benchmarks.idle import own_ticks, read_processes
-from sleb.errors import SlebError
+from sleb.errors import ConfigError, SlebError
 
 WORKER_MAIN = Path(__file__).resolve().parent / "peer_workers" / "worker_main.py"
 _LOG_LINES = 15
@@ -40,6 +40,10 @@ class MissingError(PeerError):
 
 class UnableError(PeerError):
     """An engine cannot do one test; others it can."""
+
+
+class MendableError(PeerError, ConfigError):
+    """What our own engine refuses, as a depth or a layer map: its message says all, so there are no details."""
 
 
 def log_tail(log: IO[bytes]) -> str:
@@ -70,6 +74,9 @@ def end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
 class Worker:
     """An engine in a process group of its own. Raises PeerError if its interpreter cannot be run.
 
+    The group stays in our session: should we be killed while it is stopped, the system ends it, as it does with every
+    stopped group that loses its last tie to a session (SIGHUP and SIGCONT, see setpgid(2) and exit(3p)).
+
     Attributes:
         facts: what it answered to "load". idle_share: of one processor, used while it waits. pid: its process.
     """
@@ -93,7 +100,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 env={**os.environ, **(environment or {})},
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as error:
             self._log.close()
@@ -104,7 +111,10 @@ class Worker:
     def call(
         self, command: str, *, timeout: float = 900.0, on_wait: Callable[[], None] | None = None, **rest: Any
     ) -> dict[str, Any]:
-        """The worker's answer. on_wait is called about once a second meanwhile. Raises PeerError."""
+        """The worker's answer. on_wait is called about once a second meanwhile.
+
+        Raises PeerError; MendableError for what the user gave, as an option.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"command": command, **rest}).encode() + b"\n")
@@ -113,6 +123,8 @@ class Worker:
             raise self._failed(f"ended instead of answering '{command}'") from None
         answer: dict[str, Any] = json.loads(self._read_line(command, time.monotonic() + timeout, on_wait))
         if not answer.pop("ok"):
+            if answer.get("mendable"):
+                raise MendableError(answer["error"], self.name)
             kind = MissingError if answer["error"].startswith(_NOT_INSTALLED) else PeerError
             raise self._failed(f"failed to {command}: {answer['error']}", kind)
         return answer

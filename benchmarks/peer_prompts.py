@@ -6,6 +6,7 @@ import json
 import random
 import re
 import secrets
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sleb.errors import ConfigError
 
 # With fewer words of one token each, text is whatever random tokens give.
 _LEAST_WORDS = 256
+# Left out at both ends of a vocabulary: Mistral keeps its first 1,000 ids for special tokens, Llama 3 its last 256.
+_MARGIN = 1024
 
 
 class Prompts:
@@ -44,11 +47,18 @@ class Prompts:
         return [self._tokenizer.decode(ids) for ids in self._draw(test, key)]
 
     def _draw(self, test: PeerTest, key: str) -> list[list[int]]:
-        """Special tokens lie at the ends of a vocabulary: they are left out."""
         rng = random.Random(key)
-        margin = min(200, self._vocab_size // 4)
-        ids = range(margin, self._vocab_size - margin)
-        return [rng.choices(ids, k=test.prompt_tokens) for _ in range(test.batch)]
+        return [rng.choices(self._ordinary_ids, k=test.prompt_tokens) for _ in range(test.batch)]
+
+    @cached_property
+    def _ordinary_ids(self) -> Sequence[int]:
+        """Without special tokens, and without ids that stand for no token, which follow the special ones at the end."""
+        size = self._vocab_size
+        margin = min(_MARGIN, size // 4)
+        added = _added_ids(self._folder)
+        end = min((each for each in added if each >= size // 2), default=size)
+        ids = [each for each in range(margin, min(end, size - margin)) if each not in added]
+        return ids or range(size)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -67,10 +77,19 @@ class Prompts:
         return words if len(words) >= _LEAST_WORDS else []
 
 
+def _added_ids(folder: Path) -> set[int]:
+    """Of tokens that the tokenizer holds beside its model, special ones above all; empty where it does not tell."""
+    try:
+        tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        return {int(token["id"]) for token in tokens}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
 def _vocab_size(folder: Path) -> int:
     try:
         return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder} is no Hugging Face folder ({error}); peers want one, with a config.json"
         ) from None

@@ -140,7 +140,7 @@ def conditions(samples: Samples, notices: Sequence[str], limit: float) -> dict[s
     if disturbed:
         found.append(
             f"Others took more than {limit:.0%} of the processors in {len(disturbed)} of {len(turns)} turns, up to "
-            f"{max(disturbed):.0%}. Ratios suffer less than tokens/s, as their turns are neighbours in time."
+            f"{max(disturbed):.0%}. Ratios suffer less than tokens/s, as their turns are close in time."
         )
     return {
         "notices": found,

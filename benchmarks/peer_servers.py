@@ -176,9 +176,10 @@ def _cards(http: httpx.Client, url: str) -> list[dict[str, Any]]:
     if response.status_code in (401, 403):
         raise refusal(response, url)
     try:
-        return [dict(card) for card in response.json()["data"]]
+        cards = list(response.json()["data"])
     except (ValueError, KeyError, TypeError):
         return []
+    return [card for card in cards if isinstance(card, dict) and isinstance(card.get("id"), str)]
 
 
 def _told(http: httpx.Client, url: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sleb.benchmarks.report import widen
 
@@ -60,17 +61,16 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_section()
         runs = f"{row['repetitions']}" + (f" ({row['disturbed']} disturbed)" if row["disturbed"] else "")
         word = row["verdict"] or ""
-        colour = _COLOURS.get(word)
         table.add_row(
             "" if row["test"] == previous else row["test"],
             row["weight_format"],
-            row["peer"],
+            Text(row["peer"]),
             f"{row['rate']:,.1f}",
             f"{row['peer_rate']:,.1f}",
             f"{row['ratio']:.2f}",
             f"{row['ratio_low']:.2f}–{row['ratio_high']:.2f}",
             runs,
-            f"[{colour}]{word}[/{colour}]" if colour else word,
+            Text(word, _COLOURS.get(word, "")),
         )
         previous = row["test"]
     return table
@@ -79,9 +79,9 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _engines(engines: Mapping[str, Mapping[str, Any]]) -> Table:
     table = _table("engine", "version", "computes in", "attention", "compiled", "threads", "over", right=())
     for name, facts in engines.items():
-        told = [facts.get(key) for key in ("attention", "compiled", "threads")]
-        version, over = _fact(facts.get("version")), facts.get("transport", "calls")
-        table.add_row(name, version, _dtype(facts), *map(_fact, told), over)
+        version, *told = (_fact(facts.get(key)) for key in ("version", "attention", "compiled", "threads"))
+        cells = [name, version, _dtype(facts), *told, facts.get("transport", "calls")]
+        table.add_row(*map(Text, cells))  # what engines tell of themselves is no markup
     return table
 
 
@@ -102,7 +102,7 @@ def _memory(memory: Mapping[str, Mapping[str, int]]) -> Table:
     table = _table("engine", right=("peak memory", "shared pages once", "processes"))
     for name, facts in memory.items():
         pss = f"{facts['pss'] / 2**20:,.0f} MiB" if facts.get("pss") else ""
-        table.add_row(name, f"{facts['peak_rss'] / 2**20:,.0f} MiB", pss, str(facts["processes"]))
+        table.add_row(Text(name), f"{facts['peak_rss'] / 2**20:,.0f} MiB", pss, str(facts["processes"]))
     return table
 
 

@@ -2,9 +2,9 @@
 
 Every Python engine, ours included, is a process of its own that stays loaded; llama.cpp's own benchmarks are a process
 a run; a server goes on as it runs, and meets ours behind our own server, so that HTTP meets HTTP. In a repetition each
-peer runs once, right before or after those of ours that it is compared with, so a ratio is of two runs that are
-neighbours in time; the next repetition goes backwards. A run begins when the machine is idle and is made anew if others
-took more than 3 % of the processors meanwhile.
+peer runs once, together with those of ours that it is compared with: one of them before it, the others after it, and
+in the next repetition backwards. So a ratio is of two runs of one round, no more than a few runs apart. A run begins
+when the machine is idle and is made anew if others took more than 3 % of the processors meanwhile.
 
 decode-1: tokens/s of one stream after 64 tokens, its first token left out. decode-N: new tokens of N streams, 64 → 128,
 over the whole time, prompts included. prompt-N: tokens of a prompt over the time to the first new one. All greedy, the
@@ -23,7 +23,11 @@ from sleb.benchmarks.harness import Progress
 from sleb.benchmarks.peer_measure import Contest
 from sleb.benchmarks.peer_options import Own, PeerOptions, is_ours
 from sleb.benchmarks.peer_process import PeerError
+from sleb.benchmarks.peer_public import public_text
 from sleb.benchmarks.peer_results import bandwidth_summary, compare, conditions, floor_shares
+
+# What users and systems end a program with.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def describe(contest: Contest, memory: dict[str, dict[str, int]], complete: bool) -> dict[str, Any]:
@@ -103,15 +107,17 @@ def run_peers(
         problem = error
         say(error.details)
     finally:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must leave no process
+        # A second Ctrl-C must leave no process, nor a terminal that closes and tells so twice.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
         try:
             memory = contest.entrants.memory()
         finally:
             contest.entrants.close(grace)
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     result = describe(contest, memory, complete)
     if problem is not None:
         if not result["rows"]:
             raise problem
-        result["problem"] = str(problem)
+        result["problem"] = public_text(str(problem))
     return result

@@ -11,18 +11,19 @@ from typing import Any
 class Engine:
     """A continuous batching pipeline on the CPU."""
 
-    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: float) -> None:
+    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: int) -> None:
         # By name: a peer is no dependency of this package, and its environment has this package not.
         openvino = self._openvino = importlib.import_module("openvino")
         genai = self._genai = importlib.import_module("openvino_genai")
         scheduler = genai.SchedulerConfig()
-        scheduler.cache_size = int(kv_gib)
+        scheduler.cache_size = kv_gib
         scheduler.enable_prefix_caching = False
         scheduler.max_num_seqs = max_batch
         scheduler.max_num_batched_tokens = max(2048, max_context)
         properties = {"INFERENCE_PRECISION_HINT": openvino.Type.bf16, "INFERENCE_NUM_THREADS": threads}
         self._pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
-        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        core = openvino.Core()
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.facts: dict[str, Any] = {
             "version": version("openvino-genai"),
             # The hint is for processors that can.
@@ -33,7 +34,8 @@ class Engine:
             "settings": {
                 "prefix_caching": False,
                 "scheduler": "continuous batching",
-                "kv_cache_gib": int(kv_gib),
+                "kv_cache_gib": kv_gib,
+                "kv_cache_dtype": _kv_precision(core, model),
             },
         }
 
@@ -52,3 +54,18 @@ class Engine:
         seconds = time.perf_counter() - started
         answers = [list(result.m_generation_ids[0]) for result in results]
         return {"seconds": seconds, "num_tokens": sum(map(len, answers)), "token_ids": answers[0]}
+
+
+def _kv_precision(core: Any, model: str) -> str | None:
+    """What keys and values are kept in: as the model's own options say, which optimum-cli writes, else by default.
+
+    None where neither is told.
+    """
+    option = ["runtime_options", "KV_CACHE_PRECISION"]
+    try:
+        read = core.read_model(f"{model}/openvino_model.xml")
+        if read.has_rt_info(option):
+            return str(read.get_rt_info(option).value)
+        return str(core.get_property("CPU", "KV_CACHE_PRECISION").get_type_name())
+    except (RuntimeError, AttributeError):
+        return None

@@ -9,7 +9,7 @@ from typing import Any
 class Engine:
     """A model of transformers. It has no limit to its cache, so max_context, max_batch and kv_gib are not used."""
 
-    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: float) -> None:
+    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: int) -> None:
         import torch
         import transformers
 
@@ -19,7 +19,9 @@ class Engine:
             model, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
         self._model = loaded.eval()
-        self._model.generation_config.eos_token_id = None  # the end of a sequence is ignored
+        # None of the model's own: a penalty would cost time that other engines do not spend, and without the token
+        # that ends a sequence none ends early.
+        self._model.generation_config = transformers.GenerationConfig()
         self.facts: dict[str, Any] = {
             "version": transformers.__version__,
             "dtype": str(self._model.dtype).removeprefix("torch."),

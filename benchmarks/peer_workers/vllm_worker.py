@@ -11,7 +11,7 @@ from typing import Any
 class Engine:
     """Offline vLLM; the parent has set the environment variables that its CPU backend wants."""
 
-    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: float) -> None:
+    def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: int) -> None:
         # By name: a peer is no dependency of this package, and its environment has this package not.
         self._vllm = importlib.import_module("vllm")
         self._llm = self._vllm.LLM(

