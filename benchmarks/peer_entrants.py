@@ -25,7 +25,6 @@ from sleb.benchmarks.peer_options import (
 )
 from sleb.benchmarks.peer_process import MissingError, PeerError, UnableError, Worker
 from sleb.benchmarks.peer_prompts import Prompts
-from sleb.benchmarks.peer_public import public_text
 from sleb.benchmarks.peer_servers import find_server, serve_ours
 from sleb.benchmarks.peer_weights import declared_format, ir_format, is_quantised
 from sleb.errors import ConfigError
@@ -238,11 +237,11 @@ class Entrants:
                 raise
             if test is not None and isinstance(error, UnableError):
                 self._unable.add((test, error.engine))
-                self.failures[f"{error.engine}, {test}"] = public_text(str(error))
+                self.failures[f"{error.engine}, {test}"] = str(error)
                 self._say(f"{error}; it takes no part in {test}")
                 return
             for name in names:
-                self.failures[name] = public_text(str(error))
+                self.failures[name] = str(error)
                 engine = self.engines.pop(name, None)
                 if engine is not None:
                     engine.close(1.0)

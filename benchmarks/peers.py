@@ -62,7 +62,7 @@ def describe(contest: Contest, memory: dict[str, dict[str, int]], complete: bool
             str(test): [asdict(repetition) for repetition in repetitions]
             for test, repetitions in samples.items()
         },
-        "failures": dict(entrants.failures),
+        "failures": {name: public_text(text) for name, text in entrants.failures.items()},
         "conditions": conditions(samples, entrants.notices, options.policy.limit),
         "complete": complete,
     }

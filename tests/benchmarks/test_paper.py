@@ -131,15 +131,19 @@ def test_what_an_attention_only_map_removes_is_counted_in_halves_of_blocks() -> 
     assert "here SLEB, depth 6 30% 1,000.0 1.25" in " ".join(console.export_text().split())
 
 
-def test_a_map_without_the_papers_depths_is_told(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured beside the run takes no time."""
     for name, value in (
         ("_COPY_BYTES", {"cpu": 1 << 16}),
         ("_READ_BYTES", 1 << 16),
         ("_MATRIX_SIZE", {"cpu": 16}),
     ):
         monkeypatch.setattr(ceilings_module, name, value)
+
+
+@pytest.mark.usefixtures("small_ceilings")
+def test_a_map_without_the_papers_depths_is_told(tiny_model_dir: Path) -> None:
     words = [tiny_model_dir, *["--layer-map", "none", "--paper", "--no-control", "--threads", "1"]]
     words += ["--repetitions", "1", "--max-repetitions", "1"]
     done = CliRunner().invoke(app, ["throughput", *map(str, words), "--fail-below", "1.1"])
@@ -154,15 +158,10 @@ def test_a_map_without_the_papers_depths_is_told(
         )
 
 
+@pytest.mark.usefixtures("small_ceilings")
 def test_the_command_measures_and_prints_both(
-    tiny_model_dir: Path, tiny_chain: LayerMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, tiny_chain: LayerMap, tmp_path: Path
 ) -> None:
-    for name, value in (
-        ("_COPY_BYTES", {"cpu": 1 << 16}),
-        ("_READ_BYTES", 1 << 16),
-        ("_MATRIX_SIZE", {"cpu": 16}),
-    ):
-        monkeypatch.setattr(ceilings_module, name, value)
     tiny_chain.save(tmp_path / "map.json")
     words = [tiny_model_dir, "--layer-map", tmp_path / "map.json", "--paper", "--json", tmp_path / "out.json"]
     words += ["--repetitions", "1", "--max-repetitions", "1", "--no-control", "--threads", "1"]

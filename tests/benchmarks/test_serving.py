@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sleb_tests_scripted_server as scripted
 import typer
 from typer.testing import CliRunner
 
@@ -30,18 +30,6 @@ from sleb.errors import SlebError
 
 # Between a server's sending and a client's noting of it, on a machine that does other things as well.
 SLACK = 0.5
-
-
-def load_scripted() -> Any:
-    path = Path(__file__).with_name("scripted_server.py")
-    spec = importlib.util.spec_from_file_location("sleb_tests_scripted_server", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-scripted = load_scripted()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Two servers: a scripted one, whose pace does not depend on who else uses the pro
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import re
@@ -22,19 +21,11 @@ from statistics import median
 from urllib.request import Request, urlopen
 
 import pytest
+import sleb_tests_scripted_server as scripted
 
 from sleb.benchmarks.load_prompts import Lengths, Prompt, RandomPrompts, calibrate
 from sleb.benchmarks.serving import run_serving
 from sleb.benchmarks.serving_options import Level, ServeOptions
-
-
-def load_scripted():
-    path = Path(__file__).with_name("scripted_server.py")
-    spec = importlib.util.spec_from_file_location("sleb_tests_scripted_server", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class PlainConnection:
@@ -171,7 +162,6 @@ def ratio(pairs: list[tuple[dict, dict]], name: str) -> float:
 
 def scripted_loads(rounds: int, num_requests: int) -> list[tuple[dict, dict]]:
     """Four requests at once to a server whose first token takes 50 ms and whose others 10 ms."""
-    scripted = load_scripted()
     server = scripted.ScriptedServer(scripted.Script(first=0.05, gap=0.01))
     shape = Shape(concurrency=4, num_requests=num_requests, prompt_tokens=30, tokens=16, spread=0)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sleb_tests_scripted_server as scripted
 import typer
 from typer.testing import CliRunner
 
@@ -32,18 +32,6 @@ WHOLE = [
     b'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n',
     b"data: [DONE]\n\n",
 ]
-
-
-def load_scripted() -> Any:
-    path = Path(__file__).with_name("scripted_server.py")
-    spec = importlib.util.spec_from_file_location("sleb_tests_scripted_server", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-scripted = load_scripted()
 
 
 class OddServer(scripted.ScriptedServer):
