@@ -745,8 +745,9 @@ def test_quantised_weights_that_meet_bf16_are_noticed(contest_options: PeerOptio
 
 def test_where_nobody_is_left_the_whole_path_is_named(contest_options: PeerOptions, tmp_path: Path) -> None:
     gone = PeerSpec("vllm", tmp_path / "none" / "python")
-    with pytest.raises(ConfigError, match=re.escape(str(gone.program))):
+    with pytest.raises(ConfigError) as caught:
         run_peers(replace(contest_options, peers=[gone]))
+    assert str(gone.program) in str(caught.value)
 
 
 def test_what_is_not_there_is_said_with_the_lines_that_install_it(
