@@ -15,7 +15,7 @@ ARGS   ?=
 BIN     := $(VENV)/bin
 PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # The install compiles the CPU kernels, so that nobody who starts the server waits for it.
-SOURCES := pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/build.py kernels/cpu/*.[ch])
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/build.py kernels/cpu/src/*.[ch])
 
 .PHONY: help serve test check install install-dev clean
 .DEFAULT_GOAL := help
@@ -63,4 +63,4 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/cpu/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/cpu/src/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

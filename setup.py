@@ -14,12 +14,12 @@ from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
-FOLDER = Path("sleb", "kernels", "cpu")  # in the source tree and in the wheel
+FOLDER = Path("sleb", "kernels", "cpu", "src")  # in the source tree and in the wheel
 
 
 def load_builder() -> ModuleType:
     """kernels/cpu/build.py by its path: sleb itself cannot be imported before its dependencies are there."""
-    spec = importlib.util.spec_from_file_location("sleb_cpu_build", FOLDER / "build.py")
+    spec = importlib.util.spec_from_file_location("sleb_cpu_build", FOLDER.parent / "build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -29,7 +29,7 @@ from sleb.engine.config import DTYPE_ALIASES, EngineConfig
 from sleb.engine.llm import LLM
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError
-from sleb.fetch import resolve_model
+from sleb.models.resolve import resolve_model
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 BASELINE = "bfloat16"

@@ -5,7 +5,8 @@
 Perplexities are those that `sleb prune` wrote into the maps (of the held-out text, where all maps have one), so the
 maps must have been searched on the same tokens. Depths of different units do not compare, so each depth has its share
 of the blocks' parameters, of the KV cache, and the speedup of a decoding step that a cost model predicts, fitted in
-this run (`sleb.cost_model`). Some depths of every map are measured too, in turns with the whole model, to check it.
+this run (`sleb.pruning.cost_model`). Some depths of every map are measured
+too, in turns with the whole model, to check it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from rich.table import Table
 
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import MOST_REPETITIONS, Progress, Samples, measure
+from sleb.benchmarks.plots import plot_lines
 from sleb.benchmarks.report import widen
 from sleb.benchmarks.throughput import MAX_STEP_TOKENS, decode_seconds, greedy_params, plain_token_ids
-from sleb.cost_model import CostModel, fit_cost_model
-from sleb.engine.architecture import DecoderSpec
 from sleb.engine.llm import LLM
+from sleb.engine.model.architecture import DecoderSpec
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
-from sleb.plots import plot_lines
+from sleb.layer_map.layer_map import LayerMap
+from sleb.pruning.cost_model import CostModel, fit_cost_model
 
 _PROMPT_TOKENS = 64
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from sleb.benchmarks.intervals import ratio_interval
+from sleb.benchmarks.stats import ratio_interval
 
 Workload = TypeVar("Workload", bound=Hashable)
 Variant = TypeVar("Variant", bound=Hashable)

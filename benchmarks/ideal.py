@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sleb.engine.architecture import DecoderSpec
 from sleb.engine.engine import Engine
+from sleb.engine.model.architecture import DecoderSpec
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def _check_names(what: str, names: Sequence[str] | None, known: Sequence[str]) -
 def _interpreted() -> bool:
     """Whether Triton is there and interprets its kernels."""
     try:
-        from sleb.kernels.runtime import INTERPRETED
+        from sleb.kernels.triton.runtime import INTERPRETED
     except ImportError:
         return False
     return INTERPRETED
@@ -192,7 +192,7 @@ def select_backend(name: str, case: Case, device: torch.device, dtype: torch.dty
 
 
 def _select_attention(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Backend:
-    from sleb.kernels.attention import select_attention
+    from sleb.kernels.attention.select import select_attention
 
     fused = torch_fused_kernels()
     found = select_attention("flash" if name == "flash" else "torch", fused, device, dtype, case.head_dim)
@@ -235,7 +235,7 @@ class _Subject:
 def _tuning(backend: Backend) -> AbstractContextManager[None]:
     if backend.name != "triton":
         return nullcontext()
-    from sleb.kernels.tuning import tuning
+    from sleb.kernels.triton.tuning import tuning
 
     return tuning()
 

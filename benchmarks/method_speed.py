@@ -34,11 +34,11 @@ from sleb.benchmarks.harness import Progress, Samples, measure
 from sleb.benchmarks.report import widen
 from sleb.benchmarks.selection import spread_units
 from sleb.benchmarks.throughput import greedy_params, plain_token_ids
-from sleb.engine.architecture import resolve_spec
 from sleb.engine.llm import LLM
+from sleb.engine.model.architecture import resolve_spec
 from sleb.errors import ConfigError
-from sleb.fetch import resolve_model
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.resolve import resolve_model
 
 VARIANTS = ("dense", "blocks", "width", "2:4")
 _ROUND_TO = 32  # of the narrow MLP's width: what kernels are made for

@@ -9,7 +9,7 @@
     random       drawn, with several seeds
 
 All rules see the same calibration windows; perplexity is told on them and on a text that took no part. Answers are
-the engine's greedy ones to a few prompts (`sleb.benchmarks.quality_generation`).
+the engine's greedy ones to a few prompts (`sleb.benchmarks.quality.answers`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sleb.benchmarks.environment import describe_machine, shown_command
-from sleb.benchmarks.quality_generation import PROMPTS, GenerationQuality, generate_answers
+from sleb.benchmarks.plots import plot_lines
+from sleb.benchmarks.quality.answers import PROMPTS, GenerationQuality, generate_answers
 from sleb.benchmarks.report import widen
 from sleb.benchmarks.selection import (
     Choice,
@@ -41,14 +42,13 @@ from sleb.benchmarks.selection import (
 )
 from sleb.engine.config import resolve_device
 from sleb.engine.llm import LLM
-from sleb.engine.scoring import DecoderScorer
+from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
-from sleb.plots import plot_lines
-from sleb.prune_options import PruneOptions
-from sleb.prune_tokens import gather_tokens
-from sleb.search import SearchProgress, check_num_remove, search, total_loss
-from sleb.units import Unit
+from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.units import Unit
+from sleb.pruning.options import PruneOptions
+from sleb.pruning.search import SearchProgress, check_num_remove, search, total_loss
+from sleb.pruning.tokens import gather_tokens
 
 _ANSWER_TOKENS = 64
 _MOST_TIMES_DENSE = 10  # of the plot's perplexities

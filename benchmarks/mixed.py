@@ -31,10 +31,10 @@ from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import greedy_params, plain_token_ids
 from sleb.benchmarks.variants import depths_in_turns
 from sleb.benchmarks.workloads import ThroughputOptions, choose_map, with_model
-from sleb.engine.architecture import resolve_spec
 from sleb.engine.llm import LLM
+from sleb.engine.model.architecture import resolve_spec
 from sleb.errors import ConfigError
-from sleb.fetch import resolve_model
+from sleb.models.resolve import resolve_model
 
 # The least that a mixed batch is to keep of the time-weighted throughput: the rest is for uneven ends of the runs.
 TARGET = 0.95

@@ -17,8 +17,8 @@ from rich.table import Table
 from sleb.benchmarks.results import Row
 from sleb.benchmarks.workloads import ThroughputOptions
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
-from sleb.units import Unit
+from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.units import Unit
 
 SOURCE = "Song et al. 2024, SLEB, arXiv 2402.09025"
 MODEL, HARDWARE = "LLaMA-2-70B", "two A100"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from sleb.benchmarks.intervals import LEAST_FOR_LEVEL, RatioInterval, Verdict, ratio_interval, verdict
 from sleb.benchmarks.peer_options import Own, PeerTest
+from sleb.benchmarks.stats import LEAST_FOR_LEVEL, RatioInterval, Verdict, ratio_interval, verdict
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from sleb.benchmarks.intervals import Verdict, ratio_interval, verdict
+from sleb.benchmarks.stats import Verdict, ratio_interval, verdict
 
 # A row whose half spread is above this share of its median is called noisy.
 NOISY = 0.10

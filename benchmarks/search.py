@@ -23,15 +23,15 @@ from torch import Tensor
 
 from sleb.benchmarks.environment import describe_machine, shown_command
 from sleb.benchmarks.report import widen
-from sleb.calibration import token_hash
 from sleb.engine.config import resolve_device
-from sleb.engine.scoring import DecoderScorer
+from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
-from sleb.prune_options import PruneOptions
-from sleb.prune_tokens import gather_tokens
-from sleb.search import ScoringModel, Search, SearchSettings, check_num_remove
-from sleb.search.rounds import Evidence
-from sleb.units import Unit
+from sleb.layer_map.units import Unit
+from sleb.pruning.calibration import token_hash
+from sleb.pruning.options import PruneOptions
+from sleb.pruning.search import ScoringModel, Search, SearchSettings, check_num_remove
+from sleb.pruning.search.rounds import Evidence
+from sleb.pruning.tokens import gather_tokens
 
 FAST_MODES = ("race", "gradient")
 
@@ -85,7 +85,7 @@ class Steps(Protocol):
 
 
 class OurSearch:
-    """`sleb.search.Search` in one mode."""
+    """`sleb.pruning.search.Search` in one mode."""
 
     def __init__(self, model: ScoringModel, windows: Tensor, options: SearchBenchOptions, mode: str) -> None:
         self.search = Search(model, windows, options.remove, SearchSettings(units=options.units, mode=mode))

@@ -1,6 +1,6 @@
 """Ways to choose blocks that are not SLEB's, for comparison: each gives the blocks to remove at a count.
 
-Models are those of `sleb.search.ScoringModel`; windows [W, L] int64.
+Models are those of `sleb.pruning.search.ScoringModel`; windows [W, L] int64.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleb.search import ScoringModel, candidate_units, total_loss
-from sleb.units import Unit
+from sleb.layer_map.units import Unit
+from sleb.pruning.search import ScoringModel, candidate_units, total_loss
 
 Choice = Callable[[int], list[Unit]]
 """How many blocks -> which."""

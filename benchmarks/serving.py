@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sleb.benchmarks.environment import describe_machine, shown_command
-from sleb.benchmarks.load import LoadProgress
+from sleb.benchmarks.load.load import LoadProgress
 from sleb.benchmarks.serving_options import ServeOptions, shown_url
 from sleb.benchmarks.serving_rows import Row, make_row, nothing_due, row_notices
 from sleb.benchmarks.serving_target import (

@@ -15,8 +15,7 @@ from statistics import median
 from typing import Any
 
 from sleb.benchmarks.harness import alternated_orders
-from sleb.benchmarks.intervals import ratio_interval, verdict
-from sleb.benchmarks.load_events import Outcome
+from sleb.benchmarks.load.events import Outcome
 from sleb.benchmarks.serving import (
     OnProgress,
     ServeProgress,
@@ -29,6 +28,7 @@ from sleb.benchmarks.serving_metrics import measure
 from sleb.benchmarks.serving_options import Level, ServeOptions, side_options
 from sleb.benchmarks.serving_rows import Row, make_row, row_notices
 from sleb.benchmarks.serving_target import Target, check_alive, num_warmups, prepare, run_level, warm_up
+from sleb.benchmarks.stats import ratio_interval, verdict
 
 SIDES = ("A", "B")
 # Metric -> whether more of it is better.

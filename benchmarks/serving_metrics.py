@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sleb.benchmarks.load_events import Outcome
+from sleb.benchmarks.load.events import Outcome
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (90, 99)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sleb.benchmarks.load_events import without_key
+from sleb.benchmarks.load.events import without_key
 from sleb.benchmarks.load_prompts import Lengths, is_unicode
 from sleb.client.connection import is_loopback
 from sleb.errors import ConfigError

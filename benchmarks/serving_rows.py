@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.benchmarks.command import write_result
-from sleb.benchmarks.load_events import Outcome
+from sleb.benchmarks.load.events import Outcome
 from sleb.benchmarks.serving_metrics import VLLM_KEYS, failures, measure, raw_samples
 from sleb.benchmarks.serving_options import Level
 from sleb.benchmarks.serving_target import Target, describe_level

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import orjson
 
-from sleb.benchmarks.load_events import EventSplitter, Outcome, StreamError, error_message, is_count
+from sleb.benchmarks.load.events import EventSplitter, Outcome, StreamError, error_message, is_count
 from sleb.benchmarks.serving_options import ENDPOINTS, ServeOptions, shown_url
 from sleb.client.connection import ClientError, explained, shorten
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import orjson
 
-from sleb.benchmarks.load import Load, LoadRequest, LoadResult, OnLoad, arrival_times
-from sleb.benchmarks.load_client import LoadClient
+from sleb.benchmarks.load.client import LoadClient
+from sleb.benchmarks.load.load import Load, LoadRequest, LoadResult, OnLoad, arrival_times
 from sleb.benchmarks.load_dataset import DatasetPrompts
 from sleb.benchmarks.load_prompts import UNCOUNTED, PromptSource, RandomPrompts, calibrate
 from sleb.benchmarks.serving_options import ENDPOINTS, Level, ServeOptions

@@ -40,16 +40,16 @@ from sleb.benchmarks.workloads import (
     plan_workloads,
     with_model,
 )
-from sleb.engine.architecture import DecoderSpec, resolve_spec
+from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig, resolve_dtype
 from sleb.engine.engine import Engine
-from sleb.engine.kv_cache import GIB, bytes_per_token
+from sleb.engine.execute.kv_cache import GIB, bytes_per_token
 from sleb.engine.llm import LLM
-from sleb.engine.sampling_params import SamplingParams
-from sleb.engine.tiers import load_layer_map
+from sleb.engine.model.architecture import DecoderSpec, resolve_spec
+from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import ConfigError
-from sleb.fetch import resolve_model
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.resolve import resolve_model
 
 _PAGE_SIZE = 16
 # Prompts of a batch are computed in one step up to this many tokens; more would cost memory and gain nothing.

@@ -11,10 +11,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sleb.benchmarks.intervals import LEAST_FOR_LEVEL, UNTIL_NARROW
 from sleb.benchmarks.paper import describe_paper, print_paper
 from sleb.benchmarks.report import format_rate, format_size, widen
 from sleb.benchmarks.results import NOISY, Row
+from sleb.benchmarks.stats import LEAST_FOR_LEVEL, UNTIL_NARROW
 from sleb.benchmarks.workloads import describe_workload
 
 _HEADINGS = (

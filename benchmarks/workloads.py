@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap, shipped_maps
-from sleb.shapes import shape_folder
-from sleb.units import Unit
+from sleb.layer_map.layer_map import LayerMap, shipped_maps
+from sleb.layer_map.units import Unit
+from sleb.models.shapes import shape_folder
 
 Test = Literal["prompt", "generate", "decode"]
 TESTS: tuple[Test, ...] = get_args(Test)
@@ -23,7 +23,7 @@ _STAND_IN_SHARE = 0.2
 
 @dataclass(frozen=True)
 class ThroughputOptions:
-    """What to measure: a model, or with `config` a shape of `sleb.shapes` with random weights.
+    """What to measure: a model, or with `config` a shape of `sleb.models.shapes` with random weights.
 
     None: depths 0 and the map's recommended one; 2,048 prompt tokens for "prompt" (or what the model holds), 64 for the
     others. batches and output_tokens are of "generate" and "decode"; of several lengths and batches every combination

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from sleb.engine.sampling_params import is_integer
-from sleb.engine.weights import WEIGHT_FORMATS, WeightFormat
+from sleb.engine.model.weights import WEIGHT_FORMATS, WeightFormat
+from sleb.engine.requests.sampling_params import is_integer
 from sleb.errors import ConfigError
-from sleb.kernels.attention import ATTENTION_BACKENDS
-from sleb.layer_map import LayerMap
+from sleb.kernels.attention.select import ATTENTION_BACKENDS
+from sleb.layer_map.layer_map import LayerMap
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -47,7 +47,7 @@ class EngineConfig:
         kv_cache_memory: GiB for KV pages; None: chosen from the free memory.
         gpu_memory_utilization: share of the card's memory that weights and KV may take.
         kernels: auto, or a backend of sleb.kernels.registry.
-        attention: auto, or a backend of sleb.kernels.attention; of the Triton kernels.
+        attention: auto, or a backend of sleb.kernels.attention.select; of the Triton kernels.
         cuda_graphs: whether decode steps on a card are captured once and replayed.
         overlap: whether a step is launched before the tokens of the one before are read; None: where the device
             computes by itself.

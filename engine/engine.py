@@ -9,22 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sleb.engine.architecture import resolve_spec
-from sleb.engine.block_manager import BlockManager
+from sleb.engine.chain import find_tier, load_layer_map, make_tiers
 from sleb.engine.config import EngineConfig
-from sleb.engine.detokenizer import Detokenizer
-from sleb.engine.grammar import Grammar, advance
+from sleb.engine.execute.sampler import needs_last_token
+from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import StepOutput, TokenLogprobs
-from sleb.engine.request import Request, Tier
+from sleb.engine.requests.detokenizer import Detokenizer
+from sleb.engine.requests.grammar import Grammar, advance
+from sleb.engine.requests.request import Request, Tier
+from sleb.engine.requests.sampling_params import SamplingParams, is_integer
 from sleb.engine.runner import LaunchedStep, Runner, StepResult
-from sleb.engine.sampler import needs_last_token
-from sleb.engine.sampling_params import SamplingParams, is_integer
-from sleb.engine.scheduler import Scheduler
-from sleb.engine.step import ScheduledRow, Step
+from sleb.engine.schedule.block_manager import BlockManager
+from sleb.engine.schedule.scheduler import Scheduler
+from sleb.engine.schedule.step import ScheduledRow, Step
 from sleb.engine.text import TextProcessor
-from sleb.engine.tiers import find_tier, load_layer_map, make_tiers
 from sleb.errors import ConfigError, RequestError
-from sleb.fetch import resolve_model
+from sleb.models.resolve import resolve_model
 
 
 @dataclass(frozen=True)

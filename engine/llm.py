@@ -14,9 +14,9 @@ from torch import Tensor
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.engine.outputs import Choice, Output, StepOutput
-from sleb.engine.sampling_params import SamplingParams
+from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import ConfigError, RequestError
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 Prompt = str | Sequence[int]
 

@@ -10,32 +10,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleb.engine.architecture import DecoderSpec
 from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.decoder import Decoder
-from sleb.engine.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
-from sleb.engine.fused_setup import build_fused
-from sleb.engine.grammar import fill_masks
-from sleb.engine.kv_cache import PagedKVCache, bytes_per_token, size_cache
-from sleb.engine.loader import load_weights
-from sleb.engine.native_executor import NativeExecutor, why_unsupported
-from sleb.engine.outputs import TokenLogprobs
-from sleb.engine.request import Request
-from sleb.engine.sampler import (
+from sleb.engine.execute.cpu import NativeExecutor, why_unsupported
+from sleb.engine.execute.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
+from sleb.engine.execute.gpu_setup import build_fused
+from sleb.engine.execute.kv_cache import PagedKVCache, bytes_per_token, size_cache
+from sleb.engine.execute.sampler import (
     PendingLogprobs,
     SampledBatch,
     SampledToken,
     Sampler,
     takes_most_probable,
 )
-from sleb.engine.step import ScheduledRow, Step
-from sleb.engine.transfer import to_device
-from sleb.engine.weights import DecoderWeights, all_sublayers, num_bytes
+from sleb.engine.execute.transfer import to_device
+from sleb.engine.model.architecture import DecoderSpec
+from sleb.engine.model.decoder import Decoder
+from sleb.engine.model.loader import load_weights
+from sleb.engine.model.weights import DecoderWeights, all_sublayers, num_bytes
+from sleb.engine.outputs import TokenLogprobs
+from sleb.engine.requests.grammar import fill_masks
+from sleb.engine.requests.request import Request
+from sleb.engine.schedule.step import ScheduledRow, Step
 from sleb.errors import ConfigError
-from sleb.kernels.attention import DEFAULT_PAGE_SIZE, AttentionBackend, select_attention
+from sleb.kernels.attention.select import DEFAULT_PAGE_SIZE, AttentionBackend, select_attention
 from sleb.kernels.registry import Kernels, select_kernels
-from sleb.layer_map import LayerMap
-from sleb.units import Sublayer
+from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.units import Sublayer
 
 # Rows of logits computed at once for prompt logprobs: 256 rows of 128k entries in float32 are 128 MiB.
 _LOGPROB_ROWS = 256

@@ -1,6 +1,6 @@
 """The operators of a decoder whose row counts live on the device, as one record: plain torch, or Triton.
 
-`sleb.kernels.fused_reference` states what each computes.
+`sleb.kernels.reference.device` states what each computes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sleb.errors import ConfigError
-from sleb.kernels import fused_reference, reference
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.quantization import Weight
-from sleb.kernels.reference import Numbers
+from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import ops as reference
+from sleb.kernels.reference.ops import Numbers
 
 
 class Attention(Protocol):
@@ -35,7 +36,7 @@ class Attention(Protocol):
 
 
 class AddNorm(Protocol):
-    """See `sleb.kernels.fused_reference.add_norm`."""
+    """See `sleb.kernels.reference.device.add_norm`."""
 
     def __call__(
         self,
@@ -54,7 +55,7 @@ class AddNorm(Protocol):
 
 
 class RopeStore(Protocol):
-    """See `sleb.kernels.fused_reference.rope_store`."""
+    """See `sleb.kernels.reference.device.rope_store`."""
 
     def __call__(
         self,
@@ -74,7 +75,10 @@ class RopeStore(Protocol):
 
 @dataclass(frozen=True)
 class FusedKernels:
-    """Plain functions, chosen once, when the runner is built; `attention` is their own of `sleb.kernels.attention`."""
+    """Plain functions, chosen once, when the runner is built; `attention` is their own.
+
+    See `sleb.kernels.attention.select`.
+    """
 
     name: str
     add_norm: AddNorm
@@ -98,7 +102,7 @@ class FusedKernels:
         min_p: Numbers,
         points: Numbers,
     ) -> Tensor:
-        """Logits [B, V] to [B] int64, as `sleb.kernels.reference.draw`; the numbers reach the device in one copy."""
+        """Logits [B, V] to [B] int64, as `sleb.kernels.reference.ops.draw`; the numbers arrive in one copy."""
         columns = (temperature, top_k, top_p, min_p, points)
         numbers = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns])
         if logits.is_cuda and not numbers.is_cuda:
@@ -132,7 +136,7 @@ def triton_fused_kernels() -> FusedKernels:
             f"kernels 'triton' need Triton, which cannot be imported ({error}); install it (pip install triton), or "
             "use kernels torch"
         ) from None
-    from sleb.kernels import (
+    from sleb.kernels.triton import (
         activation,
         add_norm,
         draw,

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from sleb.errors import ConfigError
-from sleb.kernels import reference
 from sleb.kernels.batch import PagedBatch
 from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
 from sleb.kernels.fused import FusedKernels, triton_fused_kernels
 from sleb.kernels.quantization import Weight
-from sleb.kernels.reference import Numbers
+from sleb.kernels.reference import ops as reference
+from sleb.kernels.reference.ops import Numbers
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operators of the engine as plain functions; `sleb.kernels.reference` states what each computes."""
+    """The operators of the engine as plain functions; `sleb.kernels.reference.ops` states what each computes."""
 
     name: str
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
@@ -61,7 +61,7 @@ def _torch_kernels(note: str = "") -> Kernels:
 
 def _triton_kernels(device: torch.device) -> Kernels:
     from_triton = triton_fused_kernels()
-    from sleb.kernels.runtime import INTERPRETED
+    from sleb.kernels.triton.runtime import INTERPRETED
 
     if device.type != "cuda" and not INTERPRETED:
         raise ConfigError(

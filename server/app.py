@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 import sleb
-from sleb.server import chat, completions, docs, health, models, page, tokenize
+from sleb.server.api import chat, completions, docs, health, models, tokenize
+from sleb.server.api import chat_page as page
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
@@ -33,7 +34,7 @@ def create_app(context: ServerContext) -> FastAPI:
             task.cancel()
         await context.engine.stop()
 
-    # FastAPI's own pages come from a CDN, which a server without a network does not have: see sleb.server.docs.
+    # FastAPI's own pages come from a CDN, which a server without a network does not have: see sleb.server.api.docs.
     app = FastAPI(
         title="sleb",
         version=sleb.__version__,

@@ -10,14 +10,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sleb.engine.sampling_params import (
+from sleb.engine.requests.sampling_params import (
     COUNT_RANGES,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     NUMBER_RANGES,
 )
-from sleb.server.chat import MAX_MESSAGES, OWN_ARGUMENTS
-from sleb.server.completions import MAX_PROMPTS
+from sleb.server.api.chat import MAX_MESSAGES, OWN_ARGUMENTS
+from sleb.server.api.completions import MAX_PROMPTS
+from sleb.server.api.tokenize import MAX_TOKENS, DetokenizeBody, TokenizeBody
+from sleb.server.grammar.structured import MAX_CHOICES
+from sleb.server.message.tools import MAX_TOOLS, NAME_PATTERN
 from sleb.server.protocol import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
@@ -41,9 +44,6 @@ from sleb.server.schema_terms import (
     one_of,
     reference,
 )
-from sleb.server.structured import MAX_CHOICES
-from sleb.server.tokenize import MAX_TOKENS, DetokenizeBody, TokenizeBody
-from sleb.server.tools import MAX_TOOLS, NAME_PATTERN
 
 _NOT_TRUE: Schema = {"not": {"const": True}}
 _FULL_TEXT: Schema = {"type": "string", "minLength": 1}

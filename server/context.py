@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from sleb.errors import ConfigError, RequestError
-from sleb.server.async_engine import AsyncEngine
-from sleb.server.metrics import ServerMetrics
-from sleb.server.token_text import TokenTexts
+from sleb.server.answer.token_text import TokenTexts
+from sleb.server.engine_thread.async_engine import AsyncEngine
+from sleb.server.engine_thread.metrics import ServerMetrics
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
-    from sleb.engine.request import Tier
-    from sleb.server.models import BenchResult
+    from sleb.engine.requests.request import Tier
+    from sleb.server.api.models import BenchResult
 
 _MAX_NAME = 200  # characters of a model's name that an error repeats
 

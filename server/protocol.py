@@ -16,7 +16,7 @@ import orjson
 from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sleb.engine.sampling_params import COUNT_RANGES, SamplingParams
+from sleb.engine.requests.sampling_params import COUNT_RANGES, SamplingParams
 from sleb.errors import RequestError
 from sleb.server.errors import ApiError, shorten
 

@@ -17,8 +17,8 @@ import uvicorn
 
 from sleb.errors import ConfigError, RequestError
 from sleb.server.app import create_app
-from sleb.server.async_engine import AsyncEngine
 from sleb.server.context import ServerContext, ServerOptions
+from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.errors import ShuttingDownError
 from sleb.server.logs import Teller, configure
 

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sleb.engine.llm import LLM
-    from sleb.engine.sampling_params import SamplingParams
-    from sleb.layer_map import LayerMap
-    from sleb.pruning import prune
+    from sleb.engine.requests.sampling_params import SamplingParams
+    from sleb.layer_map.layer_map import LayerMap
+    from sleb.pruning.run import prune
 
 __version__ = "0.1.0"
 
 __all__ = ["LLM", "LayerMap", "SamplingParams", "__version__", "prune"]
 
 # No module of the package may carry one of these names: importing `sleb.prune` would set the attribute
-# `prune` of this package to the module and hide the function. Hence `sleb/pruning.py`.
+# `prune` of this package to the module and hide the function. Hence `sleb/pruning/run.py`.
 _HOMES = {
     "LLM": "sleb.engine.llm",
-    "LayerMap": "sleb.layer_map",
-    "SamplingParams": "sleb.engine.sampling_params",
-    "prune": "sleb.pruning",
+    "LayerMap": "sleb.layer_map.layer_map",
+    "SamplingParams": "sleb.engine.requests.sampling_params",
+    "prune": "sleb.pruning.run",
 }
 
 

@@ -33,7 +33,7 @@ if (
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from sleb.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Unit
 
 settings.register_profile(
     "sleb",
@@ -149,7 +149,7 @@ def weight_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     """Where this session keeps quantised weights: those of tiny models have no place in the user's cache."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sleb.engine.weight_cache.cache_dir", lambda: folder)
+        patch.setattr("sleb.engine.model.weight_cache.cache_dir", lambda: folder)
         yield folder
 
 

@@ -19,16 +19,12 @@ LINKED = ("engine", "kernels", "server", "benchmarks")
 PARTS = {
     "root": ("__init__",),
     "errors": ("errors",),
-    "layer_map": ("layer_map", "layer_map_json", "units", "fingerprint"),
-    "shapes": ("shapes",),
-    "search": ("search",),
-    "calibration": ("calibration",),
+    "layer_map": ("layer_map",),
+    "models": ("models",),
     "formats": ("formats",),
-    "fetch": ("fetch", "hub", "model_store", "gguf_config", "gguf_convert", "gguf_tokenizer"),
     "kernels": ("kernels",),
     "engine": ("engine",),
-    "pruning": ("pruning", "prune_options", "prune_output", "prune_tokens", "choice", "cost_model"),
-    "plots": ("plots",),
+    "pruning": ("pruning",),
     "server": ("server",),
     "benchmarks": ("benchmarks",),
     "client": ("client",),
@@ -41,17 +37,13 @@ ARROWS = {
     "root": {"layer_map", "engine", "pruning"},
     "errors": set(),
     "layer_map": set(),
-    "shapes": set(),
-    "search": {"layer_map"},
-    "calibration": {"layer_map"},
-    "formats": {"engine", "layer_map", "fetch"},
-    "fetch": set(),
+    "models": set(),
+    "formats": {"engine", "layer_map", "models"},
     "kernels": set(),
-    "engine": {"kernels", "layer_map", "fetch"},
-    "pruning": {"engine", "search", "calibration", "layer_map", "fetch"},
-    "server": {"engine", "layer_map", "fetch"},
+    "engine": {"kernels", "layer_map", "models"},
+    "pruning": {"engine", "layer_map", "models"},
+    "server": {"engine", "layer_map", "models"},
     "benchmarks": set(PARTS) - {"cli"},
-    "plots": set(),
     "client": set(),
     "doctor": {"client"},
     "cli": set(PARTS),
@@ -164,15 +156,14 @@ def test_the_arrows_have_no_circle() -> None:
         ("engine/llm.py", "def f():\n    from sleb.server.app import app", "engine must not import server"),
         (
             "kernels/rope.py",
-            "if TYPE_CHECKING:\n    from sleb.engine.step import Step",
+            "if TYPE_CHECKING:\n    from sleb.engine.schedule.step import Step",
             "kernels must not import engine",
         ),
-        ("sleb/search/loop.py", "import sleb.engine.decoder", "search must not import engine"),
-        ("sleb/layer_map.py", "from sleb import engine", "layer_map must not import engine"),
-        ("sleb/fetch.py", "from sleb import LayerMap", "fetch must not import root"),
+        ("sleb/layer_map/layer_map.py", "from sleb import engine", "layer_map must not import engine"),
+        ("sleb/models/resolve.py", "from sleb import LayerMap", "models must not import root"),
         ("engine/config.py", "from sleb import LLM", "engine must not import root"),
         ("server/app.py", "import sleb\nx = sleb.prune", "server must not import root"),
-        ("engine/config.py", "from sleb.pruning import prune", "engine must not import pruning"),
+        ("engine/config.py", "from sleb.pruning.run import prune", "engine must not import pruning"),
         ("server/app.py", "from sleb.cli import main", "server must not import cli"),
         ("server/app.py", "from sleb.newcomer import x", "server must not import unknown sleb.newcomer"),
         ("benchmarks/throughput.py", "from sleb.cli import main", "benchmarks must not import cli"),
@@ -191,7 +182,10 @@ def test_the_checker_sees(path: str, source: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("engine/llm.py", "from sleb.engine.request import Request\nfrom sleb.kernels import registry"),
+        (
+            "engine/llm.py",
+            "from sleb.engine.requests.request import Request\nfrom sleb.kernels import registry",
+        ),
         ("engine/llm.py", "from sleb.errors import ConfigError\nimport torch, transformers"),
         ("engine/x.py", "import engineering\nfrom kernels_of_truth import x"),
         ("server/app.py", "from sleb import __version__\nfrom fastapi import FastAPI"),
@@ -232,7 +226,10 @@ def test_the_engine_imports_with_only_its_own_dependencies() -> None:
         "triton",
         "flash_attn",
     )
-    modules = [f"sleb.engine.{path.stem}" for path in sorted((ROOT / "engine").glob("*.py"))]
+    modules = [
+        "sleb." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "engine").rglob("*.py"))
+    ]
     done = run_python(
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({absent!r}))\n"  # None makes an import of that name fail
@@ -254,8 +251,8 @@ def test_importing_is_quick(program: str) -> None:
 def test_public_names() -> None:
     """`sleb.prune` stays the function after the modules of the package have been imported."""
     done = run_python(
-        "import sleb, sleb.pruning, sleb.cli, sleb.search\n"
-        "assert callable(sleb.prune) and sleb.prune is sleb.pruning.prune\n"
+        "import sleb, sleb.pruning.run, sleb.cli, sleb.pruning.search\n"
+        "assert callable(sleb.prune) and sleb.prune is sleb.pruning.run.prune\n"
         "from sleb import LLM, LayerMap, SamplingParams, prune\n"
         "assert all(isinstance(x, type) for x in (LLM, LayerMap, SamplingParams))\n"
         "assert set(sleb.__all__) <= set(dir(sleb))\n"

@@ -46,11 +46,11 @@ def expected_files() -> set[str]:
     """Every module of the four folders and of sleb itself, and the data, by its name in the wheel."""
     names = {f"sleb/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
     own = [*(ROOT / "sleb").glob("*.py")]
-    folders = ("cli", "client", "doctor", "formats")
+    folders = ("cli", "client", "doctor", "formats", "layer_map", "models", "pruning")
     own += (path for folder in folders for path in (ROOT / "sleb" / folder).rglob("*.py"))
     data = [ROOT / "sleb/py.typed", *(ROOT / "sleb/maps").glob("*.json")]
     data += (ROOT / "sleb/configs").glob("*/config.json")
-    sources = {f"sleb/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/cpu").glob("*.[ch]")}
+    sources = {f"sleb/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/cpu/src").glob("*.[ch]")}
     page = [path for path in (ROOT / "server/page").rglob("*") if path.is_file()]
     sources |= {f"sleb/{path.relative_to(ROOT)}" for path in page}
     return names | sources | {str(path.relative_to(ROOT)) for path in (*own, *data)}
@@ -107,17 +107,17 @@ def small_checkout(checkout: Path, tmp_path: Path) -> Path:
     shutil.copytree(
         checkout, copy, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info", "wheel")
     )
-    for path in (copy / "kernels/cpu").glob("*.[ch]"):
+    for path in (copy / "kernels/cpu/src").glob("*.[ch]"):
         path.unlink()
     marker = 'const char sleb_source_marker[] = "SLEB_SOURCE_KEY=" SLEB_SOURCE_KEY;'
-    (copy / "kernels/cpu/small.c").write_text(marker + "\n")
-    (copy / "kernels/cpu" / LIBRARY_NAME).write_bytes(b"stale")
+    (copy / "kernels/cpu/src/small.c").write_text(marker + "\n")
+    (copy / "kernels/cpu/src" / LIBRARY_NAME).write_bytes(b"stale")
     return copy
 
 
 def test_wheel_holds_the_package_through_the_links(wheel_files: set[str]) -> None:
     assert expected_files() <= wheel_files
-    assert {"sleb/engine/llm.py", "sleb/kernels/reference.py", "sleb/py.typed"} <= wheel_files
+    assert {"sleb/engine/llm.py", "sleb/kernels/reference/ops.py", "sleb/py.typed"} <= wheel_files
     assert "sleb/configs/llama-2-7b/config.json" in wheel_files
 
 
@@ -148,21 +148,23 @@ def test_wheel_with_the_library_is_for_this_system(small_checkout: Path, tmp_pat
     with zipfile.ZipFile(wheel) as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == {"sleb", f"sleb-{_version()}.dist-info"}
         assert b"Root-Is-Purelib: false" in archive.read(f"sleb-{_version()}.dist-info/WHEEL")
-        archive.extract(f"sleb/kernels/cpu/{LIBRARY_NAME}", tmp_path)
-    assert has_key(tmp_path / "sleb/kernels/cpu" / LIBRARY_NAME, source_key(small_checkout / "kernels/cpu"))
+        archive.extract(f"sleb/kernels/cpu/src/{LIBRARY_NAME}", tmp_path)
+    assert has_key(
+        tmp_path / "sleb/kernels/cpu/src" / LIBRARY_NAME, source_key(small_checkout / "kernels/cpu/src")
+    )
 
 
 def test_a_broken_compiler_does_not_fail_the_install(small_checkout: Path, tmp_path: Path) -> None:
     wheel = build(small_checkout, "wheel", tmp_path / "wheel", SLEB_NO_COMPILE="", CC="/nowhere/cc")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert f"sleb/kernels/cpu/{LIBRARY_NAME}" not in archive.namelist()
+        assert f"sleb/kernels/cpu/src/{LIBRARY_NAME}" not in archive.namelist()
 
 
 @needs_compiler
 def test_editable_install_compiles_beside_the_sources(small_checkout: Path, tmp_path: Path) -> None:
     build(small_checkout, "editable", tmp_path / "wheel", SLEB_NO_COMPILE="")
-    folder = small_checkout / "kernels/cpu"
+    folder = small_checkout / "kernels/cpu/src"
     assert has_key(folder / LIBRARY_NAME, source_key(folder))
 
 

@@ -1,4 +1,4 @@
-"""The plots that only reports have, by `sleb.plots`."""
+"""The plots that only reports have, by `sleb.benchmarks.plots`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sleb.benchmarks.plots import (
+    COLOURS,
+    Bar,
+    Point,
+    draw_bars,
+    figure,
+    label_panels,
+    legend_below,
+    panels,
+    style,
+)
 from sleb.benchmarks.reports.shown import spaced
-from sleb.plots import COLOURS, Bar, Point, draw_bars, figure, label_panels, legend_below, panels, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

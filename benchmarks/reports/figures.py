@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sleb.benchmarks.intervals import LEAST_FOR_LEVEL
+from sleb.benchmarks.plots import Bar, Measure, plot_groups, plot_quality
 from sleb.benchmarks.reports.document import Figure
 from sleb.benchmarks.reports.drawings import draw_scaling, draw_speedups, draw_tradeoff
 from sleb.benchmarks.reports.engines import by_test, ratio_meaning, words_of_test
@@ -17,7 +17,7 @@ from sleb.benchmarks.reports.serving import serve_figures
 from sleb.benchmarks.reports.shown import plural, spaced
 from sleb.benchmarks.reports.speed import is_baseline, is_depth, without_parts
 from sleb.benchmarks.reports.speed_notes import num_counted, workload
-from sleb.plots import Bar, Measure, plot_groups, plot_quality
+from sleb.benchmarks.stats import LEAST_FOR_LEVEL
 
 Row = Mapping[str, Any]
 

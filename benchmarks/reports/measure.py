@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sleb.benchmarks.intervals import LEAST_FOR_LEVEL, LEVEL
+from sleb.benchmarks.stats import LEAST_FOR_LEVEL, LEVEL
 
 Interval = tuple[float, float]
 

@@ -99,7 +99,7 @@ def _figure(figure: Figure, svg: str, prefix: str) -> str:
 
 
 def inline_svg(svg: str, prefix: str, label: str) -> str:
-    """A plot of `sleb.plots` for the inside of a page: no names of its own outside, colours of the page.
+    """A plot of `sleb.benchmarks.plots` for the inside of a page: no names of its own outside, colours of the page.
 
     prefix: goes before every id, since a page has several plots. label: what it shows, for those who cannot see it.
     """

@@ -1,4 +1,4 @@
-"""Compiles the C kernels beside this file, and finds the library that fits them.
+"""Compiles the C kernels in src/, and finds the library that fits them.
 
 An install compiles them once, where there is a compiler. The library carries a key of the sources that it was made
 from, so that a stale one is never loaded: the next run then compiles into the cache folder instead. Nothing but the
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+SOURCES = Path(__file__).resolve().parent / "src"
 LIBRARY_NAME = "libsleb_cpu.so"
 # No -march: each C file chooses its instruction sets by pragmas, so one library runs on every x86-64 processor.
 COMPILE_FLAGS = (
@@ -43,12 +43,12 @@ class CompileError(RuntimeError):
     """The C kernels could not be compiled; the message has the command and the end of the compiler's output."""
 
 
-def source_files(folder: Path = HERE) -> tuple[Path, ...]:
+def source_files(folder: Path = SOURCES) -> tuple[Path, ...]:
     """The C sources and headers of `folder`, in the order in which the key takes them."""
     return tuple(sorted(path for pattern in ("*.c", "*.h") for path in folder.glob(pattern)))
 
 
-def source_key(folder: Path = HERE) -> str:
+def source_key(folder: Path = SOURCES) -> str:
     """16 hexadecimal digits that change with the sources' names and contents and with the compile flags."""
     digest = hashlib.sha256(repr((COMPILE_FLAGS, LINK_FLAGS, LIBRARIES)).encode())
     for path in source_files(folder):
@@ -77,7 +77,7 @@ def find_compiler() -> list[str] | None:
     return next(([name] for name in COMPILERS if shutil.which(name)), None)
 
 
-def compile_library(output: Path, compiler: list[str] | None = None, folder: Path = HERE) -> None:
+def compile_library(output: Path, compiler: list[str] | None = None, folder: Path = SOURCES) -> None:
     """Compiles the C files of `folder` to `output`, which appears whole or not at all.
 
     Several processes may do so at once: the last one to finish wins. Raises CompileError, and OSError when the
@@ -143,7 +143,7 @@ def _replacement(output: Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Where sleb keeps what it makes: the rule of sleb.model_store.cache_dir, which is not for this leaf to import."""
+    """Where sleb keeps what it makes: the rule of sleb.models.store.cache_dir, which is not for this leaf to import."""
     if chosen := os.environ.get("SLEB_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
@@ -162,7 +162,7 @@ def unsupported() -> str | None:
     return f"the CPU kernels are for 64-bit Linux on x86-64, and this is {platform.system()} on {machine}"
 
 
-def find_library(tell: Callable[[str], None] | None = None, folder: Path = HERE) -> Path | None:
+def find_library(tell: Callable[[str], None] | None = None, folder: Path = SOURCES) -> Path | None:
     """The library made from the sources in `folder`: the installed one, the cached one, or one compiled now.
 
     `tell` gets one line before compiling, which takes seconds; the default logs it as a warning, since that is
@@ -217,7 +217,7 @@ def _no_compiler() -> str:
 
 def main() -> int:
     """Compiles beside the sources; prints the library's path, or the error."""
-    output = HERE / LIBRARY_NAME
+    output = SOURCES / LIBRARY_NAME
     try:
         if reason := unsupported():
             raise CompileError(reason)

@@ -19,7 +19,7 @@ from sleb.kernels.cpu.build import find_library, why_unavailable
 from sleb.kernels.cpu.features import cpu_features, isa_level
 from sleb.kernels.cpu.records import Draw, Isa, Linear, Model
 from sleb.kernels.quantization import Int4Weight, Int8Weight
-from sleb.kernels.reference import Numbers
+from sleb.kernels.reference.ops import Numbers
 
 F32, F16, BF16, I8, I4 = range(5)
 FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
@@ -202,7 +202,10 @@ class NativeKernels:
         min_p: Numbers,
         points: Numbers,
     ) -> Tensor:
-        """As `sleb.kernels.reference.draw`, without sorting. Not thread-safe; keeps its scratch for the next call."""
+        """As `sleb.kernels.reference.ops.draw`, without sorting.
+
+        Not thread-safe; keeps its scratch for the next call.
+        """
         assert logits.dtype == torch.float32 and logits.device.type == "cpu"
         logits = logits.contiguous()
         num_rows, vocab_size = logits.shape

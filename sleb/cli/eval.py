@@ -81,9 +81,9 @@ def evaluate(
 
     Ctrl-C reports what is complete.
     """
-    from sleb.benchmarks.quality import run_quality
-    from sleb.benchmarks.quality_options import QualityOptions
-    from sleb.benchmarks.quality_report import draw_quality, print_quality
+    from sleb.benchmarks.quality.evaluate import run_quality
+    from sleb.benchmarks.quality.options import QualityOptions
+    from sleb.benchmarks.quality.report import draw_quality, print_quality
     from sleb.benchmarks.report import check_writable, write_text
 
     options = QualityOptions(
@@ -150,6 +150,6 @@ class _EvalBar:
         self._bar.stop()
 
     def show(self, what: str, done: int, total: int) -> None:
-        """As `sleb.benchmarks.quality.OnProgress`."""
+        """As `sleb.benchmarks.quality.evaluate.OnProgress`."""
         self._bar.start()  # does nothing once it is started
         self._bar.update(self._task, description=what, completed=done, total=total or None)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sleb.fetch import fetch_model
+from sleb.models.resolve import fetch_model
 
 
 def fetch(

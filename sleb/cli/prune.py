@@ -19,10 +19,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from sleb.layer_map import LayerMap
-from sleb.prune_options import PruneOptions, set_threads
-from sleb.pruning import PruneReport, run_pruning
-from sleb.search import Margin, SearchProgress
+from sleb.layer_map.layer_map import LayerMap
+from sleb.pruning.options import PruneOptions, set_threads
+from sleb.pruning.run import PruneReport, run_pruning
+from sleb.pruning.search import Margin, SearchProgress
 
 _MIN_WIDTH = 120  # where standard output is no terminal, a line may be as long as it needs to be
 
@@ -212,7 +212,7 @@ def held_out_cells(report: PruneReport, depth: int) -> list[str]:
 
 def draw_front(report: PruneReport, output: Path, console: Console) -> None:
     """The front as PNG and SVG beside the map; says where, in words."""
-    from sleb.plots import plot_front
+    from sleb.benchmarks.plots import plot_front
 
     layer_map, points = report.layer_map, report.front
     texts: dict[str, list[tuple[float, float]]] = {}

@@ -20,7 +20,7 @@ _LISTS = ("tiers", "cpu_affinity")  # options whose text is a list with commas
 
 def _use_settings(context: typer.Context, config_file: str | None) -> str | None:
     """Makes the environment and the settings file the defaults of all other options."""
-    from sleb.server.settings import PREFIX, gather, settings_of
+    from sleb.cli.settings import PREFIX, gather, settings_of
 
     file = config_file or os.environ.get(f"{PREFIX}CONFIG_FILE") or None
     if not context.resilient_parsing:  # else a shell only asks how to complete a line
@@ -155,12 +155,12 @@ def serve(
     _check_range("max-body-mb", max_body_mb, 0.001, 1024, "MiB")
     depths = None if tiers is None else parse_tiers(tiers)
 
+    from sleb.cli.settings import check_alias, check_origin, read_keys
+    from sleb.server.api.models import BenchResult
     from sleb.server.context import ServerOptions
     from sleb.server.logs import FORMATS, LEVELS
-    from sleb.server.models import BenchResult
     from sleb.server.run import bind_socket
     from sleb.server.run import serve as run_server
-    from sleb.server.settings import check_alias, check_origin, read_keys
 
     _check_choice("log-format", log_format, FORMATS)
     _check_choice("log-level", log_level, LEVELS)
@@ -215,7 +215,7 @@ def serve(
 
 def _load_engine(config: EngineConfig) -> Engine:
     """The engine of `config`, under a progress bar on standard error."""
-    from sleb.cli.loading import LoadingBar
+    from sleb.cli.progress import LoadingBar
     from sleb.engine.engine import Engine
 
     with LoadingBar() as bar:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sleb.errors import LayerMapError
-from sleb.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
 
 _STRIP_BLOCKS = 16  # blocks a line: 16 columns of 4 fit a terminal of 80
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from sleb.errors import LayerMapError
 from sleb.formats.removal import Imported, Removal
-from sleb.units import Part, Unit, is_int
+from sleb.layer_map.units import Part, Unit, is_int
 
 _THEIRS = {"attention": "mha", "mlp": "mlp"}
 _OURS = {theirs: ours for ours, theirs in _THEIRS.items()}

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sleb.engine.architecture import DecoderSpec, read_config
-from sleb.engine.loader import checkpoint_files
+from sleb.engine.model.architecture import DecoderSpec, read_config
+from sleb.engine.model.loader import checkpoint_files
 from sleb.errors import ConfigError
 from sleb.formats.decilm import MODEL_FILE, decilm_config
 from sleb.formats.model_config import compact_config, full_config
@@ -26,7 +26,7 @@ from sleb.formats.safetensors_copy import (
     write_checkpoint,
 )
 from sleb.formats.source import Source
-from sleb.units import Sublayer
+from sleb.layer_map.units import Sublayer
 
 # Everything of a model's folder but its configuration, weights, code and papers.
 _COPIED = (

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from sleb.errors import ConfigError, LayerMapError
 from sleb.formats.model_config import full_config
 from sleb.formats.removal import Imported, Removal
-from sleb.units import Part, Unit, is_int
+from sleb.layer_map.units import Part, Unit, is_int
 
 if TYPE_CHECKING:  # it needs torch, which reading a list does not
-    from sleb.engine.architecture import DecoderSpec
+    from sleb.engine.model.architecture import DecoderSpec
 
 MODEL_FILE = "modeling_decilm.py"
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")

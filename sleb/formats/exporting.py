@@ -18,7 +18,7 @@ from sleb.formats.removal import Removal
 from sleb.formats.removal_list import write_llama_cpp, write_removal_list
 from sleb.formats.safetensors_copy import SHARD_BYTES, Progress
 from sleb.formats.source import Source, choose_removal, open_source
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 _TEXTS: dict[str, Callable[[Removal, Source], str]] = {
     "mergekit": lambda removal, source: write_mergekit(removal, source.spec, source.reference),

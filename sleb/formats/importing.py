@@ -16,8 +16,8 @@ from sleb.formats.llm_drop import is_llm_drop, read_llm_drop
 from sleb.formats.mergekit import is_mergekit, parse_yaml, read_mergekit
 from sleb.formats.removal import Imported
 from sleb.formats.removal_list import read_removal_list, read_sleb_result
-from sleb.layer_map import LayerMap, Unit, model_fingerprint
-from sleb.units import is_int
+from sleb.layer_map.layer_map import LayerMap, Unit, model_fingerprint
+from sleb.layer_map.units import is_int
 
 Note = Callable[[str], None]
 
@@ -144,8 +144,8 @@ def _name(model: str | None) -> str | None:
 
 
 def _configuration(model: str) -> tuple[str, Mapping[str, Any]]:
-    from sleb.engine.architecture import read_config
-    from sleb.fetch import resolve_config
+    from sleb.engine.model.architecture import read_config
+    from sleb.models.resolve import resolve_config
 
     resolved = resolve_config(model)
     return resolved.name, read_config(resolved.path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from sleb.errors import LayerMapError
 from sleb.formats.removal import Imported, Removal, block_numbers
-from sleb.units import Unit, is_int
+from sleb.layer_map.units import Unit, is_int
 
 _ATTENTION, _MLP = "drop_attn_list", "drop_mlp_list"
 

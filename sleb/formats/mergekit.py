@@ -31,10 +31,10 @@ import yaml  # type: ignore[import-untyped]
 from sleb.errors import ConfigError, LayerMapError
 from sleb.formats.model_config import per_block_lists
 from sleb.formats.removal import Imported, Removal
-from sleb.units import Part, Unit, is_int
+from sleb.layer_map.units import Part, Unit, is_int
 
 if TYPE_CHECKING:  # it needs torch, which reading a list does not
-    from sleb.engine.architecture import DecoderSpec
+    from sleb.engine.model.architecture import DecoderSpec
 
 _MAX_BLOCKS = 10_000  # a slip of the pen should not take the machine's memory
 # Names of a block's output projections in all architectures, and of what stands before them.

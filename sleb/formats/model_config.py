@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # it needs torch, which reading a list does not
-    from sleb.engine.architecture import DecoderSpec
+    from sleb.engine.model.architecture import DecoderSpec
 
 
 # Lists that are as long as the model is deep by chance only: tokens, names, the frequencies of a head.

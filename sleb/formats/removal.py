@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from sleb.errors import ConfigError, LayerMapError
-from sleb.layer_map import LayerMap
-from sleb.units import CalibrationRecord, Sublayer, Unit, is_int
+from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.units import CalibrationRecord, Sublayer, Unit, is_int
 
 
 @dataclass(frozen=True)

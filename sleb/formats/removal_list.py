@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING
 
 from sleb.errors import ConfigError, LayerMapError
 from sleb.formats.removal import Imported, Removal, block_numbers
-from sleb.units import CalibrationRecord, Unit
+from sleb.layer_map.units import CalibrationRecord, Unit
 
 if TYPE_CHECKING:  # it needs torch, which reading a list does not
-    from sleb.engine.architecture import DecoderSpec
+    from sleb.engine.model.architecture import DecoderSpec
 
 _REFERENCE_SEQLEN = 2048  # utils/model_utils.py: model.seqlen
 _ORDER = re.compile(r"^\s*Block Removal Order:\s*(\[[^\[\]]*\])", re.MULTILINE)

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleb.engine.architecture import DecoderSpec, resolve_spec
+from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.errors import ConfigError
-from sleb.fetch import ALIAS, resolve_config, resolve_model
 from sleb.formats.removal import Removal
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.resolve import ALIAS, resolve_config, resolve_model
 
 
 @dataclass(frozen=True)

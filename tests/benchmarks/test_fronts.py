@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from sleb.benchmarks import fronts
 from sleb.benchmarks.fronts import FrontsOptions, front_rows, measured_depths, run_fronts, sublayer_parameters
 from sleb.cli.bench import app
-from sleb.cost_model import CostModel
-from sleb.engine.architecture import resolve_spec
+from sleb.engine.model.architecture import resolve_spec
 from sleb.errors import ConfigError
-from sleb.layer_map import CalibrationRecord, LayerMap
-from sleb.units import Unit
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap
+from sleb.layer_map.units import Unit
+from sleb.pruning.cost_model import CostModel
 
 COST = CostModel(base=2.0, attention=1.0, mlp=3.0, num_blocks=6, batch=1)
 

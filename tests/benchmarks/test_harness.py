@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sleb.benchmarks.harness import Progress, Samples, Stopping, StopReason, alternated_orders, measure
-from sleb.benchmarks.intervals import ratio_interval, verdict
 from sleb.benchmarks.results import Row, make_row
+from sleb.benchmarks.stats import ratio_interval, verdict
 
 _COLLECTIONS = ("collect", "freeze", "unfreeze")
 

@@ -20,10 +20,10 @@ from sleb.benchmarks.ideal import (
     prompt_flops,
     step_weight_bytes,
 )
-from sleb.engine.architecture import DecoderSpec, resolve_spec
 from sleb.engine.engine import Engine
 from sleb.engine.llm import LLM
-from sleb.layer_map import LayerMap
+from sleb.engine.model.architecture import DecoderSpec, resolve_spec
+from sleb.layer_map.layer_map import LayerMap
 
 _SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],

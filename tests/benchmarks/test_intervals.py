@@ -11,7 +11,7 @@ from statistics import median
 
 import pytest
 
-from sleb.benchmarks.intervals import (
+from sleb.benchmarks.stats import (
     LEAST_FOR_LEVEL,
     RatioInterval,
     interval_rank,

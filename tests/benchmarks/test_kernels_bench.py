@@ -176,7 +176,7 @@ def test_an_operator_that_fails_does_not_stop_the_others(monkeypatch: pytest.Mon
     def broken(logits: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no such\ninstruction")
 
-    monkeypatch.setattr("sleb.kernels.reference.greedy", broken)
+    monkeypatch.setattr("sleb.kernels.reference.ops.greedy", broken)
     report = run_kernels(
         KernelOptions(ops=("greedy", "draw"), backends=("torch",), device="cpu", repetitions=1)
     )

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sleb.benchmarks.load import Load, LoadRequest, LoadResult, arrival_times
-from sleb.benchmarks.load_client import LoadClient, _Exchange
-from sleb.benchmarks.load_events import MAX_EVENT, EventSplitter, Outcome, StreamError, without_key
+from sleb.benchmarks.load.client import LoadClient, _Exchange
+from sleb.benchmarks.load.events import MAX_EVENT, EventSplitter, Outcome, StreamError, without_key
+from sleb.benchmarks.load.load import Load, LoadRequest, LoadResult, arrival_times
 from sleb.benchmarks.load_prompts import Lengths, RandomPrompts, Vocabulary
 
 REQUEST = LoadRequest("m", b"{}", 8, 4)

@@ -32,10 +32,10 @@ from sleb.benchmarks.selection import (
     spread_units,
 )
 from sleb.cli.bench import app
-from sleb.engine.scoring import DecoderScorer
+from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
-from sleb.units import Unit
+from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.units import Unit
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sleb.benchmarks.throughput_report import notes
 from sleb.benchmarks.variants import CONTROL, MIXED, Variants, depths_in_turns
 from sleb.benchmarks.workloads import ThroughputOptions, Workload
 from sleb.engine.llm import LLM
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 
 @pytest.fixture(autouse=True)

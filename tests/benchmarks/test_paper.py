@@ -16,7 +16,7 @@ from sleb.benchmarks.results import make_row
 from sleb.benchmarks.workloads import ThroughputOptions, Workload, plan_workloads, stand_in_map
 from sleb.cli.bench import app
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Unit
 
 
 def test_the_papers_speedups_are_ratios_of_its_own_numbers() -> None:

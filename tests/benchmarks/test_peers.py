@@ -50,7 +50,7 @@ from sleb.benchmarks.peer_results import Repetition, Turn, compare, conditions, 
 from sleb.benchmarks.peer_tables import print_peers
 from sleb.benchmarks.peers import run_peers
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="peers are measured on Linux")
 

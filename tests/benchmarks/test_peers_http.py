@@ -25,7 +25,7 @@ from sleb.benchmarks.peer_servers import HttpEngine, find_server, listening_pids
 from sleb.benchmarks.peer_workers.ours_worker import Engine as OursEngine
 from sleb.benchmarks.peers import run_peers
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="peers are measured on Linux")
 

@@ -15,17 +15,18 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from sleb.benchmarks import quality, quality_scores
-from sleb.benchmarks.quality import run_quality
-from sleb.benchmarks.quality_generation import PROMPTS
-from sleb.benchmarks.quality_options import QualityOptions
+from sleb.benchmarks.quality import evaluate as quality
+from sleb.benchmarks.quality import scores as quality_scores
+from sleb.benchmarks.quality.answers import PROMPTS
+from sleb.benchmarks.quality.evaluate import run_quality
+from sleb.benchmarks.quality.options import QualityOptions
 from sleb.cli.eval import evaluate
 from sleb.engine.engine import Engine
-from sleb.engine.scoring import DecoderScorer
+from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError, LayerMapError, RequestError, SlebError
-from sleb.layer_map import LayerMap, shipped_maps
+from sleb.layer_map.layer_map import LayerMap, shipped_maps
+from sleb.server.api.models import BenchResult, model_card
 from sleb.server.context import name_tiers
-from sleb.server.models import BenchResult, model_card
 
 TEXT = "The sea is everything. It covers seven tenths of the globe; its breath is pure and life-giving. " * 4
 
@@ -130,7 +131,7 @@ class TestPerplexity:
 
     def test_is_that_of_the_search(self, options, tiny_chain):
         """`sleb prune` tells the same perplexity of the same windows."""
-        from sleb.search import total_loss
+        from sleb.pruning.search import total_loss
 
         report = run(options)
         scorer = DecoderScorer.load(options["model"], device="cpu")
@@ -455,7 +456,7 @@ class TestRealModel:
     @pytest.mark.parametrize("scheme", ["sleb", "lm-eval"])
     def test_against_transformers(self, scheme):
         from sleb.engine.text import TextProcessor
-        from sleb.fetch import resolve_model
+        from sleb.models.resolve import resolve_model
 
         path = resolve_model("smollm2").path
         chain = LayerMap.load(shipped_maps()["smollm2-135m-instruct"])

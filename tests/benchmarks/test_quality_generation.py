@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sleb import LLM
-from sleb.benchmarks.quality_generation import (
+from sleb.benchmarks.quality.answers import (
     PROMPTS,
     common_prefix,
     encode_prompts,

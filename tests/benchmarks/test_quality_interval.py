@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sleb.benchmarks.quality_interval import _T, Estimate, batch_means, choose_num_batches, estimate
+from sleb.benchmarks.quality.interval import _T, Estimate, batch_means, choose_num_batches, estimate
 
 LENGTH = 6000
 REPETITIONS = 400

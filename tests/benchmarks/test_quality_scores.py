@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sleb.benchmarks import quality_scores
-from sleb.benchmarks.quality_rows import QualityRow, fill_rows
-from sleb.benchmarks.quality_scores import Chain, TextScores, TokenScores, compare, score_texts
-from sleb.benchmarks.quality_text import Text, WindowedText, packed_windows, rolling_windows
-from sleb.engine.scoring import DecoderScorer
-from sleb.layer_map import LayerMap, Unit
+from sleb.benchmarks.quality import scores as quality_scores
+from sleb.benchmarks.quality.rows import QualityRow, fill_rows
+from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, compare, score_texts
+from sleb.benchmarks.quality.texts import Text, WindowedText, packed_windows, rolling_windows
+from sleb.engine.model.scoring import DecoderScorer
+from sleb.layer_map.layer_map import LayerMap, Unit
 
 TOKENS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(7)).tolist()
 ORDER = (Unit(3), Unit(1, "mlp"), Unit(1, "attention"), Unit(2, "attention"), Unit(4, "mlp"))

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from sleb import LLM
-from sleb.benchmarks import quality_tasks
-from sleb.benchmarks.quality_tasks import (
+from sleb.benchmarks.quality import tasks as quality_tasks
+from sleb.benchmarks.quality.tasks import (
     TaskOptions,
     TaskScore,
     find_lm_eval,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleb.benchmarks.quality_text import (
+from sleb.benchmarks.quality.texts import (
     Text,
     Window,
     batches,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from sleb import plots
+from sleb.benchmarks import plots
+from sleb.benchmarks.plots import plot_groups, plot_lines
 from sleb.benchmarks.reports import drawings
 from sleb.benchmarks.reports.figures import draw_figures, draw_tradeoffs, slug
 from sleb.benchmarks.reports.kinds import Result
 from sleb.benchmarks.reports.shown import spaced
 from sleb.errors import ConfigError
-from sleb.plots import plot_groups, plot_lines
 
 
 @pytest.fixture

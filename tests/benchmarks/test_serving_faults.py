@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from sleb.benchmarks import serving_report
-from sleb.benchmarks.load_events import MAX_EVENT, Outcome
+from sleb.benchmarks.load.events import MAX_EVENT, Outcome
 from sleb.benchmarks.load_prompts import Lengths
 from sleb.benchmarks.serving import run_serving
 from sleb.benchmarks.serving_compare import run_comparison

@@ -11,9 +11,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from sleb.benchmarks.load import arrival_times
+from sleb.benchmarks.load.events import EventSplitter, Outcome
+from sleb.benchmarks.load.load import arrival_times
 from sleb.benchmarks.load_dataset import DatasetPrompts
-from sleb.benchmarks.load_events import EventSplitter, Outcome
 from sleb.benchmarks.load_prompts import Lengths, Vocabulary, calibrate
 from sleb.benchmarks.serving_metrics import (
     describe,

@@ -32,8 +32,8 @@ from sleb.benchmarks.workloads import (
 from sleb.cli.bench import app
 from sleb.engine.llm import LLM
 from sleb.errors import ConfigError, LayerMapError, ModelError, SlebError
-from sleb.layer_map import LayerMap
-from sleb.shapes import shape_folder
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.shapes import shape_folder
 
 
 @pytest.fixture(autouse=True)

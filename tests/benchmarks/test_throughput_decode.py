@@ -14,7 +14,7 @@ from sleb.benchmarks.throughput import decode_seconds, greedy_params, run_throug
 from sleb.benchmarks.workloads import ThroughputOptions, Workload, steps_apart
 from sleb.engine.llm import LLM
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 
 class ScriptedEngine:

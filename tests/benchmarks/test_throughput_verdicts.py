@@ -24,7 +24,7 @@ from sleb.benchmarks.variants import CONTROL, Variant
 from sleb.benchmarks.workloads import ThroughputOptions, Workload
 from sleb.cli.bench import app
 from sleb.errors import ConfigError
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
 
 
 @pytest.fixture(autouse=True)

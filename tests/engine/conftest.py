@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sleb.engine.detokenizer import Detokenizer
 from sleb.engine.engine import Engine
 from sleb.engine.llm import LLM
 from sleb.engine.outputs import TokenLogprobs
-from sleb.engine.request import Request, Tier
-from sleb.engine.sampling_params import SamplingParams
-from sleb.engine.step import ScheduledRow, Step
-from sleb.layer_map import LayerMap, Unit
+from sleb.engine.requests.detokenizer import Detokenizer
+from sleb.engine.requests.request import Request, Tier
+from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.engine.schedule.step import ScheduledRow, Step
+from sleb.layer_map.layer_map import LayerMap, Unit
 
 TOLERANCE = 1e-4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sleb import LLM, SamplingParams
-from sleb.engine.fused_executor import FusedExecutor
+from sleb.engine.execute.gpu import FusedExecutor
 from sleb.errors import ConfigError
 
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sleb import LLM, LayerMap, SamplingParams
-from sleb.engine.kv_cache import GIB
+from sleb.engine.execute.kv_cache import GIB
 from sleb.errors import ConfigError, ModelError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -103,7 +103,8 @@ class TestPromptsAndDepths:
         assert answer(loaded, "hello").token_ids == answer(llm, "hello", 3).token_ids
 
     def test_the_public_names_are_the_engines(self):
-        from sleb.engine import llm, sampling_params
+        from sleb.engine import llm
+        from sleb.engine.requests import sampling_params
 
         assert LLM is llm.LLM and SamplingParams is sampling_params.SamplingParams
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sleb import LLM, LayerMap, SamplingParams
-from sleb.layer_map import shipped_maps
+from sleb.layer_map.layer_map import shipped_maps
 
 PROMPTS = [
     "The capital of France is",
@@ -53,7 +53,7 @@ def reference(llm):
     """{depth: transformers model with those blocks deleted}."""
     from transformers import AutoModelForCausalLM
 
-    from sleb.fetch import resolve_model
+    from sleb.models.resolve import resolve_model
 
     dense = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2").path, dtype=torch.float32).eval()
     models, layer_map = {}, llm.engine.layer_map

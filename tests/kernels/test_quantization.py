@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleb.kernels import quantization, reference
+from sleb.kernels import quantization
 from sleb.kernels.quantization import GROUP, Int4Weight, Int8Weight, quantize_int4, quantize_int8
+from sleb.kernels.reference import ops as reference
 
 SHAPES = [(1, 1), (3, 7), (5, 31), (2, 32), (7, 33), (17, 100), (4, 64), (33, 257)]
 KINDS = {"int8": quantize_int8, "int4": quantize_int4}

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sleb.engine.detokenizer import Detokenizer
 from sleb.engine.engine import EngineStats
 from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
-from sleb.engine.request import Tier
+from sleb.engine.requests.detokenizer import Detokenizer
+from sleb.engine.requests.request import Tier
 from sleb.errors import RequestError
-from sleb.layer_map import CalibrationRecord, LayerMap, Unit
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Unit
 
 NUM_BLOCKS = 6
 

@@ -23,8 +23,8 @@ import pytest
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.errors import ConfigError
+from sleb.server.api.models import BenchResult
 from sleb.server.logs import JsonFormatter, SafeHandler
-from sleb.server.models import BenchResult
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -539,7 +539,7 @@ def test_docs_load_nothing_and_show_everything(server):
 
 
 def test_docs_of_a_document_with_markup_in_it():
-    from sleb.server.docs import render
+    from sleb.server.api.docs import render
 
     evil = "<script>alert(1)</script>"
     operation = {"description": evil, "responses": {evil: {"description": evil}}}

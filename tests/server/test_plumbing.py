@@ -11,9 +11,9 @@ import time
 import pytest
 
 import sleb
-from sleb.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap
+from sleb.server.api.models import perplexities
 from sleb.server.logs import curl_line
-from sleb.server.models import perplexities
 
 
 def test_models_tell_what_was_removed(server):

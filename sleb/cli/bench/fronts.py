@@ -31,7 +31,7 @@ def fronts(
     """Compare layer maps of different units: perplexity against parameters, KV cache and speedup."""
     from sleb.benchmarks.fronts import FrontsOptions, plot_fronts, print_fronts, run_fronts
     from sleb.errors import ConfigError
-    from sleb.layer_map import LayerMap
+    from sleb.layer_map.layer_map import LayerMap
 
     outputs = Outputs(json_path, report)
     outputs.check()

@@ -45,7 +45,7 @@ def methods(
     from sleb.benchmarks.method_speed import MethodSpeedOptions, print_method_speed, run_method_speed
     from sleb.benchmarks.methods import MethodsOptions, plot_methods, print_methods, run_methods
     from sleb.errors import ConfigError
-    from sleb.layer_map import LayerMap
+    from sleb.layer_map.layer_map import LayerMap
 
     outputs = Outputs(json_path, report)
     outputs.check()

@@ -97,7 +97,7 @@ def peers(
     )
     from sleb.benchmarks.peer_public import shown_arguments
     from sleb.errors import ConfigError
-    from sleb.fetch import resolve_model
+    from sleb.models.resolve import resolve_model
 
     if not hasattr(os, "sched_getaffinity"):
         raise ConfigError("sleb bench peers runs on Linux only: it reads /proc to see what others take")

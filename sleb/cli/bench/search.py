@@ -34,7 +34,7 @@ def search(
     Ctrl-C reports the draws that are complete.
     """
     from sleb.benchmarks.search import SearchBenchOptions, print_search, run_search_bench
-    from sleb.prune_options import set_threads
+    from sleb.pruning.options import set_threads
 
     options = SearchBenchOptions(
         model, calibration, remove, units, seqlen, windows, draws, reference_draws, dtype, device, seed

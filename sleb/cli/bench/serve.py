@@ -15,7 +15,7 @@ from sleb.cli.bench.shared import JsonPath, Outputs, ReportFolder
 from sleb.cli.chat import API_KEY_VARIABLES
 
 if TYPE_CHECKING:
-    from sleb.benchmarks.load import LoadProgress
+    from sleb.benchmarks.load.load import LoadProgress
     from sleb.benchmarks.serving import ServeProgress
     from sleb.benchmarks.serving_options import ServeOptions
 

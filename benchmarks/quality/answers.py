@@ -1,0 +1,198 @@
+"""What pruning does to answers: loops, early ends, and how soon they leave the dense model's.
+
+Perplexity sees one token at a time, after a text that people wrote. Here the model goes on from its own words, where
+small errors add up: a pruned model's first failure is often an answer that repeats itself without end (Holtzman et al.
+2020, arXiv:1904.09751, on repetition in greedy answers) or that stops at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from sleb.engine.llm import LLM
+from sleb.engine.outputs import Output
+from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.errors import ConfigError
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Name the three primary colours.",
+    "Write one sentence about the sea.",
+    "What is 17 plus 25?",
+    "Translate into Spanish: Good morning, my friend.",
+    "Explain in two sentences why the sky is blue.",
+    "List the days of the week.",
+    "Write a Python function that returns the larger of two numbers.",
+    "Who wrote Romeo and Juliet?",
+    "Give me a short recipe for pancakes.",
+    "Say this in fewer words: Water evaporates from the sea, forms clouds, and falls down again as rain.",
+    "Write a poem of two lines about winter.",
+    "What do bees make, and why?",
+    "Which number comes next: 2, 4, 8, 16?",
+    "Is a tomato a fruit or a vegetable? Give a reason.",
+    "Write a polite email that asks for a day off.",
+)
+NGRAM, NGRAM_LIMIT = 4, 3
+_LOOP_TIMES, _LOOP_TOKENS = 3, 12
+_SHORT = 4  # an answer below this fraction of the dense model's has stopped early
+
+
+@dataclass(frozen=True)
+class Example:
+    """The first prompt whose answer is not the dense model's. common_prefix: tokens that the two begin with."""
+
+    prompt: str
+    dense: str
+    pruned: str
+    common_prefix: int
+
+
+@dataclass(frozen=True)
+class GenerationQuality:
+    """Greedy answers of one depth. Those compared with the dense model's are None for the dense model itself.
+
+    Attributes:
+        answers: how many. mean_tokens: of an answer, its end-of-text token not counted.
+        repeated: share in which four tokens in a row come more than three times.
+        looped: share whose end is one piece said three times or more, twelve tokens at least.
+        empty: share without visible text. unfinished: share cut at the limit of tokens.
+        early: share that is empty or has less than a quarter of the dense answer's tokens.
+        identical: share with the same tokens. common_prefix: mean number of tokens before the first difference.
+    """
+
+    answers: int
+    mean_tokens: float
+    repeated: float
+    looped: float
+    empty: float
+    unfinished: float
+    early: float | None
+    identical: float | None
+    common_prefix: float | None
+    example: Example | None
+
+
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    """The prompts in a file, one a line, blank lines left out; those built in for None. Raises ConfigError."""
+    if path is None:
+        return PROMPTS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"--prompts {path} cannot be read ({reason}); name a text file, a prompt a line"
+        ) from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"--prompts {path} holds no prompt; write one a line")
+    return prompts
+
+
+def encode_prompts(llm: LLM, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids: as a user's message where the model has a chat template, else as they are. Raises RequestError."""
+    engine = llm.engine
+    if engine.text.chat_template is None:
+        return [list(engine.encode(prompt)) for prompt in prompts]
+    return [list(engine.render_chat([{"role": "user", "content": prompt}])) for prompt in prompts]
+
+
+def generate_answers(
+    llm: LLM,
+    prompts: Sequence[str],
+    depths: Sequence[int],
+    num_tokens: int,
+    on_progress: Callable[[int, int, int], None] = lambda depth, done, total: None,
+) -> Iterator[GenerationQuality]:
+    """The quality of each depth's answers, in the order of the depths; the first is the dense one.
+
+    on_progress: the depth, and how many tokens there are of at most how many. Raises RequestError.
+    """
+    encoded = encode_prompts(llm, prompts)
+    # Nothing of the model's generation config: a penalty on repetition would hide what is looked for.
+    params = SamplingParams(
+        max_tokens=num_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+    )
+    dense: list[Output] | None = None
+    for depth in depths:
+        done = 0
+
+        def tell(number: int, depth: int = depth) -> None:
+            nonlocal done
+            done += number
+            on_progress(depth, done, len(encoded) * num_tokens)
+
+        answers = llm.generate(encoded, params, depth, on_progress=tell)
+        yield summarise(prompts, answers, dense)
+        dense = dense or answers
+
+
+def summarise(
+    prompts: Sequence[str], answers: Sequence[Output], dense: Sequence[Output] | None
+) -> GenerationQuality:
+    """The numbers of one depth; `dense` are the dense model's answers, None if these are."""
+    ids = list(map(spoken, answers))
+    empty = [not answer.text.strip() for answer in answers]
+    early: float | None = None
+    identical: float | None = None
+    common: float | None = None
+    example: Example | None = None
+    if dense is not None:
+        pairs = list(zip(ids, map(spoken, dense), strict=True))
+        prefixes = [common_prefix(own, other) for own, other in pairs]
+        short = [_SHORT * len(own) < len(other) for own, other in pairs]
+        early = fmean(map(any, zip(empty, short, strict=True)))
+        identical = fmean(own == other for own, other in pairs)
+        common = fmean(prefixes)
+        for place, (own, other) in enumerate(pairs):
+            if own != other:
+                texts = dense[place].text, answers[place].text
+                example = Example(prompts[place], *texts, prefixes[place])
+                break
+    return GenerationQuality(
+        answers=len(answers),
+        mean_tokens=fmean(map(len, ids)),
+        repeated=fmean(map(is_repetitive, ids)),
+        looped=fmean(map(has_looped_tail, ids)),
+        empty=fmean(empty),
+        unfinished=fmean(answer.finish_reason == "length" for answer in answers),
+        early=early,
+        identical=identical,
+        common_prefix=common,
+        example=example,
+    )
+
+
+def spoken(answer: Output) -> list[int]:
+    """The tokens of an answer without the one that ended it: nothing else than that token stops these."""
+    return answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
+
+
+def is_repetitive(token_ids: Sequence[int]) -> bool:
+    """Whether some four tokens in a row come more than three times."""
+    grams = Counter(zip(*(token_ids[start:] for start in range(NGRAM)), strict=False))
+    return any(number > NGRAM_LIMIT for number in grams.values())
+
+
+def has_looped_tail(token_ids: Sequence[int]) -> bool:
+    """Whether the end is one piece said three times or more, twelve tokens in all at least."""
+    length = len(token_ids)
+    for period in range(1, length // _LOOP_TIMES + 1):
+        num_tail = max(_LOOP_TIMES * period, _LOOP_TOKENS)
+        if num_tail <= length:
+            tail = token_ids[length - num_tail :]
+            if tail[period:] == tail[:-period]:
+                return True
+    return False
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two answers begin with alike."""
+    return next(
+        (place for place, (first, second) in enumerate(zip(one, other, strict=False)) if first != second),
+        min(len(one), len(other)),
+    )

@@ -1,0 +1,252 @@
+"""A whole step as one call of the C kernels, over weights packed once and a KV cache in the kernels' own layout."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sleb.engine.execute.executor import Forward, LastSampled, PlannedSublayer
+from sleb.engine.model.architecture import DecoderSpec
+from sleb.engine.model.rotary import rotary_tables
+from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
+from sleb.engine.schedule.step import Step
+from sleb.kernels.cpu import library as native
+from sleb.kernels.cpu import records
+from sleb.kernels.cpu.library import NativeKernels
+
+_NEVER = 1 << 30  # a depth that no map reaches
+
+
+def why_unsupported(spec: DecoderSpec, page_size: int) -> str | None:
+    """What the C kernels lack for this model, or None."""
+    if not spec.norm_first:
+        return "norms after the residual add"
+    if spec.embed_size != spec.hidden_size:
+        return "projected embeddings"
+    if spec.activation not in native.ACTIVATIONS:
+        return f"activation {spec.activation}"
+    if page_size not in native.PAGE_SIZES:
+        return f"a page size of {page_size}"
+    return None
+
+
+class NativeExecutor:
+    """Runs steps by the C kernels. Takes its weights out of `weights` as it packs them, so that no copy remains.
+
+    Not thread-safe. What a step returns is valid until the next one.
+    """
+
+    asynchronous = False
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        plan: tuple[PlannedSublayer, ...],
+        *,
+        max_model_len: int,
+        num_pages: int,
+        page_size: int,
+        max_num_tokens: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.name = f"cpu-{kernels.level}"
+        self._kernels = kernels
+        self._spec = spec
+        self._page_size = page_size
+        self._max_tokens = max_num_tokens
+        self._removed_at = tuple(
+            _NEVER if planned.removed_at is None else planned.removed_at for planned in plan
+        )
+        self._unit_counts: dict[tuple[int, ...], array[int]] = {}
+        self._kept: list[object] = []  # what the records point to
+        self._logits = torch.empty(0)
+        self._argmax = (ctypes.c_int32 * max_num_seqs)()
+        self._dtype = weights.dtype
+        self._head = kernels.pack(weights.head.weight, weights.head.bias)
+        self._model = self._make_model(weights, max_model_len, max_num_tokens)
+        units = (records.Unit * len(plan))()
+        widest = spec.hidden_size
+        for unit, planned in zip(units, plan, strict=True):
+            block, part = planned.sublayer
+            if part == "attention":
+                self._fill_attention(unit, block, weights.attention.pop(block), num_pages)
+            else:
+                self._fill_mlp(unit, weights.mlp.pop(block))
+                kernels.library.sleb_trim()
+            widest = max(widest, unit.second.k)
+        self._kept.append(units)
+        self._model.units = ctypes.addressof(units)
+        self._model.num_units = len(plan)
+        self._make_workspace(widest, max_num_seqs)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that run a step, the caller's included."""
+        return self._kernels.num_threads
+
+    @property
+    def description(self) -> str:
+        """The kernels in words, for a line at start."""
+        return f"C kernels for {self._kernels.level}, {self.num_threads} threads"
+
+    def run(
+        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+    ) -> Forward:
+        """One step; see `sleb.engine.execute.executor.Executor`."""
+        assert not any(row.pending for row in step.rows), "this executor takes tokens from the host alone"
+        arrays = self._step_arrays(step)
+        record = records.Step(
+            num_tokens=len(arrays[0]), num_sequences=len(step.rows), num_samples=len(samples)
+        )
+        record.token_ids, record.positions, record.query_starts = (_at(values) for values in arrays[:3])
+        record.context_lens, record.page_starts, record.pages = (_at(values) for values in arrays[3:])
+        counts = self._count_sequences(step)
+        rows = array("i", samples)
+        record.unit_sequences, record.samples = _at(counts), _at(rows)
+        logits: Tensor | None = None
+        if samples and greedy:
+            record.argmax = ctypes.addressof(self._argmax)
+        elif samples:
+            logits = self._logits_buffer(len(samples))
+            record.logits = logits.data_ptr()
+        self._kernels.isa.forward(self._model, record)
+        chosen = self._argmax[: len(samples)] if samples and greedy else None
+        return Forward(self._residual[: record.num_tokens], logits, chosen)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: residual [B, E] float32 to logits [B, V] float32."""
+        rows = hidden.to(torch.float32).contiguous()
+        out = torch.empty(rows.shape[0], self._spec.vocab_size)
+        for start in range(0, rows.shape[0], self._max_samples):
+            part = rows[start : start + self._max_samples]
+            self._kernels.isa.head(self._model, part.data_ptr(), part.shape[0], out[start:].data_ptr(), None)
+        return out
+
+    def _step_arrays(self, step: Step) -> tuple[array[int], ...]:
+        """token_ids, positions, query_starts, context_lens, page_starts, pages."""
+        token_ids, positions, pages = array("i"), array("i"), array("i")
+        query_starts, context_lens, page_starts = array("i", [0]), array("i"), array("i")
+        for row in step.rows:
+            request = row.request
+            token_ids.extend(request.tokens[row.start : row.end])
+            positions.extend(range(row.start, row.end))
+            query_starts.append(len(token_ids))
+            context_lens.append(row.end)
+            page_starts.append(len(pages))
+            pages.extend(request.pages)
+        assert len(token_ids) <= self._max_tokens, "a step has more tokens than the workspace"
+        return token_ids, positions, query_starts, context_lens, page_starts, pages
+
+    def _count_sequences(self, step: Step) -> array[int]:
+        """For each unit of the plan, how many of the step's rows run it: a prefix, since rows go by depth."""
+        depths = tuple(row.request.tier.depth for row in step.rows)
+        counts = self._unit_counts.get(depths)
+        if counts is None:
+            if len(self._unit_counts) > 4096:
+                self._unit_counts.clear()
+            counts = array("i", [bisect_left(depths, removed_at) for removed_at in self._removed_at])
+            self._unit_counts[depths] = counts
+        return counts
+
+    def _logits_buffer(self, num_rows: int) -> Tensor:
+        if self._logits.shape[0] < num_rows:
+            self._logits = torch.empty(num_rows, self._spec.vocab_size)
+        return self._logits[:num_rows]
+
+    def _make_model(self, weights: DecoderWeights, max_model_len: int, max_num_tokens: int) -> records.Model:
+        spec, keep = self._spec, self._kernels.keep
+        model = records.Model(
+            hidden_size=spec.hidden_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            vocab_size=spec.vocab_size,
+            norm_kind=native.NORMS[spec.norm],
+            page_size=self._page_size,
+            kv_format=native.FORMATS[weights.dtype],
+            max_tokens=max_num_tokens,
+            position_offset=spec.position_offset,
+            norm_eps=spec.norm_eps,
+            scale=spec.head_dim**-0.5,
+            head=self._head,
+            pool=self._kernels.pool,
+        )
+        if weights.head.weight is weights.embed:
+            model.embed_packed = 1
+        else:
+            assert isinstance(weights.embed, Tensor)
+            self._kept.append(weights.embed)
+            model.embed = weights.embed.data_ptr()
+            model.embed_format = native.FORMATS[weights.embed.dtype]
+        if weights.position_embed is not None:
+            model.position_embed = keep(weights.position_embed)
+        if weights.final_norm is not None:
+            model.has_final_norm = 1
+            model.final_norm = self._norm(weights.final_norm)
+        if spec.position == "rope":
+            cos, sin = (
+                table.contiguous() for table in rotary_tables(spec, max_model_len, torch.device("cpu"))
+            )
+            self._kept += [cos, sin]
+            model.rotary_half = cos.shape[1]
+            model.cos, model.sin = cos.data_ptr(), sin.data_ptr()
+        return model
+
+    def _norm(self, norm: Norm) -> records.Norm:
+        return records.Norm(self._kernels.keep(norm.weight), self._kernels.keep(norm.bias))
+
+    def _fill_attention(
+        self, unit: records.Unit, block: int, weights: AttentionWeights, num_pages: int
+    ) -> None:
+        spec, kernels = self._spec, self._kernels
+        unit.is_attention = 1
+        unit.norm = self._norm(weights.norm)
+        unit.first = kernels.pack(weights.qkv.weight, weights.qkv.bias)
+        unit.second = kernels.pack(weights.out.weight, weights.out.bias)
+        if weights.query_norm is not None and weights.key_norm is not None:
+            unit.query_norm = kernels.keep(weights.query_norm.weight)
+            unit.key_norm = kernels.keep(weights.key_norm.weight)
+        unit.rotate = spec.rotary_blocks[block]
+        unit.window = spec.windows[block] or 0
+        padded = -(-spec.head_dim // 16) * 16
+        size = num_pages * self._page_size * spec.num_kv_heads * padded * self._dtype.itemsize
+        unit.key_cache = kernels.arena.map(size, huge=False)[0]
+        unit.value_cache = kernels.arena.map(size, huge=False)[0]
+
+    def _fill_mlp(self, unit: records.Unit, weights: MLPWeights) -> None:
+        spec, kernels = self._spec, self._kernels
+        unit.norm = self._norm(weights.norm)
+        unit.activation = native.ACTIVATIONS[spec.activation]
+        unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
+        unit.second = kernels.pack(weights.down.weight, weights.down.bias)
+
+    def _make_workspace(self, widest: int, max_num_seqs: int) -> None:
+        spec, library = self._spec, self._kernels.library
+        size = ctypes.c_size_t()
+        # Prompt logprobs go through the head in pieces of as many rows.
+        self._max_samples = max(max_num_seqs, 64)
+        workspace = library.sleb_workspace_create(
+            self._model, widest, spec.intermediate_size, self._max_samples, max_num_seqs, size
+        )
+        if not workspace:
+            raise MemoryError("the system gives no memory for the workspace")
+        self._model.workspace = workspace
+        weakref.finalize(self, library.sleb_workspace_destroy, workspace, size.value)
+        count = self._max_tokens * spec.hidden_size
+        pointer = ctypes.cast(library.sleb_workspace_residual(workspace), ctypes.POINTER(ctypes.c_float))
+        values = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * count)).contents
+        self._residual = torch.frombuffer(values, dtype=torch.float32).view(
+            self._max_tokens, spec.hidden_size
+        )
+
+
+def _at(values: array[int]) -> int:
+    return values.buffer_info()[0]

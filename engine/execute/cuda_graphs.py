@@ -1,0 +1,87 @@
+"""Capturing CUDA graphs, and how much memory steps and graphs will take besides weights and KV."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.trial_steps import prompt_step
+from sleb.errors import ConfigError
+
+_MARGIN = 1.1  # of what was measured: the allocator's blocks are larger than what is asked for
+
+
+class CudaCapture:
+    """`sleb.engine.execute.gpu.Capture` for a card: all graphs share one pool of memory and one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        # Run once outside, on the same stream: kernels are compiled and libraries set up their workspaces.
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                function()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"CUDA graphs cannot be captured here ({reason}); leave them out (--no-cuda-graphs)"
+            ) from error
+        return graph.replay
+
+
+def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Rows that graphs are captured for: close together where rows are few, and always max_num_seqs itself."""
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32))
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def measure_reserve(
+    executor: FusedExecutor, page_size: int, max_num_tokens: int, max_len: int, buckets: Sequence[int]
+) -> int:
+    """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take.
+
+    The executor's cache may be as small as its padding page: the trial writes and reads nothing else. It is of no use
+    afterwards.
+    """
+    device = executor.device
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step = prompt_step(executor, page_size, max_num_tokens, max_len)
+    samples = list(range(min(executor.max_num_seqs, step.num_tokens)))
+    forward = executor.run(step, samples, greedy=False)
+    assert forward.logits is not None
+    forward.logits.softmax(dim=-1)  # the sampler's copies
+    torch.cuda.synchronize(device)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    del forward
+    torch.cuda.empty_cache()
+    graphs = _measure_graphs(executor, buckets) if buckets else 0
+    return int(_MARGIN * (activations + graphs)) + executor.static_bytes
+
+
+def _measure_graphs(executor: FusedExecutor, buckets: Sequence[int]) -> int:
+    """The largest graphs size the pool; every further one takes what a second one of a depth does."""
+    device, depths = executor.device, executor.depths
+    capture = CudaCapture(device)
+    largest, *rest = sorted(buckets, reverse=True)
+    free = [torch.cuda.mem_get_info(device)[0]]
+    for bucket, some_depths in ((largest, depths), (rest[0] if rest else largest, depths[:1])):
+        executor.capture([bucket], capture, some_depths)
+        torch.cuda.synchronize(device)
+        free.append(torch.cuda.mem_get_info(device)[0])
+    num_further = len(buckets) * len(depths) - len(depths)
+    return max(0, free[0] - free[1]) + num_further * max(0, free[1] - free[2])

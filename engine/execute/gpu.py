@@ -1,0 +1,302 @@
+"""Steps over fused operators, queued on the device: decode steps replayed from captured graphs, others eager.
+
+A graph is captured for each served depth and each bucket of rows. It runs the units that its depth keeps, over the
+whole bucket; every operator reads on the device how many rows its unit has in this step. So a step of mixed depths is
+the replay of its fullest depth's graph: deeper rows are left alone by the units that they skip, and what is read is
+the fullest depth's weights once, and of the KV each row's own. The same goes for the rows of a bucket that the step
+does not fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sleb.engine.execute.executor import Forward, LastSampled, PlannedSublayer
+from sleb.engine.execute.gpu_decoder import FusedDecoder, Stream, UnitRows
+from sleb.engine.execute.step_arrays import StepLayout, StepPacker, StepTensors
+from sleb.engine.execute.transfer import send, to_device
+from sleb.engine.schedule.step import Step
+from sleb.kernels.attention.select import AttentionBackend
+from sleb.kernels.batch import BatchTensors
+from sleb.kernels.fused import FusedKernels
+
+_NEVER = 1 << 30  # a depth that no map reaches
+_TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
+
+# Runs a function once, and returns what repeats its work on the same tensors.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class FusedExecutor:
+    """Implements `sleb.engine.execute.executor.Executor`. Not thread-safe; what a step returns is
+    valid until the next one.
+
+    Args:
+        depths: those served. padding_page: a page of the cache that no request gets.
+        max_num_seqs, max_pages: sequences of a step, and pages of a sequence, at most.
+    """
+
+    asynchronous = True
+
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        kernels: FusedKernels,
+        attention: AttentionBackend,
+        plan: Sequence[PlannedSublayer],
+        *,
+        depths: Sequence[int],
+        page_size: int,
+        padding_page: int,
+        max_num_seqs: int,
+        max_pages: int,
+    ) -> None:
+        self.name = f"{kernels.name}, attention {attention.name}"
+        self.depths = tuple(sorted(depths))
+        self.device = decoder.decoder.device
+        self.max_num_seqs = max_num_seqs
+        self._decoder = decoder
+        self._kernels = kernels
+        self._plan = tuple(plan)
+        self._removed_at = [_NEVER if planned.removed_at is None else planned.removed_at for planned in plan]
+        self._page_size = page_size
+        self.padding_page = padding_page
+        self._packer = StepPacker(self._removed_at, page_size, padding_page)
+        self._max_pages = max_pages
+        self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
+        self._buckets: tuple[int, ...] = ()
+        # One layout for all decode steps, so that graphs find every section where it was when they were captured.
+        self._layout = StepLayout(max_num_seqs, max_num_seqs, len(self._plan))
+        size = self._layout.size + max_num_seqs * max_pages
+        self._static = torch.zeros(size, dtype=torch.int32, device=self.device)
+        self._inputs = self._layout.split(self._static)
+        self._page_table = torch.full(
+            (max_num_seqs, max_pages), padding_page, dtype=torch.int32, device=self.device
+        )
+        spec, dtype = decoder.decoder.spec, decoder.decoder.weights.dtype
+        self._hidden = torch.zeros(max_num_seqs, spec.hidden_size, dtype=dtype, device=self.device)
+        self._logits = torch.zeros(max_num_seqs, spec.vocab_size, dtype=dtype, device=self.device)
+        # What was sampled last, where graphs look for pending tokens and leave the most probable ones.
+        self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads that compute what a card does not."""
+        return torch.get_num_threads()
+
+    @property
+    def description(self) -> str:
+        """What computes, in words."""
+        graphs = f", {len(self._graphs)} captured graphs" if self._graphs else ""
+        return f"{self._kernels.name} kernels on {self.device}, {self.name.split(', ')[1]}{graphs}"
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of the tensors that stay between steps, the KV cache left out."""
+        kept = (self._static, self._page_table, self._hidden, self._logits, self._sampled)
+        return sum(tensor.nbytes for tensor in kept)
+
+    @torch.inference_mode()
+    def run(
+        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+    ) -> Forward:
+        """One step; see `sleb.engine.execute.executor.Executor`."""
+        graph = self._find_graph(step)
+        if graph is not None:
+            return self._replay(graph, step, samples, greedy, last)
+        return self._run_eagerly(step, samples, greedy, last)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `sleb.engine.execute.executor.Executor`."""
+        return self._head(Stream(hidden.contiguous(), None, None)).float()
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        buckets: Sequence[int],
+        capture: Capture,
+        depths: Sequence[int] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Captures a graph for each of `depths` (None: all) and buckets of rows, the largest first.
+
+        The graphs share one pool of memory, which the largest has sized before the others ask. on_progress: graphs
+        captured, of all.
+        """
+        wanted = [
+            (depth, bucket) for bucket in sorted(buckets, reverse=True) for depth in depths or self.depths
+        ]
+        self._buckets = tuple(sorted({*self._buckets, *buckets}))
+        for done, (depth, bucket) in enumerate(wanted):
+            if on_progress is not None:
+                on_progress(done, len(wanted))
+            units = self._decode_units(depth, bucket)
+            self._graphs[depth, bucket] = capture(partial(self._decode, units, bucket))
+        if on_progress is not None:
+            on_progress(len(wanted), len(wanted))
+
+    @torch.inference_mode()
+    def warm_up(self, num_pages: int, report: Callable[[str], None] | None = None) -> None:
+        """Compiles what decode steps run, and tunes it at full buckets over `num_pages` pages of the cache.
+
+        Contents do not matter: what is read is whatever lies in the pages, and written is the padding page alone.
+        """
+        inputs = self._inputs
+        context = min(_TUNED_CONTEXT, self._max_pages * self._page_size)
+        used = -(-context // self._page_size)
+        pages = torch.arange(self.max_num_seqs * used, dtype=torch.int32, device=self.device) % num_pages
+        self._page_table[:, :used] = pages.view(self.max_num_seqs, used)
+        inputs.sources.fill_(-1)
+        inputs.context_lens.fill_(context)
+        inputs.positions.fill_(context - 1)
+        inputs.slots.fill_(self.padding_page * self._page_size)
+        torch.arange(inputs.query_starts.shape[0], dtype=torch.int32, out=inputs.query_starts)
+        with self._kernels.tuning(report):
+            for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 16, 32, 64, 128)}):
+                inputs.row_counts.fill_(bucket)
+                self._decode(self._decode_units(self.depths[0], bucket), bucket)
+        inputs.row_counts.zero_()
+        self._page_table.fill_(self.padding_page)
+
+    def _decode(self, units: Sequence[UnitRows], bucket: int) -> None:
+        """What a graph holds: one token of each row of the bucket, from the static inputs to the static results."""
+        inputs = self._inputs
+        token_ids = _resolve(inputs.token_ids[:bucket], inputs.sources[:bucket], self._sampled)
+        stream = self._decoder.run(token_ids, inputs.positions[:bucket], inputs.slots[:bucket], units)
+        self._logits[:bucket] = self._head(stream)
+        self._hidden[:bucket] = stream.residual
+        self._sampled[:bucket] = self._kernels.greedy(self._logits[:bucket])
+
+    def _decode_units(self, depth: int, bucket: int) -> list[UnitRows]:
+        """The units that `depth` keeps, each reading its row count from the static inputs."""
+        inputs = self._inputs
+        units = []
+        for index, planned in enumerate(self._plan):
+            if self._removed_at[index] <= depth:
+                continue
+            count = inputs.row_counts[index : index + 1]
+            batch = BatchTensors(
+                inputs.query_starts[: bucket + 1],
+                inputs.context_lens[:bucket],
+                self._page_table[:bucket],
+                count,
+                self._page_size,
+                max_query_len=1,
+                max_context_len=self._max_pages * self._page_size,
+            )
+            units.append(UnitRows(planned.sublayer, bucket, count, batch))
+        return units
+
+    def _find_graph(self, step: Step) -> Callable[[], None] | None:
+        """The graph of the step's fullest depth and of the smallest bucket that holds it; None if there is none."""
+        if not self._graphs or any(row.num_tokens != 1 for row in step.rows):
+            return None
+        for bucket in self._buckets:
+            if bucket >= len(step.rows):
+                return self._graphs.get((step.rows[0].request.tier.depth, bucket))
+        return None
+
+    def _replay(
+        self,
+        replay: Callable[[], None],
+        step: Step,
+        samples: Sequence[int],
+        greedy: bool,
+        last: LastSampled | None,
+    ) -> Forward:
+        num_rows = len(step.rows)
+        flat, width = self._packer.pack(step, self._layout, last)
+        static = self._static[: flat.shape[0]]
+        send(flat, static)
+        self._page_table[:num_rows, :width] = static[self._layout.size :].view(num_rows, width)
+        if last is not None and last.token_ids.data_ptr() != self._sampled.data_ptr():
+            self._sampled[: last.token_ids.shape[0]] = last.token_ids
+        replay()
+        hidden = self._hidden[:num_rows]
+        if not samples:
+            return Forward(hidden, None, None)
+        tokens, logits = self._sampled[:num_rows], self._logits[:num_rows]
+        if len(samples) < num_rows:
+            rows = to_device(samples, torch.int64, self.device)
+            tokens, logits = tokens[rows], logits[rows]
+        if greedy:
+            return Forward(hidden, None, tokens)
+        # A copy in any case: the sampler changes what it is given.
+        return Forward(hidden, logits.to(torch.float32, copy=True), None)
+
+    def _run_eagerly(
+        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None
+    ) -> Forward:
+        layout = StepLayout(step.num_tokens, len(step.rows), len(self._plan))
+        flat, width = self._packer.pack(step, layout, last)
+        on_device = to_device(flat, torch.int32, self.device)
+        inputs = layout.split(on_device)
+        table = on_device[layout.size :].view(len(step.rows), width)
+        token_ids = inputs.token_ids
+        if last is not None and any(row.pending for row in step.rows):
+            token_ids = _resolve(token_ids, inputs.sources, last.token_ids)
+        units = self._eager_units(
+            step, inputs, table, flat[layout.size - 2 * len(self._plan) : layout.size].tolist()
+        )
+        stream = self._decoder.run(token_ids, inputs.positions, inputs.slots, units)
+        residual = stream.residual
+        if stream.delta is not None:
+            residual[: stream.delta.shape[0]] += stream.delta
+        if not samples:
+            return Forward(residual, None, None)
+        logits = self._head(Stream(residual[to_device(samples, torch.int64, self.device)], None, None))
+        if greedy:
+            return Forward(residual, None, self._kernels.greedy(logits))
+        return Forward(residual, logits.float(), None)
+
+    def _eager_units(
+        self, step: Step, inputs: StepTensors, table: Tensor, counts: Sequence[int]
+    ) -> list[UnitRows]:
+        """The units that some row runs, over exactly their rows. counts: of tokens, then of rows, by unit."""
+        num_units = len(self._plan)
+        rows = step.rows
+        units = []
+        batches: dict[int, BatchTensors] = {}
+        for index, planned in enumerate(self._plan):
+            num_tokens, num_rows = counts[index], counts[num_units + index]
+            if not num_rows:
+                continue
+            batch = batches.get(num_rows)
+            if batch is None:
+                lens = [row.num_tokens for row in rows[:num_rows]]
+                batch = batches[num_rows] = BatchTensors(
+                    inputs.query_starts[: num_rows + 1],
+                    inputs.context_lens[:num_rows],
+                    table[:num_rows],
+                    inputs.row_counts[index : index + 1],
+                    self._page_size,
+                    max_query_len=max(lens),
+                    max_context_len=max(row.end for row in rows[:num_rows]),
+                    has_decodes=min(lens) == 1,
+                )
+            count = inputs.token_counts[index : index + 1]
+            units.append(UnitRows(planned.sublayer, num_tokens, count, batch))
+        return units
+
+    def _head(self, stream: Stream) -> Tensor:
+        """Final norm and head of all rows of a stream; what was not added is, in place."""
+        norm = self._decoder.decoder.weights.final_norm
+        if norm is None:
+            if stream.delta is not None:
+                assert stream.num_delta is not None
+                present = torch.arange(stream.delta.shape[0], device=self.device) < stream.num_delta
+                stream.residual.add_(torch.where(present[:, None], stream.delta, 0))
+            return self._decoder.head(stream.residual)
+        count = torch.full((1,), stream.residual.shape[0], dtype=torch.int32, device=self.device)
+        return self._decoder.head(self._decoder.norm(stream, norm, count))
+
+
+def _resolve(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
+    """token_ids [T] int32, with those whose source is not −1 taken from what was sampled."""
+    pending = sampled[sources.clamp(min=0).long()].int()
+    return torch.where(sources >= 0, pending, token_ids)

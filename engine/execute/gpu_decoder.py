@@ -1,0 +1,136 @@
+"""The decoder over fused operators: what runs a unit reads on the device how many rows it has.
+
+The arithmetic is that of `sleb.engine.model.decoder.Decoder`, which lends its weights, tables and embedding. The
+residual add of a unit is done by the norm of the next one, so a block is two norms, two pairs of matrix products,
+one rotation that also stores K and V, one attention and one activation. Every operator takes its row count
+from the device: launched over a bucket of rows, captured or not, it leaves the rows past its unit's prefix as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sleb.engine.execute.kv_cache import PagedKVCache
+from sleb.engine.model.decoder import Decoder
+from sleb.engine.model.weights import Norm
+from sleb.kernels.batch import BatchTensors
+from sleb.kernels.fused import Attention, FusedKernels
+from sleb.layer_map.units import Sublayer
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """A sublayer and the rows that run it.
+
+    Attributes:
+        num_tokens: tokens that are laid out for it, a bound that the host knows.
+        token_count: [1] int32, how many of them are there.
+        batch: their sequences.
+    """
+
+    sublayer: Sublayer
+    num_tokens: int
+    token_count: Tensor
+    batch: BatchTensors
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream [T, E] with an update that is not added yet.
+
+    delta: [N, E], of which the first num_delta[0] rows count; None for none.
+    """
+
+    residual: Tensor
+    delta: Tensor | None
+    num_delta: Tensor | None
+
+
+class FusedDecoder:
+    """Runs units over a stream. T tokens, E hidden size."""
+
+    def __init__(
+        self, decoder: Decoder, kernels: FusedKernels, attention: Attention, kv_cache: PagedKVCache
+    ) -> None:
+        self.decoder = decoder
+        self.kv_cache = kv_cache
+        self._kernels = kernels
+        self._attention = attention
+
+    def run(self, token_ids: Tensor, positions: Tensor, slots: Tensor, units: Sequence[UnitRows]) -> Stream:
+        """token_ids, positions and slots [T] int32 through the units; K and V are stored on the way."""
+        spec, weights = self.decoder.spec, self.decoder.weights
+        stream = Stream(self.decoder.embed(token_ids, positions), None, None)
+        for unit in units:
+            block, part = unit.sublayer
+            norm = weights.attention[block].norm if part == "attention" else weights.mlp[block].norm
+            if spec.norm_first:
+                inputs = self.norm(stream, norm, unit.token_count, unit.num_tokens)
+            else:
+                inputs = stream.residual[: unit.num_tokens]
+            if part == "attention":
+                delta = self._attend(block, inputs, positions, slots, unit)
+            else:
+                delta = self._mlp(block, inputs, unit)
+            stream = Stream(stream.residual, delta, unit.token_count)
+            if not spec.norm_first:
+                self.norm(stream, norm, unit.token_count, post=True)
+                stream = Stream(stream.residual, None, None)
+        return stream
+
+    def norm(
+        self, stream: Stream, norm: Norm, count: Tensor, max_rows: int | None = None, post: bool = False
+    ) -> Tensor:
+        """Adds what is not added yet, in place, and norms the first count[0] rows; see `add_norm`."""
+        spec = self.decoder.spec
+        return self._kernels.add_norm(
+            stream.residual,
+            stream.delta,
+            norm.weight,
+            norm.bias,
+            spec.norm_eps,
+            spec.norm,
+            stream.num_delta,
+            count,
+            max_rows=max_rows,
+            post=post,
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Normed hidden states [B, E] to logits [B, V] in the weights' dtype."""
+        weights, linear = self.decoder.weights, self._kernels.linear
+        if weights.project_out is not None:
+            hidden = linear(hidden, weights.project_out.weight, None)
+        return linear(hidden, weights.head.weight, None)
+
+    def _attend(self, block: int, inputs: Tensor, positions: Tensor, slots: Tensor, unit: UnitRows) -> Tensor:
+        spec, weights, kernels = self.decoder.spec, self.decoder.weights.attention[block], self._kernels
+        heads = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias)
+        key_cache, value_cache = self.kv_cache.layer(block)
+        query = kernels.rope_store(
+            heads.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim),
+            spec.num_heads,
+            self.decoder.tables if spec.rotary_blocks[block] else None,
+            positions[: unit.num_tokens],
+            None if weights.query_norm is None else weights.query_norm.weight,
+            None if weights.key_norm is None else weights.key_norm.weight,
+            spec.norm_eps,
+            key_cache,
+            value_cache,
+            slots[: unit.num_tokens],
+            unit.token_count,
+        )
+        attended = self._attention(
+            query, key_cache, value_cache, unit.batch, self.decoder.scale, spec.windows[block]
+        )
+        return kernels.linear(attended.view(-1, spec.query_size), weights.out.weight, weights.out.bias)
+
+    def _mlp(self, block: int, inputs: Tensor, unit: UnitRows) -> Tensor:
+        spec, weights, kernels = self.decoder.spec, self.decoder.weights.mlp[block], self._kernels
+        hidden = kernels.linear(inputs, weights.up.weight, weights.up.bias)
+        gate = kernels.gated_activate if spec.gated else kernels.activate
+        activated = gate(hidden, spec.activation, unit.token_count)
+        return kernels.linear(activated, weights.down.weight, weights.down.bias)

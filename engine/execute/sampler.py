@@ -1,0 +1,173 @@
+"""From logits to tokens: penalties, bias, grammars, temperature, filters, one random number per request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sleb.engine.execute.transfer import HostCopy, to_device
+from sleb.engine.outputs import TokenLogprobs
+from sleb.engine.requests.grammar import TokenMasks
+from sleb.engine.requests.request import Request
+from sleb.kernels.registry import Kernels
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """A chosen token and, if the request asked, its log-probability with alternatives."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+class PendingLogprobs:
+    """Log-probabilities of tokens [B] with their most probable alternatives, on their way from the device."""
+
+    def __init__(
+        self, token_ids: Tensor, chosen: Tensor, top_ids: Tensor, top_values: Tensor, tops: Sequence[int]
+    ) -> None:
+        self._tops = tops
+        self._copy = HostCopy(token_ids, chosen, top_ids, top_values)
+
+    def read(self) -> list[TokenLogprobs]:
+        """One entry a token; waits for the device."""
+        return [
+            TokenLogprobs(token_id, logprob, list(zip(ids[:top], values[:top], strict=True)))
+            for token_id, logprob, ids, values, top in zip(*self._copy.read(), self._tops, strict=True)
+        ]
+
+
+class SampledBatch:
+    """One token a request, on its way from the device.
+
+    Attributes:
+        token_ids: [B] int64 on the device, what the next step computes.
+    """
+
+    def __init__(
+        self, token_ids: Tensor, reported: Sequence[int] = (), logprobs: PendingLogprobs | None = None
+    ) -> None:
+        self.token_ids = token_ids
+        self._copy = HostCopy(token_ids)
+        self._reported = reported
+        self._logprobs = logprobs
+
+    def read(self) -> list[SampledToken]:
+        """The tokens, with log-probabilities where they were asked for; waits for the device."""
+        [token_ids] = self._copy.read()
+        entries: dict[int, TokenLogprobs] = {}
+        if self._logprobs is not None:
+            entries = dict(zip(self._reported, self._logprobs.read(), strict=True))
+        return [SampledToken(token_id, entries.get(row)) for row, token_id in enumerate(token_ids)]
+
+
+class Sampler:
+    """Chooses one token a request. `eos_token_ids` are kept back until min_tokens are there."""
+
+    def __init__(self, kernels: Kernels, eos_token_ids: frozenset[int]) -> None:
+        self._kernels = kernels
+        self._eos = eos_token_ids
+
+    @torch.inference_mode()
+    def sample(
+        self, logits: Tensor, requests: Sequence[Request], masks: TokenMasks | None = None
+    ) -> SampledBatch:
+        """logits [B, V] float32, one row a request, changed in place; one token a row.
+
+        masks: of the requests that follow a grammar (`sleb.engine.requests.grammar.fill_masks`).
+        """
+        reported = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        adjusted = [row for row, request in enumerate(requests) if adjusts(request)]
+        raw = logits
+        if len(reported) < len(requests):
+            raw = logits[self._rows(reported, logits)] if reported else logits
+        elif adjusted:
+            raw = logits.clone()
+        for row in adjusted:
+            self._adjust(logits[row], requests[row])
+        if masks is not None:
+            masks.apply(logits)
+        token_ids = self._choose(logits, requests)
+        if not reported:
+            return SampledBatch(token_ids)
+        chosen = token_ids if len(reported) == len(requests) else token_ids[self._rows(reported, logits)]
+        tops = [requests[row].params.logprobs or 0 for row in reported]
+        return SampledBatch(token_ids, reported, self.logprobs(raw, chosen, tops))
+
+    @torch.inference_mode()
+    def logprobs(self, logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> PendingLogprobs:
+        """Log-probability of token_ids [B] under logits [B, V], each with its `tops` most probable alternatives."""
+        top_ids = logits.topk(max(tops), dim=-1).indices
+        # All by one call, so that one token never shows two values.
+        gathered = self._kernels.log_softmax_gather(logits, torch.cat((token_ids[:, None], top_ids), dim=1))
+        return PendingLogprobs(token_ids, gathered[:, 0], top_ids, gathered[:, 1:], tops)
+
+    def _choose(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """The most probable token of a row [V] at temperature 0, else one by the request's next random number: [B]."""
+        drawn = [row for row, request in enumerate(requests) if request.params.temperature != 0.0]
+        if not drawn:
+            return self._kernels.greedy(logits)
+        all_drawn = len(drawn) == len(requests)
+        params = [requests[row].params for row in drawn]
+        rows = None if all_drawn else self._rows(drawn, logits)
+        tokens = self._kernels.draw(
+            logits if rows is None else logits[rows],
+            [each.temperature or 1.0 for each in params],
+            [each.top_k or 0 for each in params],
+            [each.top_p or 1.0 for each in params],
+            [each.min_p for each in params],
+            [requests[row].rng.random() for row in drawn],
+        )
+        if rows is None:
+            return tokens
+        return self._kernels.greedy(logits).index_copy(0, rows, tokens)
+
+    @staticmethod
+    def _rows(rows: Sequence[int], beside: Tensor) -> Tensor:
+        return to_device(rows, torch.int64, beside.device)
+
+    def _adjust(self, logits: Tensor, request: Request) -> None:
+        """Applies to one row [V], in place, what changes logits before temperature."""
+        params = request.params
+        if params.repetition_penalty != 1.0:
+            seen = to_device(sorted(set(request.tokens)), torch.int64, logits.device)
+            scores = logits[seen]
+            penalty = float(params.repetition_penalty or 1.0)
+            logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+        if (params.presence_penalty or params.frequency_penalty) and request.num_output_tokens:
+            counts = Counter(request.output_token_ids)
+            ids = to_device(list(counts), torch.int64, logits.device)
+            times = to_device(list(counts.values()), torch.float32, logits.device)
+            logits[ids] -= params.presence_penalty + params.frequency_penalty * times
+        if params.logit_bias:
+            ids = to_device(list(params.logit_bias), torch.int64, logits.device)
+            logits[ids] += to_device(list(params.logit_bias.values()), torch.float32, logits.device)
+        if request.grammar is None and request.num_sampled < params.min_tokens:
+            stops = (set() if params.ignore_eos else self._eos) | set(params.stop_token_ids)
+            if stops:
+                logits.index_fill_(0, to_device(sorted(stops), torch.int64, logits.device), NEVER)
+
+
+def takes_most_probable(request: Request) -> bool:
+    """Whether the request wants the token of the highest logit and nothing else."""
+    params = request.params
+    return params.temperature == 0.0 and params.logprobs is None and not adjusts(request)
+
+
+def adjusts(request: Request) -> bool:
+    """Whether the request's logits change before a token is chosen."""
+    params = request.params
+    return bool(needs_last_token(request) or params.logit_bias or request.num_sampled < params.min_tokens)
+
+
+def needs_last_token(request: Request) -> bool:
+    """Whether the next token cannot be chosen before the host knows the last one."""
+    params = request.params
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return bool(penalised or request.grammar is not None)

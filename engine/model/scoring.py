@@ -1,0 +1,119 @@
+"""A decoder over dense windows of tokens, without a KV cache: embed, run one unit, losses, logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
+from sleb.engine.model.architecture import resolve_spec
+from sleb.engine.model.decoder import Decoder
+from sleb.engine.model.loader import load_weights
+from sleb.engine.model.weights import all_sublayers, num_bytes
+from sleb.engine.text import TextProcessor
+from sleb.kernels.reference.cross_entropy import linear_cross_entropy
+from sleb.kernels.reference.ops import causal_attention
+from sleb.kernels.registry import select_kernels
+from sleb.layer_map.layer_map import Unit
+from sleb.models.resolve import resolve_model
+
+
+class DecoderScorer:
+    """`sleb.pruning.search.ScoringModel` over the engine's decoder. W windows of L tokens, hidden size E.
+
+    Differentiable with respect to hidden states; callers that need no gradient say torch.no_grad().
+
+    Attributes:
+        num_blocks, hidden_size, max_length: of the model; max_length is its longest window in tokens.
+        fingerprint, model_name: for the layer map. tokenizer: a `tokenizers.Tokenizer`, or None; text: what knows it.
+        vocab_size, device, dtype: of the logits, of the weights, and of activations.
+    """
+
+    def __init__(self, decoder: Decoder, model_name: str, text: TextProcessor) -> None:
+        spec = decoder.spec
+        self._decoder = decoder
+        self.num_blocks = spec.num_blocks
+        self.hidden_size = spec.hidden_size
+        self.max_length = spec.max_positions
+        self.fingerprint = spec.fingerprint
+        self.vocab_size = spec.vocab_size
+        self.device = decoder.device
+        self.dtype = decoder.weights.dtype
+        self.model_name = model_name
+        self.text = text  # renders conversations for the calibration
+        self.tokenizer = text.tokenizer
+
+    @classmethod
+    def load(
+        cls, model: str, dtype: str = "float32", device: str = "auto", weights: str = "auto"
+    ) -> DecoderScorer:
+        """The scorer of MODEL (folder, hub id, .gguf or alias); dtype, weights: as EngineConfig's.
+
+        Raises ModelError or ConfigError.
+        """
+        EngineConfig(model, dtype=dtype, weights=weights).check()
+        target = resolve_device(device)
+        resolved = resolve_model(model)
+        spec = resolve_spec(resolved.path)
+        chosen = resolve_dtype(dtype, weights, spec.checkpoint_dtype)
+        loaded = load_weights(
+            resolved.path,
+            spec,
+            all_sublayers(spec),
+            chosen,
+            target,
+            weight_format=resolve_weight_format(weights),
+        )
+        kernels = select_kernels("torch", target)
+        decoder = Decoder(spec, loaded, kernels, spec.max_positions, target)
+        return cls(decoder, resolved.name, TextProcessor(resolved.path))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """token_ids [W, L] int64 to hidden states [W, L, E]."""
+        flat = token_ids.to(self._decoder.device).reshape(-1)
+        return self._decoder.embed(flat, self._positions(*token_ids.shape)).view(*token_ids.shape, -1)
+
+    def run(self, unit: Unit, hidden: Tensor) -> Tensor:
+        """Hidden states [W, L, E] after `unit`, as a new tensor; a block is its attention, then its MLP."""
+        num_windows, length, _ = hidden.shape
+        rotation = self._decoder.rotation(self._positions(num_windows, length))
+        flat = hidden.reshape(num_windows * length, -1)
+
+        def attend(block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (part.unflatten(0, (num_windows, length)) for part in (query, key, value))
+            window = self._decoder.spec.windows[block]
+            return causal_attention(query, key, value, self._decoder.scale, window)
+
+        for sublayer in unit.sublayers:
+            flat = self._decoder.run(sublayer, flat, rotation, attend)
+        return flat.view(hidden.shape)
+
+    def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Cross-entropy [W, L − 1] float32 in nats of each token given those before it."""
+        num_windows, length = token_ids.shape
+        states = self._decoder.head_inputs(hidden[:, :-1].reshape(num_windows * (length - 1), -1))
+        targets = token_ids[:, 1:].reshape(-1).to(states.device)
+        weight = self._decoder.weights.head.weight
+        if not isinstance(weight, Tensor):
+            weight = weight.dequantize(states.dtype)
+        return linear_cross_entropy(states, weight, targets).view(num_windows, length - 1)
+
+    def head_states(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., E] at the end to what the head multiplies, a row a token: [T, E]."""
+        return self._decoder.head_inputs(hidden.reshape(-1, hidden.shape[-1]))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Rows of `head_states` to their logits [T, vocab_size] float32: callers pass a few rows at a time."""
+        return self._decoder.kernels.linear(states, self._decoder.weights.head.weight, None).float()
+
+    def num_parameters(self, unit: Unit) -> int:
+        """How many weights a unit has."""
+        weights = self._decoder.weights
+        parts = [
+            weights.attention[block] if part == "attention" else weights.mlp[block]
+            for block, part in unit.sublayers
+        ]
+        return num_bytes(parts) // weights.dtype.itemsize
+
+    def _positions(self, num_windows: int, length: int) -> Tensor:
+        return torch.arange(length, device=self._decoder.device).repeat(num_windows)

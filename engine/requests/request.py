@@ -1,0 +1,107 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import random
+import time
+from array import array
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sleb.engine.outputs import FinishReason, Timings, TokenLogprobs
+from sleb.engine.requests.detokenizer import Detokenizer
+from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.layer_map.layer_map import Unit
+
+if TYPE_CHECKING:
+    from sleb.engine.requests.grammar import Grammar
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A served model id bound to one depth of the chain.
+
+    num_blocks_kept counts blocks of which at least one sublayer runs; `digest` seeds the prefix cache.
+    """
+
+    id: str
+    depth: int
+    digest: str
+    num_blocks_kept: int
+    removed: tuple[Unit, ...]
+
+
+@dataclass(eq=False)
+class Request:
+    """Tokens, progress and pages of one sequence.
+
+    `num_computed` tokens have their K and V in `pages`; the request tries to catch up with `len(tokens)`. There
+    is no prefill and no decode phase: preemption sets num_computed to 0, a prefix hit sets it ahead.
+
+    num_pending counts tokens that have been sampled on the device and that the host has not read: at most one when a
+    step is planned. `num_computed` may run ahead of `tokens` by it.
+    page_ids are the first of `pages` as 32-bit integers, kept for who fills page tables.
+
+    grammar is the state of the one that the output must follow; preemption leaves it as it is. failure, if set, says
+    why the request cannot go on.
+
+    parent is a request with the same prompt and tier whose pages this one takes over once they are computed: a fork.
+
+    params is resolved (`SamplingParams.resolved`) and max_tokens is an integer that fits the context.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_tokens: int
+    tier: Tier
+    rng: random.Random
+    detokenizer: Detokenizer
+    grammar: Grammar | None = None
+    num_computed: int = 0
+    num_pending: int = 0
+    pages: list[int] = field(default_factory=list)
+    parent: Request | None = None
+    page_ids: array[int] = field(default_factory=lambda: array("i"))
+    num_cached_tokens: int = 0
+    num_registered_pages: int = 0
+    last_content: Hashable = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs_sent: bool = False
+    failure: Exception | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    timings: Timings = field(default_factory=lambda: Timings(arrival=time.monotonic()))
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Output tokens, one that is not read yet included."""
+        return self.num_output_tokens + self.num_pending
+
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens still to compute before the next one can be sampled; none if no next one is wanted."""
+        if self.num_pending and self.num_sampled >= self.max_tokens:
+            return 0
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None
+
+    def reset(self) -> None:
+        """Forgets what was computed; its pages must be freed already. Gathered prompt logprobs stay."""
+        self.num_computed = 0
+        self.page_ids = array("i")
+        self.num_registered_pages = 0
+        self.last_content = None

@@ -1,0 +1,114 @@
+"""Which attention runs on the GPU path: chosen by name once, when the runner is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sleb.errors import ConfigError
+from sleb.kernels.attention.flash import FlashUnavailableError, load_flash, why_not
+from sleb.kernels.attention.sdpa import PAGE_MULTIPLE, find_varlen
+from sleb.kernels.fused import Attention, FusedKernels
+from sleb.kernels.reference import device as fused_reference
+
+ATTENTION_BACKENDS = ("triton", "flash", "torch")
+
+DEFAULT_PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """An attention and what it asks of its surroundings.
+
+    Attributes:
+        name: as shown to people: "triton", "flash-attn 2.8.3", "torch varlen", "torch sdpa".
+        page_multiple: the page size must be a multiple of this.
+        capturable: whether steps with one new token a sequence can be captured in a CUDA graph.
+    """
+
+    name: str
+    function: Attention
+    page_multiple: int = 1
+    capturable: bool = True
+
+
+def select_attention(
+    name: str, fused: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """The attention called `name`; "auto": that of the fused kernels.
+
+    "flash" is the best flash-attn that is installed, "torch" torch's varlen attention, or SDPA where that cannot run.
+    Raises ConfigError when there is none of that name, with those that exist, and when it cannot run here, with the
+    reason and what can.
+    """
+    if name not in ("auto", *ATTENTION_BACKENDS):
+        known = ", ".join(("auto", *ATTENTION_BACKENDS))
+        raise ConfigError(f"attention backend '{name}' does not exist; choose one of: {known}")
+    if name == "auto":
+        return _triton(fused) if fused.name == "triton" else _sdpa()
+    try:
+        if name == "triton":
+            return _triton(fused)
+        if name == "flash":
+            return _flash(device, dtype, head_dim)
+    except _UnusableError as reason:
+        usable = ", ".join(_usable(fused, device, dtype, head_dim))
+        raise ConfigError(
+            f"attention backend '{name}' cannot be used: {reason}; choose one of: {usable}"
+        ) from None
+    varlen = find_varlen(device, dtype, head_dim)
+    return _sdpa() if varlen is None else AttentionBackend("torch varlen", varlen, PAGE_MULTIPLE)
+
+
+def choose_page_size(wanted: int | None, backend: AttentionBackend) -> int:
+    """Tokens in a KV page: those wanted, or what suits the attention. Raises ConfigError where those wanted do not."""
+    multiple = backend.page_multiple
+    if wanted is None:
+        return max(DEFAULT_PAGE_SIZE, multiple)
+    if wanted < 1 or wanted % multiple:
+        raise ConfigError(
+            f"page_size {wanted} does not suit attention {backend.name}: it must be a positive multiple of "
+            f"{multiple}; use {-(-max(wanted, 1) // multiple) * multiple}, leave page_size out, or choose another "
+            "attention backend"
+        )
+    return wanted
+
+
+class _UnusableError(Exception):
+    """The message says why a backend cannot run here."""
+
+
+def _triton(fused: FusedKernels) -> AttentionBackend:
+    if fused.name != "triton":
+        raise _UnusableError(f"it is part of kernels triton, and kernels {fused.name} are in use")
+    return AttentionBackend("triton", fused.attention)
+
+
+def _flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    reason = why_not(device, dtype, head_dim)
+    if reason is not None:
+        raise _UnusableError(reason)
+    try:
+        flash = load_flash(device, head_dim)
+    except FlashUnavailableError as error:
+        raise _UnusableError(
+            f"{error} (to install flash-attn: pip install flash-attn --no-build-isolation)"
+        ) from None
+    return AttentionBackend(f"flash-attn {flash.version}", flash.attention, flash.page_multiple)
+
+
+def _sdpa() -> AttentionBackend:
+    return AttentionBackend("torch sdpa", fused_reference.paged_attention, capturable=False)
+
+
+def _usable(fused: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    names = ["auto"]
+    if fused.name == "triton":
+        names.append("triton")
+    try:
+        _flash(device, dtype, head_dim)
+        names.append("flash")
+    except _UnusableError:
+        pass
+    return [*names, "torch"]

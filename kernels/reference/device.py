@@ -1,0 +1,134 @@
+"""The fused operators in plain torch: the specification of the Triton kernels, and their stand-in without Triton.
+
+Row counts come as int32 tensors [1], because on a card they change between replays of a captured graph. Rows past a
+count are not touched where an operator writes in place, and unspecified where it returns a new tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sleb.kernels.batch import BatchTensors, PagedBatch
+from sleb.kernels.reference import ops as reference
+
+
+def add_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    num_delta: Tensor | None,
+    num_norm: Tensor,
+    *,
+    max_rows: int | None = None,
+    post: bool = False,
+) -> Tensor:
+    """residual[r] += delta[r] for r < num_delta, in place; returns the norm of residual[r] for r < num_norm.
+
+    Args:
+        residual: [T, E]. delta: at least num_delta rows [E], or None for nothing to add.
+        kind: "rms" or "layer". weight, bias: [E] or None.
+        max_rows: rows of the result, at least num_norm; None: T.
+        post: the sum is not kept: the norm takes its place in `residual`, which is returned. num_delta and num_norm
+            are then the same.
+
+    Returns: [max_rows, E].
+    """
+    added = residual
+    if delta is not None:
+        assert num_delta is not None
+        num_rows = delta.shape[0]
+        added = residual.clone()
+        added[:num_rows] += torch.where(_rows(num_rows, num_delta), delta, 0)
+    if not post:
+        residual.copy_(added)
+    if kind == "rms":
+        normed = reference.rms_norm(added, weight, eps)
+    else:
+        normed = reference.layer_norm(added, weight, bias, eps)
+    if not post:
+        return normed[:max_rows]
+    residual.copy_(torch.where(_rows(residual.shape[0], num_norm), normed, residual))
+    return residual
+
+
+def rope_store(
+    heads: Tensor,
+    num_heads: int,
+    rotation: tuple[Tensor, Tensor] | None,
+    positions: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    num_tokens: Tensor,
+) -> Tensor:
+    """Norms and rotates the queries and keys of the first num_tokens tokens, and stores their K and V.
+
+    Args:
+        heads: [T, H + 2K, D], queries, keys, values. num_heads: H.
+        rotation: cos and sin of every position, [positions, R/2] float32; None: not rotated.
+        positions, slots: [T] integers, the place in the sequence and in the caches [num_slots, K, D].
+        query_norm, key_norm: weights [D] of an RMSNorm, or None.
+
+    Returns: the queries, [T, H, D].
+    """
+    num_kv = (heads.shape[1] - num_heads) // 2
+    query, key, value = heads.split([num_heads, num_kv, num_kv], dim=1)
+    if query_norm is not None and key_norm is not None:
+        query = reference.rms_norm(query, query_norm, eps)
+        key = reference.rms_norm(key, key_norm, eps)
+    if rotation is not None:
+        cos, sin = (table[positions.long()] for table in rotation)
+        query, key = reference.rope(query, cos, sin), reference.rope(key, cos, sin)
+    written = _rows(heads.shape[0], num_tokens)[:, :, None]
+    at = slots.long()
+    # Those past the count write back what is there.
+    key_cache.index_copy_(0, at, torch.where(written, key, key_cache[at]))
+    value_cache.index_copy_(0, at, torch.where(written, value, value_cache[at]))
+    queries: Tensor = query.contiguous()
+    return queries
+
+
+def gated_activate(gate_up: Tensor, activation: str, num_rows: Tensor) -> Tensor:
+    """As `reference.gated_activate`, of the first num_rows rows."""
+    return reference.gated_activate(gate_up, activation)
+
+
+def activate(x: Tensor, activation: str, num_rows: Tensor) -> Tensor:
+    """As `reference.activate`, of the first num_rows rows."""
+    return reference.activate(x, activation)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: BatchTensors,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """As `reference.paged_attention`, of the first num_rows sequences; query and result [T, H, D]."""
+    on_host: PagedBatch = batch.to_host()
+    out = torch.zeros_like(query)
+    num_tokens = int(on_host.query_starts[-1])
+    if num_tokens:
+        out[:num_tokens] = reference.paged_attention(
+            query[:num_tokens], key_cache, value_cache, on_host, scale, window
+        )
+    return out
+
+
+def draw_packed(logits: Tensor, numbers: Tensor) -> Tensor:
+    """As `reference.draw`; numbers [5, B] float64: temperature, top_k, top_p, min_p, points."""
+    temperature, top_k, top_p, min_p, points = numbers
+    return reference.draw(logits.float(), temperature, top_k, top_p, min_p, points)
+
+
+def _rows(num_rows: int, count: Tensor) -> Tensor:
+    return (torch.arange(num_rows, device=count.device) < count)[:, None]

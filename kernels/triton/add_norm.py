@@ -1,0 +1,114 @@
+"""Residual add and RMSNorm or LayerNorm in one pass (Triton).
+
+    residual[r] += delta[r]                                     r < num_delta
+    out[r] = norm(residual[r]) · weight + bias                  r < num_norm
+
+    RMSNorm     x / sqrt(mean(x²) + eps)                        Zhang & Sennrich 2019, arXiv 1910.07467
+    LayerNorm   (x − mean(x)) / sqrt(var(x) + eps)              Ba et al. 2016, arXiv 1607.06450
+
+Both counts are read on the device: rows past them stay as they are, so one captured launch serves any mix of depths.
+The sum is rounded to the residual's dtype before it is normed, as when the two are done apart.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sleb.kernels.triton.runtime import check_contiguous, power_of_two
+
+_MAX_SIZE = 1 << 16  # features of a row that one program can hold
+
+
+@triton.jit(do_not_specialize_on_alignment=["num_delta", "num_norm"])
+def _add_norm(
+    residual,
+    delta,
+    weight,
+    bias,
+    out,
+    num_delta,
+    num_norm,
+    size,
+    eps,
+    HAS_DELTA: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LAYER: tl.constexpr,
+    POST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    rows_normed = tl.load(num_norm)
+    rows_added = 0
+    if HAS_DELTA:
+        rows_added = tl.load(num_delta)
+    if row >= tl.maximum(rows_added, rows_normed):
+        return
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    at = row * size + columns
+    x = tl.load(residual + at, mask=inside, other=0.0)
+    if HAS_DELTA:
+        added = tl.load(delta + at, mask=inside & (row < rows_added), other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(residual.dtype.element_ty)
+        if not POST:
+            tl.store(residual + at, x, mask=inside & (row < rows_added))
+    if row >= rows_normed:
+        return
+    values = x.to(tl.float32)
+    if LAYER:
+        mean = tl.sum(values, axis=0) / size
+        values = tl.where(inside, values - mean, 0.0)
+    normed = values * (1.0 / tl.sqrt_rn(tl.sum(values * values, axis=0) / size + eps))
+    if HAS_WEIGHT:
+        normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        normed += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(
+    residual: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    num_delta: Tensor | None,
+    num_norm: Tensor,
+    *,
+    max_rows: int | None = None,
+    post: bool = False,
+) -> Tensor:
+    """See `sleb.kernels.reference.device.add_norm`."""
+    num_rows, size = residual.shape
+    rows = num_rows if max_rows is None else max_rows
+    check_contiguous(residual=residual, delta=delta, weight=weight, bias=bias)
+    assert size <= _MAX_SIZE, f"{size} features are more than {_MAX_SIZE}"
+    out = residual if post else torch.empty_like(residual[:rows])
+    grid_rows = max(rows, 0 if delta is None else delta.shape[0])
+    if not grid_rows:
+        return out
+    block = power_of_two(size)
+    _add_norm[(grid_rows,)](
+        residual,
+        delta if delta is not None else residual,
+        weight if weight is not None else residual,
+        bias if bias is not None else residual,
+        out,
+        num_delta if num_delta is not None else num_norm,
+        num_norm,
+        size,
+        eps,
+        HAS_DELTA=delta is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        LAYER=kind == "layer",
+        POST=post,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )
+    return out

@@ -1,0 +1,263 @@
+"""A linear layer over weights of 16, 8 or 4 bits, for few rows above all (Triton).
+
+    y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n]
+
+A weight is widened to the dtype of x as it is read, as `sleb.kernels.quantization` says:
+
+    int8    w = scale[n] · values[n, k]
+    int4    w = scale[n, k // 32] · q[n, k] + minimum[n, k // 32];  q of even k in the low four bits of a byte
+
+and products are summed in float32, so the result is that of `dequantize` followed by a matrix product. For few rows the
+time is that of reading the weight once: each program takes a run of outputs, and where those are too few to fill the
+card, a part of the inputs too; the parts' float32 sums are then added up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sleb.kernels.quantization import GROUP, Int8Weight, Weight
+from sleb.kernels.triton.runtime import (
+    ceil_div,
+    check_contiguous,
+    dot_precision,
+    multiply,
+    num_processors,
+    power_of_two,
+)
+from sleb.kernels.triton.tuning import Config, Launch, tuned
+
+_PLAIN, _INT8, _INT4 = range(3)
+_MAX_PARTS = 16
+_FEW_ROWS = 64  # of a weight that is not quantised: with more, the vendor's library is at its best
+
+# outputs × inputs of a tile; the first is what runs untuned.
+CONFIGS = tuple(
+    Config(outputs=outputs, inputs=inputs, num_warps=warps, num_stages=stages)
+    for outputs, inputs, warps, stages in (
+        (64, 128, 4, 4),
+        (32, 128, 4, 4),
+        (32, 256, 4, 3),
+        (16, 256, 4, 4),
+        (64, 64, 4, 5),
+        (128, 64, 4, 4),
+        (128, 128, 8, 3),
+    )
+)
+
+LIBRARY = Config(library=1)  # the vendor's matrix product, for weights that are not quantised
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear(
+    x,
+    values,
+    scale,
+    minimum,
+    bias,
+    out,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    num_bytes,
+    num_groups,
+    part_length,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(2)
+    start = part * part_length
+    stop = tl.minimum(start + part_length, num_inputs)
+    in_rows = (row < num_rows)[:, None]
+    in_outputs = (output < num_outputs)[:, None]
+    wide_row = row.to(tl.int64)[:, None]
+    wide_output = output.to(tl.int64)[:, None]
+    dtype: tl.constexpr = x.dtype.element_ty
+    total = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    # A part is whole tiles, so only the end of a row is masked; that the compiler knows num_inputs to be a multiple
+    # of 16 lets it load 16 bytes at once.
+    if KIND == 2:
+        groups = tl.arange(0, INPUTS // 2 // GROUP_BYTES)[None, :]
+        within = tl.arange(0, GROUP_BYTES)[None, None, :]
+        for begin in range(start, stop, INPUTS):
+            byte = begin // 2 + tl.arange(0, INPUTS // 2)[None, :]
+            in_bytes = in_rows & (byte < num_bytes)
+            even = tl.load(x + wide_row * num_bytes + byte, mask=in_bytes, other=0.0)
+            odd = tl.load(x + (num_rows + wide_row) * num_bytes + byte, mask=in_bytes, other=0.0)
+            group = begin // 2 // GROUP_BYTES + groups
+            present = in_outputs & (group < num_groups)
+            at = wide_output * num_groups + group
+            step = tl.load(scale + at, mask=present, other=0.0).to(tl.float32)[:, :, None]
+            offset = tl.load(minimum + at, mask=present, other=0.0).to(tl.float32)[:, :, None]
+            packed = tl.load(
+                values + at[:, :, None] * GROUP_BYTES + within, mask=present[:, :, None], other=0
+            )
+            low = ((packed & 15).to(tl.float32) * step + offset).to(dtype)
+            high = ((packed >> 4).to(tl.float32) * step + offset).to(dtype)
+            low = tl.reshape(low, (OUTPUTS, INPUTS // 2))
+            high = tl.reshape(high, (OUTPUTS, INPUTS // 2))
+            total += multiply(even, tl.trans(low), PRECISION)
+            total += multiply(odd, tl.trans(high), PRECISION)
+    else:
+        for begin in range(start, stop, INPUTS):
+            column = begin + tl.arange(0, INPUTS)[None, :]
+            in_columns = column < num_inputs
+            part_x = tl.load(x + wide_row * num_inputs + column, mask=in_rows & in_columns, other=0.0)
+            weight = tl.load(
+                values + wide_output * num_inputs + column, mask=in_outputs & in_columns, other=0
+            )
+            if KIND == 1:
+                step = tl.load(scale + wide_output, mask=in_outputs, other=0.0)
+                weight = (weight.to(tl.float32) * step).to(dtype)
+            total += multiply(part_x, tl.trans(weight), PRECISION)
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
+    inside = in_rows & (outputs < num_outputs)
+    if not SPLIT:
+        if HAS_BIAS:
+            total += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)
+        tl.store(out + wide_row * num_outputs + outputs, total.to(out.dtype.element_ty), mask=inside)
+    else:
+        at = (part.to(tl.int64) * num_rows + wide_row) * num_outputs + outputs
+        tl.store(out + at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+def _add_parts(
+    parts, bias, out, num_rows, num_outputs, num_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = output < num_outputs
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(num_parts):
+        total += tl.load(parts + (part * num_rows + row) * num_outputs + output, mask=inside, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * num_outputs + output, total.to(out.dtype.element_ty), mask=inside)
+
+
+def quant_linear(x: Tensor, weight: Weight, bias: Tensor | None, config: Config | None = None) -> Tensor:
+    """x [M, in] times weight [out, in] transposed, plus bias; see `sleb.kernels.reference.ops.linear`.
+
+    config: one of CONFIGS, or LIBRARY for a weight that is not quantised; None: the one tuned for the shape. Many rows
+    of a weight that is not quantised are the library's in any case.
+    """
+    kind = _kind(weight)
+    if isinstance(weight, Tensor) and (x.shape[0] > _FEW_ROWS or config is LIBRARY):
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    num_rows = x.shape[0]
+    num_outputs, num_inputs = weight.shape
+    out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    # More would not fit a card's shared memory in float32.
+    rows = min(128 if x.element_size() == 2 else 64, power_of_two(num_rows, 16))
+
+    def launch(chosen: Config) -> None:
+        if chosen == LIBRARY:
+            assert isinstance(weight, Tensor)
+            torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+        else:
+            _launch(x, weight, bias, out, kind, rows, chosen)
+
+    if config is not None:
+        launch(config)
+    else:
+        key = ("quant_linear", kind, str(x.dtype), num_outputs, num_inputs, rows)
+        tuned(key, CONFIGS if kind != _PLAIN else (LIBRARY, *CONFIGS), Launch(launch))
+    return out
+
+
+def _kind(weight: Weight) -> int:
+    if isinstance(weight, Tensor):
+        return _PLAIN
+    return _INT8 if isinstance(weight, Int8Weight) else _INT4
+
+
+def _launch(
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, kind: int, rows: int, config: Config
+) -> None:
+    num_rows, num_outputs = out.shape
+    values, scale, minimum = _tensors(weight, x)
+    num_inputs = values.shape[1] * (2 if kind == _INT4 else 1)
+    source = _pairs(x, num_inputs) if kind == _INT4 else x
+    check_contiguous(values=values, scale=scale, minimum=minimum, bias=bias)
+    blocks = ceil_div(num_outputs, config["outputs"])
+    row_blocks = ceil_div(num_rows, rows)
+    parts = choose_num_parts(blocks * row_blocks, num_inputs, config["inputs"], x.device)
+    part_length = ceil_div(ceil_div(num_inputs, parts), config["inputs"]) * config["inputs"]
+    target = out
+    if parts > 1:
+        target = torch.empty(parts, num_rows, num_outputs, dtype=torch.float32, device=x.device)
+    _linear[(blocks, row_blocks, parts)](
+        source,
+        values,
+        scale,
+        minimum,
+        bias if bias is not None else x,
+        target,
+        num_rows,
+        num_outputs,
+        num_inputs,
+        values.shape[1],
+        minimum.shape[-1],
+        part_length,
+        KIND=kind,
+        HAS_BIAS=bias is not None,
+        SPLIT=parts > 1,
+        ROWS=rows,
+        OUTPUTS=config["outputs"],
+        INPUTS=config["inputs"],
+        GROUP_BYTES=GROUP // 2,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    if parts > 1:
+        block = min(1024, power_of_two(num_outputs))
+        _add_parts[(num_rows, ceil_div(num_outputs, block))](
+            target,
+            bias if bias is not None else x,
+            out,
+            num_rows,
+            num_outputs,
+            parts,
+            HAS_BIAS=bias is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+def _pairs(x: Tensor, num_inputs: int) -> Tensor:
+    """x [M, K] as [2, M, num_inputs / 2]: the even inputs and the odd ones, with zeros where the weight is padded."""
+    padded = x if x.shape[1] == num_inputs else F.pad(x, (0, num_inputs - x.shape[1]))
+    return padded.view(x.shape[0], -1, 2).permute(2, 0, 1).contiguous()
+
+
+def _tensors(weight: Weight, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """values, scale and minimum; x where the format has none."""
+    if isinstance(weight, Tensor):
+        return weight, x, x
+    if isinstance(weight, Int8Weight):
+        return weight.values, weight.scale, x
+    return weight.values, weight.scale, weight.minimum
+
+
+def choose_num_parts(num_programs: int, num_inputs: int, inputs: int, device: torch.device) -> int:
+    """Parts of the inputs, a power of two: two programs a processor, each with four tiles or more."""
+    wanted = 2 * num_processors(device) // max(1, num_programs)
+    most = max(1, num_inputs // (4 * inputs))
+    return 1 << (min(max(wanted, 1), most, _MAX_PARTS).bit_length() - 1)

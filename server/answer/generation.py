@@ -1,0 +1,222 @@
+"""One HTTP request's way through the engine: prompts × n jobs in, increments, usage and timings out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sleb.engine.outputs import StepOutput
+from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.server.answer.timings import Span, llama_timings, phases, request_metrics
+from sleb.server.context import ServerContext
+from sleb.server.engine_thread.answers import Answers, Job
+from sleb.server.engine_thread.metrics import EXCHANGE
+from sleb.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from sleb.engine.requests.request import Tier
+
+logger = logging.getLogger("sleb.server")
+
+T = TypeVar("T")
+
+LARGE_TEXT = 4096  # characters from which on tokenizing leaves the event loop for a thread
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the text that they were made of if it was text."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+class Generation:
+    """All answers that one HTTP request asked for: choice number = prompt number × n + sample number.
+
+    `start`, then `pieces` once, then `close` in any case.
+    """
+
+    def __init__(
+        self,
+        context: ServerContext,
+        request_id: str,
+        tier: Tier,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+    ) -> None:
+        self.tier = tier
+        self.prompts = prompts
+        self.request_id = request_id
+        self.created = int(time.time())
+        self._context = context
+        self._params = params
+        self._answers: Answers | None = None
+        self._last: dict[int, StepOutput] = {}
+        self._last_time: float | None = None  # when the newest of them came
+        self._num_finished = 0
+        self._arrival = time.monotonic()
+        self._arrival_time = time.time()
+        self._metrics = context.metrics.tier(tier)
+        self._token_times: dict[str, float] = {}  # by the engine's request id
+        self._timer: asyncio.TimerHandle | None = None
+        self._outcome = "disconnected"
+        self._failed = False
+        self._closed = False
+
+    @staticmethod
+    def new_id(prefix: str) -> str:
+        """An id for an answer, such as "chatcmpl-…"."""
+        return f"{prefix}-{uuid.uuid4().hex}"
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self._params.n
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has its last piece."""
+        return self._num_finished == self.num_choices
+
+    def prompt_of(self, choice: int) -> Prompt:
+        return self.prompts[choice // self._params.n]
+
+    async def start(self) -> None:
+        """Hands the jobs to the engine. Raises what `AsyncEngine.submit` raises, ApiError 504 if it takes too long."""
+        jobs = [
+            Job(prompt.token_ids, self._params.for_choice(sample), self.tier.depth)
+            for prompt in self.prompts
+            for sample in range(self._params.n)
+        ]
+        limit = self._context.options.request_timeout
+        try:
+            async with asyncio.timeout(limit):
+                self._answers = await self._context.engine.submit(jobs, self._observe)
+        except TimeoutError:
+            raise self._timeout_error() from None
+        if limit is not None:
+            spent = time.monotonic() - self._arrival
+            self._timer = asyncio.get_running_loop().call_later(limit - spent, self._time_out)
+
+    def _time_out(self) -> None:
+        """Ends what is unfinished at once, whether or not the client reads; the error follows what has come already."""
+        if self._answers is not None and self._answers.unfinished:
+            self._answers.fail(self._timeout_error())
+            self._context.engine.abort(self._answers)
+
+    def _timeout_error(self) -> ApiError:
+        limit = self._context.options.request_timeout
+        return ApiError(
+            504,
+            f"the request took longer than {limit:g} seconds, which this server allows (--request-timeout)",
+            type="server_error",
+            code="timeout",
+        )
+
+    def _observe(self, output: StepOutput, now: float) -> None:
+        """Counts an increment as it comes from the engine."""
+        last = self._token_times.get(output.request_id)
+        self._token_times[output.request_id] = now
+        self._metrics.observe(output, self._arrival, last, now)
+
+    async def pieces(self, read: Callable[[int, StepOutput], T]) -> AsyncIterator[list[T]]:
+        """What `read` makes of each choice's increments as they come; an empty list is a spell of silence.
+
+        When `read` is called, `usage` counts up to its increment. Raises EngineDeadError, ShuttingDownError,
+        or ApiError for an answer that the engine gave up.
+        """
+        assert self._answers is not None
+        try:
+            while not self.finished:
+                batch = await self._answers.next(self._context.options.keep_alive_seconds)
+                yield [self._record(choice, output, read) for choice, output in batch]
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._outcome = getattr(error, "code", None) or "error"
+            self._failed = True
+            raise
+
+    def _record(self, choice: int, output: StepOutput, read: Callable[[int, StepOutput], T]) -> T:
+        if output.finish_reason == "error":
+            raise ApiError(500, "the engine could not finish this answer", type="server_error")
+        self._last[choice] = output
+        self._last_time = time.monotonic()
+        self._num_finished += output.finish_reason is not None
+        return read(choice, output)
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far; a prompt counts once, however many samples it has."""
+        firsts = [self._last[choice] for choice in self._last if choice % self._params.n == 0]
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.prompts)
+        num_output = sum(output.num_output_tokens for output in self._last.values())
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in firsts)},
+        }
+
+    def timings(self) -> dict[str, float]:
+        """See `timings.llama_timings`."""
+        return llama_timings(self.usage(), len(self._last), self._span())
+
+    def metrics(self) -> dict[str, float | None]:
+        """See `timings.request_metrics`."""
+        return request_metrics(self.usage(), len(self._last), self._span(), self._arrival, self._arrival_time)
+
+    def _span(self) -> Span:
+        return Span.of([output.timings for output in self._last.values()], self._arrival, self._last_time)
+
+    def close(self) -> None:
+        """Aborts what is unfinished and logs the request; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._answers is None:
+            return
+        if not self._failed:
+            self._metrics.num_aborted += len(self._answers.unfinished)
+        exchange = EXCHANGE.get()
+        if exchange is not None and self.finished:
+            exchange.phases = phases(self._span(), self._arrival)
+        self._answers.close()
+        self._log()
+
+    def _log(self) -> None:
+        usage, timings = self.usage(), self.timings()
+        reasons = sorted({output.finish_reason or "" for output in self._last.values()})
+        first_tokens = [
+            each for output in self._last.values() if (each := output.timings.first_token) is not None
+        ]
+        first = f"{(min(first_tokens) - self._arrival) * 1e3:.0f} ms" if first_tokens else "none"
+        reason = "+".join(reasons) if self.finished else self._outcome
+        facts = {
+            "request": self.request_id,
+            "model": self.tier.id,
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "generated_tokens": usage["completion_tokens"],
+            "first_token_ms": round((min(first_tokens) - self._arrival) * 1e3, 3) if first_tokens else None,
+            "tokens_per_second": round(timings["predicted_per_second"], 3),
+            "reason": reason,
+        }
+        logger.info(
+            "request %s: model %s, prompt %d tokens (%d cached), generated %d, first token %s, %.1f tokens/s, %s",
+            self.request_id,
+            self.tier.id,
+            usage["prompt_tokens"],
+            usage["prompt_tokens_details"]["cached_tokens"],
+            usage["completion_tokens"],
+            first,
+            timings["predicted_per_second"],
+            reason,
+            extra={"facts": facts},
+        )

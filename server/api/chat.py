@@ -1,0 +1,206 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from sleb.errors import RequestError
+from sleb.server.answer.chat_writer import ChatWriter, MessageParser, MessageShape
+from sleb.server.answer.generation import LARGE_TEXT, Generation, Prompt
+from sleb.server.context import ServerContext, get_context
+from sleb.server.errors import shorten
+from sleb.server.grammar.grammar_spec import GrammarSpec
+from sleb.server.grammar.grammars import compiler_for
+from sleb.server.grammar.structured import answer_grammar
+from sleb.server.message.reasoning import END_THINK, THINK, ReasoningParser
+from sleb.server.message.special_tokens import special_token_id, thought_rules
+from sleb.server.message.tool_parser import END_TOOL_CALL, TOOL_CALL, ToolParser
+from sleb.server.message.tool_prompt import offer_in_text
+from sleb.server.message.tools import ToolUse, call_format, knows_tools, read_tools
+from sleb.server.protocol import ChatBody, parse_body, read_body
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+router = APIRouter()
+
+MAX_MESSAGES = 4096
+_NUM_LAST_TOKENS = 16  # of a prompt, in which a mark and the line ends after it have room
+OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    """An answer to a conversation, by the model's own chat template."""
+    context = get_context(request)
+    data = await read_body(request, context.options.max_body_bytes)
+    context.engine.check()
+    body = parse_body(data, ChatBody, context.unknown_fields)
+    tier = context.tier(body.model)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    special: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": num_logprobs}
+    body.sampling_params(**special)  # a value out of range is told before anything is computed
+    tools, answer = read_tools(body), answer_grammar(body)
+    prompt = Prompt(await _render(context, body, tools, len(data)))
+    reading = _Reading(context, body, tools, prompt)
+    grammar = reading.grammar(answer)
+    if grammar is not None:
+        special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
+    if reading.needs_special_tokens:
+        special["skip_special_tokens"] = False
+    params = body.sampling_params(**special)
+    generation = Generation(context, request.state.request_id, tier, [prompt], params)
+    shape = MessageShape(reading.make_parser, legacy=tools is not None and tools.legacy)
+    return await ChatWriter(context, generation, body, shape).answer(request)
+
+
+class _Reading:
+    """How the answer to a request is read, which depends on the model: its template, its tokens, its prompt."""
+
+    def __init__(self, context: ServerContext, body: ChatBody, tools: ToolUse | None, prompt: Prompt) -> None:
+        engine = context.engine.engine
+        self._tools = tools
+        self._template = engine.chat_template
+        self._tokenizer = engine.tokenizer
+        self._thought_open = _opens_thought(body, prompt, self._tokenizer)
+        known = self._tokenizer is not None and self._tokenizer.token_to_id(THINK) is not None
+        self._thinks = self._thought_open or known or THINK in (self._template or "")
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether marks that the answer is read by are tokens that a decoder would leave out."""
+        marks = [THINK, END_THINK] if self._thinks else []
+        if self._tools is not None:
+            marks += [TOOL_CALL, END_TOOL_CALL]
+        return any(special_token_id(mark, self._tokenizer) is not None for mark in marks)
+
+    def grammar(self, answer: GrammarSpec | None) -> GrammarSpec | None:
+        """That of the calls, if there must be some, or of the answer, which may also be calls; after any thoughts."""
+        spec, tools = answer, self._tools
+        if tools is not None and (tools.must_call or answer is not None):
+            calls = tools.grammar(call_format(self._template), self._tokenizer)
+            spec = calls if answer is None or tools.must_call else calls.or_else(answer)
+        if spec is None or not self._thought_open:
+            return spec
+        return spec.after(thought_rules(self._tokenizer))
+
+    def make_parser(self) -> MessageParser:
+        """A parser for one choice."""
+        reasoning = ReasoningParser(self._thought_open) if self._thinks else None
+        tools = self._tools
+        if tools is None:
+            return MessageParser(reasoning, None)
+        parser = ToolParser(tools.names, live=tools.must_call, single=not tools.parallel)
+        return MessageParser(reasoning, parser)
+
+
+def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) -> bool:
+    """Whether the prompt ends inside of thoughts."""
+    if tokenizer is None:
+        return False
+    if body.continue_final_message:
+        content = str(body.messages[-1].get("content") or "")
+        return content.rfind(THINK) > content.rfind(END_THINK)
+    end = tokenizer.decode(prompt.token_ids[-_NUM_LAST_TOKENS:], skip_special_tokens=False)
+    return str(end).rstrip().endswith(THINK)
+
+
+async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
+    messages = normalise_messages(body.messages)
+    options = dict(body.chat_template_kwargs or {})
+    for name in OWN_ARGUMENTS:
+        if name in options:
+            raise RequestError(
+                f"'{name}' cannot be given in chat_template_kwargs; it is a field of the request",
+                param="chat_template_kwargs",
+            )
+    options["add_generation_prompt"] = body.add_generation_prompt is not False
+    options["continue_final_message"] = body.continue_final_message
+    if not knows_tools(context.engine.engine.chat_template):
+        messages = offer_in_text(messages, [] if tools is None else tools.tools)
+    elif tools is not None:
+        options["tools"] = tools.tools
+    render = context.engine.engine.render_chat
+    if num_bytes < LARGE_TEXT:
+        return render(messages, **options)
+    return await asyncio.to_thread(render, messages, **options)
+
+
+def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a string. Raises RequestError for what a text model cannot read."""
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise RequestError(f"there are {len(messages)} messages; send 1 to {MAX_MESSAGES}", param="messages")
+    return [_normalise(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not 0 < len(role) <= 64:
+        raise RequestError(
+            f"{where}.role is {shorten(role)}; it must be a name such as 'system', 'user' or 'assistant'",
+            param=f"{where}.role",
+        )
+    if content is None and role != "assistant":
+        raise RequestError(f"{where}.content is missing", param=f"{where}.content")
+    # A template would write a null as "None".
+    message = message | {"content": _join_parts(content, f"{where}.content") or ""}
+    return _normalise_calls(message, where)
+
+
+def _normalise_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Calls as templates take them, with arguments that are objects; the old fields for them become today's."""
+    if message["role"] == "function":
+        message = message | {"role": "tool"}
+    calls, function = message.get("tool_calls"), message.get("function_call")
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list of calls", param=f"{where}.tool_calls")
+    normalised = [
+        _normalise_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls or ())
+    ]
+    if function is not None:
+        old = _normalise_call({"type": "function", "function": function}, f"{where}.function_call")
+        normalised = normalised or [old]
+    message = {name: value for name, value in message.items() if name not in ("tool_calls", "function_call")}
+    return message | {"tool_calls": normalised} if normalised else message
+
+
+def _normalise_call(call: Any, where: str) -> dict[str, Any]:
+    function: Any = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where} must have a function with a name", param=where)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str | dict | None):
+        raise RequestError(f"the arguments of {where} must be JSON, as a string or an object", param=where)
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            pass  # as the model wrote them: broken arguments of its own must not end a conversation
+    normalised: dict[str, Any] = {"type": "function"} | call
+    normalised["function"] = function | {"arguments": arguments or {}}
+    return normalised
+
+
+def _join_parts(content: Any, where: str) -> str | None:
+    """The text of a message; text parts are joined by line ends."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise RequestError(
+                f"{where}[{index}] has type {shorten(kind)}; this model reads text only: send parts of type 'text'",
+                param=f"{where}[{index}]",
+            )
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}[{index}].text must be a string", param=f"{where}[{index}].text")
+        texts.append(part["text"])
+    return "\n".join(texts)

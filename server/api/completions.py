@@ -1,0 +1,159 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from sleb.engine.outputs import StepOutput, TokenLogprobs
+from sleb.errors import RequestError
+from sleb.server.answer.generation import LARGE_TEXT, Generation, Prompt
+from sleb.server.answer.logprobs import completion_logprobs
+from sleb.server.answer.token_text import TextOffsets
+from sleb.server.answer.writer import AnswerWriter, Piece
+from sleb.server.context import ServerContext, get_context
+from sleb.server.grammar.grammars import compiler_for
+from sleb.server.grammar.structured import answer_grammar
+from sleb.server.protocol import CompletionBody, parse_body, read_body, whole_numbers
+
+router = APIRouter()
+
+MAX_PROMPTS = 2048
+_SHAPES = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Continuations of prompts, or with `echo` and `max_tokens` 0 only their log-probabilities."""
+    context = get_context(request)
+    data = await read_body(request, context.options.max_body_bytes)
+    context.engine.check()
+    body = parse_body(data, CompletionBody, context.unknown_fields)
+    tier = context.tier(body.model)
+    special: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.echo:
+        special["prompt_logprobs"] = body.logprobs
+    grammar = answer_grammar(body)
+    if grammar is not None:
+        special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
+    params = body.sampling_params(**special)
+    prompts = await _encode(context, split_prompts(body.prompt), len(data))
+    generation = Generation(context, request.state.request_id, tier, prompts, params)
+    return await CompletionWriter(context, generation, body).answer(request)
+
+
+def split_prompts(prompt: Any) -> list[str] | list[list[int]]:
+    """Any of the four shapes of `prompt` as a list of prompts. Raises RequestError for any other."""
+    if prompt is None:
+        raise RequestError("'prompt' is missing", param="prompt")
+    prompts: Any = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts:
+        raise RequestError(f"'prompt' must be {_SHAPES}, and not empty", param="prompt")
+    prompts = [whole_numbers(each) for each in whole_numbers(prompts)]
+    if all(type(token_id) is int for token_id in prompts):
+        prompts = [prompts]
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(f"there are {len(prompts)} prompts; send at most {MAX_PROMPTS}", param="prompt")
+    are_strings = all(isinstance(each, str) for each in prompts)
+    if not are_strings and not all(_is_token_ids(each) for each in prompts):
+        raise RequestError(f"'prompt' must be {_SHAPES}, not a mixture", param="prompt")
+    return prompts  # type: ignore[no-any-return]
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
+
+
+async def _encode(
+    context: ServerContext, prompts: list[str] | list[list[int]], num_bytes: int
+) -> list[Prompt]:
+    encode = context.engine.engine.encode
+
+    def work() -> list[Prompt]:
+        return [
+            Prompt(encode(prompt), prompt) if isinstance(prompt, str) else Prompt(prompt)
+            for prompt in prompts
+        ]
+
+    return work() if num_bytes < LARGE_TEXT else await asyncio.to_thread(work)
+
+
+class CompletionWriter(AnswerWriter):
+    """Choices with text; `echo` puts the prompt before it."""
+
+    id_prefix = "cmpl"
+    object_name = "text_completion"
+    chunk_object_name = "text_completion"
+    body: CompletionBody
+
+    def __init__(self, context: ServerContext, generation: Generation, body: CompletionBody) -> None:
+        super().__init__(context, generation, body)
+        self._offsets: dict[int, TextOffsets] = {}
+
+    def read(self, choice: int, output: StepOutput, is_first: bool) -> Piece:
+        if is_first:
+            self._offsets[choice] = TextOffsets(self.context.token_texts)
+        token_ids = list(output.new_token_ids)
+        shown_ids, text = token_ids, output.new_text
+        logprobs: list[TokenLogprobs | None] = list(output.new_logprobs or [])
+        if is_first and self.body.echo:
+            prompt = self.generation.prompt_of(choice)
+            shown_ids, text = prompt.token_ids + token_ids, self._prompt_text(prompt) + text
+            logprobs = list(output.prompt_logprobs or [None] * len(prompt.token_ids)) + logprobs
+            self._skip_added_token(choice, prompt)
+        piece = Piece(
+            choice=choice,
+            text=text,
+            token_ids=token_ids,
+            is_first=is_first,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+        )
+        if self.body.logprobs is not None:
+            texts, offsets = self.context.token_texts, self._offsets[choice]
+            piece.logprobs = completion_logprobs(shown_ids, logprobs, self.body.logprobs, texts, offsets)
+        return piece
+
+    def _prompt_text(self, prompt: Prompt) -> str:
+        tokenizer = self.context.engine.engine.tokenizer
+        if prompt.text is not None or tokenizer is None:
+            return prompt.text or ""
+        return str(tokenizer.decode(prompt.token_ids, skip_special_tokens=False))
+
+    def _skip_added_token(self, choice: int, prompt: Prompt) -> None:
+        """A beginning-of-text token that the tokenizer put before the text takes no room in it."""
+        if prompt.text is None or not prompt.token_ids:
+            return
+        first = self.context.token_texts.string(prompt.token_ids[0])
+        if first.startswith("<") and not prompt.text.startswith(first):
+            self._offsets[choice].skip(-len(first))
+
+    def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:
+        empty = {"index": piece.choice, "text": "", "logprobs": None, "finish_reason": None}
+        choices: list[dict[str, Any]] = []
+        with_ids = self.body.return_token_ids
+        has_logprobs = piece.logprobs is not None and bool(piece.logprobs["tokens"])
+        if piece.text or has_logprobs or with_ids:
+            choices.append(empty | {"text": piece.text, "logprobs": piece.logprobs})
+            if with_ids:
+                choices[-1]["token_ids"] = piece.token_ids
+            if with_ids and piece.is_first:
+                choices[-1]["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
+        if piece.finish_reason is not None:
+            choices.append(empty | {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason})
+        return choices
+
+    def whole_choice(self, piece: Piece) -> dict[str, Any]:
+        choice = {
+            "index": piece.choice,
+            "text": piece.text,
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+        if self.body.return_token_ids:
+            choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
+            choice["token_ids"] = piece.token_ids
+        return choice

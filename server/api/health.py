@@ -1,0 +1,92 @@
+"""Whether the server lives, whether it takes requests, what it is, and what it has counted."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+import sleb
+from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.errors import SlebError
+from sleb.server.context import ServerContext, get_context
+from sleb.server.engine_thread.answers import Job
+from sleb.server.errors import ApiError, json_response
+
+router = APIRouter()
+logger = logging.getLogger("sleb.server")
+
+_WARM_UP_PROMPT = 16  # tokens
+_WARM_UP_TOKENS = 4
+
+
+@router.get("/health")
+@router.get("/v1/health", include_in_schema=False)
+async def health(request: Request) -> Response:
+    """200 while the engine lives, also while the server drains; 503 engine_dead when it does not."""
+    engine = get_context(request).engine
+    if engine.dead is not None:
+        raise engine.dead
+    return json_response({"status": "draining" if engine.draining else "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 once every tier is warm and while new requests are taken, else 503 that says why not."""
+    context = get_context(request)
+    context.engine.check()
+    if not context.warm:
+        raise ApiError(
+            503,
+            "the server is warming up",
+            type="server_error",
+            code="warming_up",
+            headers={"Retry-After": "1"},
+        )
+    return json_response({"status": "ready"})
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The version of sleb."""
+    return json_response({"version": sleb.__version__})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Counters and histograms in Prometheus' text format.
+
+    Not in OpenMetrics', whatever the request accepts: prometheus-client would write underscores for our colons there.
+    """
+    text = generate_latest(get_context(request).metrics.registry)
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+@router.post("/v1/embeddings")
+async def embeddings() -> Response:
+    """Not what this server does: 501."""
+    raise ApiError(
+        501,
+        "this server generates text and makes no embeddings; send them to a server with an embedding model",
+        code="unsupported",
+    )
+
+
+async def warm_up(context: ServerContext) -> None:
+    """Lets every tier answer once, so that no client pays for what is done at the first time; then /ready is 200."""
+    engine = context.engine
+    length = max(min(_WARM_UP_PROMPT, engine.engine.max_model_len - _WARM_UP_TOKENS), 1)
+    params = SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0, ignore_eos=True)
+    try:
+        for tier in engine.engine.tiers:
+            answers = await engine.submit([Job([0] * length, params, tier.depth)])
+            try:
+                while await answers.next():
+                    pass
+            finally:
+                answers.close()
+    except SlebError as error:
+        # A dead or draining engine says so itself; whatever else it was must not keep a server from its clients.
+        logger.warning("warming up failed: %s", error)
+    context.warm = True

@@ -1,0 +1,90 @@
+"""What one HTTP request hands to the engine, and where its answers arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sleb.engine.outputs import StepOutput
+from sleb.engine.requests.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to compute: a prompt, how to sample (n is 1) and the depth that serves it."""
+
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    depth: int
+
+
+class Answers:
+    """What the engine makes of the jobs of one HTTP request. Belongs to the event loop.
+
+    Whoever holds it must call `close`, which aborts what is unfinished.
+    """
+
+    def __init__(self, request_ids: list[str], abort: Callable[[Answers], None]) -> None:
+        self._abort = abort
+        self._index = {request_id: index for index, request_id in enumerate(request_ids)}
+        self._unfinished = set(request_ids)
+        self._arrived: list[tuple[int, StepOutput]] = []
+        self._error: Exception | None = None
+        self._accepted = False
+        self._wake = asyncio.Event()
+
+    @property
+    def unfinished(self) -> frozenset[str]:
+        """Engine request ids whose last output has not arrived."""
+        return frozenset(self._unfinished)
+
+    async def accepted(self) -> None:
+        """Waits until the engine has taken all jobs. Raises RequestError for the first one that it refuses."""
+        while not self._accepted:
+            if self._error is not None:
+                raise self._error
+            await self._wake.wait()
+            self._wake.clear()
+
+    async def next(self, timeout: float | None = None) -> list[tuple[int, StepOutput]]:
+        """(job index, output) pairs in order: all that have arrived, after waiting for the first.
+
+        Empty after `timeout` seconds of silence, and at once when all jobs are finished. Raises EngineDeadError, or
+        what `fail` was given, once everything that arrived before is taken.
+        """
+        while not self._arrived:
+            if self._error is not None:
+                raise self._error
+            if not self._unfinished:
+                return []
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
+            except TimeoutError:
+                return []
+            self._wake.clear()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def accept(self) -> None:
+        """Called for the engine thread: all jobs are queued."""
+        self._accepted = True
+        self._wake.set()
+
+    def put(self, output: StepOutput) -> None:
+        """Called for the engine thread: an increment."""
+        self._arrived.append((self._index[output.request_id], output))
+        if output.finish_reason is not None:
+            self._unfinished.discard(output.request_id)
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the answers with an error, after what has arrived already."""
+        self._error = self._error or error
+        self._wake.set()
+
+    def close(self) -> None:
+        """Aborts what is unfinished; may be called again."""
+        self._abort(self)
+        self._unfinished.clear()

@@ -1,0 +1,257 @@
+"""Counters and histograms of one server, under vLLM's names with the prefix `sleb:`, and what one exchange adds.
+
+All of it belongs to the event loop, so that counting takes no lock: a token costs one search in a short list.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from sleb.engine.outputs import StepOutput
+    from sleb.engine.requests.request import Tier
+    from sleb.server.engine_thread.async_engine import AsyncEngine
+
+PREFIX = "sleb:"
+# Upper bounds in seconds, those of vLLM (vllm/v1/metrics/loggers.py).
+FIRST_TOKEN_BOUNDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+TOKEN_BOUNDS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+REQUEST_BOUNDS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
+
+
+@dataclass
+class Exchange:
+    """One HTTP request and its answer, as far as they are counted.
+
+    Attributes:
+        failure: the code of the error that answered it, or its status as text.
+        phases: milliseconds by name, for the header Server-Timing.
+    """
+
+    failure: str | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+EXCHANGE: ContextVar[Exchange | None] = ContextVar("sleb_exchange", default=None)
+
+
+def note_failure(code: str) -> None:
+    """Remembers the error that answers the present exchange; outside of one it does nothing."""
+    exchange = EXCHANGE.get()
+    if exchange is not None:
+        exchange.failure = code
+
+
+class Histogram:
+    """Observations by upper bound, the bound itself included; the last bucket is for what is above them all."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Pairs of a bound and how many observations are not above it."""
+        total, pairs = 0, []
+        for bound, count in zip((*map(str, map(float, self.bounds)), "+Inf"), self.counts, strict=True):
+            total += count
+            pairs.append((bound, float(total)))
+        return pairs
+
+
+# Attribute of TierMetrics -> names of the series and their help.
+_HISTOGRAMS = {
+    "first_token": (("time_to_first_token_seconds",), "Seconds from a request's arrival to its first token."),
+    # vLLM had the second name first, and its dashboards still ask for it.
+    "token": (
+        ("inter_token_latency_seconds", "time_per_output_token_seconds"),
+        "Seconds between two tokens of an answer, as they come from the engine.",
+    ),
+    "mean_token": (
+        ("request_time_per_output_token_seconds",),
+        "Mean seconds a token after the first, of each answer.",
+    ),
+    "total": (("e2e_request_latency_seconds",), "Seconds from a request's arrival to its last token."),
+    "queue": (("request_queue_time_seconds",), "Seconds from a request's arrival to its first step."),
+    "prefill": (("request_prefill_time_seconds",), "Seconds from a request's first step to its first token."),
+    "decode": (("request_decode_time_seconds",), "Seconds from a request's first token to its last."),
+    "prompt_length": (("request_prompt_tokens",), "Tokens of a prompt."),
+    "output_length": (("request_generation_tokens",), "Tokens of an answer."),
+}
+_COUNTERS = {
+    "num_prompt_tokens": ("prompt_tokens", "Tokens of prompts, cached ones included."),
+    "num_output_tokens": ("generation_tokens", "Tokens generated."),
+    "num_cache_queries": (
+        "prefix_cache_queries",
+        "Tokens of prompts that were looked for in the prefix cache.",
+    ),
+    "num_cache_hits": ("prefix_cache_hits", "Tokens of prompts that were found in the prefix cache."),
+    "num_aborted": ("request_aborted", "Answers that were given up because the client had gone."),
+}
+
+
+class TierMetrics:
+    """What is counted of one tier. An answer is a choice: a request for n of them counts n times."""
+
+    def __init__(self, max_model_len: int) -> None:
+        lengths = _one_two_five(max_model_len)
+        self.first_token = Histogram(FIRST_TOKEN_BOUNDS)
+        self.token = Histogram(TOKEN_BOUNDS)
+        self.mean_token = Histogram(TOKEN_BOUNDS)
+        self.total = Histogram(REQUEST_BOUNDS)
+        self.queue = Histogram(REQUEST_BOUNDS)
+        self.prefill = Histogram(REQUEST_BOUNDS)
+        self.decode = Histogram(REQUEST_BOUNDS)
+        self.prompt_length = Histogram(lengths)
+        self.output_length = Histogram(lengths)
+        self.num_prompt_tokens = self.num_output_tokens = 0
+        self.num_cache_queries = self.num_cache_hits = 0
+        self.num_aborted = 0
+        self.num_finished: dict[str, int] = {"stop": 0, "length": 0}
+
+    def observe(self, output: StepOutput, arrival: float, last: float | None, now: float) -> None:
+        """Counts one increment.
+
+        arrival: of the HTTP request. last: when the increment before it came, None for the first. now: when this one
+        did. All on the monotonic clock.
+        """
+        self.num_output_tokens += len(output.new_token_ids)
+        if last is not None:
+            self.token.observe(now - last)
+        else:
+            self.num_prompt_tokens += output.num_prompt_tokens
+            self.num_cache_queries += output.num_prompt_tokens
+            self.num_cache_hits += output.num_cached_tokens
+            if output.timings.first_token is not None:
+                self.first_token.observe(max(output.timings.first_token - arrival, 0.0))
+        if output.finish_reason in self.num_finished:
+            self.num_finished[output.finish_reason] += 1
+            self._finish(output, arrival)
+
+    def _finish(self, output: StepOutput, arrival: float) -> None:
+        timings, num_tokens = output.timings, output.num_output_tokens
+        self.prompt_length.observe(output.num_prompt_tokens)
+        self.output_length.observe(num_tokens)
+        if timings.first_scheduled is None or timings.finished is None:
+            return
+        self.total.observe(max(timings.finished - arrival, 0.0))
+        self.queue.observe(max(timings.first_scheduled - arrival, 0.0))
+        first = timings.finished if timings.first_token is None else timings.first_token
+        self.prefill.observe(first - timings.first_scheduled)
+        self.decode.observe(timings.finished - first)
+        if num_tokens > 1:
+            self.mean_token.observe((timings.finished - first) / (num_tokens - 1))
+
+
+class ServerMetrics(Collector):
+    """All series of a server, in a registry of its own.
+
+    The cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
+    """
+
+    def __init__(self, engine: AsyncEngine, unknown_fields: Counter[str]) -> None:
+        model = engine.engine
+        self._engine = engine
+        self._unknown_fields = unknown_fields
+        self._model_name = model.model_name
+        self._tiers = {tier.id: TierMetrics(model.max_model_len) for tier in model.tiers}
+        self._depths = {tier.id: tier.depth for tier in model.tiers}
+        self._http: Counter[tuple[str, str, str]] = Counter()
+        self._failures: Counter[str] = Counter()
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def tier(self, tier: Tier) -> TierMetrics:
+        return self._tiers[tier.id]
+
+    def count_exchange(self, exchange: Exchange, method: str, path: str, status: int) -> None:
+        """Counts an HTTP request that is over; `path` is a route's, so that there are few."""
+        self._http[method if method in _METHODS else "other", path, str(status)] += 1
+        if exchange.failure is not None:
+            self._failures[exchange.failure] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._collect_engine()
+        for name, (series, text) in _HISTOGRAMS.items():
+            for each in series:
+                family = HistogramMetricFamily(PREFIX + each, text, labels=("model_name",))
+                for tier, metrics in self._tiers.items():
+                    histogram: Histogram = getattr(metrics, name)
+                    family.add_metric((tier,), histogram.buckets(), histogram.sum)
+                yield family
+        for name, (each, text) in _COUNTERS.items():
+            values = (((tier,), getattr(metrics, name)) for tier, metrics in self._tiers.items())
+            yield _counter(each, text, ("model_name",), values)
+        finished = (
+            ((tier, reason), count)
+            for tier, metrics in self._tiers.items()
+            for reason, count in metrics.num_finished.items()
+        )
+        yield _counter(
+            "request_success", "Answers that were finished.", ("model_name", "finished_reason"), finished
+        )
+        failures = (((code,), count) for code, count in self._failures.items())
+        yield _counter("request_failure", "Requests answered with an error.", ("code",), failures)
+        text = "HTTP requests that are over."
+        yield _counter("http_requests", text, ("method", "path", "status"), self._http.items())
+        text = "Request fields that this server does not know, every time that one came."
+        yield _counter("unknown_request_fields", text, (), [((), self._unknown_fields.total())])
+
+    def _collect_engine(self) -> Iterator[Metric]:
+        stats, model = self._engine.stats, (self._model_name,)
+        states = (
+            ("num_requests_running", "Requests that are computed now.", stats.running),
+            ("num_requests_waiting", "Requests that wait to be computed.", stats.waiting),
+        )
+        for name, text, counts in states:
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
+            for tier, depth in self._depths.items():
+                gauge.add_metric((tier,), counts.get(depth, 0))
+            yield gauge
+        text = "Share of the KV cache that is in use; 1 is all of it."
+        gauge = GaugeMetricFamily(PREFIX + "kv_cache_usage_perc", text, labels=("model_name",))
+        gauge.add_metric(model, stats.kv_cache_usage)
+        yield gauge
+        text = "Requests that lost their pages and were computed again."
+        yield _counter("num_preemptions", text, ("model_name",), [(model, stats.num_preemptions)])
+
+
+def _counter(
+    name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
+
+
+def _one_two_five(largest: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50 ... up to `largest`."""
+    bounds = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
+    return tuple(float(bound) for bound in bounds if bound <= largest)

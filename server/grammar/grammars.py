@@ -1,0 +1,237 @@
+"""Grammars that answers must follow, compiled by llguidance and kept for the next request.
+
+A matcher's masks are filled by the engine's thread; compiling happens in threads of its own, off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from sleb.errors import RequestError
+from sleb.server.grammar.grammar_spec import GrammarSpec, Part
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from sleb.engine.engine import Engine
+    from sleb.engine.requests.grammar import Grammar, GrammarSource, Mask
+
+logger = logging.getLogger("sleb.server")
+
+MAX_GRAMMAR_LENGTH = 256 * 1024  # characters of all parts of a grammar
+_MAX_KEPT = 64
+_MAX_AT_ONCE = 2
+_SECONDS_TO_COMPILE = 10.0
+# llguidance walks chains of rules by recursion; a request must not be able to overflow a stack. Only touched pages
+# of it take memory.
+_STACK_BYTES = 512 * 2**20
+_MAX_ITEMS = 20_000  # that a parser may look at before one token: a millisecond or two
+_NUM_TRIED = 4  # tokens
+_MAX_MESSAGE = 500
+
+
+class CompiledGrammar:
+    """A grammar source for the engine."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def start(self) -> Grammar:
+        """The state of a new answer, a copy that costs microseconds."""
+        return _State(self._matcher.deep_copy())
+
+
+class _State:
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    def fill(self, mask: Mask) -> None:
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(_bounded(self._matcher.get_error()))
+
+
+class GrammarCompiler:
+    """Compiles for one tokenizer; all methods belong to the event loop."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos = sorted(eos_token_ids)
+        self._table: Any = None
+        self._table_lock = threading.Lock()
+        self._kept: OrderedDict[tuple[Part, ...], CompiledGrammar] = OrderedDict()
+        self._under_way: dict[tuple[Part, ...], asyncio.Future[CompiledGrammar]] = {}
+        self._turns = asyncio.Semaphore(_MAX_AT_ONCE)
+
+    async def compile(self, spec: GrammarSpec) -> GrammarSource:
+        """The grammar, from memory if it was there before.
+
+        Raises RequestError for one that llguidance refuses (its own words), or that is too large or takes too long.
+        """
+        if self._tokenizer is None:
+            raise RequestError("this model has no tokenizer, which grammars need", param=spec.param)
+        length = sum(len(part.text) for part in spec.parts)
+        if length > MAX_GRAMMAR_LENGTH:
+            raise RequestError(
+                f"{spec.param} is too large: {length} characters, of at most {MAX_GRAMMAR_LENGTH}",
+                param=spec.param,
+            )
+        if spec.parts in self._kept:
+            self._kept.move_to_end(spec.parts)
+            return self._kept[spec.parts]
+        if spec.parts not in self._under_way:
+            task = asyncio.ensure_future(self._compile(spec.parts))
+            task.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # if nobody waits any more
+            self._under_way[spec.parts] = task
+        work = self._under_way[spec.parts]
+        try:
+            async with asyncio.timeout(_SECONDS_TO_COMPILE):
+                return await asyncio.shield(work)
+        except TimeoutError:
+            raise RequestError(
+                f"{spec.param} takes longer than {_SECONDS_TO_COMPILE:g} s to compile; simplify it",
+                param=spec.param,
+            ) from None
+        except GrammarError as error:
+            raise RequestError(f"{spec.param} cannot be used: {error}", param=spec.param) from None
+
+    async def _compile(self, parts: tuple[Part, ...]) -> CompiledGrammar:
+        try:
+            async with self._turns:
+                compiled = await asyncio.wrap_future(_run_deep(lambda: self._build(parts)))
+            self._kept[parts] = compiled
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+            return compiled
+        finally:
+            del self._under_way[parts]
+
+    def _build(self, parts: tuple[Part, ...]) -> CompiledGrammar:
+        """Called by a thread of its own."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(step_max_items=_MAX_ITEMS, verbose_errors=False)
+        grammars = []
+        for part in parts:
+            try:
+                made = json.loads(_top_level(LLMatcher, part))
+            except ValueError as error:
+                raise GrammarError(_bounded(str(error))) from None
+            grammars.append(made["grammars"][0] | {"name": part.name})
+        matcher = LLMatcher(
+            self._token_table(), json.dumps({"grammars": grammars}), log_level=0, limits=limits
+        )
+        _try(matcher.deep_copy())
+        return CompiledGrammar(matcher)
+
+    def _token_table(self) -> Any:
+        from llguidance import LLTokenizer
+        from tokenizers import Tokenizer
+
+        with self._table_lock:
+            if self._table is None:
+                assert self._tokenizer is not None
+                copy = Tokenizer.from_str(self._tokenizer.to_str())
+                copy.no_padding()
+                copy.no_truncation()
+                try:
+                    self._table = LLTokenizer(
+                        copy.to_str(), n_vocab=self._vocab_size, eos_token=self._eos or None
+                    )
+                except ValueError as error:
+                    raise GrammarError(
+                        f"this model's tokenizer cannot be used: {_bounded(str(error))}"
+                    ) from None
+            return self._table
+
+
+class GrammarError(Exception):
+    """A grammar that llguidance refuses, in its words."""
+
+
+_compilers: WeakKeyDictionary[Engine, GrammarCompiler] = WeakKeyDictionary()
+
+
+def compiler_for(engine: Engine) -> GrammarCompiler:
+    """The compiler of an engine, made when it is first asked for."""
+    compiler = _compilers.get(engine)
+    if compiler is None:
+        compiler = GrammarCompiler(engine.tokenizer, engine.spec.vocab_size, engine.eos_token_ids)
+        _compilers[engine] = compiler
+    return compiler
+
+
+def _top_level(matcher: Any, part: Part) -> str:
+    if part.kind == "json":  # a small model could spend all its tokens on white space
+        options = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+        return str(matcher.grammar_from_json_schema(part.text, overrides=options))
+    if part.kind == "regex":
+        return str(matcher.grammar_from_regex(part.text))
+    return json.dumps({"grammars": [{"lark_grammar": part.text}]})
+
+
+def _bounded(message: str) -> str:
+    """llguidance's message without its state; of a long one, which repeats the grammar, the beginning and the end."""
+    message = message.split("<backtrace>")[0].split("<state>")[0].strip()
+    half = _MAX_MESSAGE // 2
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def _try(matcher: Any) -> None:
+    """Follows a grammar for a few tokens: most that are too much for a mask show it at once.
+
+    Raises GrammarError, in llguidance's words.
+    """
+    for _ in range(_NUM_TRIED):
+        if matcher.is_error():
+            raise GrammarError(_bounded(matcher.get_error()))
+        if matcher.is_stopped():
+            return
+        words = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(words, bitorder="little"))
+        if len(allowed):
+            matcher.consume_token(int(allowed[0]))
+
+
+def _run_deep(function: Callable[[], CompiledGrammar]) -> Future[CompiledGrammar]:
+    """The result of `function`, called by a thread with a large stack."""
+    future: Future[CompiledGrammar] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+        except BaseException as error:  # a panic inside llguidance
+            future.set_exception(GrammarError(_bounded(str(error))))
+
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        threading.Thread(target=work, name="sleb-grammar", daemon=True).start()
+    finally:
+        threading.stack_size(before)
+    return future

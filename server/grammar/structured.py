@@ -1,0 +1,117 @@
+"""Structured output: `response_format` and vLLM's fields for it, as the grammar that they ask for."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from sleb.errors import RequestError
+from sleb.server.errors import shorten
+from sleb.server.grammar.grammar_spec import GrammarSpec, Kind, Part
+
+if TYPE_CHECKING:
+    from sleb.server.protocol import GenerationBody
+
+MAX_CHOICES = 10_000
+_KINDS = ("json", "regex", "choice", "grammar")
+_ANY_OBJECT = {"type": "object"}
+
+
+def answer_grammar(body: GenerationBody) -> GrammarSpec | None:
+    """The grammar of the answer; None if it is free.
+
+    Raises RequestError for a field that is malformed, and for two fields that both say what the answer must be.
+    """
+    found = [spec for spec in (_response_format(body), *_guided(body), *_structured_outputs(body)) if spec]
+    if len(found) > 1:
+        names = " and ".join(spec.param for spec in found[:2])
+        raise RequestError(f"{names} exclude each other; leave one out", param=found[1].param)
+    return found[0] if found else None
+
+
+def schema_text(schema: Any, param: str) -> str:
+    """A JSON schema as text. Raises RequestError for what is no JSON object, or is nested too deeply."""
+    if isinstance(schema, str):
+        try:
+            schema = orjson.loads(schema)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(f"{param} is not valid JSON: {str(error)[:200]}", param=param) from None
+    if not isinstance(schema, dict):
+        raise RequestError(f"{param} is {shorten(schema)}; it must be a JSON schema, an object", param=param)
+    try:
+        return orjson.dumps(schema).decode()
+    except TypeError as error:
+        raise RequestError(f"{param} cannot be used: {str(error)[:200]}", param=param) from None
+
+
+def _response_format(body: GenerationBody) -> GrammarSpec | None:
+    given, param = body.response_format or {}, "response_format"
+    kind = given.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = given.get("schema")
+        return _spec("json", schema_text(_ANY_OBJECT if schema in (None, {}) else schema, param), param)
+    if kind != "json_schema":
+        raise RequestError(
+            f"response_format.type is {shorten(kind)}; it must be 'text', 'json_object' or 'json_schema'",
+            param=param,
+        )
+    described = given.get("json_schema")
+    if not isinstance(described, dict) or described.get("schema") is None:
+        raise RequestError("response_format.json_schema.schema is missing", param=param)
+    return _spec("json", schema_text(described["schema"], param), param)
+
+
+def _guided(body: GenerationBody) -> list[GrammarSpec | None]:
+    return [_of_kind(kind, getattr(body, f"guided_{kind}"), f"guided_{kind}") for kind in _KINDS]
+
+
+def _structured_outputs(body: GenerationBody) -> list[GrammarSpec | None]:
+    param = "structured_outputs"
+    given = {
+        name: value
+        for name, value in (body.structured_outputs or {}).items()
+        if value is not None and value is not False
+    }
+    for name in given:
+        if name not in (*_KINDS, "json_object"):
+            raise RequestError(
+                f"{param} has {shorten(name)}; it may have one of {', '.join(_KINDS)}, json_object",
+                param=param,
+            )
+    if "json_object" in given:
+        if given.pop("json_object") is not True:
+            raise RequestError(f"{param}.json_object must be true or false", param=param)
+        if given.get("json") in (None, {}):
+            given["json"] = _ANY_OBJECT
+    return [_of_kind(kind, value, param) for kind, value in given.items()]
+
+
+def _of_kind(kind: str, value: Any, param: str) -> GrammarSpec | None:
+    if value is None:
+        return None
+    if kind == "json":
+        return _spec("json", schema_text(value, param), param)
+    if kind == "choice":
+        return _spec("lark", _choice(value, param), param)
+    if not isinstance(value, str):
+        raise RequestError(f"{param} is {shorten(value)}; its {kind} must be a string", param=param)
+    return _spec("regex" if kind == "regex" else "lark", value, param)
+
+
+def _choice(choices: Any, param: str) -> str:
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise RequestError(f"{param} must list the answers to choose from, none of them empty", param=param)
+    if not 0 < len(choices) <= MAX_CHOICES:
+        raise RequestError(f"{param} has {len(choices)} choices; give 1 to {MAX_CHOICES}", param=param)
+    # A terminal, which the lexer's automaton reads: alternatives of a rule would each be an item of the parser.
+    return "start: CHOICE\nCHOICE: " + " | ".join(
+        json.dumps(choice, ensure_ascii=False) for choice in choices
+    )
+
+
+def _spec(kind: Kind, text: str, param: str) -> GrammarSpec:
+    return GrammarSpec((Part("answer", kind, text),), param)

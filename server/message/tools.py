@@ -1,0 +1,200 @@
+"""Tools that a request offers: checked, offered to the chat template, and the grammar of calls that must be made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from sleb.errors import RequestError
+from sleb.server.errors import shorten
+from sleb.server.grammar.grammar_spec import GrammarSpec, Part
+from sleb.server.grammar.structured import schema_text
+from sleb.server.message.special_tokens import literal
+from sleb.server.message.tool_parser import END_TOOL_CALL, PYTHON_TAG, TOOL_CALL
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from sleb.server.protocol import ChatBody
+
+MAX_TOOLS = 256
+MAX_CALLS = 32  # in an answer that must call
+NAME_PATTERN = "[a-zA-Z0-9_.-]{1,64}"
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a model writes a call: `begin`, an object with the name and the arguments under `key`, `end`."""
+
+    begin: str
+    key: str
+    end: str
+    separator: str
+
+
+HERMES = CallFormat(f"{TOOL_CALL}\n", "arguments", f"\n{END_TOOL_CALL}", "\n")
+LLAMA = CallFormat("", "parameters", "", ";")
+PLAIN = CallFormat("", "arguments", "", ";")
+
+
+def call_format(template: str | None) -> CallFormat:
+    """The format that a chat template shows, Hermes's if it knows no tools (`offer_in_text` explains that one)."""
+    if not knows_tools(template) or TOOL_CALL in (template or ""):
+        return HERMES
+    return LLAMA if PYTHON_TAG in template or '"parameters"' in template else PLAIN  # type: ignore[operator]
+
+
+def knows_tools(template: str | None) -> bool:
+    """Whether a chat template shows tools to the model."""
+    return re.search(r"\btools\b", template or "") is not None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """Tools that the model may or must call.
+
+    Attributes:
+        tools: as chat templates take them.
+        choice: auto | required | the name of the one tool to call, if `named`.
+        parallel: whether there may be more calls than one.
+        legacy: whether they came as `functions`, so that the answer has a `function_call`.
+    """
+
+    tools: list[dict[str, Any]]
+    choice: str
+    named: bool
+    parallel: bool
+    legacy: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [tool["function"]["name"] for tool in self.tools]
+
+    @property
+    def must_call(self) -> bool:
+        return self.named or self.choice == "required"
+
+    def grammar(self, form: CallFormat, tokenizer: Tokenizer | None) -> GrammarSpec:
+        """One call or more, of the named tool or of any."""
+        callable_ = [
+            tool["function"]
+            for tool in self.tools
+            if not self.named or tool["function"]["name"] == self.choice
+        ]
+        rules = []
+        parts = []
+        for number, function in enumerate(callable_):
+            head = orjson.dumps(f'{{"name": "{function["name"]}", "{form.key}": ').decode()
+            rules.append(f'tool{number}: {head} @arguments{number} "}}"')
+            parts.append(Part(f"arguments{number}", "json", _arguments_schema(function)))
+        begin, end = (_expression(text, tokenizer) for text in (form.begin, form.end))
+        more = (
+            ""
+            if self.named or not self.parallel
+            else f" ({_expression(form.separator, tokenizer)} call){{0,{MAX_CALLS - 1}}}"
+        )
+        which = " | ".join(f"tool{number}" for number in range(len(callable_)))
+        main = "\n".join([f"start: call{more}", f"call: {begin} body {end}", f"body: {which}", *rules])
+        return GrammarSpec((Part("calls", "lark", main), *parts), "tools")
+
+
+def read_tools(body: ChatBody) -> ToolUse | None:
+    """What the request says about tools, in today's fields or the old ones; None if there are none to be called.
+
+    Raises RequestError for a tool that is malformed and for a choice that is none.
+    """
+    tools = _check_tools(body.tools or [], "tools")
+    functions = _check_tools(
+        [{"type": "function", "function": each} for each in body.functions or ()], "functions"
+    )
+    if tools and functions:
+        raise RequestError("tools and functions exclude each other; leave one out", param="functions")
+    choices = [
+        _check_choice(body.tool_choice, tools, "tool_choice", "tools"),
+        _check_choice(body.function_call, functions, "function_call", "functions"),
+    ]
+    legacy = bool(functions)
+    choice, named = choices[legacy]
+    if not (tools or functions) or (choice == "none" and not named):
+        return None
+    return ToolUse(
+        tools or functions, choice, named, body.parallel_tool_calls is not False and not legacy, legacy
+    )
+
+
+def _check_tools(given: list[Any], field: str) -> list[dict[str, Any]]:
+    if len(given) > MAX_TOOLS:
+        raise RequestError(f"there are {len(given)} {field}; send at most {MAX_TOOLS}", param=field)
+    tools = [_check_tool(tool, f"{field}[{index}]") for index, tool in enumerate(given)]
+    names = [tool["function"]["name"] for tool in tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"two {field} are named '{twice}'", param=field)
+    return tools
+
+
+def _check_tool(tool: Any, where: str) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or tool.get("type", "function") != "function":
+        raise RequestError(
+            f"{where} must be an object with type 'function' and the function under 'function'", param=where
+        )
+    name = function.get("name")
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        raise RequestError(
+            f"the name of {where} is {shorten(name)}; it must be 1 to 64 letters, digits, '_', '-' and '.'",
+            param=where,
+        )
+    if not isinstance(function.get("description", ""), str | None):
+        raise RequestError(f"the description of {where} must be a string", param=where)
+    parameters = function.get("parameters")
+    if parameters is not None and (
+        not isinstance(parameters, dict) or parameters.get("type", "object") != "object"
+    ):
+        raise RequestError(f"the parameters of {where} must be a JSON schema of type 'object'", param=where)
+    return {"type": "function", "function": function}
+
+
+def _check_choice(choice: Any, tools: list[dict[str, Any]], field: str, tools_field: str) -> tuple[str, bool]:
+    """none, auto, required or a name; and whether it is a name."""
+    if choice is None or choice in ("none", "auto"):
+        return choice or "auto", False
+    named = choice
+    if field == "tool_choice" and isinstance(choice, dict):
+        named = choice.get("function") if choice.get("type", "function") == "function" else None
+    name = named.get("name") if isinstance(named, dict) else None
+    required = choice == "required" and field == "tool_choice"
+    if not required and not isinstance(name, str):
+        raise RequestError(
+            f"{field} is {shorten(choice)}; it must be 'none', 'auto', 'required' or name one of the {tools_field}",
+            param=field,
+        )
+    if not tools:
+        raise RequestError(f"{field} is {shorten(choice)}, but there are no {tools_field}", param=field)
+    if required:
+        return "required", False
+    names = [tool["function"]["name"] for tool in tools]
+    if name not in names:
+        raise RequestError(
+            f"{field} names {shorten(name)}, which is none of the {tools_field}: {shorten(', '.join(names), 300)}",
+            param=field,
+        )
+    return str(name), True
+
+
+def _arguments_schema(function: dict[str, Any]) -> str:
+    """The schema of a call's arguments; keys that it does not list are not made up."""
+    schema: dict[str, Any] = {"type": "object"} | (function.get("parameters") or _NO_PARAMETERS)
+    if "properties" in schema:
+        schema = {"additionalProperties": False} | schema
+    return schema_text(schema, "tools")
+
+
+def _expression(text: str, tokenizer: Tokenizer | None) -> str:
+    """`text` as an expression of Lark, in which marks that are special tokens stand for themselves."""
+    pieces = re.split(f"({re.escape(TOOL_CALL)}|{re.escape(END_TOOL_CALL)})", text)
+    return " ".join(literal(piece, tokenizer) for piece in pieces if piece)

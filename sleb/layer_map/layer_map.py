@@ -1,0 +1,261 @@
+"""LayerMap: which sublayers of which blocks of a decoder run, as a removal order with nested depths.
+
+Depth k means that the first k units of the order are removed, so a deeper map runs a subset of what a
+shallower one runs. The JSON form (schema 1) is one object:
+
+    {"schema_version": 1, "model": "llama-2-7b", "fingerprint": "sha256:..." | null, "num_blocks": 32,
+     "removed": [14, "7.attention"], "depth": 2, "losses": [dense, after 14, after 7.attention] | null,
+     "candidate_losses": [{"1": 2.5, ..., "14": 2.25}, {...}] | null,
+     "calibration": {...} | null, "source": "citation" | null,
+     "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...]}       (left out where unknown)
+
+A block is written as its number and a part of one as "7.attention" or "7.mlp". A candidate that the search
+disqualified (its loss was not finite) is null there and `math.inf` in memory. Fields that are not named
+here are ignored, so that a later version may add some without a new schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+from sleb.errors import LayerMapError
+from sleb.layer_map.fingerprint import model_fingerprint
+from sleb.layer_map.json_form import dump_document, parse_document
+from sleb.layer_map.units import CalibrationRecord, Part, SearchRecord, Sublayer, Unit, is_int
+
+__all__ = [
+    "CalibrationRecord",
+    "LayerMap",
+    "Part",
+    "SearchRecord",
+    "Unit",
+    "model_fingerprint",
+    "shipped_maps",
+]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """A frozen removal order over one model's units, and how it was found.
+
+    `losses[k]` is the loss (sum over the calibration windows of mean cross-entropy × window length) with
+    the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss of every
+    unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out_losses` are like `losses`, on
+    a text that took no part in the search (`held_out`): the calibration text flatters what was chosen on it. `depth` is
+    the recommended one; left out, it is the whole order. Raises LayerMapError when the fields contradict each other.
+    """
+
+    model: str
+    fingerprint: str | None
+    num_blocks: int
+    removed: tuple[Unit, ...] = ()
+    losses: tuple[float, ...] | None = None
+    candidate_losses: tuple[dict[Unit, float], ...] | None = field(default=None, hash=False)
+    calibration: CalibrationRecord | None = None
+    depth: int = -1
+    source: str | None = None
+    search: SearchRecord | None = None
+    held_out: CalibrationRecord | None = None
+    held_out_losses: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_int(self.num_blocks) or self.num_blocks < 1:
+            raise LayerMapError(f"num_blocks {self.num_blocks!r} must be an integer of 1 or more")
+        object.__setattr__(self, "removed", tuple(self.removed))
+        self._check_units(self.removed, "removed")
+        self._check_repeats()
+        if self.losses is not None:
+            object.__setattr__(self, "losses", tuple(self.losses))
+            self._check_losses(self.losses, "losses")
+        if self.held_out_losses is not None:
+            object.__setattr__(self, "held_out_losses", tuple(self.held_out_losses))
+            self._check_losses(self.held_out_losses, "held_out_losses")
+        if self.candidate_losses is not None:
+            object.__setattr__(self, "candidate_losses", tuple(dict(each) for each in self.candidate_losses))
+            self._check_candidates(self.candidate_losses)
+        object.__setattr__(self, "depth", self.max_depth if self.depth == -1 else self._depth(self.depth))
+
+    def _check_units(self, units: Iterable[Unit], name: str) -> None:
+        for unit in units:
+            if unit.block >= self.num_blocks:
+                allowed = f"its {self.num_blocks} blocks are 0 to {self.num_blocks - 1}"
+                raise LayerMapError(f"unit {unit} in {name} is not in the model {self.model}: {allowed}")
+
+    def _check_repeats(self) -> None:
+        owner: dict[Sublayer, Unit] = {}
+        for unit in self.removed:
+            for sublayer in unit.sublayers:
+                if sublayer in owner:
+                    other = owner[sublayer]
+                    why = "is repeated" if other == unit else f"overlaps {other}, which goes before it"
+                    raise LayerMapError(
+                        f"unit {unit} in removed {why}: each sublayer can be removed only once"
+                    )
+                owner[sublayer] = unit
+
+    def _check_losses(self, losses: tuple[float, ...], name: str) -> None:
+        if len(losses) != len(self.removed) + 1:
+            wanted = f"{len(self.removed) + 1} (the dense model's and one after each removal)"
+            raise LayerMapError(
+                f"{name} has {len(losses)} values; {len(self.removed)} removals need {wanted}"
+            )
+        for index, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise LayerMapError(f"{name}[{index}] is {loss}: every loss must be a finite number")
+
+    def _check_candidates(self, rounds: tuple[dict[Unit, float], ...]) -> None:
+        if len(rounds) != len(self.removed):
+            raise LayerMapError(
+                f"candidate_losses has {len(rounds)} rounds; {len(self.removed)} removals need as many"
+            )
+        for index, candidates in enumerate(rounds):
+            self._check_units(candidates, f"candidate_losses[{index}]")
+            for unit, loss in candidates.items():
+                if math.isnan(loss) or loss == -math.inf:
+                    raise LayerMapError(
+                        f"candidate_losses[{index}] of unit {unit} is {loss}: it must be finite, or inf "
+                        "(null in JSON) for a disqualified candidate"
+                    )
+
+    def _depth(self, depth: int) -> int:
+        if not is_int(depth) or not 0 <= depth <= self.max_depth:
+            raise LayerMapError(
+                f"depth {depth!r} is not in the layer map of {self.model}: "
+                f"it has depths 0 to {self.max_depth}"
+            )
+        return depth
+
+    @property
+    def max_depth(self) -> int:
+        """How many units the whole order removes."""
+        return len(self.removed)
+
+    @cached_property
+    def _removed_at(self) -> dict[Sublayer, int]:
+        return {each: at for at, unit in enumerate(self.removed, 1) for each in unit.sublayers}
+
+    def removed_at(self, block: int, part: Part) -> int | None:
+        """The 1-based place in the order at which a sublayer goes (depth k lacks it iff place <= k), or None.
+
+        For part "block": the place at which the last of its two sublayers goes.
+        """
+        unit = Unit(block, part)
+        self._check_units((unit,), "the question")
+        places = [self._removed_at.get(each) for each in unit.sublayers]
+        return None if None in places else max(cast(list[int], places))
+
+    def active(self, unit: Unit | tuple[int, Part], depth: int) -> bool:
+        """Whether any sublayer of a unit, or of a (block, part) pair, still runs at `depth`."""
+        block, part = (unit.block, unit.part) if isinstance(unit, Unit) else unit
+        place = self.removed_at(block, part)
+        return self._depth(depth) >= 0 and (place is None or place > depth)
+
+    def at(self, depth: int) -> LayerMap:
+        """The map whose order is cut to its first `depth` removals, and which recommends all of them."""
+        self._depth(depth)
+        held_out = self.held_out_losses
+        return replace(
+            self,
+            removed=self.removed[:depth],
+            losses=None if self.losses is None else self.losses[: depth + 1],
+            held_out_losses=None if held_out is None else held_out[: depth + 1],
+            candidate_losses=None if self.candidate_losses is None else self.candidate_losses[:depth],
+            depth=depth,
+        )
+
+    def perplexity(self, depth: int, *, held_out: bool = False) -> float | None:
+        """Perplexity at `depth` on the calibration text, or on the held-out one; None where that is not known.
+
+        A loss is the sum over windows of mean cross-entropy × window length.
+        """
+        record, losses = (
+            (self.held_out, self.held_out_losses) if held_out else (self.calibration, self.losses)
+        )
+        if losses is None or record is None or not (record.windows and record.seqlen):
+            return None
+        try:
+            return math.exp(losses[self._depth(depth)] / (record.windows * record.seqlen))
+        except OverflowError:
+            return math.inf
+
+    def recommend(self, depth: int) -> LayerMap:
+        """The same order with another recommended depth."""
+        return replace(self, depth=self._depth(depth))
+
+    def digest(self, depth: int) -> str:
+        """SHA-256 (hex) over the model's shape and the *set* of sublayers removed at `depth`."""
+        gone = sorted(each for unit in self.removed[: self._depth(depth)] for each in unit.sublayers)
+        return hashlib.sha256(json.dumps([self.fingerprint, self.num_blocks, gone]).encode()).hexdigest()
+
+    @classmethod
+    def dense(cls, model: str, num_blocks: int, fingerprint: str | None = None) -> LayerMap:
+        """The map that removes nothing."""
+        return cls(model=model, fingerprint=fingerprint, num_blocks=num_blocks)
+
+    def check_model(
+        self, *, num_blocks: int, fingerprint: str | None = None, model: str = "the model"
+    ) -> None:
+        """LayerMapError if the map was found on a model of another shape; an unknown fingerprint fits any."""
+        remedy = f"use a map found on {model}, or make one with `sleb prune`"
+        if num_blocks != self.num_blocks:
+            raise LayerMapError(
+                f"the layer map is for {self.model} with {self.num_blocks} blocks, "
+                f"but {model} has {num_blocks}; {remedy}"
+            )
+        if fingerprint is not None and self.fingerprint is not None and fingerprint != self.fingerprint:
+            raise LayerMapError(
+                f"the layer map is for {self.model} (fingerprint {self.fingerprint}), "
+                f"but {model} has another shape (fingerprint {fingerprint}); {remedy}"
+            )
+
+    def to_json(self) -> str:
+        """Schema 1, keys sorted, units in the order of the blocks, strict (no NaN), ends with a newline."""
+        return dump_document({each.name: getattr(self, each.name) for each in fields(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> LayerMap:
+        """Read and validate the JSON form; LayerMapError says what is wrong with it."""
+        return cls(**parse_document(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerMap:
+        """Read a map file; every LayerMapError names the file."""
+        try:
+            return cls.from_json(Path(path).read_bytes().decode("utf-8-sig"))
+        except FileNotFoundError:
+            remedy = "make one with `sleb prune`, or name one that exists"
+            raise LayerMapError(f"layer map {path} does not exist; {remedy}") from None
+        except OSError as error:
+            raise LayerMapError(f"layer map {path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise LayerMapError(f"layer map {path} is not JSON: it is not UTF-8 text") from None
+        except LayerMapError as error:
+            raise LayerMapError(f"layer map {path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON form atomically: a reader, or a crash, sees the old file or the new one."""
+        target = Path(path).resolve()
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            raise LayerMapError(f"layer map {path} cannot be written: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def shipped_maps() -> dict[str, Path]:
+    """The maps that come with the package, by name, in alphabetical order."""
+    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "maps").glob("*.json"))}

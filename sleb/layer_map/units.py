@@ -1,0 +1,79 @@
+"""The nouns that a layer map is written in: units, and the record of the tokens that a search ran over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard, cast, get_args
+
+from sleb.errors import LayerMapError
+
+Part = Literal["block", "attention", "mlp"]
+Sublayer = tuple[int, Literal["attention", "mlp"]]
+
+
+def is_int(value: Any) -> TypeGuard[int]:
+    """An integer that is not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """What one round of the search may remove: a block, or only its attention or its MLP."""
+
+    block: int
+    part: Part = "block"
+
+    def __post_init__(self) -> None:
+        if not is_int(self.block) or self.block < 0:
+            raise LayerMapError(f"block {self.block!r} of a unit must be an integer of 0 or more")
+        if self.part not in get_args(Part):
+            raise LayerMapError(f"part {self.part!r} of a unit must be one of {', '.join(get_args(Part))}")
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The (block, "attention" | "mlp") pairs that it covers, in the order in which they run."""
+        whole: tuple[Sublayer, Sublayer] = ((self.block, "attention"), (self.block, "mlp"))
+        return whole if self.part == "block" else tuple(each for each in whole if each[1] == self.part)
+
+    @classmethod
+    def parse(cls, text: str) -> Unit:
+        """The inverse of `str`: "14", "14.attention" or "14.mlp"; LayerMapError for anything else."""
+        number, dot, part = text.partition(".")
+        is_number = number.isascii() and number.isdigit() and len(number) < 10 and str(int(number)) == number
+        if not is_number or (dot and part not in ("attention", "mlp")):
+            raise LayerMapError(f'unit {text!r} must be written like "14", "14.attention" or "14.mlp"')
+        return cls(int(number), cast(Part, part or "block"))
+
+    def __str__(self) -> str:
+        return str(self.block) if self.part == "block" else f"{self.block}.{self.part}"
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """How an order was found. Every field may be unknown (None).
+
+    `units` is "blocks", "sublayers" or "attention"; `mode` "exact", "race" or "gradient" (`sleb.pruning.search`);
+    `cost` what a removal's added loss was weighed by, if by anything.
+    """
+
+    units: str | None = None
+    mode: str | None = None
+    cost: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """The tokens that a search ran over. Every field may be unknown (None).
+
+    `token_hash` is "sha256:" and the hex digest of the [windows, seqlen] token ids as little-endian int64;
+    `seed` is None for consecutive windows; `special_tokens` says whether the tokenizer added its own.
+    """
+
+    source: str | None = None
+    sampler: str | None = None
+    seed: int | None = None
+    seqlen: int | None = None
+    windows: int | None = None
+    token_hash: str | None = None
+    dtype: str | None = None
+    special_tokens: bool | None = None

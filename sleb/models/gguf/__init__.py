@@ -1,0 +1,1 @@
+"""GGUF files, converted to a Hugging Face folder."""

@@ -1,0 +1,247 @@
+"""A GGUF file as a Hugging Face folder: config.json, safetensors, tokenizer, chat template, generation config.
+
+transformers has a GGUF loader. It is not used for the weights, because it needs a package more (accelerate),
+holds the whole model in memory, drops Llama 3's rope scaling, and knows neither SmolLM3 nor SmolLM's way of
+splitting text. The `gguf` package, which llama.cpp's authors keep, does the reading and the dequantising; here
+tensors are renamed, put into Hugging Face's row order, and written chunk by chunk, so memory stays small
+whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from sleb.errors import ModelError
+from sleb.models.gguf.config import Architecture, architecture_of, generation_config, model_config
+from sleb.models.gguf.tokenizer import write_tokenizer
+
+Dtype = Literal["bfloat16", "float32"]
+Progress = Callable[[int, int], None]
+
+SHARD_BYTES = 5_000_000_000
+_CHUNK_ELEMENTS = 1 << 22
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+_SAFETENSORS_NAME = {"bfloat16": "BF16", "float32": "F32"}
+_OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor to write. `shape` as Hugging Face has it; `num_heads`: its rows are in rotation order, else 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: Any  # a gguf ReaderTensor
+    num_heads: int
+
+    @property
+    def num_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def convert_gguf(
+    source: Path,
+    folder: Path,
+    *,
+    dtype: Dtype = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the model of `source` into the existing empty `folder`.
+
+    `progress(done, total)` counts bytes of weights written. Not atomic: `sleb.models.store` sees to that. Raises
+    ModelError for a file that is damaged or not supported, OSError when the folder cannot be written.
+    """
+    metadata, tensors = read_gguf(source)
+    architecture = architecture_of(metadata, source)
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or "tokenizer.ggml.tokens" not in metadata:
+        raise ModelError(f"{source} holds no language model (token_embd.weight or its vocabulary is missing)")
+    factors = {name: _values(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
+    vocabulary_size = int(embedding.shape[-1])
+    config = model_config(metadata, vocabulary_size, frozenset(tensors), factors, source, dtype)
+    plan = _plan(tensors, architecture, config, source)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation_config(metadata))
+    write_tokenizer(metadata, source, folder, config["max_position_embeddings"])
+    _write_weights(plan, folder, dtype, shard_bytes, progress, source)
+
+
+def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata by key and tensors (mapped, not read) by name. Raises ModelError for a damaged file."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(source)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {source}") from error
+    except Exception as error:  # a damaged file fails wherever the reader happens to be
+        raise ModelError(
+            f"{source} is not a whole GGUF file ({type(error).__name__}: {error}): fetch it again"
+        ) from error
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _plan(
+    tensors: Mapping[str, Any], architecture: Architecture, config: Mapping[str, Any], source: Path
+) -> list[_Planned]:
+    """Every tensor of the model in the file's order. Raises ModelError if the file has others than the model."""
+    renamed = _renamed(architecture, config)
+    present = set(tensors) - set(_ROPE_FACTORS)
+    if missing := sorted(set(renamed) - present):
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensors of a {architecture.model_type} model: {_few(missing)}"
+        )
+    if extra := sorted(present - set(renamed)):
+        raise ModelError(
+            f"{source} has {len(extra)} tensors that a {architecture.model_type} model has no place for: {_few(extra)}"
+        )
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    plan = []
+    for name, tensor in tensors.items():
+        if name not in renamed:
+            continue
+        part = name.split(".")[-2]
+        num_heads = heads.get(part, 0) if architecture.interleaved else 0
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if num_heads and shape[0] != num_heads * config["head_dim"]:
+            raise ModelError(
+                f"{source}: {name} has {shape[0]} rows, not {num_heads} heads × {config['head_dim']} dimensions"
+            )
+        plan.append(_Planned(renamed[name], shape, tensor, num_heads))
+    return plan
+
+
+def _renamed(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of all tensors that the model must have, in the file and in the folder."""
+    names = dict(_OUTSIDE)
+    if config["tie_word_embeddings"]:
+        del names["output.weight"]
+    biased = set(architecture.biased)
+    for switch, members in architecture.may_be_biased:
+        biased |= set(members) if config[switch] else set()
+    for block in range(config["num_hidden_layers"]):
+        for theirs, ours in architecture.tensors.items():
+            for kind in ("weight", "bias") if theirs in biased else ("weight",):
+                names[f"blk.{block}.{theirs}.{kind}"] = f"model.layers.{block}.{ours}.{kind}"
+    return names
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def _values(tensor: Any, source: Path) -> Any:
+    """A whole tensor as float32, in the shape that the file stores."""
+    from gguf import dequantize
+
+    try:
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    except (NotImplementedError, ValueError) as error:
+        raise ModelError(f"{source}: {tensor.name} cannot be dequantised ({error})") from error
+
+
+def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
+    """The tensor's little-endian bytes in `dtype`, some rows at a time.
+
+    llama.cpp rotates neighbours (0, 1), (2, 3), … of a head, Hugging Face its halves (0, d/2), (1, d/2 + 1), …:
+    files made for the former hold a head's rows as [d/2, 2], to be read here as [2, d/2].
+    """
+    import torch
+    from gguf import dequantize
+
+    data = planned.source.data
+    num_rows = planned.shape[0]
+    order = np.arange(num_rows)
+    if planned.num_heads:
+        order = order.reshape(planned.num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    step = max(1, _CHUNK_ELEMENTS * num_rows // planned.num_elements)
+    for start in range(0, num_rows, step):
+        rows = data[order[start : start + step]]
+        try:
+            values = np.require(dequantize(rows, planned.source.tensor_type), np.float32, ["C", "W"])
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError(f"{source}: {planned.source.name} cannot be dequantised ({error})") from error
+        if dtype == "bfloat16":
+            values = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+        yield values.tobytes()
+
+
+def _write_weights(
+    plan: list[_Planned],
+    folder: Path,
+    dtype: Dtype,
+    shard_bytes: int,
+    progress: Progress | None,
+    source: Path,
+) -> None:
+    shards = _shards(plan, _ITEM_BYTES[dtype], shard_bytes)
+    total = sum(planned.num_elements for planned in plan) * _ITEM_BYTES[dtype]
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with (folder / name).open("wb") as file:
+            _write_header(file, shard, dtype)
+            for planned in shard:
+                weight_map[planned.name] = name
+                for chunk in _chunks(planned, dtype, source):
+                    file.write(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(done, total)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _shards(plan: list[_Planned], item_bytes: int, shard_bytes: int) -> list[list[_Planned]]:
+    shards: list[list[_Planned]] = [[]]
+    filled = 0
+    for planned in plan:
+        size = planned.num_elements * item_bytes
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(planned)
+        filled += size
+    return shards
+
+
+def _write_header(file: BinaryIO, shard: list[_Planned], dtype: Dtype) -> None:
+    """The safetensors header (huggingface.co/docs/safetensors): its length in 8 bytes, then JSON, padded to 8.
+
+    Written here because the library wants all tensors of a file in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for planned in shard:
+        end = offset + planned.num_elements * _ITEM_BYTES[dtype]
+        header[planned.name] = {
+            "dtype": _SAFETENSORS_NAME[dtype],
+            "shape": list(planned.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

