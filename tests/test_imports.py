@@ -19,6 +19,7 @@ LINKED = ("engine", "kernels", "server", "benchmarks")
 PARTS = {
     "root": ("__init__",),
     "errors": ("errors",),
+    "options": ("options",),
     "layer_map": ("layer_map",),
     "models": ("models",),
     "formats": ("formats",),
@@ -36,6 +37,7 @@ PARTS = {
 ARROWS = {
     "root": {"layer_map", "engine", "pruning"},
     "errors": set(),
+    "options": set(),
     "layer_map": set(),
     "models": set(),
     "formats": {"engine", "layer_map", "models"},
@@ -110,7 +112,11 @@ def violations(path: Path, source: str) -> list[str]:
             found.append(f"{where}: imports '{module}'; write sleb.{module}")
         elif first in FORBIDDEN.get(path.parts[0], ()):
             found.append(f"{where}: {path.parts[0]} must do without {first}")
-        elif reached is not None and part in ARROWS and reached not in {part, "errors", *ARROWS[part]}:
+        elif (
+            reached is not None
+            and part in ARROWS
+            and reached not in {part, "errors", "options", *ARROWS[part]}
+        ):
             found.append(f"{where}: {part} must not import {reached} ('{module}')")
     return found
 

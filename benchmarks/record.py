@@ -1,0 +1,170 @@
+"""What a measured number is: one shape, from which every table, plot, report and diff is made.
+
+A `Measurement` is a figure of one subject in one case: 134.2 tokens/s of depth 6 in "decode 8 × 128 after 64". It may
+have a spread, a ratio to the subject that it was measured against, and facts beside it. A `Result` is what one command
+measured, with what it was measured on; it is a JSON file whose `rows` are the measurements, flat:
+
+    {"kind": "throughput", "complete": true, "environment": {…}, "settings": {…}, "notes": […], "rows": [
+        {"case": …, "subject": …, "metric": …, "value": …, "low": …, "high": …, "ratio": …, "ratio_low": …,
+         "ratio_high": …, …facts}]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sleb.errors import ConfigError
+
+Verdict = Literal["baseline", "faster", "slower", "no difference"]
+
+# Of these less is better; of every other metric more is.
+_LESS_IS_BETTER = ("seconds", "ms", "µs", "perplexity", "bytes", "MiB", "loss", "KL")
+_FIELDS = ("case", "subject", "metric", "value", "low", "high", "ratio", "ratio_low", "ratio_high")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure over the baseline's, both of the same turn. Above 1 is better, whatever the metric.
+
+    low, high: the ends of its 95 % interval; None where there are too few turns for one.
+    """
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the interval shows; without one it shows nothing: "no difference"."""
+        if self.low is None or self.high is None or self.low <= 1 <= self.high:
+            return "no difference"
+        return "faster" if self.low > 1 else "slower"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure.
+
+    Attributes:
+        case: what was done, with its sizes: "decode 8 × 128 after 64".
+        subject: what did it: "depth 6", "vLLM bf16".
+        metric: what `value` is, unit last: "tokens/s", "TTFT p99 ms", "perplexity".
+        value: None where the subject failed; `facts["failed"]` says why.
+        spread: least and greatest of the turns, or an interval of the value.
+        ratio: to the baseline of the case; None for the baseline itself and where nothing is compared.
+        facts: what belongs beside the figure, JSON values by name.
+    """
+
+    case: str
+    subject: str
+    metric: str
+    value: float | None
+    spread: tuple[float, float] | None = None
+    ratio: Ratio | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """By what two results are compared."""
+        return self.case, self.subject, self.metric
+
+    @property
+    def less_is_better(self) -> bool:
+        return less_is_better(self.metric)
+
+    def row(self) -> dict[str, Any]:
+        """The measurement as one flat JSON object."""
+        low, high = self.spread or (None, None)
+        ratio = self.ratio or Ratio(math.nan)
+        estimate = None if self.ratio is None else ratio.estimate
+        values = (*self.key, self.value, low, high, estimate, ratio.low, ratio.high)
+        return {**dict(zip(_FIELDS, values, strict=True)), **self.facts}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Measurement:
+        """The measurement that `row` was made of; KeyError if it is no such row."""
+        case, subject, metric, value, low, high, estimate, ratio_low, ratio_high = (
+            row[name] for name in _FIELDS
+        )
+        spread = None if low is None or high is None else (low, high)
+        ratio = None if estimate is None else Ratio(estimate, ratio_low, ratio_high)
+        facts = {name: fact for name, fact in row.items() if name not in _FIELDS}
+        return cls(case, subject, metric, value, spread, ratio, facts)
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether less of `metric` is better, by its last word."""
+    return metric.split()[-1] in _LESS_IS_BETTER
+
+
+@dataclass
+class Result:
+    """What one command measured.
+
+    Attributes:
+        kind: the command: "throughput", "serve", "peers", "kernels", "eval", or a script of research/.
+        environment: see `sleb.benchmarks.environment`.
+        settings: what the command was told, and what it chose.
+        notes: sentences that a reader of the figures must know.
+        complete: False if the run was interrupted.
+    """
+
+    kind: str
+    environment: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    complete: bool = True
+
+    def document(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            "kind": self.kind,
+            "complete": self.complete,
+            "environment": self.environment,
+            "settings": self.settings,
+            "notes": self.notes,
+            "rows": [each.row() for each in self.measurements],
+        }
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> Result:
+        """The result that `document` holds; KeyError or TypeError if it holds none of this form."""
+        return cls(
+            document["kind"],
+            dict(document["environment"]),
+            dict(document["settings"]),
+            [Measurement.of_row(row) for row in document["rows"]],
+            list(document["notes"]),
+            bool(document["complete"]),
+        )
+
+
+def best_first(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Those of one metric, the best first; failed ones last."""
+
+    def rank(each: Measurement) -> tuple[bool, float]:
+        value = each.value if each.value is not None else math.nan
+        return each.value is None, value if each.less_is_better else -value
+
+    return sorted(measurements, key=rank)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a result file. Raises ConfigError where there is none, naming the path."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON file of a measurement: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(
+            f"{path} holds no JSON object; give a file that `sleb bench --json` or `sleb eval --json` wrote"
+        )
+    return document
