@@ -45,6 +45,13 @@ class Ratio:
             return "no difference"
         return "faster" if self.low > 1 else "slower"
 
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width over the estimate; infinite without one."""
+        if self.low is None or self.high is None:
+            return math.inf
+        return (self.high - self.low) / 2 / self.estimate
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -23,6 +23,8 @@ from functools import cache
 from statistics import NormalDist, median
 from typing import Literal
 
+from sleb.benchmarks.record import Ratio
+
 LEVEL = 0.95
 # With fewer, even the widest interval, from the least to the greatest, has a level below 95 %: 1 − 2 / 2⁵ is 93.75 %.
 LEAST_FOR_LEVEL = 6
@@ -62,6 +64,12 @@ def ratio_interval(ratios: Sequence[float], level: float = LEVEL) -> RatioInterv
     if rank is None:
         return RatioInterval(estimate, min(ratios), max(ratios), None)
     return RatioInterval(estimate, math.exp(averages[rank - 1]), math.exp(averages[-rank]), level)
+
+
+def paired_ratio(ratios: Sequence[float]) -> Ratio:
+    """What `ratios`, one a turn, say: the estimate, and its 95 % interval from six on."""
+    found = ratio_interval(ratios)
+    return Ratio(found.estimate) if found.level is None else Ratio(found.estimate, found.low, found.high)
 
 
 def walsh_averages(values: Sequence[float]) -> list[float]:
