@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -9,13 +10,12 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import sleb
+from sleb import version
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
@@ -54,8 +54,8 @@ def describe_machine(
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sleb": sleb.__version__,
-        "commit": source_commit(Path(sleb.__file__).resolve().parent.parent),
+        "sleb": version.__version__,
+        "commit": source_commit(Path(version.__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": _package_version("transformers"),
@@ -175,6 +175,6 @@ def _memory_bytes() -> int | None:
 
 def _package_version(name: str) -> str | None:
     try:
-        return version(name)
-    except PackageNotFoundError:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return None

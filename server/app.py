@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-import sleb
 from sleb.server.api import chat, completions, docs, health, models, tokenize
 from sleb.server.api import chat_page as page
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
+from sleb.version import __version__
 
 logger = logging.getLogger("sleb.server")
 
@@ -37,7 +37,7 @@ def create_app(context: ServerContext) -> FastAPI:
     # FastAPI's own pages come from a CDN, which a server without a network does not have: see sleb.server.api.docs.
     app = FastAPI(
         title="sleb",
-        version=sleb.__version__,
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,

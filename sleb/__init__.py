@@ -9,13 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sleb.version import __version__
+
 if TYPE_CHECKING:
     from sleb.engine.llm import LLM
     from sleb.engine.requests.sampling_params import SamplingParams
     from sleb.layer_map.layer_map import LayerMap
     from sleb.pruning.run import prune
-
-__version__ = "0.1.0"
 
 __all__ = ["LLM", "LayerMap", "SamplingParams", "__version__", "prune"]
 

@@ -3,122 +3,162 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("sleb", "engine", "kernels", "server", "benchmarks", "tests")
 LINKED = ("engine", "kernels", "server", "benchmarks")
+FOLDERS = ("sleb", *LINKED, "research", "tests")
 
-# Part of sleb -> the modules and folders directly under sleb/ that belong to it.
-PARTS = {
-    "root": ("__init__",),
-    "errors": ("errors",),
-    "options": ("options",),
-    "layer_map": ("layer_map",),
-    "models": ("models",),
-    "formats": ("formats",),
-    "kernels": ("kernels",),
-    "engine": ("engine",),
-    "pruning": ("pruning",),
-    "server": ("server",),
-    "benchmarks": ("benchmarks",),
-    "client": ("client",),
-    "doctor": ("doctor",),
-    "cli": ("cli", "__main__"),
-}
+# Everyone may import these, and they nothing but each other.
+EVERYONE = {"errors", "version", "files", "options"}
 
-# Part -> what it may import besides itself and errors. Tests may import anything.
+# Folder or module under sleb/ -> what it may import besides itself and EVERYONE. Of several that contain a file the
+# longest counts. Tests may import anything.
 ARROWS = {
-    "root": {"layer_map", "engine", "pruning"},
-    "errors": set(),
-    "options": set(),
+    **{name: set[str]() for name in EVERYONE},
+    "__init__": {"engine", "layer_map", "pruning"},
     "layer_map": set(),
-    "models": set(),
-    "formats": {"engine", "layer_map", "models"},
+    "models": {"layer_map"},
     "kernels": set(),
     "engine": {"kernels", "layer_map", "models"},
     "pruning": {"engine", "layer_map", "models"},
-    "server": {"engine", "layer_map", "models"},
-    "benchmarks": set(PARTS) - {"cli"},
+    "pruning/search": {"layer_map"},
+    "pruning/calibration": {"layer_map"},
+    "formats": {"engine", "layer_map", "models"},
     "client": set(),
     "doctor": {"client"},
-    "cli": set(PARTS),
+    "server": {"engine", "layer_map", "models"},
+    "benchmarks": {"engine", "kernels", "layer_map", "models", "pruning", "client", "server"},
+    "research": {"benchmarks", "engine", "kernels", "layer_map", "models", "pruning"},
+    "cli": {
+        "benchmarks",
+        "client",
+        "doctor",
+        "engine",
+        "formats",
+        "layer_map",
+        "models",
+        "pruning",
+        "server",
+    },
+    "__main__": {"cli"},
 }
 
 # Folder -> third parties that it must do without.
 FORBIDDEN = {
-    "engine": ("fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "typer"),
+    "engine": ("fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "typer", "ray"),
     "kernels": ("fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "typer", "transformers"),
 }
 
-PART_OF = {module: part for part, modules in PARTS.items() for module in modules}
+
+def place(path: Path) -> str:
+    """`path` as ARROWS writes it: below sleb/, without a suffix."""
+    return path.with_suffix("").as_posix().removeprefix("sleb/")
 
 
-def imported_names(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
-    """Line, module and name of every import, those inside functions and under TYPE_CHECKING too.
+def owner(inside: str) -> str | None:
+    """The entry of ARROWS that holds the file or folder `inside` of sleb."""
+    holding = [each for each in ARROWS if inside == each or inside.startswith(f"{each}/")]
+    return max(holding, key=len, default=None)
+
+
+def imports(tree: ast.AST, *, typing_only: bool = True) -> Iterator[tuple[int, str, str | None]]:
+    """Line, module and name of every import, those inside functions too.
 
     The name is None for `import module`; a relative import has a module that begins with dots. A use of
-    `sleb.name` counts as an import of that name, since `import sleb` alone says nothing.
+    `sleb.name` counts as an import of that name, since `import sleb` alone says nothing. `typing_only`: whether
+    those under `if TYPE_CHECKING` count.
     """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield from ((node.lineno, module, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sleb":
-            yield node.lineno, "sleb", node.attr
-
-
-def owner(path: Path) -> str | None:
-    """The part that the file at `path` (relative to the root) belongs to; None for a test."""
-    if path.parts[0] == "tests":
-        return None
-    inside = path.parts[1:] if path.parts[0] == "sleb" else path.parts
-    return PART_OF.get(inside[0].removesuffix(".py"), f"unknown {path.parts[0]}/{inside[0]}")
-
-
-def target(module: str, name: str | None) -> str | None:
-    """The part that an import reaches; None when it reaches nothing of sleb, or only the version."""
-    first, *rest = module.split(".")
-    if first != "sleb":
-        return None
-    if rest:
-        return PART_OF.get(rest[0], f"unknown sleb.{rest[0]}")
-    if name in (None, "__version__"):
-        return None
-    return PART_OF.get(name, "root")
+    if (
+        isinstance(tree, ast.If)
+        and not typing_only
+        and ast.unparse(tree.test)
+        in (
+            "TYPE_CHECKING",
+            "typing.TYPE_CHECKING",
+        )
+    ):
+        for node in tree.orelse:
+            yield from imports(node, typing_only=False)
+        return
+    if isinstance(tree, ast.Import):
+        yield from ((tree.lineno, alias.name, None) for alias in tree.names)
+    elif isinstance(tree, ast.ImportFrom):
+        module = "." * tree.level + (tree.module or "")
+        yield from ((tree.lineno, module, alias.name) for alias in tree.names)
+    elif isinstance(tree, ast.Attribute) and isinstance(tree.value, ast.Name) and tree.value.id == "sleb":
+        yield tree.lineno, "sleb", tree.attr
+    for node in ast.iter_child_nodes(tree):
+        yield from imports(node, typing_only=typing_only)
 
 
 def violations(path: Path, source: str) -> list[str]:
     """What is wrong with the imports of one file, one message each."""
-    part = owner(path)
+    part = None if path.parts[0] == "tests" else owner(place(path))
     found = []
-    if part is not None and part not in ARROWS:
-        found.append(f"{path}: no part of sleb owns this module; add it to PARTS in tests/test_imports.py")
-    for line, module, name in imported_names(ast.parse(source)):
+    if part is None and path.parts[0] != "tests":
+        found.append(f"{path}: no folder of tests/test_imports.py holds this module; add it to ARROWS")
+    for line, module, name in imports(ast.parse(source)):
         where = f"{path}:{line}"
-        first = module.split(".")[0]
-        reached = target(module, name)
+        first, *inside = module.split(".")
         if module.startswith("."):
             found.append(f"{where}: relative import; write the whole name, sleb.…")
         elif first in LINKED:
             found.append(f"{where}: imports '{module}'; write sleb.{module}")
         elif first in FORBIDDEN.get(path.parts[0], ()):
             found.append(f"{where}: {path.parts[0]} must do without {first}")
-        elif (
-            reached is not None
-            and part in ARROWS
-            and reached not in {part, "errors", "options", *ARROWS[part]}
-        ):
-            found.append(f"{where}: {part} must not import {reached} ('{module}')")
+        elif first == "sleb" and part is not None and (inside or name is not None):
+            whole = "/".join([*inside, *([name] if name else [])])
+            reached = owner(whole) or ("__init__" if not inside else f"unknown {module}")
+            allowed = EVERYONE | ARROWS[part] | {part}
+            if not any(reached == each or reached.startswith(f"{each}/") for each in allowed):
+                found.append(f"{where}: {part} must not import {reached} ('{module}')")
     return found
+
+
+def import_graph(sources: Mapping[Path, str]) -> dict[Path, set[Path]]:
+    """File -> the files of `sources` that it imports at run time, inside functions too.
+
+    `from package import name` is an import of the module `name` if there is one, else of the package's __init__.
+    """
+    files = {place(path).removesuffix("/__init__"): path for path in sources}
+
+    def reached(module: str, name: str | None) -> Path | None:
+        first, *inside = module.split(".")
+        if first != "sleb":
+            return None
+        whole = "/".join([*inside, *([name] if name else [])])
+        return files.get(whole) or files.get("/".join(inside) or "__init__")
+
+    graph: dict[Path, set[Path]] = {}
+    for path, source in sources.items():
+        names = imports(ast.parse(source), typing_only=False)
+        found = {reached(module, name) for _, module, name in names}
+        graph[path] = {each for each in found if each is not None and each != path}
+    return graph
+
+
+def circles(sources: Mapping[Path, str]) -> list[list[Path]]:
+    """Files that import each other in a ring, each ring once, as [a, b, …, a]: an arrow from each to the next."""
+    graph = import_graph(sources)
+    found = []
+    while True:
+        try:
+            graphlib.TopologicalSorter(graph).prepare()
+        except graphlib.CycleError as error:
+            ring = error.args[1][::-1]
+            found.append(ring)
+            graph[ring[0]].discard(ring[1])  # to see the next one
+        else:
+            return found
 
 
 def python_files() -> Iterator[Path]:
@@ -138,17 +178,16 @@ def test_every_import_follows_the_arrows() -> None:
 
 
 def test_the_arrows_have_no_circle() -> None:
-    """Nothing can be reached from itself, so the parts can be understood and tested bottom up."""
-    assert set(ARROWS) == set(PARTS)
+    """Nothing can be reached from itself, so the folders can be understood and tested bottom up."""
+    graphlib.TopologicalSorter(ARROWS).prepare()
+    assert {each for allowed in ARROWS.values() for each in allowed} <= set(ARROWS)
 
-    def reachable(part: str, seen: frozenset[str]) -> Iterator[str]:
-        for other in ARROWS[part] - {part}:
-            assert other not in seen, f"{part} → {other} closes a circle"
-            yield other
-            yield from reachable(other, seen | {other})
 
-    for part in set(ARROWS) - {"cli", "benchmarks"}:
-        assert part not in set(reachable(part, frozenset({part})))
+def test_no_two_files_import_each_other() -> None:
+    """Neither at the top nor inside functions, nor by way of others: each file can be read after those it needs."""
+    files = [path for path in python_files() if path.parts[0] != "tests"]
+    found = circles({path: (ROOT / path).read_text("utf-8") for path in files})
+    assert not found, "\n" + "\n".join(" → ".join(map(str, ring)) for ring in found)
 
 
 @pytest.mark.parametrize(
@@ -166,16 +205,27 @@ def test_the_arrows_have_no_circle() -> None:
             "kernels must not import engine",
         ),
         ("sleb/layer_map/layer_map.py", "from sleb import engine", "layer_map must not import engine"),
-        ("sleb/models/resolve.py", "from sleb import LayerMap", "models must not import root"),
-        ("engine/config.py", "from sleb import LLM", "engine must not import root"),
-        ("server/app.py", "import sleb\nx = sleb.prune", "server must not import root"),
+        ("sleb/models/resolve.py", "from sleb import LayerMap", "models must not import __init__"),
+        ("engine/config.py", "from sleb import LLM", "engine must not import __init__"),
+        ("server/app.py", "import sleb\nx = sleb.prune", "server must not import __init__"),
         ("engine/config.py", "from sleb.pruning.run import prune", "engine must not import pruning"),
         ("server/app.py", "from sleb.cli import main", "server must not import cli"),
         ("server/app.py", "from sleb.newcomer import x", "server must not import unknown sleb.newcomer"),
         ("benchmarks/throughput.py", "from sleb.cli import main", "benchmarks must not import cli"),
         ("engine/outputs.py", "from pydantic import BaseModel", "engine must do without pydantic"),
         ("engine/outputs.py", "import fastapi.responses", "engine must do without fastapi"),
-        ("sleb/newcomer.py", "", "no part of sleb owns"),
+        ("sleb/newcomer.py", "", "add it to ARROWS"),
+        ("server/app.py", "from sleb import __version__", "server must not import __init__"),
+        (
+            "sleb/pruning/search/loop.py",
+            "import sleb.pruning.target",
+            "pruning/search must not import pruning",
+        ),
+        (
+            "sleb/pruning/calibration/spec.py",
+            "from sleb.engine.text import x",
+            "pruning/calibration must not import engine",
+        ),
     ],
 )
 def test_the_checker_sees(path: str, source: str, complaint: str) -> None:
@@ -194,13 +244,74 @@ def test_the_checker_sees(path: str, source: str, complaint: str) -> None:
         ),
         ("engine/llm.py", "from sleb.errors import ConfigError\nimport torch, transformers"),
         ("engine/x.py", "import engineering\nfrom kernels_of_truth import x"),
-        ("server/app.py", "from sleb import __version__\nfrom fastapi import FastAPI"),
-        ("server/app.py", "import sleb\nversion = sleb.__version__"),
+        ("server/app.py", "from sleb.version import __version__\nfrom fastapi import FastAPI"),
+        ("server/app.py", "import sleb.files\nimport sleb.engine.llm as llm"),
+        ("sleb/pruning/run.py", "from sleb.pruning.search import search"),
         ("tests/test_x.py", "from sleb import LLM\nfrom sleb.cli import main\nimport sleb.server.app"),
     ],
 )
 def test_the_checker_lets_pass(path: str, source: str) -> None:
     assert violations(Path(path), source) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "rings"),
+    [
+        (
+            {
+                "engine/a.py": "import sleb.server.b",
+                "server/b.py": "import sleb.errors",
+                "sleb/errors.py": "",
+            },
+            [],
+        ),
+        ({"engine/a.py": "import sleb.server.b", "server/b.py": "from sleb.engine.a import x"}, ["ab"]),
+        (
+            {"engine/a.py": "def f():\n    import sleb.server.b", "server/b.py": "from sleb.engine import a"},
+            ["ab"],
+        ),
+        (
+            {
+                "engine/a.py": "if TYPE_CHECKING:\n    from sleb.server.b import x\nelse:\n    x = None",
+                "server/b.py": "from sleb.engine.a import x",
+            },
+            [],
+        ),
+        (  # by way of a package's __init__, whose name is taken
+            {
+                "sleb/p/a.py": "from sleb.p import name",
+                "sleb/p/__init__.py": "from sleb.p.b import name",
+                "sleb/p/b.py": "class B:\n    import sleb.p.a",
+            },
+            ["__init__ab"],
+        ),
+        (  # importing a module does not take a name from its package
+            {
+                "sleb/p/a.py": "from sleb.p import b",
+                "sleb/p/__init__.py": "from sleb.p.a import x",
+                "sleb/p/b.py": "",
+            },
+            [],
+        ),
+        ({"sleb/a.py": "import sleb\nsleb.LLM", "sleb/__init__.py": "from sleb.a import LLM"}, ["__init__a"]),
+        (
+            {
+                "sleb/a.py": "import sleb.b, sleb.c",
+                "sleb/b.py": "import sleb.a",
+                "sleb/c.py": "import sleb.d",
+                "sleb/d.py": "try:\n    import sleb.c\nfinally: ...",
+            },
+            ["ab", "cd"],
+        ),
+    ],
+)
+def test_circles_are_seen(sources: dict[str, str], rings: list[str]) -> None:
+    found = circles({Path(path): source for path, source in sources.items()})
+    assert sorted("".join(sorted(path.stem for path in ring[1:])) for ring in found) == rings
+    for ring in found:
+        assert ring[0] == ring[-1]
+        graph = import_graph({Path(path): source for path, source in sources.items()})
+        assert all(after in graph[before] for before, after in itertools.pairwise(ring))
 
 
 def test_linked_folders_have_no_init() -> None:

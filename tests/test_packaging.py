@@ -169,7 +169,7 @@ def test_editable_install_compiles_beside_the_sources(small_checkout: Path, tmp_
 
 
 def _version() -> str:
-    source = (ROOT / "sleb/__init__.py").read_text("utf-8")
+    source = (ROOT / "sleb/version.py").read_text("utf-8")
     found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
     assert found is not None
     return found[1]

@@ -7,12 +7,12 @@ import logging
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
-import sleb
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import SlebError
 from sleb.server.context import ServerContext, get_context
 from sleb.server.engine_thread.answers import Job
 from sleb.server.errors import ApiError, json_response
+from sleb.version import __version__
 
 router = APIRouter()
 logger = logging.getLogger("sleb.server")
@@ -50,7 +50,7 @@ async def ready(request: Request) -> Response:
 @router.get("/version")
 async def version() -> Response:
     """The version of sleb."""
-    return json_response({"version": sleb.__version__})
+    return json_response({"version": __version__})
 
 
 @router.get("/metrics")

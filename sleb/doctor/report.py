@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sleb.doctor.check import Outcome
+from sleb.doctor.outcome import Outcome
 from sleb.doctor.run import Examination, Result
 from sleb.doctor.target import shown
 from sleb.errors import ConfigError

@@ -9,12 +9,13 @@ from typing import Any
 
 import httpx
 
-import sleb
 from sleb.client.connection import ClientError, list_models
-from sleb.doctor.check import Check, CheckFailedError, CheckSkippedError, MissingFeatureError, Outcome
+from sleb.doctor.check import Check
 from sleb.doctor.checks import GROUPS
+from sleb.doctor.outcome import CheckFailedError, CheckSkippedError, MissingFeatureError, Outcome
 from sleb.doctor.target import Target, shown
 from sleb.errors import ConfigError
+from sleb.version import __version__
 
 # What taking an answer apart raises when its shape is another than expected.
 _SHAPE_ERRORS = (LookupError, TypeError, ValueError, AttributeError)
@@ -66,7 +67,7 @@ class Examination:
             }
             for each in self.results
         ]
-        head = {"sleb_version": sleb.__version__, "url": self.url, "model": self.model, "strict": self.strict}
+        head = {"sleb_version": __version__, "url": self.url, "model": self.model, "strict": self.strict}
         return {**head, "passed": not self.problems, "counts": counts, "checks": checks}
 
 

@@ -13,7 +13,7 @@ import httpx
 from httpx_sse import EventSource
 
 from sleb.client.connection import error_of, shorten
-from sleb.doctor.check import MissingFeatureError, expect, fail, skip
+from sleb.doctor.outcome import MissingFeatureError, expect, fail, skip
 
 Json = dict[str, Any]
 

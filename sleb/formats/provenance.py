@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sleb import __version__
 from sleb.formats.output import PROVENANCE
 from sleb.formats.removal import Removal
 from sleb.formats.source import Source
+from sleb.version import __version__
 
 _WHAT = {
     "hf": "The removed blocks are left out and the others are numbered anew: nothing special is needed to load it.",

@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from sleb import cli
-from sleb.doctor.check import CheckSkippedError, Group, Outcome, expect
+from sleb.doctor.check import Group
 from sleb.doctor.checks import GROUPS
+from sleb.doctor.outcome import CheckSkippedError, Outcome, expect
 from sleb.doctor.run import Examination, choose_checks, examine, run_check
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sleb.client.connection import open_client
-from sleb.doctor.check import Outcome
+from sleb.doctor.outcome import Outcome
 from sleb.doctor.run import choose_checks, run_check
 from sleb.doctor.target import Target
 from sleb.engine.config import EngineConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sleb.doctor.check import Group, expect
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect
 from sleb.doctor.target import CHAT, GREEDY, QUESTION, Target, ok, shown
 
 GROUP = Group("chat")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleb.doctor.check import Group, expect, skip
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect, skip
 from sleb.doctor.target import CHAT, COMPLETIONS, Json, Target, ok, shown
 
 GROUP = Group("errors")

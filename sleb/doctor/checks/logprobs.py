@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sleb.doctor.check import Group, expect, skip
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect, skip
 from sleb.doctor.target import GREEDY, PROMPT, Json, Target, shown
 
 GROUP = Group("logprobs")

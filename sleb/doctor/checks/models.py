@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import quote
 
-from sleb.doctor.check import Group, expect
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect
 from sleb.doctor.target import Target, ok, shown
 
 GROUP = Group("models")

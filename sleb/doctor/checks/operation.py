@@ -9,7 +9,8 @@ from itertools import islice
 
 import httpx
 
-from sleb.doctor.check import Group, MissingFeatureError, expect, skip
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import MissingFeatureError, expect, skip
 from sleb.doctor.target import CHAT, COMPLETIONS, GREEDY, PROMPT, Json, Target, ok, shown
 
 GROUP = Group("operation")

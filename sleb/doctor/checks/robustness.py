@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 
-from sleb.doctor.check import Group, expect
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect
 from sleb.doctor.target import CHAT, COMPLETIONS, PROMPT, Target, ok, shown
 
 GROUP = Group("robustness")

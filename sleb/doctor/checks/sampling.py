@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleb.doctor.check import Group, expect
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect
 from sleb.doctor.target import GREEDY, Json, Target, shown
 
 GROUP = Group("sampling")

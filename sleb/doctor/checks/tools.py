@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sleb.doctor.check import Group, expect, fail
+from sleb.doctor.check import Group
+from sleb.doctor.outcome import expect, fail
 from sleb.doctor.target import CHAT, Json, Target, shown
 
 GROUP = Group("tools")
