@@ -1,6 +1,7 @@
 # make serve   environment, install, fetch SmolLM2, serve it at three depths
 # make test    environment, install, tests
-# make check   format, lint, types, tests
+# make docs    environment, install, the documentation site in site/
+# make check   format, lint, types, tests, docs
 # make clean   remove the environment and the caches
 #
 # Everything lives in .venv; what is already there is reused. Settings: PYTHON=python3.12, HOST=, PORT=, and
@@ -17,7 +18,7 @@ PIP     := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet 
 # The install compiles the CPU kernels, so that nobody who starts the server waits for it.
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/build.py kernels/cpu/src/*.[ch])
 
-.PHONY: help serve test check install install-dev clean
+.PHONY: help serve test docs check install install-dev clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +33,10 @@ serve: install
 test: install-dev
 	@echo "==> running the tests"
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+
+docs: install-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "==> the site: site/index.html"
 
 check: install-dev
 	@PYTHON=$(BIN)/python scripts/check
@@ -63,4 +68,4 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/cpu/src/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info kernels/cpu/src/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
