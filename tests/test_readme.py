@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
+import typer
 
 import sleb
 from sleb import cli
@@ -71,11 +72,8 @@ def test_shown_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "map.json").write_text("{}")  # an argument that must exist
     command, rest = find_command(shlex.split(line)[1:])
-    try:
-        with command.make_context("sleb", rest):
-            pass
-    except click.exceptions.Exit as done:  # an option that answers by itself, as --how
-        assert done.exit_code == 0
+    with contextlib.suppress(typer.Exit), command.make_context("sleb", rest):  # --how answers and ends
+        pass
 
 
 @pytest.mark.parametrize("span", [span for span in SPANS if span.startswith("sleb ")])
