@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from sleb.engine.model.weights import WEIGHT_FORMATS, WeightFormat
 from sleb.engine.requests.sampling_params import is_integer
 from sleb.errors import ConfigError
 from sleb.kernels.attention.select import ATTENTION_BACKENDS
+from sleb.kernels.quantization import WEIGHT_FORMATS, WeightFormat
 from sleb.layer_map.layer_map import LayerMap
 
 DTYPES: dict[str, torch.dtype] = {

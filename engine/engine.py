@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sleb.engine.chain import find_tier, load_layer_map, make_tiers
+from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig
+from sleb.engine.execute.grammar_masks import advance
 from sleb.engine.execute.sampler import needs_last_token
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
-from sleb.engine.requests.grammar import Grammar, advance
-from sleb.engine.requests.request import Request, Tier
+from sleb.engine.requests.grammar import Grammar
+from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams, is_integer
+from sleb.engine.requests.tier import Tier, find_tier, make_tiers
 from sleb.engine.runner import LaunchedStep, Runner, StepResult
 from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler

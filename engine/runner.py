@@ -14,6 +14,7 @@ from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, reso
 from sleb.engine.execute.cpu import NativeExecutor, why_unsupported
 from sleb.engine.execute.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
 from sleb.engine.execute.gpu_setup import build_fused
+from sleb.engine.execute.grammar_masks import fill_masks
 from sleb.engine.execute.kv_cache import PagedKVCache, bytes_per_token, size_cache
 from sleb.engine.execute.sampler import (
     PendingLogprobs,
@@ -28,7 +29,6 @@ from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.weights import DecoderWeights, all_sublayers, num_bytes
 from sleb.engine.outputs import TokenLogprobs
-from sleb.engine.requests.grammar import fill_masks
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.step import ScheduledRow, Step
 from sleb.errors import ConfigError

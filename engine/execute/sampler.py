@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sleb.engine.execute.grammar_masks import TokenMasks
 from sleb.engine.execute.transfer import HostCopy, to_device
 from sleb.engine.outputs import TokenLogprobs
-from sleb.engine.requests.grammar import TokenMasks
 from sleb.engine.requests.request import Request
 from sleb.kernels.registry import Kernels
 
@@ -80,7 +80,7 @@ class Sampler:
     ) -> SampledBatch:
         """logits [B, V] float32, one row a request, changed in place; one token a row.
 
-        masks: of the requests that follow a grammar (`sleb.engine.requests.grammar.fill_masks`).
+        masks: of the requests that follow a grammar (`sleb.engine.execute.grammar_masks.fill_masks`).
         """
         reported = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
         adjusted = [row for row, request in enumerate(requests) if adjusts(request)]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from sleb.engine.execute.gpu import FusedExecutor
 from sleb.engine.requests.detokenizer import Detokenizer
-from sleb.engine.requests.request import Request, Tier
+from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.step import ScheduledRow, Step
 
 

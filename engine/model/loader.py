@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.weight_cache import WeightCache
-from sleb.engine.model.weights import DecoderWeights, Targets, WeightFormat, all_sublayers, allocate
+from sleb.engine.model.weights import DecoderWeights, Targets, all_sublayers, allocate
 from sleb.errors import ModelError
-from sleb.kernels.quantization import QuantizedWeight, Weight
+from sleb.kernels.quantization import QuantizedWeight, Weight, WeightFormat
 from sleb.layer_map.units import Sublayer
 
 # Buffers that old checkpoints carry and that are computed instead of read.

@@ -14,30 +14,10 @@ import torch
 from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.kernels.quantization import Int4Weight, Int8Weight, Weight
+from sleb.kernels.quantization import Quantized, Weight, WeightFormat
 from sleb.layer_map.units import Sublayer, Unit
 
 Targets = dict[str, Weight]
-Quantized = type[Int8Weight] | type[Int4Weight]
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How matrices are quantised: `linear` those of attention and MLP, `head` the head and an embedding tied to it.
-
-    Norms, biases, position tables, projections of the embedding and an untied embedding, which is only looked into,
-    are not quantised.
-    """
-
-    linear: Quantized
-    head: Quantized
-
-
-# The head stays at eight bits: its errors go straight into the logits, and it is read once a step.
-WEIGHT_FORMATS = {
-    "int8": WeightFormat(linear=Int8Weight, head=Int8Weight),
-    "int4": WeightFormat(linear=Int4Weight, head=Int8Weight),
-}
 
 
 @dataclass(frozen=True)

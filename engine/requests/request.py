@@ -7,29 +7,12 @@ import time
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from sleb.engine.outputs import FinishReason, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
+from sleb.engine.requests.grammar import Grammar
 from sleb.engine.requests.sampling_params import SamplingParams
-from sleb.layer_map.layer_map import Unit
-
-if TYPE_CHECKING:
-    from sleb.engine.requests.grammar import Grammar
-
-
-@dataclass(frozen=True)
-class Tier:
-    """A served model id bound to one depth of the chain.
-
-    num_blocks_kept counts blocks of which at least one sublayer runs; `digest` seeds the prefix cache.
-    """
-
-    id: str
-    depth: int
-    digest: str
-    num_blocks_kept: int
-    removed: tuple[Unit, ...]
+from sleb.engine.requests.tier import Tier
 
 
 @dataclass(eq=False)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from sleb.engine.requests.grammar import GrammarSource
 from sleb.errors import RequestError
-
-if TYPE_CHECKING:
-    from sleb.engine.requests.grammar import GrammarSource
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64

@@ -19,7 +19,7 @@ from sleb.server.engine_thread.metrics import EXCHANGE
 from sleb.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from sleb.engine.requests.request import Tier
+    from sleb.engine.requests.tier import Tier
 
 logger = logging.getLogger("sleb.server")
 

@@ -16,7 +16,7 @@ from sleb.server.errors import json_response
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
-    from sleb.engine.requests.request import Tier
+    from sleb.engine.requests.tier import Tier
     from sleb.layer_map.layer_map import LayerMap
 
 router = APIRouter()

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from sleb.engine.outputs import StepOutput
-    from sleb.engine.requests.request import Tier
+    from sleb.engine.requests.tier import Tier
     from sleb.server.engine_thread.async_engine import AsyncEngine
 
 PREFIX = "sleb:"

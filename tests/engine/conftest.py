@@ -15,8 +15,9 @@ from sleb.engine.engine import Engine
 from sleb.engine.llm import LLM
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
-from sleb.engine.requests.request import Request, Tier
+from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.step import ScheduledRow, Step
 from sleb.layer_map.layer_map import LayerMap, Unit
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from sleb.engine.engine import EngineStats
 from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
-from sleb.engine.requests.request import Tier
+from sleb.engine.requests.tier import Tier
 from sleb.errors import RequestError
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Unit
 

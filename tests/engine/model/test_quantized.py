@@ -25,9 +25,9 @@ from sleb.engine.config import EngineConfig, resolve_dtype
 from sleb.engine.model import loader, weight_cache
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
-from sleb.engine.model.weights import WEIGHT_FORMATS, all_sublayers, num_bytes
+from sleb.engine.model.weights import all_sublayers, num_bytes
 from sleb.errors import ConfigError, ModelError
-from sleb.kernels.quantization import Int4Weight, Int8Weight, quantize_int4, quantize_int8
+from sleb.kernels.quantization import WEIGHT_FORMATS, Int4Weight, Int8Weight, quantize_int4, quantize_int8
 from sleb.layer_map.layer_map import Unit
 from sleb.models import resolve as fetch
 
@@ -431,8 +431,8 @@ _MEASURE = """
     import torch
     from sleb.engine.model.architecture import resolve_spec
     from sleb.engine.model.loader import load_weights
-    from sleb.engine.model.weights import WEIGHT_FORMATS, all_sublayers, num_bytes
-    from sleb.kernels.quantization import quantize_int4
+    from sleb.engine.model.weights import all_sublayers, num_bytes
+    from sleb.kernels.quantization import WEIGHT_FORMATS, quantize_int4
 
     def peak():
         unit = 1 if sys.platform == "darwin" else 1024

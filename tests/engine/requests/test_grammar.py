@@ -14,9 +14,9 @@ from sleb import SamplingParams
 from sleb.engine.engine import _must_wait
 from sleb.engine.execute.cuda_graphs import decode_buckets
 from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.grammar_masks import TokenMasks, fill_masks, num_words
 from sleb.engine.execute.kv_cache import GIB
 from sleb.engine.execute.sampler import Sampler, adjusts, takes_most_probable
-from sleb.engine.requests.grammar import TokenMasks, fill_masks, num_words
 from sleb.errors import RequestError
 from sleb.kernels import fused, registry
 from sleb.kernels.registry import select_kernels

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleb.engine.requests.request import Tier
+from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler
 
