@@ -1,16 +1,25 @@
-"""What a measurement was made on and with: enough to judge and repeat it, nothing that names a person or machine."""
+"""What a measurement was made on and with, and what the machine was like meanwhile.
+
+Enough to judge and repeat it, nothing that names a person or machine. Meanwhile: what share of the processors others
+took, and whether the clock was steady. A virtual machine often tells a constant frequency whatever its processor
+does, so the pace of a small computation that is always the same is timed before every turn, outside what is measured.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +29,20 @@ from sleb import version
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
+PROC = Path("/proc")
 _BARE_WORD = re.compile(r"[\w@%+=:,./\-\u0080-\U0010ffff]+")
 # What decides which CPU kernels can run: x86 names first, then those of ARM.
+# fmt: off
 _CPU_FLAGS = (
-    *(
-        "avx2",
-        "fma",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_bf16",
-        "amx_int8",
-    ),
-    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
+    "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )
+# fmt: on
+# What others may take before it is told, as a share of all processors. Clock ticks are counted where they fall: over
+# a short run a few may land on the wrong side.
+_OTHERS_LIMIT, _TICK_GRACE = 0.03, 3
+# A drift above this share is told; the turns that subjects take make up for less.
+_DRIFT_LIMIT = 0.05
 
 
 def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, Any]:
@@ -47,11 +54,12 @@ def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, An
 def describe_machine(
     device: torch.device, dtype: torch.dtype, kernels: str, command: Sequence[str]
 ) -> dict[str, Any]:
-    """Versions, hardware and settings of a measurement on `device`, ready for JSON.
+    """Versions, hardware and settings of a measurement on `device`, ready for JSON; null is what cannot be found out.
 
-    command: as `shown_command` gives it, recorded as `command_line` has it. memory_bytes is the machine's physical
-    memory; what cannot be found out is null. Neither host nor user names nor paths are recorded.
+    command: as `shown_command` gives it. memory_bytes is the machine's physical memory, load_average the processes
+    that wanted a processor in the last minute. Neither host nor user names nor paths are recorded.
     """
+    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sleb": version.__version__,
@@ -64,10 +72,10 @@ def describe_machine(
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_flags": cpu_flags(),
-        "cores": _usable_cores(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": _load_average(),
-        "memory_bytes": _memory_bytes(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -81,7 +89,7 @@ def command_line(words: Sequence[str]) -> str:
     return " ".join(word if _BARE_WORD.fullmatch(word) else shlex.quote(word) for word in words)
 
 
-def shown_command(arguments: Sequence[str], model: str) -> list[str]:
+def shown_command(arguments: Sequence[str], model: str = "") -> list[str]:
     """The command line without the machine's paths: each is cut to its last component.
 
     arguments: program first. `model` stays whole where it is a hub id, which looks like a path but is none.
@@ -100,20 +108,16 @@ def source_commit(root: Path) -> str | None:
 
     An installed package may lie inside the checkout of another project, whose commit would say nothing.
     """
-    top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():
+    git = ("git", "-C", str(root))
+    top, commit = _output(*git, "rev-parse", "--show-toplevel"), _output(*git, "rev-parse", "HEAD")
+    if top is None or commit is None or Path(top).resolve() != root.resolve():
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+    return f"{commit}-dirty" if _output(*git, "status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _output(*words: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -122,7 +126,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def cpu_model() -> str | None:
     """The processor's name as the system gives it."""
     if platform.system() == "Darwin":
-        return _sysctl("machdep.cpu.brand_string")
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
     return _cpuinfo().get("model name") or platform.processor() or None
 
 
@@ -136,41 +140,11 @@ def cpu_flags() -> list[str]:
 def _cpuinfo() -> dict[str, str]:
     """The first processor's entry in /proc/cpuinfo."""
     try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+        first = (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
-
-
-def _sysctl(name: str) -> str | None:
-    try:
-        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _usable_cores() -> int | None:
-    """Logical processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _load_average() -> float | None:
-    """Processes that wanted a processor in the last minute, on average: other load makes a measurement noisy."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (AttributeError, OSError):
-        return None
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _package_version(name: str) -> str | None:
@@ -178,3 +152,157 @@ def _package_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def processes_under(roots: Iterable[int], proc: Path = PROC) -> dict[int, int]:
+    """The processes `roots` and all that descend from them: clock ticks of each, its ended children's included.
+
+    Linux only; empty elsewhere.
+    """
+    parents, ticks = {}, {}
+    for folder in proc.glob("[0-9]*"):
+        try:  # the second field, the name, may hold spaces and brackets
+            fields = (folder / "stat").read_text().rsplit(") ", 1)[1].split()
+            parents[int(folder.name)], ticks[int(folder.name)] = int(fields[1]), sum(map(int, fields[11:15]))
+        except (OSError, IndexError, ValueError):  # it has ended meanwhile
+            continue
+    tree, found = set[int](), set(roots)
+    while found:
+        tree |= found
+        found = {pid for pid, parent in parents.items() if parent in found and pid not in tree}
+    return {pid: ticks[pid] for pid in tree if pid in ticks}
+
+
+def peak_memory(root: int, proc: Path = PROC) -> int:
+    """Bytes that a process and its descendants had resident at most, summed: what two of them share counts twice."""
+    total = 0
+    for pid in processes_under([root], proc):
+        try:
+            lines = (proc / str(pid) / "status").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return total
+
+
+class Conditions:
+    """What the machine was like during turns: the watch of `turns.measure`.
+
+    roots: processes that, with their descendants and this one's, are not others. What a hypervisor took is theirs.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        roots: Callable[[], Iterable[int]] = lambda: (),
+        pace: Callable[[], float] | None = None,
+        proc: Path = PROC,
+    ) -> None:
+        self._device, self._roots, self._proc = device, roots, proc
+        self._pace = pace or Pace().measure
+        self._paces: list[float] = []
+        self._megahertz: list[float] = []
+        self._shares: list[float] = []
+        self._num_disturbed = 0
+
+    def begin_turn(self) -> None:
+        """Looks at the clocks."""
+        self._paces.append(self._pace())
+        if self._device is not None and self._device.type == "cuda":
+            try:
+                self._megahertz.append(float(torch.cuda.clock_rate(self._device)))
+            except (
+                Exception
+            ):  # nvidia-ml-py may be missing, or the driver may refuse: nothing should end by it
+                self._device = None
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """Around one run: what others take meanwhile."""
+        before = self._ticks()
+        yield
+        after = self._ticks()
+        if before is None or after is None or (total := after[1] - before[1]) <= 0:
+            return  # not known, or over before a tick of the clock
+        others = max(0, after[0] - before[0] - (after[2] - before[2]))
+        self._shares.append(others / total)
+        self._num_disturbed += others > _OTHERS_LIMIT * total + _TICK_GRACE
+
+    def _ticks(self) -> tuple[int, int, int] | None:
+        """Clock ticks of all processors since the start of the machine: busy ones, all, and our own."""
+        try:
+            # user nice system idle iowait irq softirq steal; guest time, which follows, is in user already
+            first = (self._proc / "stat").read_text().split("\n", 1)[0]
+        except OSError:
+            return None
+        fields = [int(value) for value in first.split()[1:9]]
+        own = processes_under([os.getpid(), *self._roots()], self._proc)
+        return sum(fields) - fields[3] - fields[4], sum(fields), sum(own.values())
+
+    def summary(self) -> dict[str, Any]:
+        """For the environment of a result: what others took of the processors, and how far the clocks moved."""
+        shares = self._shares
+        return {
+            "others_share": {"median": median(shares), "high": max(shares)} if shares else None,
+            "disturbed_runs": self._num_disturbed,
+            "pace_drift": drift(self._paces),
+            "gpu_clock_drift": drift(self._megahertz),
+        }
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures must know of it."""
+        notes = []
+        if self._num_disturbed:
+            notes.append(
+                f"Other processes took up to {max(self._shares):.0%} of the processors in {self._num_disturbed} of "
+                f"{len(self._shares)} runs (on a virtual machine it may be the hypervisor). Measure when it is idle."
+            )
+        for name, moved in (("pace", drift(self._paces)), ("GPU's clock", drift(self._megahertz))):
+            if moved is not None and moved > _DRIFT_LIMIT:
+                notes.append(
+                    f"The machine's {name} changed by {moved:.0%} during the run: ratios, which are of one turn, "
+                    "suffer less than tokens/s."
+                )
+        return notes
+
+
+def drift(looks: Sequence[float]) -> float | None:
+    """(highest − lowest) / median of a clock's looks in the order of time; None of fewer than two.
+
+    Highest and lowest are of medians of three neighbours, so that one look that was interrupted is no drift; of fewer
+    than four looks, of the looks.
+    """
+    if len(looks) < 2:
+        return None
+    smooth = [median(looks[place - 1 : place + 2]) for place in range(1, len(looks) - 1)]
+    ends = smooth if len(looks) > 3 else looks
+    return (max(ends) - min(ends)) / median(looks)
+
+
+class Pace:
+    """How fast this thread computes: pieces of work a second, of a fixed size that the first look settles.
+
+    A piece hashes half of a first cache for about 1.5 ms. The best of three counts: others may interrupt one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._rounds = clock, 8
+        while self._seconds() < 0.0015 and self._rounds < 1 << 20:
+            self._rounds *= 2
+
+    def measure(self) -> float:
+        """Pieces of work a second."""
+        return 1 / self._seconds()
+
+    def _seconds(self) -> float:
+        found = []
+        for _ in range(3):
+            started = self._clock()
+            self._work()
+            found.append(max(self._clock() - started, 1e-9))
+        return min(found)
+
+    def _work(self) -> None:
+        digest, piece = hashlib.sha256(), bytes(16 << 10)
+        for _ in range(self._rounds):
+            digest.update(piece)
