@@ -1,14 +1,30 @@
 """An option, written once: a field of a dataclass with its help.
 
 The command line makes a flag, a variable and a line of a file from it (`sleb.cli.options`), Python an argument, and
-`docs/` a row of the reference. The dataclass belongs to the thing that the options are of, and checks its own values.
+`docs/` a row of the reference. The dataclass belongs to the thing that the options are of, and checks its own values
+in a method `check`, which begins with `check_values`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+import numbers
+import operator
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
+
+from sleb.errors import ConfigError
+
+_NAMES: dict[type, tuple[str, str]] = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+    Path: ("a path", "paths"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,13 +34,22 @@ class Option:
     Attributes:
         help: one or two sentences, without the default and without the choices.
         choices: the words that are allowed; empty: any value of the field's type.
+        aliases: further words that are allowed, which help does not list.
+        unset: what is done where the value is None or empty, as "one a physical core".
+        minimum, maximum: bounds of a number, themselves allowed.
+        commas: whether a text may name several of a list with commas between. Numbers and choices always may.
         group: the heading under which `--help` lists it.
-        flags: names other than --the-field-name, "-o" or "--device" say; empty: that one.
-        metavar: what stands for the value in `--help`; empty: the type's name.
+        flags: names other than --the-field-name, such as "--json"; a short one alone, "-o", comes beside it.
+        metavar: what stands for the value in `--help`; empty: a letter for the type.
     """
 
     help: str
     choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    unset: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    commas: bool = False
     group: str = ""
     flags: tuple[str, ...] = ()
     metavar: str = ""
@@ -35,15 +60,132 @@ def option(
     help: str,
     *,
     choices: Sequence[str] = (),
+    aliases: Sequence[str] = (),
+    unset: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    commas: bool = False,
     group: str = "",
     flags: Sequence[str] = (),
     metavar: str = "",
 ) -> Any:
-    """A field of an options dataclass: `threads: int | None = option(None, "CPU threads.")`."""
-    about = Option(help, tuple(choices), group, tuple(flags), metavar)
+    """A field of an options dataclass: `threads: int | None = option(None, "CPU threads.", minimum=1)`.
+
+    A list is a `Sequence` with a tuple or None as default. dataclasses.MISSING as default: it must be given.
+    """
+    about = Option(
+        help,
+        tuple(choices),
+        tuple(aliases),
+        unset,
+        minimum,
+        maximum,
+        commas or bool(choices),
+        group,
+        tuple(flags),
+        metavar,
+    )
     return field(default=default, metadata={"option": about})
+
+
+def option_of(kind: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
+    """The option `name` of another dataclass, as a field of this one: `dtype: str = option_of(EngineConfig, "dtype")`.
+
+    default and changes (fields of Option) replace what is to be otherwise here.
+    """
+    origin, about = options_of(kind)[name]
+    return field(
+        default=origin.default if default is MISSING else default,
+        metadata={"option": replace(about, **changes)},
+    )
 
 
 def options_of(kind: type) -> Mapping[str, tuple[Field[Any], Option]]:
     """The fields of an options dataclass that are options, by name, in order."""
     return {each.name: (each, each.metadata["option"]) for each in fields(kind) if "option" in each.metadata}
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What an option's value is: of which type, one or several, and whether the type alone tells what is allowed.
+
+    Of several types that a field takes, `kind` is the one that a text can be made into; `is_strict` is then False.
+    """
+
+    kind: type
+    is_list: bool
+    is_strict: bool = True
+
+    def describe(self, about: Option) -> str:
+        """What is wanted, for an error: "an integer from 0 to 65535"."""
+        text = _NAMES[self.kind][self.is_list]
+        if about.minimum is not None and about.maximum is not None:
+            text += f" from {about.minimum:g} to {about.maximum:g}"
+        elif about.minimum is not None:
+            text += f" of at least {about.minimum:g}"
+        elif about.maximum is not None:
+            text += f" of at most {about.maximum:g}"
+        return f"a list of {text}" if self.is_list else text
+
+
+def value_types(kind: type) -> Mapping[str, ValueType]:
+    """The types of all options of a dataclass, by name."""
+    hints = typing.get_type_hints(kind)
+    return {name: _value_type(hints[name]) for name in options_of(kind)}
+
+
+def _value_type(hint: Any) -> ValueType:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    parts = [part for part in (typing.get_args(hint) if union else (hint,)) if part is not types.NoneType]
+    if len(parts) == 1 and typing.get_origin(parts[0]) is not None:  # Sequence[int], tuple[str, ...]
+        return replace(_value_type(typing.get_args(parts[0])[0]), is_list=True)
+    for kind in (str, Path, bool, int, float):
+        if kind in parts:
+            return ValueType(kind, False, is_strict=len(parts) == 1)
+    return ValueType(str, False, is_strict=False)
+
+
+def check_values(options: Any, spell: Callable[[str], str] = str) -> None:
+    """Raises ConfigError for the first value of an options dataclass of a wrong type, choice or range.
+
+    spell: how an error writes the name of a field: the command line gives its flag.
+    """
+    kinds = value_types(type(options))
+    for name, (_, about) in options_of(type(options)).items():
+        value = getattr(options, name)
+        if value is not None:
+            _check(spell(name), value, kinds[name], about)
+
+
+def _check(name: str, value: Any, kind: ValueType, about: Option) -> None:
+    if kind.is_list:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{name} is {value!r}; it must be {kind.describe(about)}")
+        for each in value:
+            _check(name, each, replace(kind, is_list=False), about)
+        return
+    if about.choices:
+        if value not in (*about.choices, *about.aliases):
+            also = f" (or {', '.join(about.aliases)})" if about.aliases else ""
+            raise ConfigError(
+                f"{name} '{value}' is not known; choose one of: {', '.join(about.choices)}{also}"
+            )
+    elif kind.is_strict and not _fits(value, kind.kind, about):
+        raise ConfigError(f"{name} is {value!r}; it must be {kind.describe(about)}")
+
+
+def _fits(value: Any, kind: type, about: Option) -> bool:
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if kind not in (int, float):
+        return True
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    if kind is int:
+        try:
+            operator.index(value)  # type: ignore[arg-type]  # a float has none; numpy's integers have
+        except TypeError:
+            return False
+    low = -float("inf") if about.minimum is None else about.minimum
+    high = float("inf") if about.maximum is None else about.maximum
+    return bool(low <= float(value) <= high)  # which NaN never is

@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 from sleb.errors import SlebError
 from sleb.version import __version__
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click, whose names are private
+
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -85,8 +87,10 @@ def load_command(name: str) -> Any:
         target.info.name = name
         target.info.help = target.info.help or command.summary
         return typer.main.get_group(target)
+    from sleb.cli.options import OptionsCommand
+
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    single.command(name=name)(target)
+    single.command(name=name, cls=OptionsCommand)(target)
     return typer.main.get_command(single)
 
 
@@ -116,15 +120,20 @@ def build() -> Any:
 def main() -> None:
     """Runs `sleb` on the arguments of the process and exits.
 
-    Exit codes: 0; 2 for what the user can mend (a SlebError as one line on standard error, a usage error as
-    typer shows it); 130 when interrupted. Anything else that is raised is a bug and keeps its traceback.
+    Exit codes: 0; 2 for what the user can mend (one line on standard error); 130 when interrupted. Anything else that
+    is raised is a bug and keeps its traceback.
     """
     try:
-        build()(prog_name="sleb")
+        sys.exit(build()(prog_name="sleb", standalone_mode=False))
+    except _UsageError as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # help has been printed
+            command = error.ctx.command_path if error.ctx else "sleb"
+            _print_error(f"{error.format_message().rstrip('.')}; `{command} --help` lists what there is")
+        sys.exit(USER_ERROR)
     except SlebError as error:
         _print_error(str(error))
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader, `head` say, has gone: nothing more to say, and no complaint at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -74,6 +74,20 @@ def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
     return ResolvedModel(snapshot(_hub_id(model), progress=progress), name)
 
 
+def check_model(model: str) -> None:
+    """Raises ModelError for what can be no MODEL, whatever the hub holds: a path that is not there, a mere word."""
+    path = _path(model)
+    if model == ALIAS or (path / "config.json").is_file():
+        return
+    if path.is_dir():
+        _only_gguf(path)
+    elif path.is_file():
+        if not _is_gguf(path):
+            raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
+    else:
+        _hub_id(model)
+
+
 def resolve_config(model: str, *, progress: bool = True) -> ResolvedModel:
     """As `resolve_model`, but of a hub repository only config.json is fetched: its folder may lack the weights."""
     if model == ALIAS or _path(model).exists():
