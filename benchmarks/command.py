@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from sleb.benchmarks.report import write_text
 from sleb.errors import SlebError
+from sleb.files import write_text
 
 
 def run_command(main: Callable[..., None]) -> None:

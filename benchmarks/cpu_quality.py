@@ -24,11 +24,11 @@ from rich.table import Table
 from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.perplexity import split_windows, transformers_perplexity, windowed_perplexity
-from sleb.benchmarks.report import check_writable
 from sleb.engine.config import DTYPE_ALIASES, EngineConfig
 from sleb.engine.llm import LLM
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError
+from sleb.files import check_writable
 from sleb.models.resolve import resolve_model
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")

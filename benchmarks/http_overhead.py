@@ -30,9 +30,9 @@ from rich.console import Console
 from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import alternated_orders
-from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import greedy_params, plain_token_ids
 from sleb.engine.llm import LLM
+from sleb.files import check_writable
 
 TARGET = 0.9
 _DIRECT, _HTTP = 0, 1

@@ -27,13 +27,13 @@ from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.harness import MOST_REPETITIONS, alternated_orders
 from sleb.benchmarks.idle import QuietPolicy, run_quietly
-from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import greedy_params, plain_token_ids
 from sleb.benchmarks.variants import depths_in_turns
 from sleb.benchmarks.workloads import ThroughputOptions, choose_map, with_model
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import resolve_spec
 from sleb.errors import ConfigError
+from sleb.files import check_writable
 from sleb.models.resolve import resolve_model
 
 # The least that a mixed batch is to keep of the time-weighted throughput: the rest is for uneven ends of the runs.

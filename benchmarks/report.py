@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sleb.errors import ConfigError
-
 if TYPE_CHECKING:
     from sleb.benchmarks.kernels import KernelReport, KernelRow
 
 _MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long as it needs to be
-
-
-def check_writable(path: Path) -> None:
-    """Raises ConfigError, before hours are spent, if a file cannot be written at `path`. Leaves nothing behind."""
-    if os.path.isdir(path):  # unlike Path.is_dir, false for what cannot be looked at; the probe says why
-        raise ConfigError(f"{path} is a folder; name a file in it")
-    probe = _beside(path)
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise _not_writable(path, error) from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes atomically: a reader, or a crash, sees the old file or the new one. Raises ConfigError."""
-    temporary = _beside(path)
-    try:
-        # Names in a command line may be no UTF-8; in JSON the escapes read back as what they were.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path.resolve())
-    except OSError as error:
-        raise _not_writable(path, error) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _beside(path: Path) -> Path:
-    target = path.resolve()
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
-
-
-def _not_writable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{path} cannot be written ({error.strerror}); name a file in a folder that exists and is yours"
-    )
 
 
 def widen(console: Console) -> None:

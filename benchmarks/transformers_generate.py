@@ -26,9 +26,9 @@ from rich.console import Console
 
 from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.report import check_writable
 from sleb.benchmarks.throughput import ThroughputBench
 from sleb.benchmarks.workloads import ThroughputOptions, Workload, with_model
+from sleb.files import check_writable
 
 TARGET = 3.0  # times transformers' throughput, at batch 64 on a card
 _WARM_UPS = 2  # the second finds everything compiled

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from sleb.benchmarks.report import check_writable, write_text
 from sleb.benchmarks.reports import markdown, page
 from sleb.benchmarks.reports.choosing import (
     fronts_section,
@@ -36,6 +35,7 @@ from sleb.benchmarks.reports.speed import (
 )
 from sleb.benchmarks.reports.summary import depth_sentences, is_about
 from sleb.errors import ConfigError
+from sleb.files import check_writable, write_text
 
 _SECTIONS: dict[str, Callable[[Result], Section]] = {
     "throughput": throughput_section,

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -22,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sleb.files import cache_dir, replacement
 from sleb.kernels.quantization import VERSION, QuantizedWeight
-from sleb.models.resolve import cache_dir
 
 logger = logging.getLogger("sleb.engine")
 
@@ -62,16 +61,12 @@ class WeightCache:
         if not self._writable:
             return
         file = self._file(name, weight)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         # Copies: the tensors may be rows of a larger matrix, or on another device.
         tensors = {key: tensor.cpu().clone() for key, tensor in tensors_of(weight).items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacement(file, durable=False) as temporary:  # a checksum guards what is read
                 save_file(tensors, temporary, _metadata(name, shard, tensors))
-                os.replace(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
         except (SafetensorError, OSError) as error:
             if self._writable:
                 self._writable = False

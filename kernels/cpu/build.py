@@ -142,16 +142,6 @@ def _replacement(output: Path) -> Iterator[Path]:
         raise
 
 
-def cache_folder() -> Path:
-    """Where sleb keeps what it makes: the rule of sleb.models.store.cache_dir, which is not for this leaf to import."""
-    if chosen := os.environ.get("SLEB_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "sleb"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sleb"
-
-
 def unsupported() -> str | None:
     """Why the kernels are not for this system, or None if they are; whether its processor can run them is for the
     library to say.
@@ -185,8 +175,10 @@ def why_unavailable() -> str | None:
 def _find(tell: Callable[[str], None], folder: Path) -> Path:
     if reason := unsupported():
         raise CompileError(reason)
+    from sleb.files import cache_dir  # here, since setup.py calls compile_library before sleb can be imported
+
     key = source_key(folder)
-    cached = cache_folder() / f"{Path(LIBRARY_NAME).stem}-{key}.so"
+    cached = cache_dir() / f"{Path(LIBRARY_NAME).stem}-{key}.so"
     for library in (folder / LIBRARY_NAME, cached):
         if has_key(library, key):
             return library

@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from sleb.kernels.cpu.build import cache_folder
+from sleb.files import cache_dir, replacement
 from sleb.kernels.triton.runtime import INTERPRETED
 
 logger = logging.getLogger("sleb.kernels")
@@ -133,16 +132,12 @@ def _save() -> None:
     identity = _identity()
     path = _file(identity)
     stored = {"card": identity, "configs": dict(sorted(_state.table.items()))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replacement(path, durable=False) as temporary:
+            temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         logger.warning("the tuning table %s cannot be written (%s)", path, error.strerror)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _identity() -> str:
@@ -151,4 +146,4 @@ def _identity() -> str:
 
 
 def _file(identity: str) -> Path:
-    return cache_folder() / "tuning" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    return cache_dir() / "tuning" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"

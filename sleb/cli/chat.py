@@ -35,7 +35,7 @@ def chat(
     from sleb.client.connection import base_url, open_client
     from sleb.client.console import ChatConsole
     from sleb.client.session import ChatSession
-    from sleb.models.store import cache_dir
+    from sleb.files import cache_dir
 
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
     fields = {name: value for name, value in given.items() if value is not None}

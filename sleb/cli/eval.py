@@ -84,7 +84,7 @@ def evaluate(
     from sleb.benchmarks.quality.evaluate import run_quality
     from sleb.benchmarks.quality.options import QualityOptions
     from sleb.benchmarks.quality.report import draw_quality, print_quality
-    from sleb.benchmarks.report import check_writable, write_text
+    from sleb.files import check_writable, write_text
 
     options = QualityOptions(
         model=model,

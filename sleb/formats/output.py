@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sleb.errors import ConfigError
+from sleb.files import replacement, sync
 
 PROVENANCE = "sleb.json"  # in every folder that was exported; what --force may replace
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,16 +28,11 @@ def check_file(path: Path, *, force: bool) -> None:
 def write_file(path: Path, text: str, *, force: bool) -> None:
     """The text as UTF-8, by way of a temporary file. Raises ConfigError."""
     check_file(path, force=force)
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, target)
+        with replacement(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _refused(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_folder(path: Path, *, force: bool, source: Path | None = None) -> None:
@@ -77,7 +72,7 @@ def new_folder(path: Path, *, force: bool, source: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         for each in sorted(made.rglob("*")):
-            _sync(each)
+            sync(each)
         _put(made, target, work / "replaced")
     except OSError as error:
         raise _refused(path, error) from error
@@ -95,21 +90,10 @@ def _put(made: Path, target: Path, replaced: Path) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _refused(path: Path, error: OSError) -> ConfigError:
     if error.errno in _FULL:
         return ConfigError(f"no space left for {path}: free some, or name another place")
     return ConfigError(f"output {path} cannot be written ({error.strerror or error}): name another place")
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to the disk, where the system can."""
-    if path.is_dir() and sys.platform == "win32":
-        return
-    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import cast
 
 from sleb.errors import LayerMapError
+from sleb.files import replacement
 from sleb.layer_map.fingerprint import model_fingerprint
 from sleb.layer_map.json_form import dump_document, parse_document
 from sleb.layer_map.units import CalibrationRecord, Part, SearchRecord, Sublayer, Unit, is_int
@@ -242,18 +243,11 @@ class LayerMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form atomically: a reader, or a crash, sees the old file or the new one."""
-        target = Path(path).resolve()
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            with replacement(Path(path)) as temporary:
+                temporary.write_text(self.to_json(), encoding="utf-8")
         except OSError as error:
             raise LayerMapError(f"layer map {path} cannot be written: {error.strerror}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def shipped_maps() -> dict[str, Path]:

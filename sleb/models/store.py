@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,20 +21,11 @@ from typing import Any
 from filelock import FileLock
 
 from sleb.errors import ModelError
+from sleb.files import cache_dir, sync
 
 MARKER = ".sleb-model.json"
 FORMAT = 1  # raise it when the converter changes what it writes: older folders are then built anew
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def cache_dir() -> Path:
-    """Where models are kept: SLEB_CACHE, else sleb/ in the user's cache directory."""
-    if chosen := os.environ.get("SLEB_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "sleb"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sleb"
 
 
 def is_complete(folder: Path) -> bool:
@@ -122,29 +112,18 @@ def _build(folder: Path, source: dict[str, Any], build: Callable[[Path, Path], N
         build(target, scratch)
         files = sorted(file for file in target.iterdir() if file.is_file())
         for file in files:
-            _sync(file)
+            sync(file)
         marker = {
             "format": FORMAT,
             "source": source,
             "files": {file.name: file.stat().st_size for file in files},
         }
         (target / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        _sync(target / MARKER)
-        _sync(target)
+        sync(target / MARKER)
+        sync(target)
         if folder.exists():  # damaged or of an older format
             folder.rename(work / "replaced")
         target.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to the disk, where the system can."""
-    if path.is_dir() and sys.platform == "win32":
-        return
-    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

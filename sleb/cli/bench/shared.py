@@ -39,7 +39,7 @@ class Outputs:
     def check(self) -> None:
         """ConfigError, before anything is measured, for what cannot be written."""
         if self.json_path is not None:
-            from sleb.benchmarks.report import check_writable
+            from sleb.files import check_writable
 
             check_writable(self.json_path)
         if self.report is not None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sleb import files
 from sleb.engine.config import EngineConfig, resolve_dtype
 from sleb.engine.model import loader, weight_cache
 from sleb.engine.model.architecture import resolve_spec
@@ -29,7 +30,6 @@ from sleb.engine.model.weights import all_sublayers, num_bytes
 from sleb.errors import ConfigError, ModelError
 from sleb.kernels.quantization import WEIGHT_FORMATS, Int4Weight, Int8Weight, quantize_int4, quantize_int8
 from sleb.layer_map.layer_map import Unit
-from sleb.models import resolve as fetch
 
 CPU = torch.device("cpu")
 FILE = "model.safetensors"
@@ -214,7 +214,7 @@ class TestCache:
         assert made == []
 
     def test_it_lies_in_the_cache_folder_of_models(self, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(weight_cache, "cache_dir", fetch.cache_dir)
+        monkeypatch.setattr(weight_cache, "cache_dir", files.cache_dir)
         monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "named"))
         load(folder)
         assert len(stored(tmp_path / "named")) == 36

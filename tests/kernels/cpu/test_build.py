@@ -16,7 +16,6 @@ import pytest
 
 from sleb.kernels.cpu import build
 from sleb.kernels.cpu.build import CompileError, compile_library, find_library, source_key, why_unavailable
-from sleb.models import store as model_store
 
 HEADER = '#define EXPORT __attribute__((visibility("default")))\n'
 MARKER = """\
@@ -240,21 +239,6 @@ def test_other_systems_do_without(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert find_library(pytest.fail, folder) is None
     assert "64-bit Linux on x86-64" in (why_unavailable() or "")
-
-
-@pytest.mark.parametrize("platform", ["linux", "darwin"])
-@pytest.mark.parametrize(
-    "variables", [{}, {"XDG_CACHE_HOME": "/x"}, {"XDG_CACHE_HOME": "/x", "SLEB_CACHE": "~/y"}]
-)
-def test_the_cache_is_where_models_are(
-    platform: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.platform", platform)
-    for name in ("XDG_CACHE_HOME", "SLEB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert build.cache_folder() == model_store.cache_dir()
 
 
 @needs_compiler
