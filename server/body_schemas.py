@@ -16,10 +16,11 @@ from sleb.engine.requests.sampling_params import (
     MAX_STOP_STRINGS,
     NUMBER_RANGES,
 )
-from sleb.server.api.chat import MAX_MESSAGES, OWN_ARGUMENTS
+from sleb.server.api.chat import OWN_ARGUMENTS
 from sleb.server.api.completions import MAX_PROMPTS
 from sleb.server.api.tokenize import MAX_TOKENS, DetokenizeBody, TokenizeBody
 from sleb.server.grammar.structured import MAX_CHOICES
+from sleb.server.message.incoming import MAX_MESSAGES
 from sleb.server.message.tools import MAX_TOOLS, NAME_PATTERN
 from sleb.server.protocol import (
     MAX_LOGIT_BIAS,

@@ -17,7 +17,7 @@ from sleb.server.engine_thread.metrics import ServerMetrics
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
     from sleb.engine.requests.tier import Tier
-    from sleb.server.api.models import BenchResult
+    from sleb.server.bench_result import BenchResult
 
 _MAX_NAME = 200  # characters of a model's name that an error repeats
 

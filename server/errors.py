@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from sleb.errors import EngineDeadError, RequestError, SlebError
-from sleb.server.engine_thread.metrics import note_failure
+from sleb.server.exchange import note_failure
 
 logger = logging.getLogger("sleb.server")
 

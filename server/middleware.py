@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sleb.server.engine_thread.metrics import EXCHANGE, Exchange, ServerMetrics
+from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import ApiError, to_api_error
+from sleb.server.exchange import EXCHANGE, Exchange
 
 MAX_HEADER_BYTES = 64 * 1024
 _MAX_REQUEST_ID = 128

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sleb.engine.outputs import StepOutput
@@ -12,48 +10,9 @@ from sleb.server.answer.generation import Generation
 from sleb.server.answer.logprobs import chat_logprobs
 from sleb.server.answer.writer import AnswerWriter, Piece
 from sleb.server.context import ServerContext
-from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
-from sleb.server.message.tool_parser import ToolParser
+from sleb.server.message.parser import MessageParser, MessageShape
+from sleb.server.message.reasoning import Delta
 from sleb.server.protocol import ChatBody
-
-
-class MessageParser:
-    """The text of one answer as a message: reasoning first, then content and calls. Each parser may be absent."""
-
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
-        self._reasoning = reasoning
-        self._tools = tools
-
-    @property
-    def num_calls(self) -> int:
-        return 0 if self._tools is None else self._tools.num_calls
-
-    def push(self, text: str, ends: bool) -> list[Delta]:
-        """What `text` makes certain; all of the rest if the answer ends with it."""
-        deltas = [Delta("content", text)] if text else []
-        if self._reasoning is not None:
-            deltas = self._reasoning.push(text) + (self._reasoning.flush() if ends else [])
-        if self._tools is not None:
-            deltas = self._find_calls(deltas) + (self._tools.flush() if ends else [])
-        return join_deltas(deltas)
-
-    def _find_calls(self, deltas: list[Delta]) -> list[Delta]:
-        assert self._tools is not None
-        found: list[Delta] = []
-        for delta in deltas:
-            found += self._tools.push(delta.text) if delta.kind == "content" else [delta]
-        return found
-
-
-@dataclass(frozen=True)
-class MessageShape:
-    """What an answer's message may hold besides text.
-
-    make_parser: a new parser for each choice. legacy: whether a call is told as `function_call`.
-    """
-
-    make_parser: Callable[[], MessageParser]
-    legacy: bool = False
 
 
 class ChatWriter(AnswerWriter):

@@ -15,8 +15,8 @@ from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.server.answer.timings import Span, llama_timings, phases, request_metrics
 from sleb.server.context import ServerContext
 from sleb.server.engine_thread.answers import Answers, Job
-from sleb.server.engine_thread.metrics import EXCHANGE
 from sleb.server.errors import ApiError
+from sleb.server.exchange import EXCHANGE
 
 if TYPE_CHECKING:
     from sleb.engine.requests.tier import Tier

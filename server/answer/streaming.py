@@ -13,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from sleb.server.engine_thread.metrics import note_failure
 from sleb.server.errors import to_api_error
+from sleb.server.exchange import note_failure
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb.errors import RequestError
 from sleb.server.answer.generation import LARGE_TEXT
-from sleb.server.api.chat import normalise_messages
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import json_response, shorten
+from sleb.server.message.incoming import normalise_messages
 from sleb.server.protocol import Integers, read_body
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Counters and histograms of one server, under vLLM's names with the prefix `sleb:`, and what one exchange adds.
+"""Counters and histograms of one server, under vLLM's names with the prefix `sleb:`.
 
 All of it belongs to the event loop, so that counting takes no lock: a token costs one search in a short list.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from sleb.server.exchange import Exchange
 
 if TYPE_CHECKING:
     from sleb.engine.outputs import StepOutput
@@ -36,29 +36,6 @@ REQUEST_BOUNDS = (
     1920.0, 7680.0,
 )  # fmt: skip
 _METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
-
-
-@dataclass
-class Exchange:
-    """One HTTP request and its answer, as far as they are counted.
-
-    Attributes:
-        failure: the code of the error that answered it, or its status as text.
-        phases: milliseconds by name, for the header Server-Timing.
-    """
-
-    failure: str | None = None
-    phases: dict[str, float] = field(default_factory=dict)
-
-
-EXCHANGE: ContextVar[Exchange | None] = ContextVar("sleb_exchange", default=None)
-
-
-def note_failure(code: str) -> None:
-    """Remembers the error that answers the present exchange; outside of one it does nothing."""
-    exchange = EXCHANGE.get()
-    if exchange is not None:
-        exchange.failure = code
 
 
 class Histogram:

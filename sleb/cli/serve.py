@@ -156,7 +156,7 @@ def serve(
     depths = None if tiers is None else parse_tiers(tiers)
 
     from sleb.cli.settings import check_alias, check_origin, read_keys
-    from sleb.server.api.models import BenchResult
+    from sleb.server.bench_result import BenchResult
     from sleb.server.context import ServerOptions
     from sleb.server.logs import FORMATS, LEVELS
     from sleb.server.run import bind_socket

@@ -23,7 +23,7 @@ import pytest
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.errors import ConfigError
-from sleb.server.api.models import BenchResult
+from sleb.server.bench_result import BenchResult
 from sleb.server.logs import JsonFormatter, SafeHandler
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

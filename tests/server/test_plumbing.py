@@ -12,7 +12,7 @@ import pytest
 
 import sleb
 from sleb.layer_map.layer_map import LayerMap
-from sleb.server.api.models import perplexities
+from sleb.server.bench_result import perplexities
 from sleb.server.logs import curl_line
 
 

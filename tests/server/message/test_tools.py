@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
-from sleb.server.answer.chat_writer import MessageParser
-from sleb.server.api.chat import normalise_messages
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.grammars import GrammarCompiler
+from sleb.server.message.incoming import normalise_messages
+from sleb.server.message.parser import MessageParser
 from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
 from sleb.server.message.special_tokens import literal, special_token_id, thought_rules
 from sleb.server.message.tool_parser import ToolParser

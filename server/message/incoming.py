@@ -1,0 +1,87 @@
+"""The messages of a conversation as they come in: checked, and in the form that chat templates take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from sleb.errors import RequestError
+from sleb.server.errors import shorten
+
+MAX_MESSAGES = 4096
+
+
+def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a string. Raises RequestError for what a text model cannot read."""
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise RequestError(f"there are {len(messages)} messages; send 1 to {MAX_MESSAGES}", param="messages")
+    return [_normalise(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not 0 < len(role) <= 64:
+        raise RequestError(
+            f"{where}.role is {shorten(role)}; it must be a name such as 'system', 'user' or 'assistant'",
+            param=f"{where}.role",
+        )
+    if content is None and role != "assistant":
+        raise RequestError(f"{where}.content is missing", param=f"{where}.content")
+    # A template would write a null as "None".
+    message = message | {"content": _join_parts(content, f"{where}.content") or ""}
+    return _normalise_calls(message, where)
+
+
+def _normalise_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Calls as templates take them, with arguments that are objects; the old fields for them become today's."""
+    if message["role"] == "function":
+        message = message | {"role": "tool"}
+    calls, function = message.get("tool_calls"), message.get("function_call")
+    if calls is not None and not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list of calls", param=f"{where}.tool_calls")
+    normalised = [
+        _normalise_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls or ())
+    ]
+    if function is not None:
+        old = _normalise_call({"type": "function", "function": function}, f"{where}.function_call")
+        normalised = normalised or [old]
+    message = {name: value for name, value in message.items() if name not in ("tool_calls", "function_call")}
+    return message | {"tool_calls": normalised} if normalised else message
+
+
+def _normalise_call(call: Any, where: str) -> dict[str, Any]:
+    function: Any = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where} must have a function with a name", param=where)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str | dict | None):
+        raise RequestError(f"the arguments of {where} must be JSON, as a string or an object", param=where)
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            pass  # as the model wrote them: broken arguments of its own must not end a conversation
+    normalised: dict[str, Any] = {"type": "function"} | call
+    normalised["function"] = function | {"arguments": arguments or {}}
+    return normalised
+
+
+def _join_parts(content: Any, where: str) -> str | None:
+    """The text of a message; text parts are joined by line ends."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise RequestError(
+                f"{where}[{index}] has type {shorten(kind)}; this model reads text only: send parts of type 'text'",
+                param=f"{where}[{index}]",
+            )
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}[{index}].text must be a string", param=f"{where}[{index}].text")
+        texts.append(part["text"])
+    return "\n".join(texts)

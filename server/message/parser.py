@@ -1,0 +1,48 @@
+"""The text of an answer as a message: reasoning, content and calls of tools, each found by its own parser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
+from sleb.server.message.tool_parser import ToolParser
+
+
+class MessageParser:
+    """The text of one answer as a message: reasoning first, then content and calls. Each parser may be absent."""
+
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+
+    @property
+    def num_calls(self) -> int:
+        return 0 if self._tools is None else self._tools.num_calls
+
+    def push(self, text: str, ends: bool) -> list[Delta]:
+        """What `text` makes certain; all of the rest if the answer ends with it."""
+        deltas = [Delta("content", text)] if text else []
+        if self._reasoning is not None:
+            deltas = self._reasoning.push(text) + (self._reasoning.flush() if ends else [])
+        if self._tools is not None:
+            deltas = self._find_calls(deltas) + (self._tools.flush() if ends else [])
+        return join_deltas(deltas)
+
+    def _find_calls(self, deltas: list[Delta]) -> list[Delta]:
+        assert self._tools is not None
+        found: list[Delta] = []
+        for delta in deltas:
+            found += self._tools.push(delta.text) if delta.kind == "content" else [delta]
+        return found
+
+
+@dataclass(frozen=True)
+class MessageShape:
+    """What an answer's message may hold besides text.
+
+    make_parser: a new parser for each choice. legacy: whether a call is told as `function_call`.
+    """
+
+    make_parser: Callable[[], MessageParser]
+    legacy: bool = False
