@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
+from sleb.kernels.cpu.library import CpuKernels, CpuKernelsUnavailableError
 
 # A card's buffer is past every cache; a CPU's is past those of most.
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -57,9 +57,9 @@ class Ceilings:
 def with_read_ceiling(ceilings: Ceilings, num_threads: int, repetitions: int = _REPETITIONS) -> Ceilings:
     """The same with the rate at which `num_threads` threads of our CPU kernels read; unchanged where none can run."""
     try:
-        kernels = NativeKernels.load(num_threads)
+        kernels = CpuKernels.load(num_threads)
         samples = [kernels.read_bandwidth(_READ_BYTES) * 1e9 for _ in range(repetitions + 1)][1:]
-    except (NativeUnavailableError, MemoryError):
+    except (CpuKernelsUnavailableError, MemoryError):
         return ceilings
     return replace(ceilings, read_bytes_per_second=median(samples), read_samples=samples)
 

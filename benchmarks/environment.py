@@ -47,8 +47,12 @@ _DRIFT_LIMIT = 0.05
 
 def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, Any]:
     """Versions, hardware and settings of a measurement with `engine`, ready for JSON; see `describe_machine`."""
-    runner = engine.runner
-    return describe_machine(runner.device, runner.dtype, runner.executor.name, command)
+    runner, executor = engine.runner, engine.runner.executor
+    return describe_machine(runner.device, runner.dtype, executor.kernels, command) | {
+        "executor": executor.name,
+        "instruction_set": executor.instruction_set,
+        "attention": executor.attention,
+    }
 
 
 def describe_machine(

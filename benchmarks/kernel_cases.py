@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
-from sleb.kernels.fused import Attention, FusedKernels
 from sleb.kernels.quantization import Int4Weight, Int8Weight, Weight
+from sleb.kernels.registry import Attention, GpuKernels
 
 OPS = (
     "add_norm",
@@ -26,12 +26,12 @@ OPS = (
     "prefill_attention",
     "greedy",
     "log_softmax_gather",
-    "draw",
+    "sample",
     "linear",
 )
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
 # What the torch reference computes with lengths that it asks the device for: no graph can hold that.
-TORCH_NOT_CAPTURABLE = (*ATTENTION_OPS, "draw")
+TORCH_NOT_CAPTURABLE = (*ATTENTION_OPS, "sample")
 _DEVIATION = 0.02  # of random weights
 _EPS = 1e-5
 
@@ -44,7 +44,7 @@ class Backend:
     """What computes. For attention: its function, what a page's size must be a multiple of, if it can be captured."""
 
     name: str
-    fused: FusedKernels
+    kernels: GpuKernels
     attention: Attention
     page_multiple: int = 1
     capturable: bool = True
@@ -182,7 +182,7 @@ def make_cases(scale: Scale, dtype: torch.dtype, ops: Sequence[str] = OPS) -> li
         "prefill_attention": (_attention("prefill_attention", shape, itemsize) for shape in sizes.prefill),
         "greedy": iter([_greedy(sizes, itemsize)]),
         "log_softmax_gather": iter([_gather(sizes, itemsize)]),
-        "draw": iter([_draw(sizes, itemsize)]),
+        "sample": iter([_sample(sizes, itemsize)]),
         "linear": (
             _linear(kind, rows, *shape, dtype)
             for shape in sizes.linears
@@ -209,7 +209,7 @@ def _add_norm(kind: str, rows: int, sizes: Sizes, itemsize: int) -> Case:
         num_bytes,
         0,
         build,
-        lambda backend, inputs: backend.fused.add_norm(*inputs),
+        lambda backend, inputs: backend.kernels.add_norm(*inputs),
     )
 
 
@@ -233,7 +233,7 @@ def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> Case:
         num_bytes,
         0,
         build,
-        lambda backend, inputs: backend.fused.rope_store(*inputs),
+        lambda backend, inputs: backend.kernels.rope_store(*inputs),
     )
 
 
@@ -244,7 +244,7 @@ def _gated(rows: int, size: int, itemsize: int) -> Case:
         3 * rows * size * itemsize,
         0,
         lambda maker, page_size: (maker.normal(rows, 2 * size), "silu", maker.count(rows)),
-        lambda backend, inputs: backend.fused.gated_activate(*inputs),
+        lambda backend, inputs: backend.kernels.gated_activate(*inputs),
     )
 
 
@@ -255,7 +255,7 @@ def _activate(name: str, rows: int, size: int, itemsize: int) -> Case:
         2 * rows * size * itemsize,
         0,
         lambda maker, page_size: (maker.normal(rows, size), name, maker.count(rows)),
-        lambda backend, inputs: backend.fused.activate(*inputs),
+        lambda backend, inputs: backend.kernels.activate(*inputs),
     )
 
 
@@ -300,7 +300,7 @@ def _greedy(sizes: Sizes, itemsize: int) -> Case:
         rows * (vocab * itemsize + 8),
         0,
         lambda maker, page_size: (maker.normal(rows, vocab, deviation=3.0),),
-        lambda backend, inputs: backend.fused.greedy(*inputs),
+        lambda backend, inputs: backend.kernels.greedy(*inputs),
     )
 
 
@@ -316,11 +316,11 @@ def _gather(sizes: Sizes, itemsize: int) -> Case:
         rows * (vocab * itemsize + 8 + 4),
         0,
         build,
-        lambda backend, inputs: backend.fused.log_softmax_gather(*inputs),
+        lambda backend, inputs: backend.kernels.log_softmax_gather(*inputs),
     )
 
 
-def _draw(sizes: Sizes, itemsize: int) -> Case:
+def _sample(sizes: Sizes, itemsize: int) -> Case:
     """As an ordinary request asks: temperature 0.8, top-k 50, top-p 0.95."""
     rows, vocab = sizes.sampled, sizes.vocab
 
@@ -331,12 +331,12 @@ def _draw(sizes: Sizes, itemsize: int) -> Case:
         return maker.normal(rows, vocab, deviation=3.0), on_device
 
     return Case(
-        "draw",
+        "sample",
         f"{rows} × {vocab}, top-k and top-p",
         rows * (vocab * itemsize + 5 * 8 + 8),
         0,
         build,
-        lambda backend, inputs: backend.fused.draw_packed(*inputs),
+        lambda backend, inputs: backend.kernels.sample_packed(*inputs),
     )
 
 
@@ -362,5 +362,5 @@ def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torc
         weight_bytes + rows * (num_inputs + num_outputs) * dtype.itemsize,
         2 * rows * num_inputs * num_outputs,
         build,
-        lambda backend, inputs: backend.fused.linear(*inputs),
+        lambda backend, inputs: backend.kernels.linear(*inputs),
     )

@@ -39,7 +39,7 @@ from sleb.benchmarks.kernel_cases import (
 )
 from sleb.engine.config import DTYPE_ALIASES, DTYPES, resolve_device
 from sleb.errors import ConfigError
-from sleb.kernels.fused import torch_fused_kernels, triton_fused_kernels
+from sleb.kernels.registry import torch_gpu_kernels, triton_gpu_kernels
 
 BACKENDS = ("torch", "triton", "flash", "varlen")
 _ATTENTION_ONLY = ("flash", "varlen")
@@ -183,22 +183,22 @@ def select_backend(name: str, case: Case, device: torch.device, dtype: torch.dty
             raise ConfigError("it has attention alone")
         return _select_attention(name, case, device, dtype)
     if name == "torch":
-        fused = torch_fused_kernels()
-        return Backend(name, fused, fused.attention, capturable=case.op not in TORCH_NOT_CAPTURABLE)
-    fused = triton_fused_kernels()
+        kernels = torch_gpu_kernels()
+        return Backend(name, kernels, kernels.attention, capturable=case.op not in TORCH_NOT_CAPTURABLE)
+    kernels = triton_gpu_kernels()
     if device.type != "cuda" and not _interpreted():
         raise ConfigError("it needs a CUDA card, or TRITON_INTERPRET=1 in the environment")
-    return Backend(name, fused, fused.attention)
+    return Backend(name, kernels, kernels.attention)
 
 
 def _select_attention(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Backend:
     from sleb.kernels.attention.select import select_attention
 
-    fused = torch_fused_kernels()
-    found = select_attention("flash" if name == "flash" else "torch", fused, device, dtype, case.head_dim)
+    kernels = torch_gpu_kernels()
+    found = select_attention("flash" if name == "flash" else "torch", kernels, device, dtype, case.head_dim)
     if name == "varlen" and "varlen" not in found.name:
         raise ConfigError("torch has no varlen attention over pages here")
-    return Backend(name, fused, found.function, found.page_multiple, found.capturable)
+    return Backend(name, kernels, found.function, found.page_multiple, found.capturable)
 
 
 class _Subject:

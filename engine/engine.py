@@ -78,7 +78,7 @@ class Engine:
         executor = self.runner.executor
         if config.overlap and not executor.asynchronous:
             raise ConfigError(
-                f"overlap is on, but {executor.name} computes when it is called; leave overlap out"
+                f"overlap is on, but the {executor.name} executor computes when it is called; leave overlap out"
             )
         self.overlap = executor.asynchronous if config.overlap is None else config.overlap
         self._in_flight: LaunchedStep | None = None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.execute.cpu import NativeExecutor, why_unsupported
+from sleb.engine.execute.cpu import CpuExecutor, why_unsupported
 from sleb.engine.execute.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
-from sleb.engine.execute.gpu_setup import build_fused
+from sleb.engine.execute.gpu_setup import build_gpu
 from sleb.engine.execute.grammar_masks import fill_masks
 from sleb.engine.execute.kv_cache import PagedKVCache, bytes_per_token, size_cache
 from sleb.engine.execute.sampler import (
@@ -21,7 +21,7 @@ from sleb.engine.execute.sampler import (
     SampledBatch,
     SampledToken,
     Sampler,
-    takes_most_probable,
+    is_greedy,
 )
 from sleb.engine.execute.transfer import to_device
 from sleb.engine.model.architecture import DecoderSpec
@@ -113,7 +113,7 @@ class Runner:
         self._why_slower = kernels.note
         self.executor: Executor
         if attention is not None:
-            built = build_fused(config, spec, weights, kernels, attention, self._plan(keep), depths)
+            built = build_gpu(config, spec, weights, kernels, attention, self._plan(keep), depths)
             self.executor, self.page_size = built.executor, built.page_size
             self.max_model_len, self.num_pages = built.max_model_len, built.num_pages
         else:
@@ -129,10 +129,10 @@ class Runner:
         self._last_sampled: LastSampled | None = None
 
     def _choose_attention(self, config: EngineConfig, kernels: Kernels) -> AttentionBackend | None:
-        """The attention of fused kernels; None for other ones, which bring their own."""
-        if kernels.fused is not None:
+        """The attention of kernels for a GPU; None for other ones, which bring their own."""
+        if kernels.gpu is not None:
             return select_attention(
-                config.attention, kernels.fused, self.device, self.dtype, self.spec.head_dim
+                config.attention, kernels.gpu, self.device, self.dtype, self.spec.head_dim
             )
         if config.attention not in ("auto", "torch"):
             raise ConfigError(
@@ -145,11 +145,11 @@ class Runner:
         self, config: EngineConfig, kernels: Kernels, weights: DecoderWeights, keep: set[Sublayer]
     ) -> Executor:
         plan = self._plan(keep)
-        if kernels.native is not None:
+        if kernels.cpu is not None:
             lacking = why_unsupported(self.spec, self.page_size)
             if lacking is None:
-                return NativeExecutor(
-                    kernels.native,
+                return CpuExecutor(
+                    kernels.cpu,
                     self.spec,
                     weights,
                     plan,
@@ -192,7 +192,7 @@ class Runner:
     def launch(self, step: Step) -> LaunchedStep:
         """Computes the step's tokens, then one token for every row that reaches its request's end.
 
-        On a card this returns when the work is queued, behind that of the steps before.
+        On a GPU this returns when the work is queued, behind that of the steps before.
         """
         if self.device.type == "cuda":  # the thread that steps may be another than the one that loaded
             torch.cuda.set_device(self.device)
@@ -200,7 +200,7 @@ class Runner:
         requests = [row.request for row, chooses in zip(step.rows, choosing, strict=True) if chooses]
         ends = itertools.accumulate(row.num_tokens for row in step.rows)
         last_tokens = [end - 1 for end, chooses in zip(ends, choosing, strict=True) if chooses]
-        most_probable = all(map(takes_most_probable, requests))
+        most_probable = all(map(is_greedy, requests))
         forward = self.executor.run(step, last_tokens, most_probable, self._last_sampled)
         prompt_logprobs = self._launch_prompt_logprobs(step, forward.hidden)
         sampled: SampledBatch | list[int] | None = None
@@ -209,7 +209,7 @@ class Runner:
         elif forward.greedy is not None:
             sampled = forward.greedy
         elif forward.logits is not None:
-            masks = fill_masks(requests, self.spec.vocab_size, self._eos_token_ids)  # while a card computes
+            masks = fill_masks(requests, self.spec.vocab_size, self._eos_token_ids)  # while a GPU computes
             sampled = self._sampler.sample(forward.logits, requests, masks)
         self._last_sampled = None
         if isinstance(sampled, SampledBatch):

@@ -1,25 +1,117 @@
-"""Which implementation of each operator runs: chosen once, when the runner is built, never in the hot path."""
+"""Which implementation of each operator runs: chosen once, when the runner is built, never in the hot path.
+
+`Kernels` are the operators of a decoder whose lengths the host knows (`sleb.kernels.reference.ops` states what each
+computes), `GpuKernels` those of one whose row counts live on the device (`sleb.kernels.reference.device`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sleb.errors import ConfigError
-from sleb.kernels.batch import PagedBatch
-from sleb.kernels.cpu.library import NativeKernels, NativeUnavailableError
-from sleb.kernels.fused import FusedKernels, triton_fused_kernels
+from sleb.kernels.batch import BatchTensors, PagedBatch
+from sleb.kernels.cpu.library import CpuKernels, CpuKernelsUnavailableError
 from sleb.kernels.quantization import Weight
+from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
 from sleb.kernels.reference.ops import Numbers
 
 
+class Attention(Protocol):
+    """Causal attention of new tokens over paged context: query [T, H, D], caches [num_slots, K, D] to [T, H, D]."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: BatchTensors,
+        scale: float,
+        window: int | None,
+    ) -> Tensor: ...
+
+
+class AddNorm(Protocol):
+    """See `sleb.kernels.reference.device.add_norm`."""
+
+    def __call__(
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        kind: str,
+        num_delta: Tensor | None,
+        num_norm: Tensor,
+        *,
+        max_rows: int | None = None,
+        post: bool = False,
+    ) -> Tensor: ...
+
+
+class RopeStore(Protocol):
+    """See `sleb.kernels.reference.device.rope_store`."""
+
+    def __call__(
+        self,
+        heads: Tensor,
+        num_heads: int,
+        rotation: tuple[Tensor, Tensor] | None,
+        positions: Tensor,
+        query_norm: Tensor | None,
+        key_norm: Tensor | None,
+        eps: float,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        num_tokens: Tensor,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class GpuKernels:
+    """The operators of steps on a GPU; `attention` is their own, `sleb.kernels.attention.select` knows others."""
+
+    name: str
+    add_norm: AddNorm
+    rope_store: RopeStore
+    gated_activate: Callable[[Tensor, str, Tensor], Tensor]
+    activate: Callable[[Tensor, str, Tensor], Tensor]
+    linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
+    attention: Attention
+    greedy: Callable[[Tensor], Tensor]
+    sample_packed: Callable[[Tensor, Tensor], Tensor]
+    log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
+    tuning: Callable[[Callable[[str], None] | None], AbstractContextManager[None]]
+    """Inside, operators that do not know their best configuration yet measure it; given each operator's name."""
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Numbers,
+        top_k: Numbers,
+        top_p: Numbers,
+        min_p: Numbers,
+        points: Numbers,
+    ) -> Tensor:
+        """Logits [B, V] to [B] int64, as `sleb.kernels.reference.ops.sample`; the numbers arrive in one copy."""
+        columns = (temperature, top_k, top_p, min_p, points)
+        numbers = torch.stack([torch.as_tensor(column, dtype=torch.float64) for column in columns])
+        if logits.is_cuda and not numbers.is_cuda:
+            numbers = numbers.pin_memory()  # from pageable memory the copy would wait for the device
+        return self.sample_packed(logits, numbers.to(logits.device, non_blocking=True))
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """The operators of the engine as plain functions; `sleb.kernels.reference.ops` states what each computes."""
+    """The operators of the engine as plain functions."""
 
     name: str
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
@@ -32,13 +124,65 @@ class Kernels:
     paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor]
     greedy: Callable[[Tensor], Tensor]
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
-    draw: Callable[[Tensor, Numbers, Numbers, Numbers, Numbers, Numbers], Tensor]
-    native: NativeKernels | None = None
+    sample: Callable[[Tensor, Numbers, Numbers, Numbers, Numbers, Numbers], Tensor]
+    cpu: CpuKernels | None = None
     """C kernels that run a whole step as one call; the functions above then serve what lies outside of steps."""
-    fused: FusedKernels | None = None
+    gpu: GpuKernels | None = None
     """Operators that read their row counts on the device; a step then runs on them."""
     note: str = ""
     """Why nothing faster was chosen."""
+
+
+def torch_gpu_kernels() -> GpuKernels:
+    """The specification itself; its attention waits for the device, so it cannot be captured."""
+    return GpuKernels(
+        name="torch",
+        add_norm=device_reference.add_norm,
+        rope_store=device_reference.rope_store,
+        gated_activate=device_reference.gated_activate,
+        activate=device_reference.activate,
+        linear=reference.linear,
+        attention=device_reference.paged_attention,
+        greedy=reference.greedy,
+        sample_packed=device_reference.sample_packed,
+        log_softmax_gather=reference.log_softmax_gather,
+        tuning=lambda report: nullcontext(),
+    )
+
+
+def triton_gpu_kernels() -> GpuKernels:
+    """The Triton kernels. Raises ConfigError where Triton is not installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"kernels 'triton' need Triton, which cannot be imported ({error}); install it (pip install triton), or "
+            "use kernels torch"
+        ) from None
+    from sleb.kernels.triton import (
+        activation,
+        add_norm,
+        greedy,
+        paged_attention,
+        quant_linear,
+        rope_store,
+        sample,
+        tuning,
+    )
+
+    return GpuKernels(
+        name="triton",
+        add_norm=add_norm.add_norm,
+        rope_store=rope_store.rope_store,
+        gated_activate=activation.gated_activate,
+        activate=activation.activate,
+        linear=quant_linear.quant_linear,
+        attention=paged_attention.paged_attention,
+        greedy=greedy.greedy,
+        sample_packed=sample.sample_packed,
+        log_softmax_gather=greedy.log_softmax_gather,
+        tuning=tuning.tuning,
+    )
 
 
 def _torch_kernels(note: str = "") -> Kernels:
@@ -55,12 +199,12 @@ def _torch_kernels(note: str = "") -> Kernels:
         paged_attention=reference.paged_attention,
         greedy=reference.greedy,
         log_softmax_gather=reference.log_softmax_gather,
-        draw=reference.draw,
+        sample=reference.sample,
     )
 
 
 def _triton_kernels(device: torch.device) -> Kernels:
-    from_triton = triton_fused_kernels()
+    from_triton = triton_gpu_kernels()
     from sleb.kernels.triton.runtime import INTERPRETED
 
     if device.type != "cuda" and not INTERPRETED:
@@ -73,8 +217,8 @@ def _triton_kernels(device: torch.device) -> Kernels:
         name="triton",
         greedy=from_triton.greedy,
         log_softmax_gather=from_triton.log_softmax_gather,
-        draw=from_triton.draw,
-        fused=from_triton,
+        sample=from_triton.sample,
+        gpu=from_triton,
     )
 
 
@@ -86,7 +230,7 @@ def select_kernels(
 ) -> Kernels:
     """The kernel set called `name`, or the best one for this device when it is "auto".
 
-    num_threads, cpus: of the C kernels for a CPU, see `NativeKernels.load`. Raises ConfigError when there is none of
+    num_threads, cpus: of the C kernels for a CPU, see `CpuKernels.load`. Raises ConfigError when there is none of
     that name, with those that exist, and when it cannot run here, with the reason.
     """
     if name not in ("auto", *BACKENDS):
@@ -105,9 +249,9 @@ def select_kernels(
         except ConfigError as reason:
             return _torch_kernels(note=str(reason))
     try:
-        native = NativeKernels.load(num_threads, cpus=cpus)
-    except NativeUnavailableError as reason:
+        cpu = CpuKernels.load(num_threads, cpus=cpus)
+    except CpuKernelsUnavailableError as reason:
         if name == "cpu":
             raise ConfigError(f"kernels 'cpu' cannot be used: {reason}; use kernels auto or torch") from None
         return _torch_kernels(note=str(reason))
-    return replace(_torch_kernels(), name="cpu", native=native, draw=native.draw)
+    return replace(_torch_kernels(), name="cpu", cpu=cpu, sample=cpu.sample)

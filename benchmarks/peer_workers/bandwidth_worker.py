@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleb.kernels.cpu.library import NativeKernels
+from sleb.kernels.cpu.library import CpuKernels
 
 
 class Engine:
     """The kernels without a model."""
 
     def __init__(self, threads: int) -> None:
-        self._kernels = NativeKernels.load(threads)
+        self._kernels = CpuKernels.load(threads)
         self.facts: dict[str, Any] = {"level": self._kernels.level}
 
     def read(self, num_bytes: int) -> dict[str, Any]:

@@ -52,14 +52,14 @@ class Engine:
         )
         engine = self._llm.engine
         environment = describe_environment(engine, shown_command)
-        native = environment["kernels"].startswith("cpu-")
+        compiled = environment["kernels"] == "cpu"
         self.facts: dict[str, Any] = {
             "version": environment["sleb"],
             "model": engine.model_name,
             "weights": weight_format,
             "dtype": environment["dtype"],
             "attention": "paged",
-            "compiled": "C" if native else False,
+            "compiled": "C" if compiled else False,
             "threads": engine.runner.executor.num_threads,
             "kernels": engine.runner.description,
             "settings": {"prefix_caching": False, "tiers": list(depths), "kv_cache_gib": kv_gib},

@@ -76,7 +76,7 @@ def run_quality(
             llm = _load_engine(options, plan, on_progress)
             if not report.environment:
                 report.environment = describe_environment(llm.engine, shown)
-            report.settings["engine_kernels"] = llm.engine.runner.executor.name
+            report.settings["engine_kernels"] = llm.engine.runner.executor.kernels
             if options.generate:
                 _measure_answers(report, llm, plan.prompts, options.output_tokens, on_progress)
             if plan.executable is not None:

@@ -16,9 +16,8 @@ from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import rotary_tables
 from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
 from sleb.engine.schedule.step import Step
-from sleb.kernels.cpu import library as native
 from sleb.kernels.cpu import records
-from sleb.kernels.cpu.library import NativeKernels
+from sleb.kernels.cpu.library import ACTIVATIONS, FORMATS, NORMS, PAGE_SIZES, CpuKernels
 
 _NEVER = 1 << 30  # a depth that no map reaches
 
@@ -29,24 +28,27 @@ def why_unsupported(spec: DecoderSpec, page_size: int) -> str | None:
         return "norms after the residual add"
     if spec.embed_size != spec.hidden_size:
         return "projected embeddings"
-    if spec.activation not in native.ACTIVATIONS:
+    if spec.activation not in ACTIVATIONS:
         return f"activation {spec.activation}"
-    if page_size not in native.PAGE_SIZES:
+    if page_size not in PAGE_SIZES:
         return f"a page size of {page_size}"
     return None
 
 
-class NativeExecutor:
+class CpuExecutor:
     """Runs steps by the C kernels. Takes its weights out of `weights` as it packs them, so that no copy remains.
 
     Not thread-safe. What a step returns is valid until the next one.
     """
 
+    name = "cpu"
+    kernels = "cpu"
+    attention: str | None = None
     asynchronous = False
 
     def __init__(
         self,
-        kernels: NativeKernels,
+        kernels: CpuKernels,
         spec: DecoderSpec,
         weights: DecoderWeights,
         plan: tuple[PlannedSublayer, ...],
@@ -57,7 +59,7 @@ class NativeExecutor:
         max_num_tokens: int,
         max_num_seqs: int,
     ) -> None:
-        self.name = f"cpu-{kernels.level}"
+        self.instruction_set: str | None = kernels.level
         self._kernels = kernels
         self._spec = spec
         self._page_size = page_size
@@ -95,7 +97,7 @@ class NativeExecutor:
     @property
     def description(self) -> str:
         """The kernels in words, for a line at start."""
-        return f"C kernels for {self._kernels.level}, {self.num_threads} threads"
+        return f"C kernels for {self.instruction_set}, {self.num_threads} threads"
 
     def run(
         self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
@@ -169,9 +171,9 @@ class NativeExecutor:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             vocab_size=spec.vocab_size,
-            norm_kind=native.NORMS[spec.norm],
+            norm_kind=NORMS[spec.norm],
             page_size=self._page_size,
-            kv_format=native.FORMATS[weights.dtype],
+            kv_format=FORMATS[weights.dtype],
             max_tokens=max_num_tokens,
             position_offset=spec.position_offset,
             norm_eps=spec.norm_eps,
@@ -185,7 +187,7 @@ class NativeExecutor:
             assert isinstance(weights.embed, Tensor)
             self._kept.append(weights.embed)
             model.embed = weights.embed.data_ptr()
-            model.embed_format = native.FORMATS[weights.embed.dtype]
+            model.embed_format = FORMATS[weights.embed.dtype]
         if weights.position_embed is not None:
             model.position_embed = keep(weights.position_embed)
         if weights.final_norm is not None:
@@ -224,7 +226,7 @@ class NativeExecutor:
     def _fill_mlp(self, unit: records.Unit, weights: MLPWeights) -> None:
         spec, kernels = self._spec, self._kernels
         unit.norm = self._norm(weights.norm)
-        unit.activation = native.ACTIVATIONS[spec.activation]
+        unit.activation = ACTIVATIONS[spec.activation]
         unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
         unit.second = kernels.pack(weights.down.weight, weights.down.bias)
 

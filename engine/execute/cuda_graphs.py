@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.trial_steps import prompt_step
 from sleb.errors import ConfigError
 
@@ -15,7 +15,7 @@ _MARGIN = 1.1  # of what was measured: the allocator's blocks are larger than wh
 
 
 class CudaCapture:
-    """`sleb.engine.execute.gpu.Capture` for a card: all graphs share one pool of memory and one stream."""
+    """`sleb.engine.execute.gpu.Capture` for a GPU: all graphs share one pool of memory and one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -47,7 +47,7 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def measure_reserve(
-    executor: FusedExecutor, page_size: int, max_num_tokens: int, max_len: int, buckets: Sequence[int]
+    executor: GpuExecutor, page_size: int, max_num_tokens: int, max_len: int, buckets: Sequence[int]
 ) -> int:
     """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take.
 
@@ -73,7 +73,7 @@ def measure_reserve(
     return int(_MARGIN * (activations + graphs)) + executor.static_bytes
 
 
-def _measure_graphs(executor: FusedExecutor, buckets: Sequence[int]) -> int:
+def _measure_graphs(executor: GpuExecutor, buckets: Sequence[int]) -> int:
     """The largest graphs size the pool; every further one takes what a second one of a depth does."""
     device, depths = executor.device, executor.depths
     capture = CudaCapture(device)

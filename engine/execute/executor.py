@@ -54,6 +54,13 @@ class Executor(Protocol):
     """Computes steps and stores their K and V."""
 
     name: str
+    """eager, cpu or gpu."""
+    kernels: str
+    """torch, cpu or triton."""
+    instruction_set: str | None
+    """That of the C kernels; None: other kernels compute."""
+    attention: str | None
+    """The attention backend on a GPU, with its version; None: the kernels' own."""
     asynchronous: bool
     """Whether `run` only queues work, and takes tokens that are pending from the step before."""
 
@@ -84,12 +91,15 @@ class Executor(Protocol):
 class EagerExecutor:
     """Runs the plan in order; every sublayer touches only the prefix of rows whose tier keeps it."""
 
+    name = "eager"
+    instruction_set: str | None = None
+    attention: str | None = None
     asynchronous = False
 
     def __init__(
         self, decoder: Decoder, kv_cache: PagedKVCache, plan: tuple[PlannedSublayer, ...], page_size: int
     ) -> None:
-        self.name = decoder.kernels.name
+        self.kernels = decoder.kernels.name
         self.decoder = decoder
         self.kv_cache = kv_cache
         self._plan = plan
@@ -105,7 +115,7 @@ class EagerExecutor:
         """What computes, in words."""
         device = self.decoder.device
         threads = f", {self.num_threads} threads" if device.type == "cpu" else ""
-        return f"{self.name} operators on {device}{threads}"
+        return f"{self.kernels} operators on {device}{threads}"
 
     @torch.inference_mode()
     def run(

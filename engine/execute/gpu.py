@@ -1,4 +1,4 @@
-"""Steps over fused operators, queued on the device: decode steps replayed from captured graphs, others eager.
+"""Steps over operators for a GPU, queued on the device: decode steps replayed from captured graphs, others eager.
 
 A graph is captured for each served depth and each bucket of rows. It runs the units that its depth keeps, over the
 whole bucket; every operator reads on the device how many rows its unit has in this step. So a step of mixed depths is
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sleb.engine.execute.executor import Forward, LastSampled, PlannedSublayer
-from sleb.engine.execute.gpu_decoder import FusedDecoder, Stream, UnitRows
+from sleb.engine.execute.gpu_decoder import GpuDecoder, Stream, UnitRows
 from sleb.engine.execute.step_arrays import StepLayout, StepPacker, StepTensors
 from sleb.engine.execute.transfer import send, to_device
 from sleb.engine.schedule.step import Step
 from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.batch import BatchTensors
-from sleb.kernels.fused import FusedKernels
+from sleb.kernels.registry import GpuKernels
 
 _NEVER = 1 << 30  # a depth that no map reaches
 _TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
@@ -31,7 +31,7 @@ _TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-class FusedExecutor:
+class GpuExecutor:
     """Implements `sleb.engine.execute.executor.Executor`. Not thread-safe; what a step returns is
     valid until the next one.
 
@@ -40,12 +40,14 @@ class FusedExecutor:
         max_num_seqs, max_pages: sequences of a step, and pages of a sequence, at most.
     """
 
+    name = "gpu"
+    instruction_set: str | None = None
     asynchronous = True
 
     def __init__(
         self,
-        decoder: FusedDecoder,
-        kernels: FusedKernels,
+        decoder: GpuDecoder,
+        kernels: GpuKernels,
         attention: AttentionBackend,
         plan: Sequence[PlannedSublayer],
         *,
@@ -55,12 +57,13 @@ class FusedExecutor:
         max_num_seqs: int,
         max_pages: int,
     ) -> None:
-        self.name = f"{kernels.name}, attention {attention.name}"
+        self.kernels = kernels.name
+        self.attention: str | None = attention.name
         self.depths = tuple(sorted(depths))
         self.device = decoder.decoder.device
         self.max_num_seqs = max_num_seqs
         self._decoder = decoder
-        self._kernels = kernels
+        self._operators = kernels
         self._plan = tuple(plan)
         self._removed_at = [_NEVER if planned.removed_at is None else planned.removed_at for planned in plan]
         self._page_size = page_size
@@ -85,14 +88,14 @@ class FusedExecutor:
 
     @property
     def num_threads(self) -> int:
-        """CPU threads that compute what a card does not."""
+        """CPU threads that compute what the GPU does not."""
         return torch.get_num_threads()
 
     @property
     def description(self) -> str:
         """What computes, in words."""
         graphs = f", {len(self._graphs)} captured graphs" if self._graphs else ""
-        return f"{self._kernels.name} kernels on {self.device}, {self.name.split(', ')[1]}{graphs}"
+        return f"{self.kernels} kernels on {self.device}, attention {self.attention}{graphs}"
 
     @property
     def static_bytes(self) -> int:
@@ -156,7 +159,7 @@ class FusedExecutor:
         inputs.positions.fill_(context - 1)
         inputs.slots.fill_(self.padding_page * self._page_size)
         torch.arange(inputs.query_starts.shape[0], dtype=torch.int32, out=inputs.query_starts)
-        with self._kernels.tuning(report):
+        with self._operators.tuning(report):
             for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 16, 32, 64, 128)}):
                 inputs.row_counts.fill_(bucket)
                 self._decode(self._decode_units(self.depths[0], bucket), bucket)
@@ -170,7 +173,7 @@ class FusedExecutor:
         stream = self._decoder.run(token_ids, inputs.positions[:bucket], inputs.slots[:bucket], units)
         self._logits[:bucket] = self._head(stream)
         self._hidden[:bucket] = stream.residual
-        self._sampled[:bucket] = self._kernels.greedy(self._logits[:bucket])
+        self._sampled[:bucket] = self._operators.greedy(self._logits[:bucket])
 
     def _decode_units(self, depth: int, bucket: int) -> list[UnitRows]:
         """The units that `depth` keeps, each reading its row count from the static inputs."""
@@ -251,7 +254,7 @@ class FusedExecutor:
             return Forward(residual, None, None)
         logits = self._head(Stream(residual[to_device(samples, torch.int64, self.device)], None, None))
         if greedy:
-            return Forward(residual, None, self._kernels.greedy(logits))
+            return Forward(residual, None, self._operators.greedy(logits))
         return Forward(residual, logits.float(), None)
 
     def _eager_units(

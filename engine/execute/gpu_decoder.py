@@ -1,4 +1,4 @@
-"""The decoder over fused operators: what runs a unit reads on the device how many rows it has.
+"""The decoder over operators for a GPU: what runs a unit reads on the device how many rows it has.
 
 The arithmetic is that of `sleb.engine.model.decoder.Decoder`, which lends its weights, tables and embedding. The
 residual add of a unit is done by the norm of the next one, so a block is two norms, two pairs of matrix products,
@@ -17,7 +17,7 @@ from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.weights import Norm
 from sleb.kernels.batch import BatchTensors
-from sleb.kernels.fused import Attention, FusedKernels
+from sleb.kernels.registry import Attention, GpuKernels
 from sleb.layer_map.units import Sublayer
 
 
@@ -49,11 +49,11 @@ class Stream:
     num_delta: Tensor | None
 
 
-class FusedDecoder:
+class GpuDecoder:
     """Runs units over a stream. T tokens, E hidden size."""
 
     def __init__(
-        self, decoder: Decoder, kernels: FusedKernels, attention: Attention, kv_cache: PagedKVCache
+        self, decoder: Decoder, kernels: GpuKernels, attention: Attention, kv_cache: PagedKVCache
     ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache

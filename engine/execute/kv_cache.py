@@ -71,7 +71,7 @@ def size_cache(
 ) -> tuple[int, int]:
     """max_model_len and the number of pages for `num_blocks` attention sublayers; the pages hold a request that long.
 
-    reserve: bytes of a card's free memory that are needed for something else. Raises ConfigError.
+    reserve: bytes of a GPU's free memory that are needed for something else. Raises ConfigError.
     """
     limit = spec.max_positions
     wanted = config.max_model_len or limit
@@ -104,7 +104,7 @@ def choose_num_pages(
 ) -> int:
     """How many pages to allocate: what `memory` GiB hold, or a share of the free memory, at most what is useful.
 
-    reserve: bytes of a card's memory, besides what is taken now, that must stay free of pages. Raises ConfigError when
+    reserve: bytes of a GPU's memory, besides what is taken now, that must stay free of pages. Raises ConfigError when
     not one page fits.
     """
     if page_bytes == 0:  # a map that removes all attention needs page numbers, but no bytes

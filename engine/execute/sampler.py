@@ -110,19 +110,19 @@ class Sampler:
 
     def _choose(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         """The most probable token of a row [V] at temperature 0, else one by the request's next random number: [B]."""
-        drawn = [row for row, request in enumerate(requests) if request.params.temperature != 0.0]
-        if not drawn:
+        sampled = [row for row, request in enumerate(requests) if request.params.temperature != 0.0]
+        if not sampled:
             return self._kernels.greedy(logits)
-        all_drawn = len(drawn) == len(requests)
-        params = [requests[row].params for row in drawn]
-        rows = None if all_drawn else self._rows(drawn, logits)
-        tokens = self._kernels.draw(
+        all_sampled = len(sampled) == len(requests)
+        params = [requests[row].params for row in sampled]
+        rows = None if all_sampled else self._rows(sampled, logits)
+        tokens = self._kernels.sample(
             logits if rows is None else logits[rows],
             [each.temperature or 1.0 for each in params],
             [each.top_k or 0 for each in params],
             [each.top_p or 1.0 for each in params],
             [each.min_p for each in params],
-            [requests[row].rng.random() for row in drawn],
+            [requests[row].rng.random() for row in sampled],
         )
         if rows is None:
             return tokens
@@ -154,7 +154,7 @@ class Sampler:
                 logits.index_fill_(0, to_device(sorted(stops), torch.int64, logits.device), NEVER)
 
 
-def takes_most_probable(request: Request) -> bool:
+def is_greedy(request: Request) -> bool:
     """Whether the request wants the token of the highest logit and nothing else."""
     params = request.params
     return params.temperature == 0.0 and params.logprobs is None and not adjusts(request)

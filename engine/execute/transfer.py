@@ -13,7 +13,7 @@ from torch import Tensor
 def to_device(
     values: Sequence[Any] | np.ndarray[Any, Any], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """values as a tensor of `dtype` on the device; the copy to a card goes from pinned memory, behind what runs there.
+    """values as a tensor of `dtype` on the device; the copy to a GPU goes from pinned memory, behind what runs there.
 
     Torch keeps the pinned memory until the copy is done.
     """
@@ -34,10 +34,10 @@ class HostCopy:
 
     def __init__(self, *tensors: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        on_card = any(tensor.is_cuda for tensor in tensors)
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
         # Copies on a CPU too: what was given may be a buffer that the next step writes.
-        self._copies = [_copy(tensor) if on_card else tensor.clone() for tensor in tensors]
-        if on_card:
+        self._copies = [_copy(tensor) if on_gpu else tensor.clone() for tensor in tensors]
+        if on_gpu:
             self._event = torch.cuda.Event()
             self._event.record()
 

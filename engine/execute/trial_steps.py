@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams
@@ -16,7 +16,7 @@ from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.step import ScheduledRow, Step
 
 
-def prompt_step(executor: FusedExecutor, page_size: int, num_tokens: int, max_len: int) -> Step:
+def prompt_step(executor: GpuExecutor, page_size: int, num_tokens: int, max_len: int) -> Step:
     """As many prompts of max_len tokens as num_tokens and the executor allow, and a shorter one for the rest."""
     lengths: list[int] = []
     left = num_tokens
@@ -26,7 +26,7 @@ def prompt_step(executor: FusedExecutor, page_size: int, num_tokens: int, max_le
     return trial_step(executor, page_size, [(length, length) for length in lengths])
 
 
-def trial_step(executor: FusedExecutor, page_size: int, rows: Sequence[tuple[int, int]]) -> Step:
+def trial_step(executor: GpuExecutor, page_size: int, rows: Sequence[tuple[int, int]]) -> Step:
     """A row for each (new tokens, context they end), of the fullest depth."""
     return Step(
         [
@@ -36,7 +36,7 @@ def trial_step(executor: FusedExecutor, page_size: int, rows: Sequence[tuple[int
     )
 
 
-def _request(executor: FusedExecutor, length: int, page_size: int) -> Request:
+def _request(executor: GpuExecutor, length: int, page_size: int) -> Request:
     tokens = [0] * length
     return Request(
         request_id="trial",

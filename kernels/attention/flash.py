@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors
-from sleb.kernels.fused import Attention
+from sleb.kernels.registry import Attention
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
@@ -139,7 +139,7 @@ def _starts(batch: BatchTensors) -> Tensor:
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why no kernel of this family computes this, whatever is installed; None where one may."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs a CUDA card, and does not run on {device}"
+        return f"it needs a CUDA GPU, and does not run on {device}"
     if dtype not in _DTYPES:
         return f"it computes in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
     if head_dim > _MAX_HEAD_DIM or head_dim % 8:
@@ -151,7 +151,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def load_flash(device: torch.device, head_dim: int) -> Flash:
-    """The best flash-attn that is installed, for a card and head dimension that `why_not` lets pass.
+    """The best flash-attn that is installed, for a GPU and head dimension that `why_not` lets pass.
 
     Raises FlashUnavailableError with the reasons of all that were tried.
     """

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from sleb.kernels.attention.flash import Function, PagedCall, paged_attention_by, why_not
-from sleb.kernels.fused import Attention
+from sleb.kernels.registry import Attention
 
 PAGE_MULTIPLE = 256
 """Tokens of which a page of varlen attention is a multiple: torch's kernel is that of flash-attn 2."""
 
 
 def find_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention | None:
-    """Attention by `torch.nn.attention.varlen`; None where this torch or card has none that takes pages."""
+    """Attention by `torch.nn.attention.varlen`; None where this torch or GPU has none that takes pages."""
     if why_not(device, dtype, head_dim) is not None:
         return None
     try:

@@ -9,8 +9,8 @@ import torch
 from sleb.errors import ConfigError
 from sleb.kernels.attention.flash import FlashUnavailableError, load_flash, why_not
 from sleb.kernels.attention.sdpa import PAGE_MULTIPLE, find_varlen
-from sleb.kernels.fused import Attention, FusedKernels
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
+from sleb.kernels.registry import Attention, GpuKernels
 
 ATTENTION_BACKENDS = ("triton", "flash", "torch")
 
@@ -34,9 +34,9 @@ class AttentionBackend:
 
 
 def select_attention(
-    name: str, fused: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int
+    name: str, kernels: GpuKernels, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> AttentionBackend:
-    """The attention called `name`; "auto": that of the fused kernels.
+    """The attention called `name`; "auto": that of `kernels`.
 
     "flash" is the best flash-attn that is installed, "torch" torch's varlen attention, or SDPA where that cannot run.
     Raises ConfigError when there is none of that name, with those that exist, and when it cannot run here, with the
@@ -46,14 +46,14 @@ def select_attention(
         known = ", ".join(("auto", *ATTENTION_BACKENDS))
         raise ConfigError(f"attention backend '{name}' does not exist; choose one of: {known}")
     if name == "auto":
-        return _triton(fused) if fused.name == "triton" else _sdpa()
+        return _triton(kernels) if kernels.name == "triton" else _sdpa()
     try:
         if name == "triton":
-            return _triton(fused)
+            return _triton(kernels)
         if name == "flash":
             return _flash(device, dtype, head_dim)
     except _UnusableError as reason:
-        usable = ", ".join(_usable(fused, device, dtype, head_dim))
+        usable = ", ".join(_usable(kernels, device, dtype, head_dim))
         raise ConfigError(
             f"attention backend '{name}' cannot be used: {reason}; choose one of: {usable}"
         ) from None
@@ -79,10 +79,10 @@ class _UnusableError(Exception):
     """The message says why a backend cannot run here."""
 
 
-def _triton(fused: FusedKernels) -> AttentionBackend:
-    if fused.name != "triton":
-        raise _UnusableError(f"it is part of kernels triton, and kernels {fused.name} are in use")
-    return AttentionBackend("triton", fused.attention)
+def _triton(kernels: GpuKernels) -> AttentionBackend:
+    if kernels.name != "triton":
+        raise _UnusableError(f"it is part of kernels triton, and kernels {kernels.name} are in use")
+    return AttentionBackend("triton", kernels.attention)
 
 
 def _flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
@@ -99,12 +99,12 @@ def _flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
 
 
 def _sdpa() -> AttentionBackend:
-    return AttentionBackend("torch sdpa", fused_reference.paged_attention, capturable=False)
+    return AttentionBackend("torch sdpa", device_reference.paged_attention, capturable=False)
 
 
-def _usable(fused: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def _usable(kernels: GpuKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     names = ["auto"]
-    if fused.name == "triton":
+    if kernels.name == "triton":
         names.append("triton")
     try:
         _flash(device, dtype, head_dim)

@@ -44,7 +44,7 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _pointer, _int = ctypes.c_void_p, ctypes.c_int32
 
 
-class NativeUnavailableError(Exception):
+class CpuKernelsUnavailableError(Exception):
     """The C kernels cannot run here; the message says why."""
 
 
@@ -97,7 +97,7 @@ class Arena:
 
 
 @dataclass
-class NativeKernels:
+class CpuKernels:
     """The kernels of one instruction set, and the threads that run them.
 
     Attributes:
@@ -120,23 +120,23 @@ class NativeKernels:
     @classmethod
     def load(
         cls, num_threads: int | None = None, level: str | None = None, cpus: Sequence[int] | None = None
-    ) -> NativeKernels:
+    ) -> CpuKernels:
         """The kernels for this processor.
 
         num_threads: the caller included; None: one a physical core that the process may use. level: None for the
         best one. cpus: the processor that each thread is tied to, the caller's first; None: the system decides.
-        Raises NativeUnavailableError.
+        Raises CpuKernelsUnavailableError.
         """
         level = level or isa_level()
         if level == "none":
-            raise NativeUnavailableError(_why_no_level())
+            raise CpuKernelsUnavailableError(_why_no_level())
         path = find_library()
         if path is None:
-            raise NativeUnavailableError(why_unavailable() or "the library is not there")
+            raise CpuKernelsUnavailableError(why_unavailable() or "the library is not there")
         try:
             library: Any = ctypes.CDLL(str(path))
         except OSError as error:
-            raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from None
+            raise CpuKernelsUnavailableError(f"{path} cannot be loaded: {error}") from None
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -145,11 +145,11 @@ class NativeKernels:
             level = "avx512bf16"
             isa = library.sleb_select(level.encode())
         if not isa:
-            raise NativeUnavailableError(f"there are no kernels for '{level}'")
+            raise CpuKernelsUnavailableError(f"there are no kernels for '{level}'")
         count = num_threads or (len(cpus) if cpus else default_num_threads())
         pool = library.sleb_pool_create(count, int32_array(cpus) if cpus else None, _PATIENCE)
         if not pool:
-            raise NativeUnavailableError("the system gives no memory for threads")
+            raise CpuKernelsUnavailableError("the system gives no memory for threads")
         kernels = cls(level, library.sleb_pool_num_threads(pool), library, isa.contents, pool)
         weakref.finalize(kernels, library.sleb_pool_destroy, pool)
         return kernels
@@ -193,7 +193,7 @@ class NativeKernels:
         self.library.sleb_read(self.pool, address, num_bytes)
         return num_bytes / (time.perf_counter() - begin) / 1e9
 
-    def draw(
+    def sample(
         self,
         logits: Tensor,
         temperature: Numbers,
@@ -202,7 +202,7 @@ class NativeKernels:
         min_p: Numbers,
         points: Numbers,
     ) -> Tensor:
-        """As `sleb.kernels.reference.ops.draw`, without sorting.
+        """As `sleb.kernels.reference.ops.sample`, without sorting.
 
         Not thread-safe; keeps its scratch for the next call.
         """

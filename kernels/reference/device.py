@@ -1,6 +1,6 @@
-"""The fused operators in plain torch: the specification of the Triton kernels, and their stand-in without Triton.
+"""Operators whose row counts live on the device, in plain torch: the specification of the Triton kernels.
 
-Row counts come as int32 tensors [1], because on a card they change between replays of a captured graph. Rows past a
+The counts come as int32 tensors [1], because on a GPU they change between replays of a captured graph. Rows past a
 count are not touched where an operator writes in place, and unspecified where it returns a new tensor.
 """
 
@@ -124,10 +124,10 @@ def paged_attention(
     return out
 
 
-def draw_packed(logits: Tensor, numbers: Tensor) -> Tensor:
-    """As `reference.draw`; numbers [5, B] float64: temperature, top_k, top_p, min_p, points."""
+def sample_packed(logits: Tensor, numbers: Tensor) -> Tensor:
+    """As `reference.sample`; numbers [5, B] float64: temperature, top_k, top_p, min_p, points."""
     temperature, top_k, top_p, min_p, points = numbers
-    return reference.draw(logits.float(), temperature, top_k, top_p, min_p, points)
+    return reference.sample(logits.float(), temperature, top_k, top_p, min_p, points)
 
 
 def _rows(num_rows: int, count: Tensor) -> Tensor:

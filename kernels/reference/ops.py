@@ -193,7 +193,7 @@ def log_softmax_gather(logits: Tensor, token_ids: Tensor) -> Tensor:
     return (chosen - logits.logsumexp(dim=-1, keepdim=True)).view(token_ids.shape)
 
 
-def draw(
+def sample(
     logits: Tensor, temperature: Numbers, top_k: Numbers, top_p: Numbers, min_p: Numbers, points: Numbers
 ) -> Tensor:
     """One token a row: the first whose cumulative probability, in the vocabulary's order, exceeds the row's point.

@@ -180,7 +180,7 @@ def _join(
 
 
 def choose_num_splits(num_rows: int, num_kv_heads: int, max_context_len: int, device: torch.device) -> int:
-    """Splits of every context: enough programs to fill the card, each with a good part of the longest."""
+    """Splits of every context: enough programs to fill the GPU, each with a good part of the longest."""
     wanted = ceil_div(_PROGRAMS_A_PROCESSOR * num_processors(device), max(1, num_rows * num_kv_heads))
     return min(power_of_two(wanted), power_of_two(ceil_div(max_context_len, _MIN_SPLIT)), _MAX_SPLITS)
 

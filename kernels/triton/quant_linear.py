@@ -9,7 +9,7 @@ A weight is widened to the dtype of x as it is read, as `sleb.kernels.quantizati
 
 and products are summed in float32, so the result is that of `dequantize` followed by a matrix product. For few rows the
 time is that of reading the weight once: each program takes a run of outputs, and where those are too few to fill the
-card, a part of the inputs too; the parts' float32 sums are then added up in a fixed order.
+GPU, a part of the inputs too; the parts' float32 sums are then added up in a fixed order.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def quant_linear(x: Tensor, weight: Weight, bias: Tensor | None, config: Config 
     out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    # More would not fit a card's shared memory in float32.
+    # More would not fit a GPU's shared memory in float32.
     rows = min(128 if x.element_size() == 2 else 64, power_of_two(num_rows, 16))
 
     def launch(chosen: Config) -> None:

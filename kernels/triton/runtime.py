@@ -1,4 +1,4 @@
-"""What every Triton kernel of this folder shares: the interpreter, block sizes, the numbers of a card.
+"""What every Triton kernel of this folder shares: the interpreter, block sizes, the numbers of a GPU.
 
 Triton decides when a kernel is defined whether it is compiled or interpreted: `TRITON_INTERPRET=1` must be set before
 these modules are imported. Interpreted kernels run on a CPU, slowly, and give what the compiled ones give.
@@ -32,7 +32,7 @@ def ceil_div(number: int, divisor: int) -> int:
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a card."""
+    """Streaming multiprocessors of a GPU."""
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

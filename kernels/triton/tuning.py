@@ -1,4 +1,4 @@
-"""Which of an operator's configurations runs: measured once on a card, kept on disk, never measured while serving.
+"""Which of an operator's configurations runs: measured once on a GPU, kept on disk, never measured while serving.
 
 A kernel asks `tuned` with a key that names the operator and the shape that the choice depends on. Inside `tuning()`,
 which a warm-up opens, an unknown key times every configuration and keeps the fastest; outside of it, and always under
@@ -93,7 +93,7 @@ def _choose(key: Key, configs: Sequence[Config], launch: Launch) -> Config:
 
 
 def _measure(key: Key, configs: Sequence[Config], launch: Launch) -> Config:
-    """The fastest of `configs`; those that do not fit the card are left out."""
+    """The fastest of `configs`; those that do not fit the GPU are left out."""
     times: list[tuple[float, int]] = []
     for index, config in enumerate(configs):
         try:
@@ -108,12 +108,12 @@ def _measure(key: Key, configs: Sequence[Config], launch: Launch) -> Config:
             continue
         times.append((float(time), index))
     if not times:
-        raise RuntimeError(f"no configuration of {key[0]} runs on this card")
+        raise RuntimeError(f"no configuration of {key[0]} runs on this GPU")
     return configs[min(times)[1]]
 
 
 def _load() -> None:
-    """Reads the card's table, once."""
+    """Reads the GPU's table, once."""
     identity = _identity()
     if _state.loaded_for == identity:
         return
@@ -131,7 +131,7 @@ def _save() -> None:
     """Writes the table atomically; a folder that cannot be written only costs the next start its time."""
     identity = _identity()
     path = _file(identity)
-    stored = {"card": identity, "configs": dict(sorted(_state.table.items()))}
+    stored = {"gpu": identity, "configs": dict(sorted(_state.table.items()))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacement(path, durable=False) as temporary:

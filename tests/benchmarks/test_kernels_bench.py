@@ -56,7 +56,7 @@ def case(op: str, start: str) -> Case:
         ("decode_attention", "batch 1, context 8192", (8192 * 2 * 8 + 2 * 32) * 128 * 2),
         ("greedy", "64", 64 * 128256 * 2 + 64 * 8),
         ("log_softmax_gather", "64", 64 * 128256 * 2 + 64 * (8 + 4)),
-        ("draw", "64", 64 * 128256 * 2 + 64 * (5 * 8 + 8)),
+        ("sample", "64", 64 * 128256 * 2 + 64 * (5 * 8 + 8)),
         ("linear", "plain, 16 rows, 4096 → 4096", (4096 * 4096 + 2 * 16 * 4096) * 2),
         ("linear", "int8, 1 rows, 14336", 14336 * 4096 + 4096 * 4 + (14336 + 4096) * 2),
         ("linear", "int4, 1 rows, 4096 → 4096", 4096 * 4096 * 5 // 8 + 2 * 4096 * 2),
@@ -87,7 +87,7 @@ def bytes_in(value: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "op", ["gated_activate", "activate", "greedy", "log_softmax_gather", "draw", "linear"]
+    "op", ["gated_activate", "activate", "greedy", "log_softmax_gather", "sample", "linear"]
 )
 def test_the_bytes_are_those_of_inputs_and_outputs(op: str) -> None:
     """Against the tensors themselves; the row count, which has four bytes, is not counted."""
@@ -178,11 +178,11 @@ def test_an_operator_that_fails_does_not_stop_the_others(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("sleb.kernels.reference.ops.greedy", broken)
     report = run_kernels(
-        KernelOptions(ops=("greedy", "draw"), backends=("torch",), device="cpu", repetitions=1)
+        KernelOptions(ops=("greedy", "sample"), backends=("torch",), device="cpu", repetitions=1)
     )
     assert [(row.op, row.reason) for row in report.rows] == [
         ("greedy", "RuntimeError: no such instruction"),
-        ("draw", None),
+        ("sample", None),
     ]
 
 

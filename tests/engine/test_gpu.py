@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sleb import LLM, SamplingParams
-from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.gpu import GpuExecutor
 from sleb.errors import ConfigError
 
 pytestmark = [
@@ -47,8 +47,8 @@ def logprobs(output):
 def test_a_card_gets_triton_graphs_and_overlap(make):
     engine = make().engine
     executor = engine.runner.executor
-    assert isinstance(executor, FusedExecutor) and engine.overlap
-    assert executor.name == "triton, attention triton"
+    assert isinstance(executor, GpuExecutor) and engine.overlap
+    assert (executor.name, executor.kernels, executor.attention) == ("gpu", "triton", "triton")
     assert "captured graphs" in engine.description
 
 

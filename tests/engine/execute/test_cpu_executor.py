@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sleb import SamplingParams
-from sleb.engine.execute.cpu import NativeExecutor
+from sleb.engine.execute.cpu import CpuExecutor
 from sleb.engine.execute.executor import EagerExecutor
 from sleb.errors import ConfigError
 from sleb.kernels.cpu import library
@@ -42,7 +42,7 @@ def make(make_llm):
     def build(model, removed=(), tiers=None, **options):
         defaults = {"kernels": "cpu", "page_size": 16, "num_threads": 3}
         llm = make_llm(model, removed, tiers, **(defaults | options))
-        assert isinstance(llm.engine.runner.executor, NativeExecutor)
+        assert isinstance(llm.engine.runner.executor, CpuExecutor)
         return llm
 
     return build

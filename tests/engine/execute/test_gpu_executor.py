@@ -1,4 +1,4 @@
-"""The executor over fused operators: against transformers, against the eager one, replayed, overlapped, interpreted.
+"""The executor for a GPU: against transformers, against the eager one, replayed, overlapped, interpreted.
 
 Most tests run the operators' torch specification, which is fast, and "capture" by keeping the function: what a graph
 replays on a card is then called again on the same static tensors. The Triton kernels themselves run interpreted on
@@ -15,10 +15,10 @@ import torch
 
 from sleb import SamplingParams
 from sleb.engine.execute.cuda_graphs import decode_buckets
-from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.kv_cache import GIB
 from sleb.errors import ConfigError
-from sleb.kernels import fused, registry
+from sleb.kernels import registry
 from sleb.layer_map.layer_map import Unit
 
 pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
@@ -47,15 +47,15 @@ class Recorder:
 
 @pytest.fixture
 def make(make_llm, monkeypatch):
-    """make(model, …, graphs=True): an LLM over the fused operators' specification; `llm.replays` counts replays."""
+    """make(model, …, graphs=True): an LLM over the operators' specification; `llm.replays` counts replays."""
 
     def build(model, removed=(), tiers=None, graphs=True, **options):
         with monkeypatch.context() as patch:
-            specification = fused.torch_fused_kernels()
-            patch.setattr(registry, "triton_fused_kernels", lambda: specification)
+            specification = registry.torch_gpu_kernels()
+            patch.setattr(registry, "triton_gpu_kernels", lambda: specification)
             llm = make_llm(model, removed, tiers, kernels="triton", **options)
         executor = llm.engine.runner.executor
-        assert isinstance(executor, FusedExecutor) and llm.engine.overlap == options.get("overlap", True)
+        assert isinstance(executor, GpuExecutor) and llm.engine.overlap == options.get("overlap", True)
         llm.replays = Recorder()
         if graphs:
             executor.capture(decode_buckets(executor.max_num_seqs), llm.replays)
@@ -292,8 +292,8 @@ def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm):
     units = (Unit(2), Unit(1, "mlp"), Unit(1, "attention"))
     options = {"max_tokens": 3, "ignore_eos": True, "logprobs": 2}
     greedy = SamplingParams(temperature=0.0, **options)
-    drawn = SamplingParams(temperature=0.9, top_k=7, top_p=0.9, seed=2, **options)
-    params = [greedy, drawn if name == "llama-gqa" else greedy, greedy]
+    sampled = SamplingParams(temperature=0.9, top_k=7, top_p=0.9, seed=2, **options)
+    params = [greedy, sampled if name == "llama-gqa" else greedy, greedy]
     prompts, depths = [PROMPT[:9], PROMPT[5:6], PROMPT[11:15]], [0, 3, 1]
     options = {"max_num_batched_tokens": 7}
     expected = make_llm(model, units, (0, 1, 3), **options).generate(prompts, params, depths)

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from sleb import SamplingParams
-from sleb.engine.execute import cuda_graphs, kv_cache
-from sleb.engine.execute import gpu_setup as fused_setup
+from sleb.engine.execute import cuda_graphs, gpu_setup, kv_cache
 from sleb.engine.execute.kv_cache import GIB
 from sleb.errors import ConfigError
-from sleb.kernels import fused, registry
+from sleb.kernels import registry
 from sleb.kernels.attention import select as attention
 
 pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
@@ -69,15 +68,15 @@ def card(monkeypatch):
 
 @pytest.fixture
 def make(make_llm, monkeypatch):
-    """An LLM over the fused operators' specification, set up on the CPU as if on a card."""
+    """An LLM over the operators' specification, set up on the CPU as if on a card."""
 
     def build(model, **options):
-        specification = fused.torch_fused_kernels()
-        monkeypatch.setattr(registry, "triton_fused_kernels", lambda: specification)
+        specification = registry.torch_gpu_kernels()
+        monkeypatch.setattr(registry, "triton_gpu_kernels", lambda: specification)
         # Its attention waits for the device, so the real one would not be captured.
         backend = attention.AttentionBackend("stand-in", specification.attention)
         monkeypatch.setattr("sleb.engine.runner.select_attention", lambda *arguments: backend)
-        monkeypatch.setattr(fused_setup, "is_card", lambda device: True)
+        monkeypatch.setattr(gpu_setup, "is_gpu", lambda device: True)
         return make_llm(model, kernels="triton", **options)
 
     return build

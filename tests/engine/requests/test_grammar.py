@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from sleb import SamplingParams
 from sleb.engine.engine import _must_wait
 from sleb.engine.execute.cuda_graphs import decode_buckets
-from sleb.engine.execute.gpu import FusedExecutor
+from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.grammar_masks import TokenMasks, fill_masks, num_words
 from sleb.engine.execute.kv_cache import GIB
-from sleb.engine.execute.sampler import Sampler, adjusts, takes_most_probable
+from sleb.engine.execute.sampler import Sampler, adjusts, is_greedy
 from sleb.errors import RequestError
-from sleb.kernels import fused, registry
+from sleb.kernels import registry
 from sleb.kernels.registry import select_kernels
 
 EOS = (256, 258)
@@ -85,7 +85,7 @@ def letters():
     return Automaton({0: dict.fromkeys(b"abc", 0)}, {0})
 
 
-@pytest.fixture(params=["torch", "cpu", "fused"], scope="module")
+@pytest.fixture(params=["torch", "cpu", "gpu"], scope="module")
 def llm(request, make_llm, tiny_model_dir):
     """An LLM over the tiny model: eager, with the C kernels, and overlapped with replayed steps."""
     return build(request.param, make_llm, tiny_model_dir)
@@ -93,15 +93,15 @@ def llm(request, make_llm, tiny_model_dir):
 
 def build(kind, make_llm, model, **options):
     if kind in ("torch", "cpu"):
-        if kind == "cpu" and select_kernels("auto", torch.device("cpu")).native is None:
+        if kind == "cpu" and select_kernels("auto", torch.device("cpu")).cpu is None:
             pytest.skip("no C kernels here")
         return make_llm(model, kernels=kind, **{"page_size": 16} | options)
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "triton_fused_kernels", fused.torch_fused_kernels)
+        patch.setattr(registry, "triton_gpu_kernels", registry.torch_gpu_kernels)
         llm = make_llm(model, kernels="triton", **{"max_num_batched_tokens": 32} | options)
     executor = llm.engine.runner.executor
-    assert isinstance(executor, FusedExecutor)
+    assert isinstance(executor, GpuExecutor)
 
     def keep(function):
         function()
@@ -237,7 +237,7 @@ def test_a_grammar_that_cannot_be_begun_is_refused(llm):
     assert not llm.engine.has_unfinished()
 
 
-@pytest.mark.parametrize("kind", ["torch", "fused"])
+@pytest.mark.parametrize("kind", ["torch", "gpu"])
 def test_preemption_keeps_the_state(kind, make_llm, tiny_model_dir):
     """Too few pages: requests are taken back and computed anew, and their answers are as with enough of them."""
     wide = build(kind, make_llm, tiny_model_dir)
@@ -253,7 +253,7 @@ def test_preemption_keeps_the_state(kind, make_llm, tiny_model_dir):
 
 
 def test_the_engine_waits_and_the_mask_is_made_after_the_launch(make_llm, tiny_model_dir):
-    llm = build("fused", make_llm, tiny_model_dir)
+    llm = build("gpu", make_llm, tiny_model_dir)
     events = []
     grammar = digits_then(".", 3)
     original_fill, run = State.fill, llm.engine.runner.executor.run
@@ -268,9 +268,9 @@ def test_the_engine_waits_and_the_mask_is_made_after_the_launch(make_llm, tiny_m
 
 def test_such_a_request_is_never_a_plain_greedy_one(make_request):
     request = make_request([1], temperature=0.0)
-    assert takes_most_probable(request) and not adjusts(request) and not _must_wait(request)
+    assert is_greedy(request) and not adjusts(request) and not _must_wait(request)
     request.grammar = letters().start()
-    assert not takes_most_probable(request) and adjusts(request) and _must_wait(request)
+    assert not is_greedy(request) and adjusts(request) and _must_wait(request)
 
 
 @given(

@@ -27,8 +27,8 @@ from sleb.kernels.attention.select import (
     select_attention,
 )
 from sleb.kernels.batch import BatchTensors
-from sleb.kernels.fused import torch_fused_kernels
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
+from sleb.kernels.registry import torch_gpu_kernels
 
 HEAD_DIM = 16  # of the stand-ins; real kernels are built for wider ones everywhere
 REAL_HEAD_DIM = 64
@@ -109,7 +109,7 @@ class Case:
     def expected(self, window=None):
         """By the specification, in float32 from the same rounded numbers."""
         widened = (each.float() for each in (self.query, self.key_cache, self.value_cache))
-        return fused_reference.paged_attention(*widened, self.batch, self.scale, window)[
+        return device_reference.paged_attention(*widened, self.batch, self.scale, window)[
             : self.num_tokens
         ].cpu()
 
@@ -407,15 +407,15 @@ def test_the_host_reads_nothing(backend, name):
     with NoReads():
         case.run(backend.function)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReads():  # the reference does
-        case.run(fused_reference.paged_attention)
+        case.run(device_reference.paged_attention)
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
 
 
 def select(name, device=CUDA, dtype=torch.bfloat16, head_dim=HEAD_DIM, kernels="torch"):
-    fused = replace(torch_fused_kernels(), name=kernels)
-    return select_attention(name, fused, device, dtype, head_dim)
+    found = replace(torch_gpu_kernels(), name=kernels)
+    return select_attention(name, found, device, dtype, head_dim)
 
 
 @pytest.mark.parametrize(
@@ -500,13 +500,13 @@ def test_an_old_card_and_nothing_installed(install, card):
         select("flash")
 
 
-def test_triton_is_that_of_the_fused_kernels(install, card):
+def test_triton_is_that_of_the_triton_kernels(install, card):
     install(2)
     card(8)
     for name in ("auto", "triton"):
         backend = select(name, kernels="triton")
         assert backend.name == "triton" and backend.page_multiple == 1 and backend.capturable
-        assert backend.function is torch_fused_kernels().attention
+        assert backend.function is torch_gpu_kernels().attention
     with pytest.raises(ConfigError, match=r"kernels torch are in use; choose one of: auto, flash, torch$"):
         select("triton")
     with pytest.raises(ConfigError, match=r"choose one of: auto, torch$"):
@@ -561,14 +561,14 @@ def test_unknown_names():
 )
 def test_page_sizes(multiple, wanted, page_size):
     assert (
-        choose_page_size(wanted, AttentionBackend("x", fused_reference.paged_attention, multiple))
+        choose_page_size(wanted, AttentionBackend("x", device_reference.paged_attention, multiple))
         == page_size
     )
 
 
 @pytest.mark.parametrize(("wanted", "suggested"), [(16, 256), (257, 512), (0, 256), (-3, 256)])
 def test_page_sizes_that_do_not_suit(wanted, suggested):
-    backend = AttentionBackend("flash-attn 2.8.3", fused_reference.paged_attention, page_multiple=256)
+    backend = AttentionBackend("flash-attn 2.8.3", device_reference.paged_attention, page_multiple=256)
     with pytest.raises(
         ConfigError, match=f"page_size {wanted} .*flash-attn 2.8.3.*multiple of 256; use {suggested}"
     ):

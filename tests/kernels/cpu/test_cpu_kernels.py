@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 w
 
 @pytest.fixture(scope="module", params=LEVELS)
 def kernels(request):
-    return native.NativeKernels.load(num_threads=3, level=request.param)
+    return native.CpuKernels.load(num_threads=3, level=request.param)
 
 
 class Rig:
@@ -414,7 +414,7 @@ class TestAttention:
     @pytest.mark.parametrize("num_threads", [1, 2, 5])
     def test_any_number_of_threads(self, num_threads):
         """Five are more than the cores of many machines; each number splits contexts in its own way."""
-        kernels = native.NativeKernels.load(num_threads=num_threads, level=LEVELS[-1])
+        kernels = native.CpuKernels.load(num_threads=num_threads, level=LEVELS[-1])
         for dtype in TOLERANCES:
             run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, qk_norm=True, rotary=4)
             run(kernels, dtype, [1103, 3], [[1100, 1], [1, 1], [1, 0], [1, 1]], heads=5, kv_heads=1, dim=32)
@@ -455,7 +455,7 @@ def test_any_number_of_threads_gives_the_same_sums(num_threads):
     x, weight = randn(50, 200, seed=1), randn(300, 200, seed=2).bfloat16()
     outputs = []
     for count in (1, num_threads):
-        kernels = native.NativeKernels.load(num_threads=count)
+        kernels = native.CpuKernels.load(num_threads=count)
         assert kernels.num_threads == count
         packed, out = kernels.pack(weight), torch.zeros(50, 300)
         with Rig(kernels, widest=300) as rig:
@@ -466,7 +466,7 @@ def test_any_number_of_threads_gives_the_same_sums(num_threads):
 
 
 def test_bandwidth_is_a_plausible_number():
-    assert 0.1 < native.NativeKernels.load().read_bandwidth(8 << 20) < 10_000
+    assert 0.1 < native.CpuKernels.load().read_bandwidth(8 << 20) < 10_000
 
 
 @pytest.mark.parametrize(

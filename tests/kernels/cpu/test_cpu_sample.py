@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 w
 
 @pytest.fixture(scope="module", params=LEVELS)
 def kernels(request):
-    return native.NativeKernels.load(num_threads=3, level=request.param)
+    return native.CpuKernels.load(num_threads=3, level=request.param)
 
 
 def normal(*shape, seed=0, spread=3.0):
@@ -54,14 +54,14 @@ def evenly(count):
 
 def check(kernels, logits, temperature, top_k, top_p, min_p, points):
     """Every row's token is the reference's, or lies between those that it gives for numbers that differ by EDGE."""
-    actual = kernels.draw(logits, temperature, top_k, top_p, min_p, points)
+    actual = kernels.sample(logits, temperature, top_k, top_p, min_p, points)
     assert actual.dtype == torch.int64
-    wrong = reference.draw(logits, temperature, top_k, top_p, min_p, points) != actual
+    wrong = reference.sample(logits, temperature, top_k, top_p, min_p, points) != actual
     for row in wrong.nonzero().flatten().tolist():
         share, point = top_p[row], points[row]
         shares = [min(1.0, share * (1 + step)) for step in (-EDGE, 0, EDGE)]
         first, last = (
-            reference.draw(
+            reference.sample(
                 logits[row].repeat(3, 1),
                 [temperature[row]] * 3,
                 [top_k[row]] * 3,
@@ -192,17 +192,17 @@ def test_top_k_keeps_the_lowest_of_equal_tokens(kernels):
     logits = torch.zeros(1, 100)
     logits[0, 60] = 1e-3
     expected = [0, 1, 2, 60]
-    for draw in (reference.draw, kernels.draw):
-        drawn = draw(logits.repeat(40, 1), *columns(40, top_k=4), evenly(40))
-        assert sorted(set(drawn.tolist())) == expected
+    for sample in (reference.sample, kernels.sample):
+        sampled = sample(logits.repeat(40, 1), *columns(40, top_k=4), evenly(40))
+        assert sorted(set(sampled.tolist())) == expected
 
 
 def test_top_p_keeps_the_token_that_crosses(kernels):
     """Ten equal tokens: a share of 0.25 is crossed by the third; 0.2 is reached by the second."""
     for top_p, kept in ((0.25, 3), (0.2 - 1e-12, 2), (0.2 + 1e-6, 3), (1e-12, 1)):
-        for draw in (reference.draw, kernels.draw):
-            drawn = draw(torch.zeros(100, 10), *columns(100, top_p=top_p), evenly(100))
-            assert set(drawn.tolist()) == set(range(kept))
+        for sample in (reference.sample, kernels.sample):
+            sampled = sample(torch.zeros(100, 10), *columns(100, top_p=top_p), evenly(100))
+            assert set(sampled.tolist()) == set(range(kept))
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}])
@@ -213,8 +213,8 @@ def test_top_p_keeps_the_token_that_crosses(kernels):
 def test_rows_without_a_distribution(values, expected, filters, kernels):
     """Such as a model's that has lost its numbers: nothing hangs, and both agree."""
     logits = torch.tensor([values, values])
-    for draw in (reference.draw, kernels.draw):
-        assert draw(logits, *columns(2, **filters), [0.0, 0.9]).tolist() == [expected] * 2
+    for sample in (reference.sample, kernels.sample):
+        assert sample(logits, *columns(2, **filters), [0.0, 0.9]).tolist() == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_frequencies_pass_a_chi_square_test(filters, kernels):
             reached += weights[token]
     numbers = random.Random(0)
     points = [numbers.random() for _ in range(count)]
-    drawn = Counter(kernels.draw(logits.repeat(count, 1), *columns(count, **filters), points).tolist())
-    assert set(drawn) == set(weights)
+    sampled = Counter(kernels.sample(logits.repeat(count, 1), *columns(count, **filters), points).tolist())
+    assert set(sampled) == set(weights)
     expected = {token: count * w / sum(weights.values()) for token, w in weights.items()}
-    statistic = sum((drawn[token] - mean) ** 2 / mean for token, mean in expected.items())
+    statistic = sum((sampled[token] - mean) ** 2 / mean for token, mean in expected.items())
     freedom = len(weights) - 1
     assert statistic < freedom + 6 * math.sqrt(2 * freedom)
 
@@ -253,12 +253,12 @@ def test_scratch_is_kept_and_grows(kernels):
         logits = normal(6, 2 * size, seed=size)[:, ::2]
         numbers = [torch.tensor(column) for column in columns(6, top_k=5, top_p=0.9)]
         points = torch.tensor(evenly(6), dtype=torch.float64)
-        expected = reference.draw(logits, *numbers, points)
-        assert torch.equal(kernels.draw(logits, *numbers, points), expected)
+        expected = reference.sample(logits, *numbers, points)
+        assert torch.equal(kernels.sample(logits, *numbers, points), expected)
     scratch = kernels._scratch.data_ptr()
-    kernels.draw(logits, *numbers, points)
+    kernels.sample(logits, *numbers, points)
     assert kernels._scratch.data_ptr() == scratch
 
 
 def test_no_rows(kernels):
-    assert kernels.draw(torch.empty(0, 50), *columns(0), []).shape == (0,)
+    assert kernels.sample(torch.empty(0, 50), *columns(0), []).shape == (0,)

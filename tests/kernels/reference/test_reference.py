@@ -230,10 +230,10 @@ class TestRegistry:
         pytest.importorskip("triton")
         card = torch.device("cuda", 0)
         kernels = select_kernels("auto", card)
-        assert (kernels.name, kernels.fused.name) == ("triton", "triton")
+        assert (kernels.name, kernels.gpu.name) == ("triton", "triton")
         monkeypatch.setitem(sys.modules, "triton", None)
         kernels = select_kernels("auto", card)
-        assert (kernels.name, kernels.fused) == ("torch", None)
+        assert (kernels.name, kernels.gpu) == ("torch", None)
         assert "need Triton" in kernels.note
         with pytest.raises(ConfigError, match="pip install triton"):
             select_kernels("triton", card)
@@ -244,7 +244,7 @@ class TestRegistry:
 
         monkeypatch.setenv("SLEB_CPU_ISA", "none")
         kernels = select_kernels("auto", torch.device("cpu"))
-        assert (kernels.name, kernels.native) == ("torch", None)
+        assert (kernels.name, kernels.cpu) == ("torch", None)
         assert "SLEB_CPU_ISA" in kernels.note
         with pytest.raises(ConfigError, match="SLEB_CPU_ISA"):
             select_kernels("cpu", torch.device("cpu"))

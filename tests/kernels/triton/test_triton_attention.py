@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
 from sleb.kernels.triton import paged_decode, paged_prefill
 from sleb.kernels.triton.paged_attention import paged_attention
 
@@ -141,7 +141,7 @@ def test_paged_attention(device, dtype, shape):
     """Both operators behind one call, and the reference that stands for them, on the tokens that are there."""
     case = Case(device, shape, dtype, 4, [(1, 9), (4, 6), (1, 1), (7, 70)])
     tokens, tolerance = slice(0, case.num_tokens), TOLERANCE[dtype]
-    for operator in (paged_attention, fused_reference.paged_attention):
+    for operator in (paged_attention, device_reference.paged_attention):
         out = operator(*case.on_device, case.tensors, SCALE, 6)[tokens]
         torch.testing.assert_close(
             out.double().cpu(), case.expected(6)[tokens], atol=tolerance, rtol=tolerance

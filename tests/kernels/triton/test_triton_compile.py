@@ -31,7 +31,7 @@ KERNELS = {
     "paged_decode": {"_decode", "_join"},
     "paged_prefill": {"_prefill"},
     "greedy": {"_scan", "_join"},
-    "draw": {"_draw"},
+    "sample": {"_sample"},
     "quant_linear": {"_linear", "_add_parts"},
 }
 # query heads, KV heads, head dimension, hidden size, MLP size
@@ -195,7 +195,7 @@ def _sampling(modules):
     logits, ids = torch.empty(4, 128256), torch.empty(4, 3, dtype=torch.int64)
     yield "greedy", partial(modules["greedy"].greedy, logits)
     yield "log-softmax", partial(modules["greedy"].log_softmax_gather, logits, ids)
-    yield "draw", partial(modules["draw"].draw_packed, logits, torch.empty(5, 4, dtype=torch.float64))
+    yield "sample", partial(modules["sample"].sample_packed, logits, torch.empty(5, 4, dtype=torch.float64))
 
 
 def _linears(modules, arch, everything):

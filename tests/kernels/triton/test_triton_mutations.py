@@ -13,7 +13,7 @@ import torch
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Int4Weight, Int8Weight
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
 
 pytestmark = [
@@ -46,7 +46,7 @@ def check_norm(module):
         arguments = delta, weight, bias if kind == "layer" else None, 1e-5, kind
         counts = integers(num_delta), integers(num_norm)
         out = module.add_norm(residual, *arguments, *counts)
-        same(out[:num_norm], fused_reference.add_norm(other, *arguments, *counts)[:num_norm])
+        same(out[:num_norm], device_reference.add_norm(other, *arguments, *counts)[:num_norm])
         same(residual, other)
 
 
@@ -63,7 +63,7 @@ def check_rope(module):
     places = integers(0, 8, 5, 2), integers(3, 5, 0, 1)
     queries = [
         operator(heads, 6, rotation, places[0], *norms, 1e-5, *cache, places[1], integers(3))
-        for operator, cache in zip((module.rope_store, fused_reference.rope_store), caches, strict=True)
+        for operator, cache in zip((module.rope_store, device_reference.rope_store), caches, strict=True)
     ]
     same(queries[0][:3], queries[1][:3])
     same(caches[0], caches[1])
@@ -120,7 +120,7 @@ def check_greedy(module):
     same(module.log_softmax_gather(logits[:4], ids), reference.log_softmax_gather(logits[:4], ids))
 
 
-def check_draw(module):
+def check_sample(module):
     module._BLOCK = 16
     logits = randn(8, 50).round()
     logits[5, 7], logits[5, 8:] = 0.0, -2.0  # under min-p
@@ -135,8 +135,8 @@ def check_draw(module):
         [0.0, 0.97, 0.5, 0.97, 0.5, 0.97, 0.999, 0.999],  # point
     )
     assert (
-        module.draw_packed(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()
-        == reference.draw(logits, *numbers).tolist()
+        module.sample_packed(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()
+        == reference.sample(logits, *numbers).tolist()
     )
 
 
@@ -163,7 +163,7 @@ CHECKS = {
     "paged_decode": check_decode,
     "paged_prefill": check_prefill,
     "greedy": check_greedy,
-    "draw": check_draw,
+    "sample": check_sample,
     "quant_linear": check_linear,
 }
 # module, text in it, the fault in its place; where the text occurs several times, all are replaced
@@ -232,16 +232,16 @@ MUTATIONS = [
     ("greedy", "- (tl.log(total) + shift)", "- tl.log(total)"),
     ("greedy", "sums * tl.exp(highest - shift), 0.0", "sums, 0.0"),
     ("greedy", "total = total * tl.exp(highest - shift) +", "total = total +"),
-    ("draw", "(rank <= ties)", "(rank >= 0)"),
-    ("draw", "ties = top_k - above", "ties = top_k - above + 1"),
-    ("draw", "goal = top_p * total", "goal = total"),
-    ("draw", "tl.where(scaled >= least, tl.exp(scaled), 0.0)", "tl.exp(scaled)"),
-    ("draw", "cumulative > goal", "cumulative >= goal"),
-    ("draw", "before = running", "before = running * 0.0"),
-    ("draw", "goal = point * kept", "goal = point * total"),
-    ("draw", "ties = tl.minimum(ties, seen)", "ties = ties"),
-    ("draw", "(x - highest) * inverse_temperature", "(x - highest)"),
-    ("draw", "- seen, 0.0)", ", 0.0)"),
+    ("sample", "(rank <= ties)", "(rank >= 0)"),
+    ("sample", "ties = top_k - above", "ties = top_k - above + 1"),
+    ("sample", "goal = top_p * total", "goal = total"),
+    ("sample", "tl.where(scaled >= least, tl.exp(scaled), 0.0)", "tl.exp(scaled)"),
+    ("sample", "cumulative > goal", "cumulative >= goal"),
+    ("sample", "before = running", "before = running * 0.0"),
+    ("sample", "goal = point * kept", "goal = point * total"),
+    ("sample", "ties = tl.minimum(ties, seen)", "ties = ties"),
+    ("sample", "(x - highest) * inverse_temperature", "(x - highest)"),
+    ("sample", "- seen, 0.0)", ", 0.0)"),
     ("quant_linear", "low = ((packed & 15)", "low = ((packed >> 4)"),
     ("quant_linear", "high = ((packed >> 4)", "high = ((packed & 15)"),
     ("quant_linear", "(packed >> 4).to(tl.float32) * step + offset", "(packed >> 4).to(tl.float32) * step"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
 from sleb.kernels.triton.activation import activate, gated_activate
 from sleb.kernels.triton.add_norm import add_norm
 
@@ -80,13 +80,13 @@ def test_post_norm_takes_the_place_of_the_residual(device, randn, count, close, 
 
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_add_norm_is_the_fused_reference(randn, count, close, dtype, kind, post):
+def test_add_norm_is_the_reference(randn, count, close, dtype, kind, post):
     """The specification itself: on the rows that it promises, up to the order of a sum."""
     residual, delta, weight = (randn(*shape, dtype=dtype) for shape in ((6, 96), (5, 96), (96,)))
     counts = (count(3), count(3)) if post else (count(5), count(3))
     other = residual.clone()
     arguments = (delta, weight, None, 1e-6, kind, *counts)
-    expected = fused_reference.add_norm(other, *arguments, max_rows=6, post=post)
+    expected = device_reference.add_norm(other, *arguments, max_rows=6, post=post)
     actual = add_norm(residual, *arguments, max_rows=6, post=post)
     close(actual[:3], expected[:3], 3.0)
     close(residual, other, 3.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
 from sleb.kernels.triton.rope_store import rope_store
 
 NAN = float("nan")
@@ -113,13 +113,13 @@ def test_no_tokens(device, randn, count):
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 80, 32), (2, 2, 12, 12)], ids=str)
-def test_is_the_fused_reference(device, randn, count, close, dtype, shape):
+def test_is_the_reference(device, randn, count, close, dtype, shape):
     case, other = (Case(device, randn, shape, dtype) for _ in range(2))
     for name in ("heads", "key_cache", "value_cache", "norms"):
         setattr(other, name, getattr(case, name))
     other.key_cache, other.value_cache = case.key_cache.clone(), case.value_cache.clone()
     actual = case.run(rope_store, count)
-    expected = other.run(fused_reference.rope_store, count)
+    expected = other.run(device_reference.rope_store, count)
     close(actual[:4], expected[:4], 3.0)
     close(case.key_cache, other.key_cache, 3.0)
     assert torch.equal(case.value_cache, other.value_cache)

@@ -9,15 +9,15 @@ import signal
 import pytest
 import torch
 
-from sleb.kernels.fused import triton_fused_kernels
-from sleb.kernels.reference import device as fused_reference
+from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
-from sleb.kernels.triton import draw as draw_module
+from sleb.kernels.registry import triton_gpu_kernels
 from sleb.kernels.triton import greedy as greedy_module
-from sleb.kernels.triton.draw import draw_packed
+from sleb.kernels.triton import sample as sample_module
 from sleb.kernels.triton.greedy import greedy, log_softmax_gather
+from sleb.kernels.triton.sample import sample_packed
 
-draw = triton_fused_kernels().draw
+sample = triton_gpu_kernels().sample
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
@@ -31,14 +31,14 @@ LENGTHS = [(1, 16), (2, 4096), (15, 16), (16, 16), (97, 16), (256, 4096), (300, 
 @pytest.fixture(params=[16, 4096], ids=["blocks", "block"])
 def block(request, monkeypatch):
     """Small blocks, so that small vocabularies take several, and the real ones."""
-    for module in (greedy_module, draw_module):
+    for module in (greedy_module, sample_module):
         monkeypatch.setattr(module, "_BLOCK", request.param)
 
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Small ones alone; two tests of `draw` below take the real ones."""
-    for module in (greedy_module, draw_module):
+    """Small ones alone; two tests of `sample` below take the real ones."""
+    for module in (greedy_module, sample_module):
         monkeypatch.setattr(module, "_BLOCK", 16)
 
 
@@ -132,10 +132,10 @@ def distribution(logits, temperature, top_k, top_p, min_p):
     return [weights[token] / reached if token in set(chosen) else 0.0 for token in range(len(logits))]
 
 
-def check_draw(logits, *numbers):
+def check_sample(logits, *numbers):
     """Every row's token holds the row's point, and is the reference's but where the point is at a boundary."""
-    tokens = draw(logits, *numbers).tolist()
-    expected = reference.draw(logits.float().cpu(), *numbers).tolist()
+    tokens = sample(logits, *numbers).tolist()
+    expected = reference.sample(logits.float().cpu(), *numbers).tolist()
     for row, (token, wanted) in enumerate(zip(tokens, expected, strict=True)):
         *filters, point = (column[row] for column in numbers)
         probabilities = distribution(logits[row].tolist(), *filters)
@@ -161,35 +161,35 @@ class TestDraw:
     def test_random_filters(self, blocks, randn, vocab_size, ties):
         logits = 2 * randn(6, vocab_size)
         logits = logits.round() if ties else logits
-        check_draw(logits, *numbers_of(6, vocab_size))
+        check_sample(logits, *numbers_of(6, vocab_size))
 
     @pytest.mark.parametrize("top_k", [0, 20])
     @pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.99])
     def test_top_p_of_flat_distributions(self, randn, top_k, top_p):
         """The least probable token weighs nearly as much as the others."""
         points = [0.0, 0.3, 0.999999]
-        check_draw(randn(3, 50), [5.0] * 3, [top_k] * 3, [top_p] * 3, [0.0] * 3, points)
+        check_sample(randn(3, 50), [5.0] * 3, [top_k] * 3, [top_p] * 3, [0.0] * 3, points)
 
     def test_16_bit_logits(self, randn, dtype):
-        check_draw((2 * randn(4, 100)).to(dtype), *numbers_of(4, 1))
+        check_sample((2 * randn(4, 100)).to(dtype), *numbers_of(4, 1))
 
     def test_a_vocabulary_of_several_blocks(self, randn):
-        check_draw(2 * randn(2, 9001), [1.0, 0.7], [0, 50], [1.0, 0.9], [0.0, 0.0], [0.7, 0.999999])
+        check_sample(2 * randn(2, 9001), [1.0, 0.7], [0, 50], [1.0, 0.9], [0.0, 0.0], [0.7, 0.999999])
 
     def test_banned_tokens_are_never_drawn(self, blocks, randn):
         logits = randn(6, 60)
         logits[:, 1:50] = -INF
         logits[:, 55:] = -INF
         points = [0.0, 0.2, 0.5, 0.9, 0.999999, 1 - 2**-53]
-        check_draw(logits, [1.0, 5.0] * 3, [0, 3, 30] * 2, [1.0] * 4 + [0.5] * 2, [0.0] * 6, points)
+        check_sample(logits, [1.0, 5.0] * 3, [0, 3, 30] * 2, [1.0] * 4 + [0.5] * 2, [0.0] * 6, points)
 
     @pytest.mark.parametrize("top_k", [1, 3, 6])
     def test_of_ties_at_the_cut_the_lowest_stay(self, blocks, device, top_k):
         logits = torch.tensor([[0.0] * 20 + [2.0] + [1.0] * 3 + [0.0] * 10], device=device)
         highest = [20, 21, 22, 23, 0, 1][:top_k]
         points = [index / 8 for index in range(8)]
-        drawn = draw(logits.repeat(8, 1), *([value] * 8 for value in (100.0, top_k, 1.0, 0.0)), points)
-        assert set(drawn.tolist()) == set(highest)
+        sampled = sample(logits.repeat(8, 1), *([value] * 8 for value in (100.0, top_k, 1.0, 0.0)), points)
+        assert set(sampled.tolist()) == set(highest)
 
     @pytest.mark.parametrize(
         ("top_p", "kept"), [(0.24, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (1.0, 4)]
@@ -198,13 +198,13 @@ class TestDraw:
         logits = torch.full((8, 40), -INF, device=device)
         logits[:, [3, 17, 18, 39]] = 1.5
         points = [index / 8 for index in range(8)]
-        drawn = draw(logits, *([value] * 8 for value in (1.0, 0, top_p, 0.0)), points)
-        assert sorted(set(drawn.tolist())) == [3, 17, 18, 39][:kept]
+        sampled = sample(logits, *([value] * 8 for value in (1.0, 0, top_p, 0.0)), points)
+        assert sorted(set(sampled.tolist())) == [3, 17, 18, 39][:kept]
 
     def test_min_p_of_one_keeps_the_best(self, blocks, device):
         logits = torch.tensor([[0.0, 1.0, 0.999, 1.0]] * 4, device=device)
-        drawn = draw(logits, *([value] * 4 for value in (1.0, 0, 1.0, 1.0)), [0.0, 0.49, 0.51, 0.999999])
-        assert drawn.tolist() == [1, 1, 3, 3]
+        sampled = sample(logits, *([value] * 4 for value in (1.0, 0, 1.0, 1.0)), [0.0, 0.49, 0.51, 0.999999])
+        assert sampled.tolist() == [1, 1, 3, 3]
 
     def test_logits_further_apart_than_the_largest_number(self, device):
         """Half the distance between the two must not overflow: that search would never end."""
@@ -216,7 +216,7 @@ class TestDraw:
         signal.alarm(3)
         try:
             logits = torch.tensor([[-3e38, 0.0, 3e38, -2e38]], device=device)
-            assert draw(logits, [1.0], [2], [1.0], [0.0], [0.999999]).tolist() == [2]
+            assert sample(logits, [1.0], [2], [1.0], [0.0], [0.999999]).tolist() == [2]
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
@@ -225,12 +225,12 @@ class TestDraw:
     def test_the_smallest_temperatures_take_the_best(self, device, temperature):
         logits = torch.tensor([[0.0, 3.0, 2.999, -INF], [-1e4, -1e4, -1e3, 1e4]], device=device)
         for filters in ((0, 1.0, 0.0), (2, 0.9, 0.0), (0, 1.0, 0.1)):
-            drawn = draw(logits, [temperature] * 2, *([value] * 2 for value in filters), [0.3, 0.999999])
-            assert drawn.tolist() == [1, 3]
+            sampled = sample(logits, [temperature] * 2, *([value] * 2 for value in filters), [0.3, 0.999999])
+            assert sampled.tolist() == [1, 3]
 
     def test_a_high_temperature_is_almost_uniform(self, device):
         logits = torch.linspace(-5, 5, 50, device=device).repeat(10, 1)
-        check_draw(
+        check_sample(
             logits, *([value] * 10 for value in (100.0, 0, 1.0, 0.0)), [index / 10 for index in range(10)]
         )
 
@@ -244,14 +244,14 @@ class TestDraw:
         logits[4, [5, 25]] = NAN
         logits[4, 2] = INF
         numbers = [[value] * 6 for value in (1.0, 3, 0.9, 0.1, point)]
-        assert draw(logits, *numbers).tolist()[:5] == [30, 20, 0, 17, 5]
-        assert draw(logits, *numbers).tolist() == reference.draw(logits.cpu(), *numbers).tolist()
+        assert sample(logits, *numbers).tolist()[:5] == [30, 20, 0, 17, 5]
+        assert sample(logits, *numbers).tolist() == reference.sample(logits.cpu(), *numbers).tolist()
 
     def test_frequencies_are_the_probabilities(self, device):
         logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5], device=device)
         points = [(index + 0.5) / 30 for index in range(30)]
-        drawn = draw(logits.repeat(30, 1), *([value] * 30 for value in (0.7, 0, 1.0, 0.0)), points)
-        shares = torch.bincount(drawn.cpu(), minlength=5) / 30
+        sampled = sample(logits.repeat(30, 1), *([value] * 30 for value in (0.7, 0, 1.0, 0.0)), points)
+        shares = torch.bincount(sampled.cpu(), minlength=5) / 30
         torch.testing.assert_close(
             shares.double(), (logits.cpu().double() / 0.7).softmax(0), atol=1 / 25, rtol=0
         )
@@ -261,5 +261,5 @@ class TestDraw:
             [list(column) for column in numbers_of(6, 5)], dtype=torch.float64, device=device
         )
         logits = randn(6, 50)
-        assert torch.equal(draw_packed(logits, numbers), fused_reference.draw_packed(logits, numbers))
-        assert draw_packed(logits[:0], numbers[:, :0].contiguous()).tolist() == []
+        assert torch.equal(sample_packed(logits, numbers), device_reference.sample_packed(logits, numbers))
+        assert sample_packed(logits[:0], numbers[:, :0].contiguous()).tolist() == []

@@ -70,7 +70,7 @@ def test_the_fastest_is_kept_for_the_next_start(card, monkeypatch):
     assert run() == 2 and run(("a third", 1)) == 1
     assert len(card.measured) == 6
     [file] = card.folder.rglob("*.json")
-    assert json.loads(file.read_text())["card"].startswith("Fake, triton")
+    assert json.loads(file.read_text())["gpu"].startswith("Fake, triton")
 
 
 def test_another_card_has_its_own_table(card, monkeypatch):

@@ -67,10 +67,10 @@ def _cut(
         for begin in range(0, vocab_size, BLOCK):
             x = _load(row_logits, begin, vocab_size, BLOCK)
             if BY_COUNT:
-                share = tl.where(x >= middle, 1.0, 0.0)
+                part = tl.where(x >= middle, 1.0, 0.0)
             else:
-                share = tl.where(x >= middle, _weigh(x, highest, inverse_temperature, least), 0.0)
-            mass += tl.sum(share.to(tl.float64), axis=0)
+                part = tl.where(x >= middle, _weigh(x, highest, inverse_temperature, least), 0.0)
+            mass += tl.sum(part.to(tl.float64), axis=0)
             up = tl.minimum(up, tl.min(tl.where(x >= middle, x, highest), axis=0))
             down = tl.maximum(down, tl.max(tl.where(x < middle, x, low), axis=0))
         if mass >= goal:
@@ -84,7 +84,7 @@ def _cut(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _draw(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr):
+def _sample(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * vocab_size
     best_token = tl.load(best + row)
@@ -186,14 +186,14 @@ def _draw(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexpr)
     tl.store(out + row, tl.minimum(first, last).to(tl.int64))
 
 
-def draw_packed(logits: Tensor, numbers: Tensor) -> Tensor:
-    """See `sleb.kernels.reference.device.draw_packed`; logits [B, V] of any float dtype."""
+def sample_packed(logits: Tensor, numbers: Tensor) -> Tensor:
+    """See `sleb.kernels.reference.device.sample_packed`; logits [B, V] of any float dtype."""
     check_contiguous(logits=logits, numbers=numbers)
     num_rows, vocab_size = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:
         block = min(_BLOCK, power_of_two(vocab_size))
-        _draw[(num_rows,)](
+        _sample[(num_rows,)](
             logits, greedy(logits), numbers, out, num_rows, vocab_size, BLOCK=block, num_warps=8
         )
     return out
