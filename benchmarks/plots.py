@@ -1,12 +1,14 @@
-"""Plots as PNG and SVG, with matplotlib: labels of full words, colours that colour-blind people tell apart."""
+"""Plots of measurements, with matplotlib: full words, intervals, colours that colour-blind people tell apart."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleb.benchmarks.record import Measurement, Result
 from sleb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,114 +18,62 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
-
-Point = tuple[float, float]
-Bar = tuple[float, float, float, float]
-"""x, y, and the ends of the interval around y."""
-Measure = tuple[str, float, float, float]
-"""A label, a value, and the ends of its interval."""
-
 _GREY = "#444444"
 
-
-@contextmanager
-def figure(stem: Path, title: str, size: tuple[float, float] = (6.4, 4.4)) -> Iterator[Axes]:
-    """Axes to draw on; at the end they are written to `stem` with .png and .svg. Raises ConfigError if not.
-
-    The label of an axis that starts above zero says where it does.
-    """
-    with _canvas(stem, size) as [axes]:
-        axes.set_title(title, fontsize=11)
-        yield axes
+Point = tuple[float, float]
+_Point = tuple[float, float, Sequence[float] | None]
+"""x, y, and the ends of the interval around y, if there is one."""
 
 
 @contextmanager
-def panels(stem: Path, title: str, names: Sequence[str]) -> Iterator[list[Axes]]:
-    """As `figure`, with axes for each of `names`, two in a row, that share their scales; `label_panels` labels them."""
-    rows, columns = -(-len(names) // 2), min(2, len(names))
-    with _canvas(stem, (6.4, 1.1 + 1.9 * rows), rows, columns) as found:
-        found[0].figure.suptitle(title, fontsize=11)
-        for axes, name in zip(found, names, strict=False):
-            axes.set_title(name, fontsize=9)
-        for axes in found[len(names) :]:
-            axes.remove()
-        yield found[: len(names)]
-
-
-def label_panels(found: Sequence[Axes], x_label: str, y_label: str) -> None:
-    """Labels of x below the lowest panels, of y beside those on the left."""
-    for place, axes in enumerate(found):
-        if place % 2 == 0:
-            axes.set_ylabel(y_label)
-        if place + 2 >= len(found):
-            axes.set_xlabel(x_label)
-            axes.tick_params(axis="x", labelbottom=True)
-
-
-@contextmanager
-def _canvas(
-    stem: Path, size: tuple[float, float], num_rows: int = 1, num_columns: int = 1
+def panels(
+    stem: Path,
+    title: str,
+    names: Sequence[str],
+    size: tuple[float, float],
+    *,
+    columns: int = 2,
+    share_x: bool = False,
+    share_y: bool = False,
+    suffixes: Sequence[str] = (".png",),
 ) -> Iterator[list[Axes]]:
+    """Axes for each of `names`; at the end they are written to `stem` with each suffix. Raises ConfigError if not.
+
+    size: inches of one panel.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    inches = (size[0] * columns, size[1] * rows + 0.8)
     # A fixed salt and no date: the same figures are the same bytes. Names of models are no formulas.
     with pyplot.rc_context(
-        {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 10, "text.parse_math": False}
+        {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
     ):
         drawn, grid = pyplot.subplots(
-            num_rows, num_columns, figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
+            rows, columns, figsize=inches, layout="constrained", squeeze=False, sharex=share_x, sharey=share_y
         )
         try:
-            for axes in grid.flat:
+            drawn.suptitle(title, fontsize=11)
+            for axes, name in zip(grid.flat, names, strict=False):
+                axes.set_title(name, fontsize=9.5)
                 axes.grid(alpha=0.25)
                 axes.set_axisbelow(True)
                 axes.spines[["top", "right"]].set_visible(False)
-            yield list(grid.flat)
-            _say_starts(drawn.axes)
-            for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
+            for axes in grid.flat[len(names) :]:
+                axes.remove()
+            yield list(grid.flat[: len(names)])
+            for suffix in suffixes:
                 path = stem.with_name(stem.name + suffix)
                 try:
-                    drawn.savefig(path, dpi=150, metadata=metadata)
+                    drawn.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
                 except OSError as error:
                     raise ConfigError(f"plot {path} cannot be written: {error.strerror}") from None
         finally:
             pyplot.close(drawn)
-
-
-def _say_starts(drawn: Sequence[Axes]) -> None:
-    """Lets axes that do not reach down to zero start at a tick, and their labels say at which."""
-    starts = []
-    for axes in drawn:
-        for axis, set_limits in ((axes.xaxis, axes.set_xlim), (axes.yaxis, axes.set_ylim)):
-            low, high = axis.get_view_interval()
-            if axis.get_scale() == "linear" and low > 0 and axis.get_label_text():
-                # A limit that was computed may lie a rounding error beside its tick.
-                below = [float(tick) for tick in axis.get_majorticklocs() if tick <= low + 1e-9 * high]
-                starts.append((axis, set_limits, max(below, default=float(low))))
-    for (
-        axis,
-        set_limits,
-        start,
-    ) in starts:  # only now: panels share their scales, and new limits bring new ticks
-        set_limits(start, axis.get_view_interval()[1])
-        if start > 0:
-            axis.set_label_text(f"{axis.get_label_text()}; starts at {start:g}")
-
-
-def legend_below(axes: Axes, *, columns: int = 2, others: Sequence[Axes] = ()) -> None:
-    """The names of the lines of `axes` and `others`: where lines leave room is not known, below there always is."""
-    handles: list[Any] = []
-    labels: list[str] = []
-    for each in (axes, *others):
-        found = each.get_legend_handles_labels()
-        handles += found[0]
-        labels += map(str, found[1])
-    axes.figure.legend(
-        handles, labels, frameon=False, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=9
-    )  # fmt: skip
 
 
 def style(number: int) -> dict[str, Any]:
@@ -137,6 +87,225 @@ def style(number: int) -> dict[str, Any]:
     }
 
 
+def _legend(axes: Axes, others: Sequence[Axes] = (), columns: int = 3) -> None:
+    """The names of the lines below all panels: where lines leave room is not known, below there always is."""
+    named: dict[str, Any] = {}
+    for each in (axes, *others):
+        handles, labels = each.get_legend_handles_labels()
+        named |= dict(zip(map(str, labels), handles, strict=True))
+    axes.figure.legend(
+        list(named.values()), list(named), frameon=False, loc="outside lower center",
+        ncols=min(columns, len(named)), fontsize=9,
+    )  # fmt: skip
+
+
+def _whiskers(axes: Axes, found: Sequence[_Point], name: str, number: int) -> None:
+    """A line through (x, y, ends of the interval or None)."""
+    x, y = [each[0] for each in found], [each[1] for each in found]
+    below = [max(0.0, value - (ends[0] if ends else value)) for _, value, ends in found]
+    above = [max(0.0, (ends[1] if ends else value) - value) for _, value, ends in found]
+    axes.errorbar(x, y, yerr=[below, above], capsize=2.5, elinewidth=1, label=name, **style(number))
+
+
+# Of results.
+
+
+def draw_result(result: Result, stem: Path) -> list[Path]:
+    """The plots that a result gives, as PNG, names beginning as `stem`; none of a result that has no curve to show.
+
+    Speed by depth, quality by depth, load by level, ratios to other engines. Raises ConfigError.
+    """
+    drawn = []
+    for name, draw in (("speed", _speed), ("quality", draw_quality), ("load", _load), ("ratios", _ratios)):
+        path = stem.with_name(f"{stem.name}-{name}")
+        if draw(result, path):
+            drawn.append(path.with_name(f"{path.name}.png"))
+    return drawn
+
+
+def _by_case(found: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    cases: dict[str, list[Measurement]] = {}
+    for each in found:
+        cases.setdefault(each.case, []).append(each)
+    return cases
+
+
+def depth_of(subject: str) -> int | None:
+    """The depth in "depth 6"; None for another subject."""
+    found = re.fullmatch(r"depth (\d+)", subject)
+    return None if found is None else int(found[1])
+
+
+def _heading(result: Result) -> str:
+    environment, model = result.environment, result.settings.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else model
+    where = environment.get("gpu") or environment.get("cpu")
+    return ", ".join(str(part) for part in (name, environment.get("dtype"), where) if part)
+
+
+def _speed(result: Result, stem: Path) -> bool:
+    """Speedup by depth with intervals, a panel a case; the modelled ideal as a line."""
+    found = [m for m in result.measurements if m.metric == "tokens/s" and m.value is not None]
+    cases = _by_case([m for m in found if depth_of(m.subject) is not None])
+    cases = {case: found for case, found in cases.items() if sum(m.ratio is not None for m in found) >= 2}
+    if not cases:
+        return False
+    title = f"Speed by depth: {_heading(result)}"
+    with panels(stem, title, list(cases), (3.6, 2.4), share_x=True, share_y=True) as grid:
+        for axes, found in zip(grid, cases.values(), strict=True):
+            points: list[_Point] = []
+            ideal: list[Point] = []
+            for each in found:
+                depth, ratio = depth_of(each.subject) or 0, each.ratio
+                if ratio is None:
+                    points.append((depth, 1.0, None))
+                else:
+                    ends = None if ratio.low is None or ratio.high is None else (ratio.low, ratio.high)
+                    points.append((depth, ratio.estimate, ends))
+                if each.facts.get("ideal_speedup") is not None:
+                    ideal.append((depth, each.facts["ideal_speedup"]))
+            if ideal:
+                axes.plot(
+                    *zip(*ideal, strict=True),
+                    color=_GREY,
+                    linewidth=1.2,
+                    linestyle="--",
+                    label="ideal (modelled)",
+                )
+            _whiskers(axes, points, "measured, 95 % interval", 0)
+            axes.locator_params(axis="x", integer=True)
+        _label(grid, 2, "depth (units removed)", "times as fast as depth 0")
+        _legend(grid[0])
+    return True
+
+
+def _label(grid: Sequence[Axes], columns: int, x: str, y: str) -> None:
+    """Labels below the lowest panels and beside those on the left."""
+    for place, axes in enumerate(grid):
+        if place % columns == 0:
+            axes.set_ylabel(y)
+        if place + columns >= len(grid):
+            axes.set_xlabel(x)
+            axes.tick_params(axis="x", labelbottom=True)
+
+
+_QUALITY = {
+    "perplexity": "perplexity (lower is better)",
+    "same token": "share of next tokens as at depth 0",
+    "KL": "KL from depth 0, nats (lower is better)",
+}
+
+
+def draw_quality(result: Result, stem: Path, suffixes: Sequence[str] = (".png",)) -> bool:
+    """Perplexity, agreement and divergence by depth with intervals, a line a text; False where there are none."""
+    depths = [m for m in result.measurements if m.value is not None and depth_of(m.subject) is not None]
+    found = {metric: [m for m in depths if m.metric == metric] for metric in _QUALITY}
+    found = {metric: each for metric, each in found.items() if len(each) > 1}
+    if not found:
+        return False
+    with panels(
+        stem, f"Quality by depth: {_heading(result)}", list(found), (3.3, 2.9), columns=3, suffixes=suffixes
+    ) as grid:
+        for axes, (metric, each) in zip(grid, found.items(), strict=True):
+            for number, (case, those) in enumerate(_by_case(each).items()):
+                points = [(depth_of(m.subject) or 0, m.value or 0.0, m.spread) for m in those]
+                _whiskers(axes, points, f"{case}, 95 % interval", number)
+            axes.set_ylabel(_QUALITY[metric])
+            axes.set_ylim(0, 1 if metric == "same token" else None)
+            axes.locator_params(axis="x", integer=True)
+            axes.set_xlabel("depth (units removed)")
+        _legend(grid[0], grid[1:])
+    return True
+
+
+_LOAD = {
+    "tokens/s": ("tokens/s",),
+    "TTFT, ms": ("TTFT p50 ms", "TTFT p99 ms"),
+    "TPOT, ms": ("TPOT p50 ms", "TPOT p99 ms"),
+}
+
+
+def _load(result: Result, stem: Path) -> bool:
+    """Throughput, time to first token and time per token by level of load, a line a server."""
+    measured = [m for m in result.measurements if m.value is not None]
+    levels = list(_by_case(measured))
+    names = {
+        name: [m for m in metrics if any(each.metric == m for each in measured)]
+        for name, metrics in _LOAD.items()
+    }
+    if len(levels) < 2 or not names["TTFT, ms"]:
+        return False
+    subjects = list(dict.fromkeys(m.subject for m in measured))
+    values = {m.key: m.value for m in measured}
+    with panels(stem, f"By level of load: {_heading(result)}", list(names), (3.3, 2.9), columns=3) as grid:
+        for axes, metrics in zip(grid, names.values(), strict=True):
+            for number, subject in enumerate(subjects):
+                for metric in metrics:
+                    upper = "p99" in metric
+                    drawn = style(number) | {
+                        "linestyle": "--" if upper else "-",
+                        "alpha": 0.55 if upper else 1,
+                    }
+                    points = [
+                        (place, values.get((level, subject, metric))) for place, level in enumerate(levels)
+                    ]
+                    part = ", 99th percentile" if upper else ", median"
+                    axes.plot(*zip(*points, strict=True), label=subject + part, **drawn)
+            axes.set_xticks(range(len(levels)), levels)
+            axes.margins(x=0.08)
+            axes.set_ylim(bottom=0)
+        _legend(grid[1], columns=2)
+    return True
+
+
+def _ratios(result: Result, stem: Path) -> bool:
+    """Ratios of subjects that are no depths, as bars with intervals, a panel a case; a line at 1."""
+    found = [m for m in result.measurements if m.ratio is not None and depth_of(m.subject) is None]
+    cases = _by_case([m for m in found if m.metric == "tokens/s" and m.subject not in ("control", "mixed")])
+    subjects = list(dict.fromkeys(m.subject for each in cases.values() for m in each))
+    if result.kind != "peers" or not subjects:
+        return False
+    size = (2.7 if len(cases) > 1 else 5.5, 0.5 + 0.24 * len(subjects))
+    title = f"Against other engines: {_heading(result)}"
+    with panels(stem, title, list(cases), size, columns=len(cases), share_y=True) as grid:
+        for axes, each in zip(grid, cases.values(), strict=True):
+            for m in each:
+                place, ratio = subjects.index(m.subject), m.ratio
+                assert ratio is not None
+                axes.barh(
+                    place,
+                    ratio.estimate,
+                    height=0.65,
+                    color=COLOURS[0 if ratio.estimate >= 1 else 1],
+                    alpha=0.75,
+                )
+                end = ratio.estimate
+                if ratio.low is not None and ratio.high is not None:
+                    axes.plot([ratio.low, ratio.high], [place, place], color=_GREY, linewidth=1.2)
+                    end = max(end, ratio.high)
+                axes.annotate(
+                    f"{ratio.estimate:.2f}",
+                    (end, place),
+                    (3, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.5,
+                )
+            axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.set_xlim(0, 1.22 * axes.get_xlim()[1])
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+            axes.set_xlabel("times the tokens/s")
+        grid[0].set_yticks(range(len(subjects)), subjects, fontsize=8)
+        grid[0].set_ylim(len(subjects) - 0.4, -0.6)
+    return True
+
+
+# Of others.
+
+
 def plot_lines(
     stem: Path,
     lines: Mapping[str, Sequence[Point]],
@@ -147,8 +316,8 @@ def plot_lines(
     log_y: bool = False,
     marked: Sequence[Point] = (),
 ) -> None:
-    """One line a name; `marked` points get a ring."""
-    with figure(stem, title) as axes:
+    """One line a name, as PNG and SVG; `marked` points get a ring. Raises ConfigError."""
+    with panels(stem, title, [""], (6.4, 3.6), suffixes=(".png", ".svg")) as [axes]:
         for number, (name, points) in enumerate(lines.items()):
             axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style(number))
         for x, y in marked:
@@ -160,7 +329,7 @@ def plot_lines(
             axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, position: f"{value:g}")
         if len(lines) > 1:
-            legend_below(axes, columns=3)
+            _legend(axes)
 
 
 def plot_front(
@@ -170,13 +339,14 @@ def plot_front(
     recommended: int,
     title: str,
 ) -> None:
-    """Perplexity (left, by name of the text) and speedup (right) against depth; the recommended depth is a line."""
-    with figure(stem, title) as axes:
+    """Perplexity (left, by name of the text) and speedup (right) against depth; the recommended depth is a line.
+
+    As PNG and SVG. Raises ConfigError.
+    """
+    with panels(stem, title, [""], (6.4, 3.6), suffixes=(".png", ".svg")) as [axes]:
         number = 0
         for name, points in perplexities.items():
-            axes.plot(
-                [x for x, _ in points], [y for _, y in points], label=f"perplexity, {name}", **style(number)
-            )
+            axes.plot(*zip(*points, strict=True), label=f"perplexity, {name}", **style(number))
             number += 1
         axes.set_xlabel("depth (units removed)")
         axes.set_ylabel("perplexity (lower is better)")
@@ -188,93 +358,8 @@ def plot_front(
         right = []
         if speedups:
             right = [axes.twinx()]
-            x, y = ([point[place] for point in speedups] for place in range(2))
-            right[0].plot(x, y, label="speedup, predicted", **style(number))
+            right[0].plot(*zip(*speedups, strict=True), label="speedup, predicted", **style(number))
             right[0].set_ylabel("speedup (times as fast)")
             right[0].set_ylim(bottom=1)
             right[0].spines["top"].set_visible(False)
-        legend_below(axes, others=right)
-
-
-def plot_quality(stem: Path, perplexities: Sequence[Bar], agreements: Sequence[Bar], title: str) -> None:
-    """Perplexity (left) and the share of tokens as the dense model's (right) against depth, with their intervals."""
-    with figure(stem, title) as axes:
-        axes.set_xlabel("depth (units removed)")
-        axes.set_ylabel("perplexity (lower is better)")
-        axes.locator_params(axis="x", integer=True)
-        draw_bars(axes, perplexities, 0, "perplexity, 95 % interval")
-        axes.set_ylim(bottom=0)
-        others = []
-        if agreements:
-            right = axes.twinx()
-            others = [right]
-            draw_bars(right, agreements, 1, "same next token as the dense model, 95 % interval")
-            right.set_ylabel("same next token as the dense model")
-            right.set_ylim(0, 1)
-            right.yaxis.set_major_formatter(lambda value, position: f"{value:.0%}")
-            right.spines["top"].set_visible(False)
-        legend_below(axes, others=others)
-
-
-def draw_bars(axes: Axes, bars: Sequence[Bar], number: int, label: str) -> None:
-    """A line through values with whiskers to the ends of their intervals."""
-    x, y, low, high = ([bar[place] for bar in bars] for place in range(4))
-    axes.errorbar(x, y, yerr=_whiskers(y, low, high), capsize=3, label=label, **style(number))
-
-
-def _whiskers(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
-    """How far the ends of intervals are below and above; an end on the wrong side of its value is at it."""
-    return [
-        [max(0.0, value - end) for value, end in zip(values, low, strict=True)],
-        [max(0.0, end - value) for value, end in zip(values, high, strict=True)],
-    ]
-
-
-def plot_groups(
-    stem: Path,
-    groups: Mapping[str, Sequence[Measure]],
-    *,
-    title: str,
-    x_label: str,
-    form: str,
-    mark: float,
-    mark_label: str,
-) -> None:
-    """Horizontal bars from zero, below a heading a group; `form` shows a value; a line at `mark` says what it is."""
-    num_rows = sum(1 + len(measures) for measures in groups.values())
-    with figure(stem, title, (6.4, 1.5 + 0.24 * num_rows)) as axes:
-        ticks: dict[float, str] = {}
-        row = 0.0
-        for name, measures in groups.items():
-            axes.text(0, row, f" {name}", fontsize=9, fontweight="bold", va="center")
-            places = [row + 1 + index for index in range(len(measures))]
-            _draw_group(axes, places, measures, form)
-            # The line leaves out the headings, which it would cross.
-            ends = [row + 0.5, row + len(measures) + 0.5]
-            label = "" if ticks else mark_label
-            axes.plot([mark, mark], ends, color=_GREY, linewidth=1, linestyle="--", label=label)
-            ticks |= {place: measure[0] for place, measure in zip(places, measures, strict=True)}
-            row += 1 + len(measures)
-        axes.set_yticks(list(ticks), list(ticks.values()), fontsize=9)
-        axes.set_ylim(row - 0.3, -0.7)
-        axes.set_xlim(0, 1.12 * max(mark, *(each[3] for group in groups.values() for each in group)))
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(lambda value, position: format(value, form if "%" in form else "g"))
-        axes.set_xlabel(x_label)
-        legend_below(axes)
-
-
-def _draw_group(axes: Axes, places: Sequence[float], measures: Sequence[Measure], form: str) -> None:
-    values = [value for _, value, _, _ in measures]
-    low = [end for _, _, end, _ in measures]
-    high = [end for _, _, _, end in measures]
-    whiskers = _whiskers(values, low, high)
-    axes.barh(places, values, height=0.62, color=COLOURS[0], alpha=0.7)
-    if any(map(any, whiskers)):
-        axes.errorbar(values, places, xerr=whiskers, fmt="none", ecolor=_GREY, elinewidth=1, capsize=2)
-    for place, value, end in zip(places, values, high, strict=True):
-        axes.annotate(
-            format(value, form), (max(value, end), place), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=8,
-        )  # fmt: skip
+        _legend(axes, right, columns=2)

@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sleb.errors import ConfigError
+from sleb.files import write_text
 
 Verdict = Literal["baseline", "faster", "slower", "no difference"]
 
 # Of these less is better; of every other metric more is.
-_LESS_IS_BETTER = ("seconds", "ms", "µs", "perplexity", "bytes", "MiB", "loss", "KL")
+_LESS_IS_BETTER = (
+    *("seconds", "ms", "µs", "perplexity", "bytes", "MiB", "loss", "KL", "byte"),
+    *("repeated", "looped", "empty", "unfinished", "early"),  # shares of answers
+)
 _FIELDS = ("case", "subject", "metric", "value", "low", "high", "ratio", "ratio_low", "ratio_high")
 
 
@@ -175,3 +179,8 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds no JSON object; give a file that `sleb bench --json` or `sleb eval --json` wrote"
         )
     return document
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Writes a result as JSON, atomically. Raises ConfigError."""
+    write_text(path, json.dumps(result.document(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")

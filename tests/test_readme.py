@@ -14,6 +14,7 @@ import typer
 
 import sleb
 from sleb import cli
+from sleb.benchmarks.old import load
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -133,3 +134,39 @@ def test_extras_exist() -> None:
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     for extra in re.findall(r'\."?\[(\w+)\]', TEXT):
         assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+# A row of the README's table -> the case and our subject in the result, whose subjects are "OURS to PEER".
+PEERS = {
+    "vLLM": "vllm",
+    "llama.cpp": "llamacpp-bf16",
+    "OpenVINO GenAI": "openvino",
+    "transformers": "transformers",
+}
+LOADS = {
+    "1 stream": ("decode 1", "sleb bf16"),
+    "8 streams": ("decode 8", "sleb bf16"),
+    "8 streams, 6 of 30 blocks removed": ("decode 8", "sleb bf16 depth 6"),
+}
+
+
+def test_the_figures_of_the_table_are_measured() -> None:
+    """Each ratio in the README is that of the newest result against other engines, rounded."""
+    newest = max((ROOT / "benchmarks/results").glob("*-peers-smollm2-*.json"))
+    measured = {(each.case, each.subject): each.ratio for each in load(newest).measurements}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if line.startswith("|") and re.search(r"\d\.\d", line)
+    ]
+    [heads] = [line for line in README.splitlines() if line.startswith("|") and "vLLM" in line]
+    engines = [cell.strip() for cell in heads.strip("|").split("|")][1:]
+    assert set(engines) == set(PEERS) and {row[0] for row in rows} == set(LOADS)
+    for label, *cells in rows:
+        case, ours = LOADS[label]
+        for engine, cell in zip(engines, cells, strict=True):
+            ratio = measured[case, f"{ours} to {PEERS[engine]}"]
+            figure = re.search(r"\d+\.\d+", cell)
+            assert figure is not None and ratio is not None
+            decimals = len(figure[0].partition(".")[2])
+            assert figure[0] == f"{ratio.estimate:.{decimals}f}", f"{label}, {engine}: {ratio.estimate}"

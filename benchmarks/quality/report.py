@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sleb.benchmarks.plots import Bar, plot_quality
+from sleb.benchmarks import plots
+from sleb.benchmarks.old import read_result
 from sleb.benchmarks.quality.interval import Interval
 from sleb.benchmarks.quality.rows import QualityReport, QualityRow
 from sleb.benchmarks.report import widen
@@ -160,19 +162,5 @@ def _range(interval: Interval | None, form: str) -> str:
 
 
 def draw_quality(report: QualityReport, stem: Path) -> None:
-    """Perplexity and agreement by depth, with their intervals, as PNG and SVG. Raises ConfigError."""
-    perplexities = [_bar(row.depth, row.perplexity, row.perplexity_interval) for row in report.rows]
-    agreements = [_bar(row.depth, row.agreement, row.agreement_interval) for row in report.rows if row.depth]
-    plot_quality(
-        stem,
-        [bar for bar in perplexities if bar is not None],
-        [bar for bar in agreements if bar is not None],
-        f"{report.model['name']} on {report.settings['dataset']}: quality by depth",
-    )
-
-
-def _bar(depth: int, value: float | None, interval: Interval | None) -> Bar | None:
-    if value is None:
-        return None
-    low, high = interval or (value, value)
-    return float(depth), value, low, high
+    """Quality by depth, with intervals, as PNG and SVG. Raises ConfigError."""
+    plots.draw_quality(read_result(json.loads(report.to_json()), "the result"), stem, (".png", ".svg"))

@@ -520,11 +520,9 @@ def test_a_report_is_checked_first_and_written_last(
     server, calls = start(), []
     reports = SimpleNamespace(
         check_report=lambda folder: calls.append(("check", folder, len(server.seen))),
-        write_report=lambda folder, results, console: calls.append(
-            (folder, [each["kind"] for each in results])
-        ),
+        write_report=lambda folder, results: calls.append((folder, [each.kind for each in results])),
     )
-    monkeypatch.setitem(sys.modules, "sleb.benchmarks.reports", reports)
+    monkeypatch.setitem(sys.modules, "sleb.benchmarks.show", reports)
     done = run_cli("--url", server.url, "--num-requests", 2, "--concurrency", 1, "--report", tmp_path / "r")
     assert done.exit_code == 0, done.output
     assert calls == [("check", tmp_path / "r", 0), (tmp_path / "r", ["serve"])]

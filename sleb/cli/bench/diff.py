@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sleb.errors import ConfigError
 
@@ -22,18 +21,27 @@ def diff(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
 ) -> None:
-    """Compare two results of the same kind row by row; above 1, B is better."""
-    from sleb.benchmarks.reports.diff import compare, print_difference
-    from sleb.benchmarks.reports.kinds import read_result
-    from sleb.files import check_writable, write_text
-
+    """Compare two results of the same kind figure by figure; above 1, B is better."""
     if fail_below is not None and not 0 < fail_below < float("inf"):
         raise ConfigError(f"--fail-below is {fail_below:g}; it must be a ratio above 0, as 0.95")
+    from sleb.benchmarks import show
+    from sleb.benchmarks.old import load
+    from sleb.benchmarks.record import write_result
+    from sleb.files import check_writable
+
     if json_path is not None:
         check_writable(json_path)
-    found = compare(read_result(a), read_result(b))
-    print_difference(found, Console(), fail_below)
+    found = show.diff(load(a), load(b))
+    show.print_result(found, below=fail_below)
     if json_path is not None:
-        write_text(json_path, found.to_json(fail_below))
-    if fail_below is not None and found.below(fail_below):
+        write_result(json_path, found)
+    if fail_below is None:
+        return
+    low = [
+        f"{each.case}, {each.subject}: " + (f"{each.ratio.estimate:.3f}" if each.ratio else "failed")
+        for each in found.measurements
+        if each.value is None or (each.ratio is not None and each.ratio.estimate < fail_below)
+    ]
+    if low:
+        typer.secho(f"below --fail-below {fail_below:g}: {'; '.join(low)}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 
 def report(
@@ -16,10 +15,10 @@ def report(
     ],
 ) -> None:
     """Write one report (Markdown, HTML, plots) of several results: speed, quality, serving, other engines."""
-    from sleb.benchmarks.reports import check_report
-    from sleb.benchmarks.reports.kinds import read_result
-    from sleb.benchmarks.reports.write import write_results
+    from sleb.benchmarks.old import load
+    from sleb.benchmarks.show import check_report, write_report
 
-    results = [read_result(path) for path in files]
+    results = [load(path) for path in files]
     check_report(directory)
-    write_results(directory, results, Console())
+    for path in write_report(directory, results):
+        typer.echo(path)

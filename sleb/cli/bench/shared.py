@@ -24,7 +24,7 @@ JsonPath = Annotated[
 ReportFolder = Annotated[
     Path | None,
     typer.Option(
-        "--report", help="Write a report for people, and the JSON file, to this folder.", show_default=False
+        "--report", help="Write a report for people, with plots, to this folder.", show_default=False
     ),
 ]
 
@@ -43,7 +43,7 @@ class Outputs:
 
             check_writable(self.json_path)
         if self.report is not None:
-            from sleb.benchmarks.reports import check_report
+            from sleb.benchmarks.show import check_report
 
             check_report(self.report)
 
@@ -56,9 +56,10 @@ class Outputs:
 
             write_result(self.json_path, result)
         if self.report is not None:
-            from sleb.benchmarks.reports import write_report
+            from sleb.benchmarks.old import read_result
+            from sleb.benchmarks.show import write_report
 
-            write_report(self.report, [result], console)
+            write_report(self.report, [read_result(result, "the result")])
 
 
 def parse_names(text: str) -> list[str]:

@@ -1,0 +1,326 @@
+"""Measurements for people: tables in a terminal, Markdown and HTML, reports with plots, and what changed between two.
+
+All of it is generic: a row a case and subject, a column a metric, its ratio to the baseline and each fact.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from sleb.benchmarks.record import Measurement, Ratio, Result
+from sleb.errors import ConfigError
+from sleb.files import write_text
+
+Table = tuple[list[str], list[list[str]]]
+"""Headings, and rows of as many cells; the first two columns are the case and the subject."""
+
+# Facts that are for scripts: what case, subject, value and ratio say already. So is every name with an underscore
+# but those that have a heading.
+_FOR_SCRIPTS = {"test", "depth", "depths", "batch", "variant", "seconds", "speedup", "perplexity", "removed"}
+_HEADINGS = {"ideal_speedup": "ideal ×", "roofline_share": "of roofline", "goodput": "goodput, requests/s"}
+# Of an environment: what changes from run to run, and is no reason for a difference.
+_PASSING = {"date", "load_average", "command"}
+_MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long as it needs to be
+
+
+def number(value: Any) -> str:
+    """A cell: four digits, or all before the point; empty for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def _ratio(ratio: Ratio) -> str:
+    ends = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f}–{ratio.high:.2f})"
+    return f"{ratio.estimate:.2f}{ends}"
+
+
+def _cells(each: Measurement) -> Mapping[str, str]:
+    value = "failed" if each.value is None else number(each.value)
+    if each.spread is not None:
+        value += f" ({number(each.spread[0])}–{number(each.spread[1])})"
+    return {each.metric: value} | ({} if each.ratio is None else {f"{each.metric} ×": _ratio(each.ratio)})
+
+
+def _shown_facts(facts: Mapping[str, Any]) -> Mapping[str, str]:
+    return {
+        _HEADINGS.get(name, name): number(fact)
+        for name, fact in facts.items()
+        if name in _HEADINGS or (name not in _FOR_SCRIPTS and "_" not in name)
+        if not isinstance(fact, list | dict)
+    }
+
+
+def table(measurements: Iterable[Measurement]) -> Table:
+    """One table of all; a case that goes on is named once."""
+    rows: dict[tuple[str, str], tuple[dict[str, str], dict[str, str]]] = {}
+    for each in measurements:
+        values, facts = rows.setdefault((each.case, each.subject), ({}, {}))
+        values |= _cells(each)
+        facts |= _shown_facts(each.facts)
+    metrics, facts_shown = (
+        dict.fromkeys(name for parts in rows.values() for name in parts[place]) for place in range(2)
+    )
+    ordered = [name for metric in metrics if not metric.endswith(" ×") for name in (metric, f"{metric} ×")]
+    columns = [name for name in ordered if name in metrics]
+    columns += [name for name in facts_shown if any(facts.get(name) for _, facts in rows.values())]
+    lines: list[list[str]] = []
+    last = None
+    for (case, subject), (values, facts) in rows.items():
+        lines.append(["" if case == last else case, subject])
+        lines[-1] += [(facts | values).get(column, "") for column in columns]
+        last = case
+    return ["case", "", *columns], lines
+
+
+def tables(measurements: Iterable[Measurement]) -> list[Table]:
+    """Tables that are not sparse: cases of the same metrics share one."""
+    found = list(measurements)
+    metrics: dict[str, dict[str, None]] = {}
+    for each in found:
+        metrics.setdefault(each.case, {})[each.metric] = None
+    groups: dict[tuple[str, ...], list[Measurement]] = {}
+    for each in found:
+        groups.setdefault(tuple(metrics[each.case]), []).append(each)
+    return [table(group) for group in groups.values()]
+
+
+def facts_line(result: Result) -> str:
+    """What was measured on what: model, dtype, weights, processor, threads, version, day."""
+    environment, settings = result.environment, result.settings
+    model = settings.get("model")
+    weights = settings.get("weights")
+    threads = environment.get("threads") if not environment.get("gpu") else None
+    facts = (
+        model.get("name") if isinstance(model, Mapping) else model,
+        environment.get("dtype"),
+        None if weights in (None, "auto", environment.get("dtype")) else f"{weights} weights",
+        environment.get("gpu") or environment.get("cpu") or environment.get("system"),
+        None if threads is None else f"threads: {threads}",
+        environment.get("sleb") and f"sleb {environment['sleb']}",
+        str(environment.get("date") or "")[:10],
+    )
+    return ", ".join(str(fact) for fact in facts if fact)
+
+
+def _notes(result: Result) -> list[str]:
+    return [*([] if result.complete else ["Interrupted: only what was complete is here."]), *result.notes]
+
+
+# In a terminal.
+
+
+def print_result(result: Result, console: Console | None = None, *, below: float | None = None) -> None:
+    """Tables and notes on `console` (None: standard output); rows with a ratio under `below` are red."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(facts_line(result))
+    low = {
+        (each.case, each.subject)
+        for each in result.measurements
+        if below is not None and each.ratio is not None and each.ratio.estimate < below
+    }
+    for heads, rows in tables(result.measurements):
+        drawn = RichTable(box=SIMPLE, pad_edge=False, collapse_padding=True)
+        for place, head in enumerate(heads):
+            drawn.add_column(Text(head), justify="left" if place < 2 else "right")
+        case = ""
+        for row in rows:
+            case = row[0] or case
+            drawn.add_row(*map(Text, row), style="red" if (case, row[1]) in low else None)
+        console.print(drawn)
+    for note in _notes(result):
+        say(note)
+
+
+# In files.
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
+
+    return line(heads) + line(["---", "---", *["---:"] * (len(heads) - 2)]) + "".join(map(line, rows))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title><style>
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0 }
+th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
+img { max-width: 100%; background: white } code { overflow-wrap: anywhere }
+</style></head><body><h1>{{ title }}</h1>
+{% for section in sections %}<h2>{{ section.title }}</h2><p>{{ section.facts }}</p>
+{% if section.command %}<p><code>{{ section.command }}</code></p>{% endif %}
+{% for alt, data in section.plots %}<img alt="{{ alt }}" src="data:image/png;base64,{{ data }}">{% endfor %}
+{% for heads, rows in section.tables %}<div class="wide"><table><thead><tr>
+{% for cell in heads %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endfor %}{% if section.notes %}<ul>{% for note in section.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
+{% endfor %}</body></html>
+"""
+
+
+def check_report(folder: Path) -> None:
+    """Makes the folder of a report. Raises ConfigError, before hours are spent, where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".sleb-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"report folder {folder} cannot be written ({error.strerror}); name another"
+        ) from None
+
+
+def write_report(folder: Path, results: Sequence[Result], title: str = "Measured with sleb") -> list[Path]:
+    """Writes report.md, report.html (one file, nothing fetched) and plots (PNG); returns what was written.
+
+    Raises ConfigError for a folder that cannot be written.
+    """
+    from jinja2 import Environment
+
+    from sleb.benchmarks.plots import draw_result
+
+    check_report(folder)
+    sections: list[dict[str, Any]] = []
+    written: list[Path] = []
+    kinds = [result.kind for result in results]
+    for place, result in enumerate(results):
+        again = kinds[:place].count(result.kind) + 1
+        name = result.kind if kinds.count(result.kind) == 1 else f"{result.kind}-{again}"
+        plots = draw_result(result, folder / name)
+        written += plots
+        sections.append(
+            {
+                "title": name.replace("-", " "),
+                "facts": facts_line(result),
+                "command": result.environment.get("command"),
+                "tables": tables(result.measurements),
+                "plots": plots,
+                "notes": _notes(result),
+            }
+        )
+    text = f"# {title}\n"
+    for section in sections:
+        text += f"\n## {section['title']}\n\n{section['facts']}\n"
+        text += f"\n    {section['command']}\n" if section["command"] else ""
+        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in section["plots"])
+        text += "".join("\n" + markdown(*each) for each in section["tables"])
+        text += "\n" + "".join(f"- {note}\n" for note in section["notes"]) if section["notes"] else ""
+        section["plots"] = [
+            (path.stem, base64.b64encode(path.read_bytes()).decode()) for path in section["plots"]
+        ]
+    page = Environment(autoescape=True).from_string(_PAGE).render(title=title, sections=sections)
+    for path, content in ((folder / "report.md", text), (folder / "report.html", page)):
+        write_text(path, content)
+        written.append(path)
+    return written
+
+
+# What changed.
+
+
+def diff(old: Result, new: Result) -> Result:
+    """The figures that both have, each with a ratio, above 1 where `new` is better; the rest is told in notes.
+
+    Raises ConfigError for results of different kinds, or without a figure in common.
+    """
+    if old.kind != new.kind:
+        raise ConfigError(
+            f"the first result is of `{old.kind}` and the second of `{new.kind}`; give two of one kind"
+        )
+    before = {each.key: each for each in old.measurements}
+    after = {each.key: each for each in new.measurements}
+    if not before.keys() & after.keys():
+        named = [" / ".join(next(iter(each), ("nothing",))) for each in (before, after)]
+        raise ConfigError(
+            f"the two results have no figure in common ({named[0]} against {named[1]}); "
+            "measure both with the same options"
+        )
+    changes = []
+    for key, now in after.items():
+        if key in before:
+            was = before[key]
+            facts = {"old": was.value, "intervals overlap": _overlap(was, now)}
+            subject = f"{now.subject}, {now.metric}"
+            changes.append(Measurement(now.case, subject, "new", now.value, None, _change(was, now), facts))
+    notes = [f"{name}: {one}, now {other}" for name, one, other in _differences(old, new)]
+    for label, names in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
+        if names:
+            shown = "; ".join(" / ".join(name) for name in sorted(names)[:5])
+            notes.append(f"only in the {label} one: {len(names)} figures, as {shown}")
+    return Result("diff", new.environment, new.settings, changes, notes)
+
+
+def _change(old: Measurement, new: Measurement) -> Ratio | None:
+    """Above 1 where new is better; None where one failed, or it would be over 0."""
+    if old.value is None or new.value is None:
+        return None
+    if old.value == new.value:
+        return Ratio(1.0)
+    better, worse = (old.value, new.value) if old.less_is_better else (new.value, old.value)
+    ratio = better / worse if worse else math.inf
+    return Ratio(ratio) if math.isfinite(ratio) else None
+
+
+def _overlap(old: Measurement, new: Measurement) -> bool | None:
+    if old.spread is None or new.spread is None:
+        return None
+    return old.spread[0] <= new.spread[1] and new.spread[0] <= old.spread[1]
+
+
+def _differences(old: Result, new: Result) -> list[tuple[str, str, str]]:
+    """Facts of the environment and settings that both tell and that differ."""
+    found = []
+    for before, after in ((old.environment, new.environment), (old.settings, new.settings)):
+        before, after = _flat(before), _flat(after)
+        found += [
+            (name.replace("_", " "), str(before[name]), str(after[name]))
+            for name in before.keys() & after.keys() - _PASSING
+            if not _same(before[name], after[name])
+        ]
+    return sorted(found)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """A removal order that goes on as another begins is no other one: it reaches deeper."""
+    if isinstance(one, list) and isinstance(other, list):
+        return all(first == second for first, second in zip(one, other, strict=False))
+    return bool(one == other)
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested facts under names with a blank between."""
+    found: dict[str, Any] = {}
+    for name, fact in facts.items():
+        if isinstance(fact, Mapping):
+            found |= {f"{name} {inner}": value for inner, value in _flat(fact).items()}
+        else:
+            found[name] = fact
+    return found
