@@ -24,11 +24,12 @@ from rich.table import Table
 from sleb.benchmarks.command import run_command, write_result
 from sleb.benchmarks.environment import describe_environment, shown_command
 from sleb.benchmarks.perplexity import split_windows, transformers_perplexity, windowed_perplexity
-from sleb.engine.config import DTYPE_ALIASES, EngineConfig
+from sleb.engine.config import EngineConfig
 from sleb.engine.llm import LLM
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError
 from sleb.files import check_writable
+from sleb.kernels.names import DTYPE_ALIASES
 from sleb.models.resolve import resolve_model
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
@@ -83,7 +84,7 @@ def measure_quality(
     name = resolved.name
     for weights in formats:
         say(f"scoring {sum(map(len, windows))} tokens with {weights} weights ...")
-        llm = LLM(model, "none", [0], weights=weights, device="cpu", enable_prefix_caching=False, **options)
+        llm = LLM(model, "none", [0], weights=weights, device="cpu", prefix_caching=False, **options)
         environment, name = describe_environment(llm.engine, command), llm.engine.model_name
         rows.append(_measure_own(llm, weights, windows))
         del llm

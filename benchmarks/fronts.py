@@ -188,7 +188,7 @@ def _load(options: FrontsOptions, layer_map: LayerMap, depths: Sequence[int]) ->
         max_model_len=_PROMPT_TOKENS + options.output_tokens, max_num_seqs=options.batch,
         # As many prompts in a step as `sleb bench throughput` has, so that most steps decode all requests.
         max_num_batched_tokens=max(options.batch, min(options.batch * _PROMPT_TOKENS, MAX_STEP_TOKENS)),
-        enable_prefix_caching=False,
+        prefix_caching=False,
     )  # fmt: skip
 
 

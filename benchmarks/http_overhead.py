@@ -110,11 +110,11 @@ def run_overhead(
         options.model,
         dtype=options.dtype,
         weights=options.weights,
-        num_threads=options.threads,
+        threads=options.threads,
         seed=options.seed,
         max_model_len=max(512, context),
         max_num_seqs=options.streams,
-        enable_prefix_caching=False,
+        prefix_caching=False,
     )
     environment = describe_environment(llm.engine, shown_command(command, options.model))
     samples: list[dict[str, float]] = []

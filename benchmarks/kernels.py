@@ -37,8 +37,9 @@ from sleb.benchmarks.kernel_cases import (
     Scale,
     make_cases,
 )
-from sleb.engine.config import DTYPE_ALIASES, DTYPES, resolve_device
+from sleb.engine.model.resolve import resolve_device, resolve_dtype
 from sleb.errors import ConfigError
+from sleb.kernels.names import DTYPE_ALIASES, DTYPES
 from sleb.kernels.registry import torch_gpu_kernels, triton_gpu_kernels
 
 BACKENDS = ("torch", "triton", "flash", "varlen")
@@ -147,7 +148,7 @@ def plan(options: KernelOptions) -> _Plan:
     return _Plan(
         tuple(options.ops or OPS),
         tuple(options.backends or default),
-        DTYPES[name],
+        resolve_dtype(name, "auto", None),
         device,
         options.repetitions,
         scale,

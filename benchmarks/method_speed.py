@@ -153,7 +153,7 @@ def _engines(
     context = max(options.prompt_tokens + 1, 64 + options.output_tokens)
     shared: dict[str, Any] = {
         "dtype": options.dtype, "device": options.device, "max_model_len": context, "max_num_seqs": batch,
-        "max_num_batched_tokens": max(context, 64 * batch), "enable_prefix_caching": False,
+        "max_num_batched_tokens": max(context, 64 * batch), "prefix_caching": False,
     }  # fmt: skip
 
     removed = tuple(spread_units(num_blocks, options.count))

@@ -40,8 +40,8 @@ from sleb.benchmarks.selection import (
     random_blocks,
     shortgpt,
 )
-from sleb.engine.config import resolve_device
 from sleb.engine.llm import LLM
+from sleb.engine.model.resolve import resolve_device
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap

@@ -152,12 +152,12 @@ def _load(options: MixedOptions) -> LLM:
         dtype=options.dtype,
         weights=options.weights,
         device=options.device,
-        num_threads=options.threads,
+        threads=options.threads,
         seed=options.seed,
         max_model_len=max(512, context),
         max_num_seqs=options.batch,
         max_num_batched_tokens=max(2048, options.batch * options.prompt_tokens),
-        enable_prefix_caching=False,
+        prefix_caching=False,
     )
 
 

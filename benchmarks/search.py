@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sleb.benchmarks.environment import describe_machine, shown_command
 from sleb.benchmarks.report import widen
-from sleb.engine.config import resolve_device
+from sleb.engine.model.resolve import resolve_device
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
 from sleb.layer_map.units import Unit

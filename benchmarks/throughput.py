@@ -41,11 +41,12 @@ from sleb.benchmarks.workloads import (
     with_model,
 )
 from sleb.engine.chain import load_layer_map
-from sleb.engine.config import EngineConfig, resolve_dtype
+from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.engine.execute.kv_cache import GIB, bytes_per_token
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
+from sleb.engine.model.resolve import resolve_dtype
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
@@ -77,7 +78,7 @@ class ThroughputBench:
             dtype=options.dtype,
             weights=options.weights,
             load_format=options.load_format,
-            num_threads=options.threads,
+            threads=options.threads,
         ).check()
         self.options = options
         resolved = resolve_model(options.model)
@@ -126,7 +127,7 @@ class ThroughputBench:
             "weights": options.weights,
             "device": options.device,
             "load_format": options.load_format,
-            "num_threads": options.threads,
+            "threads": options.threads,
             "seed": options.seed,
             "max_model_len": max_model_len,
             "max_num_seqs": batch,
@@ -134,7 +135,7 @@ class ThroughputBench:
             "page_size": _PAGE_SIZE,
             # Half a page more, so that rounding to GiB and back does not lose the last one.
             "kv_cache_memory": (num_pages + 0.5) * page_bytes / GIB if page_bytes else None,
-            "enable_prefix_caching": False,
+            "prefix_caching": False,
         }
 
     def prompts(self, workload: Workload, repetition: int) -> list[list[int]]:

@@ -62,7 +62,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         config.check()
         self.config = config
-        resolved = resolve_model(config.model)
+        resolved = resolve_model(str(config.model))
         self.spec = resolve_spec(resolved.path)
         self.model_name = resolved.name.lower()
         self.layer_map, shipped = load_layer_map(config.layer_map, resolved, self.spec)
@@ -83,7 +83,7 @@ class Engine:
         self.overlap = executor.asynchronous if config.overlap is None else config.overlap
         self._in_flight: LaunchedStep | None = None
         page_size = self.runner.page_size
-        block_manager = BlockManager(self.runner.num_pages, page_size, config.enable_prefix_caching)
+        block_manager = BlockManager(self.runner.num_pages, page_size, config.prefix_caching)
         self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.step_tokens)
         self._requests: dict[str, Request] = {}
         self._num_open: Counter[int] = Counter()  # by depth

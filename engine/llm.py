@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -16,9 +16,34 @@ from sleb.engine.engine import Engine
 from sleb.engine.outputs import Choice, Output, StepOutput
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import ConfigError, RequestError
-from sleb.layer_map.layer_map import LayerMap
 
 Prompt = str | Sequence[int]
+_Arguments = ParamSpec("_Arguments")
+_RENAMED = {"num_threads": "threads", "enable_prefix_caching": "prefix_caching"}
+
+
+def _takes(
+    kind: Callable[_Arguments, EngineConfig],
+) -> Callable[[Callable[[LLM, EngineConfig], None]], Callable[Concatenate[LLM, _Arguments], None]]:
+    """Lets a constructor of LLM take the arguments of `kind`, for type checkers and `help()` as well."""
+
+    def decorate(init: Callable[[LLM, EngineConfig], None]) -> Callable[Concatenate[LLM, _Arguments], None]:
+        def takes_arguments(self: LLM, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+            known = [each.name for each in fields(EngineConfig)]
+            for name in kwargs:
+                if name in _RENAMED:
+                    raise ConfigError(f"option '{name}' is called '{_RENAMED[name]}' now")
+                if name not in known:
+                    raise ConfigError(f"option '{name}' does not exist; options: {', '.join(known)}")
+            init(self, kind(*args, **kwargs))
+
+        of_kind = inspect.signature(kind).parameters.values()
+        takes_arguments.__signature__ = inspect.signature(init).replace(  # type: ignore[attr-defined]
+            parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *of_kind]
+        )
+        return takes_arguments
+
+    return decorate
 
 
 class LLM:
@@ -28,29 +53,13 @@ class LLM:
         model: a Hugging Face folder, a hub id, a .gguf file or the alias smollm2.
         layer_map: a LayerMap, the path of one, "none", or None for the alias's own.
         tiers: depths to serve; None: the map's recommended one (0 without a map; 0, 3, 6 for smollm2).
-        options: further fields of EngineConfig.
+        others: the fields of EngineConfig, which every engine flag of `sleb serve` is.
 
     Raises ConfigError, ModelError or LayerMapError.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        layer_map: LayerMap | str | Path | None = None,
-        tiers: Sequence[int] | None = None,
-        *,
-        dtype: str = "auto",
-        weights: str = "auto",
-        device: str = "auto",
-        **options: Any,
-    ) -> None:
-        known = EngineConfig.__dataclass_fields__
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"option '{name}' does not exist; options: {', '.join(known)}")
-        config = EngineConfig(
-            str(model), layer_map, tiers, dtype=dtype, weights=weights, device=device, **options
-        )
+    @_takes(EngineConfig)
+    def __init__(self, config: EngineConfig) -> None:
         self.engine = Engine(config)
         self._ids = itertools.count()
 

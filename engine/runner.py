@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
+from sleb.engine.config import EngineConfig
 from sleb.engine.execute.cpu import CpuExecutor, why_unsupported
 from sleb.engine.execute.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
 from sleb.engine.execute.gpu_setup import build_gpu
@@ -27,6 +27,7 @@ from sleb.engine.execute.transfer import to_device
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
+from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.model.weights import DecoderWeights, all_sublayers, num_bytes
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.request import Request
@@ -92,9 +93,9 @@ class Runner:
         self.layer_map = layer_map
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.weights, spec.checkpoint_dtype)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        kernels = select_kernels(config.kernels, self.device, config.num_threads, config.cpu_affinity)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        kernels = select_kernels(config.kernels, self.device, config.threads, config.cpu_affinity)
         attention = self._choose_attention(config, kernels)  # before minutes are spent on loading
         keep = self.kept_sublayers(min(depths))
         weights = load_weights(

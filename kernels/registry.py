@@ -17,6 +17,7 @@ from torch import Tensor
 from sleb.errors import ConfigError
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.cpu.library import CpuKernels, CpuKernelsUnavailableError
+from sleb.kernels.names import KERNELS
 from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
@@ -222,9 +223,6 @@ def _triton_kernels(device: torch.device) -> Kernels:
     )
 
 
-BACKENDS = ("triton", "torch", "cpu")
-
-
 def select_kernels(
     name: str, device: torch.device, num_threads: int | None = None, cpus: Sequence[int] | None = None
 ) -> Kernels:
@@ -233,9 +231,9 @@ def select_kernels(
     num_threads, cpus: of the C kernels for a CPU, see `CpuKernels.load`. Raises ConfigError when there is none of
     that name, with those that exist, and when it cannot run here, with the reason.
     """
-    if name not in ("auto", *BACKENDS):
+    if name not in ("auto", *KERNELS):
         raise ConfigError(
-            f"kernel backend '{name}' does not exist; choose one of: auto, {', '.join(BACKENDS)}"
+            f"kernel backend '{name}' does not exist; choose one of: auto, {', '.join(KERNELS)}"
         )
     if name == "torch":
         return _torch_kernels()

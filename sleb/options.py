@@ -36,7 +36,7 @@ class Option:
         choices: the words that are allowed; empty: any value of the field's type.
         aliases: further words that are allowed, which help does not list.
         unset: what is done where the value is None or empty, as "one a physical core".
-        minimum, maximum: bounds of a number, themselves allowed.
+        minimum, maximum: bounds of a number, themselves allowed. above: a bound that is not.
         commas: whether a text may name several of a list with commas between. Numbers and choices always may.
         group: the heading under which `--help` lists it.
         flags: names other than --the-field-name, such as "--json"; a short one alone, "-o", comes beside it.
@@ -49,6 +49,7 @@ class Option:
     unset: str = ""
     minimum: float | None = None
     maximum: float | None = None
+    above: float | None = None
     commas: bool = False
     group: str = ""
     flags: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ def option(
     unset: str = "",
     minimum: float | None = None,
     maximum: float | None = None,
+    above: float | None = None,
     commas: bool = False,
     group: str = "",
     flags: Sequence[str] = (),
@@ -80,6 +82,7 @@ def option(
         unset,
         minimum,
         maximum,
+        above,
         commas or bool(choices),
         group,
         tuple(flags),
@@ -118,13 +121,11 @@ class ValueType:
 
     def describe(self, about: Option) -> str:
         """What is wanted, for an error: "an integer from 0 to 65535"."""
-        text = _NAMES[self.kind][self.is_list]
+        bounds = {"of at least": about.minimum, "above": about.above, "at most": about.maximum}
+        told = ", ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
         if about.minimum is not None and about.maximum is not None:
-            text += f" from {about.minimum:g} to {about.maximum:g}"
-        elif about.minimum is not None:
-            text += f" of at least {about.minimum:g}"
-        elif about.maximum is not None:
-            text += f" of at most {about.maximum:g}"
+            told = f"from {about.minimum:g} to {about.maximum:g}"
+        text = f"{_NAMES[self.kind][self.is_list]} {told}".rstrip()
         return f"a list of {text}" if self.is_list else text
 
 
@@ -186,6 +187,10 @@ def _fits(value: Any, kind: type, about: Option) -> bool:
             operator.index(value)  # type: ignore[arg-type]  # a float has none; numpy's integers have
         except TypeError:
             return False
-    low = -float("inf") if about.minimum is None else about.minimum
-    high = float("inf") if about.maximum is None else about.maximum
-    return bool(low <= float(value) <= high)  # which NaN never is
+    number = float(value)
+    return (
+        number == number  # no NaN
+        and (about.minimum is None or number >= about.minimum)
+        and (about.maximum is None or number <= about.maximum)
+        and (about.above is None or number > about.above)
+    )

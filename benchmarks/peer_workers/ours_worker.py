@@ -43,12 +43,12 @@ class Engine:
             weights="auto" if weight_format == "bf16" else weight_format,
             device="cpu",
             kernels="auto",
-            num_threads=threads,
+            threads=threads,
             max_model_len=max_context,
             max_num_seqs=max_batch,
             max_num_batched_tokens=step_tokens,
             kv_cache_memory=kv_gib,
-            enable_prefix_caching=False,
+            prefix_caching=False,
         )
         engine = self._llm.engine
         environment = describe_environment(engine, shown_command)

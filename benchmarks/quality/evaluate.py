@@ -34,9 +34,9 @@ from sleb.benchmarks.quality.texts import (
     read_text,
 )
 from sleb.engine.chain import load_layer_map
-from sleb.engine.config import resolve_device
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import resolve_spec
+from sleb.engine.model.resolve import resolve_device
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError, SlebError
@@ -181,7 +181,7 @@ def _load_engine(options: QualityOptions, plan: _Plan, on_progress: OnProgress) 
         dtype=options.dtype,
         weights=options.weights,
         device=options.device,
-        num_threads=options.threads,
+        threads=options.threads,
         on_progress=lambda done, total: on_progress("loading the engine", done, total),
     )
 

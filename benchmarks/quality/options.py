@@ -50,7 +50,7 @@ class QualityOptions:
 
     def check(self) -> None:
         """Raises ConfigError for what can be seen to be wrong before the model is loaded."""
-        EngineConfig(self.model, dtype=self.dtype, weights=self.weights, num_threads=self.threads).check()
+        EngineConfig(self.model, dtype=self.dtype, weights=self.weights, threads=self.threads).check()
         if self.windows_like not in SCHEMES:
             raise ConfigError(
                 f"--windows-like '{self.windows_like}' is not known; choose {' or '.join(SCHEMES)}"

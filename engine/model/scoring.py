@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sleb.engine.config import EngineConfig, resolve_device, resolve_dtype, resolve_weight_format
+from sleb.engine.config import EngineConfig
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
+from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.model.weights import all_sublayers, num_bytes
 from sleb.engine.text import TextProcessor
 from sleb.kernels.reference.cross_entropy import linear_cross_entropy

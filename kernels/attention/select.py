@@ -9,10 +9,9 @@ import torch
 from sleb.errors import ConfigError
 from sleb.kernels.attention.flash import FlashUnavailableError, load_flash, why_not
 from sleb.kernels.attention.sdpa import PAGE_MULTIPLE, find_varlen
+from sleb.kernels.names import ATTENTION_BACKENDS
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.registry import Attention, GpuKernels
-
-ATTENTION_BACKENDS = ("triton", "flash", "torch")
 
 DEFAULT_PAGE_SIZE = 16
 

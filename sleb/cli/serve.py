@@ -199,13 +199,13 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
-        enable_prefix_caching=prefix_caching,
+        prefix_caching=prefix_caching,
         gpu_memory_utilization=gpu_memory_utilization,
         kernels=kernels,
         attention=attention,
         cuda_graphs=cuda_graphs,
         overlap=overlap,
-        num_threads=threads,
+        threads=threads,
         cpu_affinity=None if cpu_affinity is None else parse_cpus(cpu_affinity),
     )
     code = run_server(sock, config, options, make_engine=_load_engine if log_format == "text" else None)

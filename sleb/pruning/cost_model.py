@@ -79,7 +79,7 @@ def fit_cost_model(
     layer_map = LayerMap(model="probe", fingerprint=None, num_blocks=num_blocks, removed=tuple(order))
     llm = LLM(
         model, layer_map, (0, half, len(order)), dtype=dtype, weights=weights, device=device,
-        max_model_len=_PROMPT_TOKENS + _OUTPUT_TOKENS, max_num_seqs=batch, enable_prefix_caching=False,
+        max_model_len=_PROMPT_TOKENS + _OUTPUT_TOKENS, max_num_seqs=batch, prefix_caching=False,
     )  # fmt: skip
     rng = random.Random(0)
     samples: dict[int, list[float]] = {depth: [] for depth in (0, half, len(order))}

@@ -418,7 +418,7 @@ class TestErrors:
             ({"generate": True, "prompts": Path("nowhere")}, "--prompts nowhere cannot be read"),
             ({"generate": True, "output_tokens": 0}, "--output-tokens is 0"),
             ({"dtype": "float8"}, "dtype 'float8'"),
-            ({"threads": 0}, "num_threads is 0"),
+            ({"threads": 0}, "threads is 0"),
             ({"device": "tpu"}, "device 'tpu'"),
         ],
     )

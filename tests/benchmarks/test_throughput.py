@@ -127,7 +127,7 @@ def test_the_engine_has_room_for_the_largest_batch_at_once(options: ThroughputOp
     """No prefix cache, no preemption, and a batch's prompts in one step."""
     bench = ThroughputBench(options)
     engine = bench.llm.engine
-    assert not engine.config.enable_prefix_caching
+    assert not engine.config.prefix_caching
     assert engine.config.max_num_batched_tokens == 3 * 20
     assert engine.max_model_len == 25
     assert engine.runner.num_pages == 3 * 2
@@ -304,7 +304,7 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(
         ({"weights": "int3"}, ConfigError, "int3"),
         ({"device": "abacus"}, ConfigError, "abacus"),
         ({"load_format": "pickle"}, ConfigError, "pickle"),
-        ({"threads": 0}, ConfigError, "num_threads is 0"),
+        ({"threads": 0}, ConfigError, "threads is 0"),
         ({"model": ""}, ConfigError, "give one of them: a model with its weights, or a shape"),
         ({"config": "llama-2-7b"}, ConfigError, "give one of them"),
         ({"model": "", "config": "llama-9"}, ConfigError, "shape 'llama-9' does not come with sleb"),

@@ -102,7 +102,7 @@ def test_how_far_apart_first_tokens_come(
     """Against the engine itself; and what the timed steps read is what a decode reads, to first order."""
     engine = LLM(
         tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=batch, max_num_batched_tokens=step_tokens,
-        enable_prefix_caching=False,
+        prefix_caching=False,
     ).engine  # fmt: skip
     workload = Workload("decode", batch, prompt_tokens, 2)
     apart = steps_apart(workload, step_tokens)

@@ -59,14 +59,14 @@ def test_each_source_goes_before_the_next(run_serve, write):
     file = write('[serve]\nport = 1\nmodel = "from-file"\nmax_queue = 7\nprefix-caching = false\n')
     options, config = run_serve("m", "--config-file", file)
     assert (config.model, options.port, options.max_queue, options.log_format) == ("m", 1, 7, "text")
-    assert not config.enable_prefix_caching
+    assert not config.prefix_caching
     options, config = run_serve("--config-file", file)
     assert config.model == "from-file"
     options, config = run_serve("--config-file", file, SLEB_PORT="2", SLEB_MODEL="from-env")
     assert (config.model, options.port, options.max_queue) == ("from-env", 2, 7)
     options, config = run_serve("from-flag", "--config-file", file, "--port", 3, "--prefix-caching")
     assert (config.model, options.port, options.max_queue) == ("from-flag", 3, 7)
-    assert config.enable_prefix_caching
+    assert config.prefix_caching
 
 
 def test_the_file_itself_may_be_named_in_the_environment(run_serve, write):

@@ -40,7 +40,7 @@ def level(request, monkeypatch):
 @pytest.fixture
 def make(make_llm):
     def build(model, removed=(), tiers=None, **options):
-        defaults = {"kernels": "cpu", "page_size": 16, "num_threads": 3}
+        defaults = {"kernels": "cpu", "page_size": 16, "threads": 3}
         llm = make_llm(model, removed, tiers, **(defaults | options))
         assert isinstance(llm.engine.runner.executor, CpuExecutor)
         return llm
@@ -181,7 +181,7 @@ def test_nan_in_one_request_stays_in_that_request(
 
 def test_repeated_runs_are_equal_to_the_bit(tiny_model, make):
     """With as many threads the same sums are made in the same order, whichever thread makes them: a race would show."""
-    llm = make(tiny_model("llama-gqa"), (4, 1), (0, 2), num_threads=4, max_num_batched_tokens=64)
+    llm = make(tiny_model("llama-gqa"), (4, 1), (0, 2), threads=4, max_num_batched_tokens=64)
     prompts, _ = workload(3)
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=3, prompt_logprobs=3)
     depths = [number % 2 * 2 for number in range(len(prompts))]
@@ -238,6 +238,6 @@ class TestChoice:
             make_llm(tiny_model("llama"), kernels="cpu", page_size=16)
 
     def test_threads_and_affinity(self, tiny_model, make):
-        assert make(tiny_model("llama"), num_threads=5).engine.runner.executor.num_threads == 5
+        assert make(tiny_model("llama"), threads=5).engine.runner.executor.num_threads == 5
         with pytest.raises(ConfigError, match="cpu_affinity names processor 100000"):
             make(tiny_model("llama"), cpu_affinity=[100000])

@@ -84,7 +84,7 @@ def test_rows_of_a_mixed_batch_give_what_they_give_alone(name, tiny_model, make_
     model = tiny_model(name)
     prompts, params, depths = traffic(seed=len(name))
     # Alone in every way: one request at a time, in an engine that serves its depth and no other.
-    alone = {depth: make_llm(model, CHAIN, (depth,), enable_prefix_caching=False) for depth in TIERS}
+    alone = {depth: make_llm(model, CHAIN, (depth,), prefix_caching=False) for depth in TIERS}
     expected = [
         alone[depth].generate([prompt], each)[0]
         for prompt, each, depth in zip(prompts, params, depths, strict=True)
@@ -152,7 +152,7 @@ def test_prompt_logprobs_take_no_hits_and_are_whole(tiny_model, make_llm):
 
 
 def test_prefix_caching_can_be_switched_off(tiny_model, make_llm):
-    llm = make_llm(tiny_model("llama"), enable_prefix_caching=False)
+    llm = make_llm(tiny_model("llama"), prefix_caching=False)
     for _ in range(2):
         assert llm.generate([list(range(20, 50))], SamplingParams(max_tokens=1))[0].num_cached_tokens == 0
 

@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sleb import files
-from sleb.engine.config import EngineConfig, resolve_dtype
+from sleb.engine.config import EngineConfig
 from sleb.engine.model import loader, weight_cache
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
+from sleb.engine.model.resolve import resolve_dtype
 from sleb.engine.model.weights import all_sublayers, num_bytes
 from sleb.errors import ConfigError, ModelError
 from sleb.kernels.quantization import WEIGHT_FORMATS, Int4Weight, Int8Weight, quantize_int4, quantize_int8
@@ -431,7 +432,8 @@ _MEASURE = """
     import torch
     from sleb.engine.model.architecture import resolve_spec
     from sleb.engine.model.loader import load_weights
-    from sleb.engine.model.weights import all_sublayers, num_bytes
+    from sleb.engine.model.resolve import resolve_dtype
+from sleb.engine.model.weights import all_sublayers, num_bytes
     from sleb.kernels.quantization import WEIGHT_FORMATS, quantize_int4
 
     def peak():

@@ -39,7 +39,7 @@ library.find_library = lambda: Path(shared)
 library.isa_level = lambda: level
 chain = LayerMap(model="tiny", fingerprint=None, num_blocks=5, removed=tuple(map(Unit, (4, 1, 3))))
 llm = LLM(folder, chain, (0, 1, 3), dtype="bfloat16", weights=weights, load_format="dummy", kernels="cpu",
-          num_threads=4, max_num_batched_tokens=150, max_num_seqs=24)
+          threads=4, max_num_batched_tokens=150, max_num_seqs=24)
 rng = random.Random(1)
 for count in (1, 3, 24, 2, 40):
     prompts = [[rng.randrange(3, 90) for _ in range(rng.choice([1, 5, 17, 44]))] for _ in range(count)]
