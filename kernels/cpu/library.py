@@ -17,59 +17,33 @@ from torch import Tensor
 
 from sleb.kernels.cpu.build import find_library, why_unavailable
 from sleb.kernels.cpu.features import cpu_features, isa_level
-from sleb.kernels.cpu.records import Draw, Isa, Linear, Model
+from sleb.kernels.cpu.records import HEADER, Linear, Sample
 from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.reference.ops import Numbers
 
-F32, F16, BF16, I8, I4 = range(5)
+F32, F16, BF16, I8, I4 = (HEADER.constants[f"SLEB_{name}"] for name in ("F32", "F16", "BF16", "I8", "I4"))
 FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
-NORMS = {"rms": 0, "layer": 1}
+NORMS = {"rms": HEADER.constants["SLEB_NORM_RMS"], "layer": HEADER.constants["SLEB_NORM_LAYER"]}
 ACTIVATIONS = {
-    "silu": 0,
-    "swish": 0,
-    "relu": 1,
-    "gelu": 2,
-    "gelu_new": 3,
-    "gelu_pytorch_tanh": 3,
+    "silu": HEADER.constants["SLEB_SILU"],
+    "swish": HEADER.constants["SLEB_SILU"],
+    "relu": HEADER.constants["SLEB_RELU"],
+    "gelu": HEADER.constants["SLEB_GELU"],
+    "gelu_new": HEADER.constants["SLEB_GELU_TANH"],
+    "gelu_pytorch_tanh": HEADER.constants["SLEB_GELU_TANH"],
 }
 PAGE_SIZES = (16, 32, 64, 128)  # a page must hold whole columns of 16 keys and divide a chunk of 128
 EMULATED = "amx-emulated"
 # ns for which an idle thread looks for work before it sleeps. Waking it takes some 100 µs, and a fast model's steps are
 # 300 µs of bookkeeping apart.
-_PATIENCE = 2_000_000
+_SPIN_NS = 2_000_000
 _CHUNK = 64 << 20
 _ENOUGH_CORES = 4
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-_pointer, _int = ctypes.c_void_p, ctypes.c_int32
-
 
 class CpuKernelsUnavailableError(Exception):
     """The C kernels cannot run here; the message says why."""
-
-
-# Name -> result and arguments.
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "sleb_select": (ctypes.POINTER(Isa), [ctypes.c_char_p]),
-    "sleb_pool_create": (_pointer, [_int, _pointer, ctypes.c_int64]),
-    "sleb_pool_num_threads": (_int, [_pointer]),
-    "sleb_pool_destroy": (None, [_pointer]),
-    "sleb_map": (_pointer, [ctypes.c_size_t, _int]),
-    "sleb_unmap": (None, [_pointer, ctypes.c_size_t]),
-    "sleb_trim": (None, []),
-    "sleb_packed_bytes": (ctypes.c_size_t, [ctypes.POINTER(Linear)]),
-    "sleb_num_packed_outputs": (_int, [ctypes.POINTER(Linear)]),
-    "sleb_pack_vector": (None, [ctypes.POINTER(Linear), _pointer, _pointer]),
-    "sleb_pack": (None, [_pointer, ctypes.POINTER(Linear), _pointer, _pointer, _pointer, _pointer]),
-    "sleb_draw_bytes": (ctypes.c_size_t, [_int]),
-    "sleb_workspace_create": (
-        _pointer,
-        [ctypes.POINTER(Model), _int, _int, _int, _int, ctypes.POINTER(ctypes.c_size_t)],
-    ),
-    "sleb_workspace_destroy": (None, [_pointer, ctypes.c_size_t]),
-    "sleb_workspace_residual": (_pointer, [_pointer]),
-    "sleb_read": (ctypes.c_uint64, [_pointer, _pointer, ctypes.c_size_t]),
-}
 
 
 class Arena:
@@ -91,7 +65,7 @@ class Arena:
         """A mapping of its own, from its first address to its end; physical memory comes as it is touched."""
         address = self._library.sleb_map(num_bytes, huge)
         if not address:
-            raise MemoryError(f"the system gives no {num_bytes} bytes")
+            raise MemoryError(f"cannot allocate {num_bytes} bytes for the CPU kernels")
         weakref.finalize(self, self._library.sleb_unmap, address, num_bytes)
         return address, address + num_bytes
 
@@ -124,7 +98,7 @@ class CpuKernels:
         """The kernels for this processor.
 
         num_threads: the caller included; None: one a physical core that the process may use. level: None for the
-        best one. cpus: the processor that each thread is tied to, the caller's first; None: the system decides.
+        best one. cpus: the processor that each thread is pinned to, the caller's first; None: the system decides.
         Raises CpuKernelsUnavailableError.
         """
         level = level or isa_level()
@@ -137,7 +111,7 @@ class CpuKernels:
             library: Any = ctypes.CDLL(str(path))
         except OSError as error:
             raise CpuKernelsUnavailableError(f"{path} cannot be loaded: {error}") from None
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in HEADER.functions.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         isa = library.sleb_select(level.encode())
@@ -147,9 +121,9 @@ class CpuKernels:
         if not isa:
             raise CpuKernelsUnavailableError(f"there are no kernels for '{level}'")
         count = num_threads or (len(cpus) if cpus else default_num_threads())
-        pool = library.sleb_pool_create(count, int32_array(cpus) if cpus else None, _PATIENCE)
+        pool = library.sleb_pool_create(count, int32_array(cpus) if cpus else None, _SPIN_NS)
         if not pool:
-            raise CpuKernelsUnavailableError("the system gives no memory for threads")
+            raise CpuKernelsUnavailableError("out of memory while starting threads")
         kernels = cls(level, library.sleb_pool_num_threads(pool), library, isa.contents, pool)
         weakref.finalize(kernels, library.sleb_pool_destroy, pool)
         return kernels
@@ -210,19 +184,24 @@ class CpuKernels:
         logits = logits.contiguous()
         num_rows, vocab_size = logits.shape
         chosen = torch.empty(num_rows, dtype=torch.int64)
-        numbers = [array("d", map(float, column)) for column in (temperature, top_p, min_p, points)]
+        numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "points": points}
+        columns = {name: array("d", map(float, column)) for name, column in numbers.items()}
         counts = array("i", (min(int(count), vocab_size) if count > 0 else 0 for count in top_k))
-        assert {num_rows} == {len(counts), *map(len, numbers)}, "one number a row"
-        size = self.library.sleb_draw_bytes(vocab_size) * self.num_threads
+        assert {num_rows} == {len(counts), *map(len, columns.values())}, "one number a row"
+        size = self.library.sleb_sample_bytes(vocab_size) * self.num_threads
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
-        record = Draw(
-            logits.data_ptr(),
-            *(column.buffer_info()[0] for column in numbers),
-            counts.buffer_info()[0],
-            *(chosen.data_ptr(), self._scratch.data_ptr(), self.pool, num_rows, vocab_size),
+        record = Sample(
+            logits=logits.data_ptr(),
+            top_k=counts.buffer_info()[0],
+            chosen=chosen.data_ptr(),
+            scratch=self._scratch.data_ptr(),
+            pool=self.pool,
+            num_rows=num_rows,
+            vocab_size=vocab_size,
+            **{name: column.buffer_info()[0] for name, column in columns.items()},
         )
-        self.isa.draw(record)
+        self.isa.sample(record)
         return chosen
 
     def _pack_vector(self, record: Linear, vector: Tensor) -> int:
@@ -283,4 +262,4 @@ def _why_no_level() -> str:
 
 def int32_array(values: Sequence[int]) -> Any:
     """A C array of 32-bit integers."""
-    return (_int * len(values))(*values)
+    return (ctypes.c_int32 * len(values))(*values)

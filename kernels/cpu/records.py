@@ -1,103 +1,144 @@
-"""The records of sleb_cpu.h, which describes them field by field: the same fields in the same order."""
+"""The structs, constants and functions of src/sleb_cpu.h, read from the header, which alone says what they are.
+
+The header read is the one that the library was compiled with, since a library with another key is never loaded
+(build.py). What the few rules here do not cover is an error at import, not a guess.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-_pointer, _int = ctypes.c_void_p, ctypes.c_int32
+from sleb.kernels.cpu.build import SOURCES
+
+_SCALARS: dict[str, Any] = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "size_t": ctypes.c_size_t,
+    "float": ctypes.c_float,
+}
+_NOT_CODE = re.compile(r"/\*.*?\*/|^[ \t]*#.*?$", re.DOTALL | re.MULTILINE)
+_STATEMENT = re.compile(
+    r"enum \{ (?P<constants>[^}]*) \} ;"
+    r"|typedef struct \{ (?P<fields>[^}]*) ; \} (?P<struct>\w+) ;"
+    r"|typedef struct (?P<opaque>\w+) (?P=opaque) ;"
+    r"|SLEB_EXPORT (?P<result>[\w ]+(?: \*)?) (?P<function>\w+) \( (?P<parameters>[^)]*) \) ;"
+)
+_FUNCTION_POINTER = re.compile(r"(?P<result>\w+) \( \* (?P<name>\w+) \) \( (?P<parameters>[^)]*) \)")
+_DECLARATION = re.compile(r"(?:const )?(?P<type>\w+) (?P<names>(?:\* )?\w+(?: , (?:\* )?\w+)*)")
+_PARAMETER = re.compile(r"(?:const )?(?P<type>\w+)(?P<pointer> \*)?(?: \w+)?")
 
 
 class Linear(ctypes.Structure):
     """sleb_linear"""
 
-    _fields_ = [
-        *((name, _pointer) for name in ("data", "scale", "bias")),
-        *((name, _int) for name in ("format", "n", "k", "gated")),
-    ]
-
 
 class Norm(ctypes.Structure):
     """sleb_norm"""
-
-    _fields_ = [("weight", _pointer), ("bias", _pointer)]
 
 
 class Unit(ctypes.Structure):
     """sleb_unit"""
 
-    _fields_ = [
-        ("norm", Norm),
-        ("first", Linear),
-        ("second", Linear),
-        *((name, _pointer) for name in ("query_norm", "key_norm", "key_cache", "value_cache")),
-        *((name, _int) for name in ("is_attention", "rotate", "window", "activation")),
-    ]
-
 
 class Model(ctypes.Structure):
     """sleb_model"""
-
-    _fields_ = [
-        *(
-            (name, _int)
-            for name in (
-                *("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_half", "vocab_size"),
-                *("norm_kind", "num_units", "page_size", "kv_format", "embed_format", "embed_packed"),
-                *("max_tokens", "position_offset"),
-            )
-        ),
-        ("norm_eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        *((name, _pointer) for name in ("cos", "sin", "embed", "position_embed", "units")),
-        ("final_norm", Norm),
-        ("has_final_norm", _int),
-        ("head", Linear),
-        ("pool", _pointer),
-        ("workspace", _pointer),
-    ]
 
 
 class Step(ctypes.Structure):
     """sleb_step"""
 
-    _fields_ = [
-        *((name, _int) for name in ("num_tokens", "num_sequences", "num_samples", "reserved")),
-        *(
-            (name, _pointer)
-            for name in (
-                *("token_ids", "positions", "query_starts", "context_lens", "page_starts", "pages"),
-                *("unit_sequences", "samples", "logits", "argmax"),
-            )
-        ),
-    ]
 
-
-_model_p, _unit_p, _step_p = ctypes.POINTER(Model), ctypes.POINTER(Unit), ctypes.POINTER(Step)
-
-
-class Draw(ctypes.Structure):
-    """sleb_draw"""
-
-    _fields_ = [
-        *((name, _pointer) for name in ("logits", "temperature", "top_p", "min_p", "points", "top_k")),
-        *((name, _pointer) for name in ("chosen", "scratch", "pool")),
-        *((name, _int) for name in ("num_rows", "vocab_size")),
-    ]
-
-
-_linear_p, _norm_p = ctypes.POINTER(Linear), ctypes.POINTER(Norm)
+class Sample(ctypes.Structure):
+    """sleb_sample"""
 
 
 class Isa(ctypes.Structure):
     """sleb_isa"""
 
-    _fields_ = [
-        ("forward", ctypes.CFUNCTYPE(_int, _model_p, _step_p)),
-        ("head", ctypes.CFUNCTYPE(_int, _model_p, _pointer, _int, _pointer, _pointer)),
-        (
-            "linear",
-            ctypes.CFUNCTYPE(_int, _model_p, _norm_p, _linear_p, _pointer, _int, _int, _int, _pointer),
-        ),
-        ("attention", ctypes.CFUNCTYPE(_int, _model_p, _unit_p, _step_p, _pointer, _pointer)),
-        ("draw", ctypes.CFUNCTYPE(_int, ctypes.POINTER(Draw))),
-    ]
+
+@dataclass
+class Header:
+    """What a header declares. `records`: for each struct the class that stands for it, without fields so far.
+
+    Raises ValueError for a declaration that it does not understand, and for a struct without a class or the reverse.
+    """
+
+    text: str
+    records: Mapping[str, type[ctypes.Structure]]
+    constants: dict[str, int] = field(default_factory=dict)
+    functions: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)  # name: result, arguments
+
+    def __post_init__(self) -> None:
+        code = " ".join(re.findall(r"\w+|[^\w\s]", _NOT_CODE.sub(" ", self.text)))
+        at, structs = 0, set()
+        while at < len(code):
+            found = _STATEMENT.match(code, at)
+            if found is None:
+                raise ValueError(f"a header may not declare: {code[at : at + 80]}")
+            at = found.end() + 1
+            if found["constants"]:
+                self._read_constants(found["constants"])
+            elif found["function"]:
+                arguments = self._arguments(found["parameters"])
+                self.functions[found["function"]] = (self._argument(found["result"]), arguments)
+            elif name := found["struct"]:
+                structs.add(name)
+                if name not in self.records:
+                    raise ValueError(f"no record stands for the struct {name}")
+                self.records[name]._fields_ = self._fields(found["fields"])
+        if missing := self.records.keys() - structs:
+            raise ValueError(f"the header has no struct {', '.join(sorted(missing))}")
+
+    def _read_constants(self, code: str) -> None:
+        value = -1
+        for item in code.split(" , "):
+            name, _, number = item.partition(" = ")
+            value = int(number) if number else value + 1
+            self.constants[name] = value
+
+    def _fields(self, code: str) -> list[tuple[str, Any]]:
+        fields: list[tuple[str, Any]] = []
+        for declaration in code.split(" ; "):
+            if found := _FUNCTION_POINTER.fullmatch(declaration):
+                result, arguments = self._argument(found["result"]), self._arguments(found["parameters"])
+                fields.append((found["name"], ctypes.CFUNCTYPE(result, *arguments)))
+            elif found := _DECLARATION.fullmatch(declaration):
+                for name in found["names"].split(" , "):
+                    of = ctypes.c_void_p if name.startswith("* ") else self._value(found["type"])
+                    fields.append((name.removeprefix("* "), of))
+            else:
+                raise ValueError(f"a struct may not hold: {declaration}")
+        return fields
+
+    def _value(self, name: str) -> Any:
+        if name not in _SCALARS and name not in self.records:
+            raise ValueError(f"a type that no rule covers: {name}")
+        return _SCALARS.get(name) or self.records[name]
+
+    def _arguments(self, code: str) -> list[Any]:
+        return [] if code == "void" else [self._argument(each) for each in code.split(" , ")]
+
+    def _argument(self, code: str) -> Any:
+        found = _PARAMETER.fullmatch(code)
+        if found is None:
+            raise ValueError(f"a function may not take or return: {code}")
+        name = found["type"]
+        if found["pointer"] is None:
+            return None if name == "void" else self._value(name)
+        if name == "char":
+            return ctypes.c_char_p
+        # Pointers to records take a record or its address; of others Python knows only the address.
+        pointee = self.records.get(name) or (ctypes.c_size_t if name == "size_t" else None)
+        return ctypes.POINTER(pointee) if pointee else ctypes.c_void_p
+
+
+_ALL: tuple[type[ctypes.Structure], ...] = (Linear, Norm, Unit, Model, Step, Sample, Isa)
+HEADER = Header(
+    (SOURCES / "sleb_cpu.h").read_text(encoding="utf-8"),
+    {f"sleb_{record.__name__.lower()}": record for record in _ALL},
+)

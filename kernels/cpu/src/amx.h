@@ -1,8 +1,17 @@
 /* Products by the tile unit: 32 rows times a panel. Where SLEB_AMX_EMULATED is set the instructions are functions in C
  * that do what the manual says (Intel 64 and IA-32 SDM, volume 2, TDPBF16PS), for machines without the unit. */
+#ifndef SLEB_AMX_H
+#define SLEB_AMX_H
+
+#include "epilogue.h"
+#include "operand.h"
+#include "panel.h"
+#include "simd.h"
+#include "workspace.h"
+
 #if SLEB_HAS_AMX
 
-enum { TILE_ROWS = 16 };
+enum { TILE_ROWS = 16, AMX_FROM = 5 }; /* AMX_FROM: rows from which the tile unit beats dot products */
 
 #if SLEB_AMX_EMULATED
 
@@ -92,8 +101,8 @@ INLINE void tiles_store(int32_t rows, float *sums, size_t lds) {
     }
 }
 
-/* Shares [rows, keys] times values, pages of `lines` pairs of keys; pages shorter than a tile are put together. */
-INLINE void tiles_mix(const char *shares, size_t lda, const char *const *pages, int32_t num_pages, int32_t lines,
+/* Probabilities [rows, keys] times values, pages of `lines` pairs of keys; pages shorter than a tile are put together. */
+INLINE void tiles_mix(const char *probs, size_t lda, const char *const *pages, int32_t num_pages, int32_t lines,
                       size_t stride, int32_t rows, char *scratch, float *sums) {
     tiles_zero(rows);
     for (int32_t line = 0; line < num_pages * lines; line += TILE_ROWS) {
@@ -109,7 +118,7 @@ INLINE void tiles_mix(const char *shares, size_t lda, const char *const *pages, 
             }
             b = scratch, step = 128;
         }
-        tiles_add(shares + 4 * (size_t)line, lda, b, b + 64, step, rows);
+        tiles_add(probs + 4 * (size_t)line, lda, b, b + 64, step, rows);
     }
     tiles_store(rows, sums, SLEB_PANEL);
 }
@@ -141,7 +150,7 @@ static void widen_panel(const sleb_linear *w, const char *data, char *out) {
     for (int32_t k = 0; k < kp; k += SLEB_GROUP, data += I4_GROUP_BYTES)
         for (int32_t pair = 0; pair < 4; pair++, out += 512)
             for (int32_t half = 0; half < 2; half++) {
-                __m512 s = load_f16(data + 512 + 32 * half), m = load_f16(data + 576 + 32 * half);
+                __m512 s = load_f16(data + I4_SCALES + 32 * half), m = load_f16(data + I4_MINIMA + 32 * half);
                 __m512i both = load_i(data + pair * 128 + 64 * half);
                 for (int32_t quad = 0; quad < 2; quad++) {
                     __m512i q = _mm512_and_si512(quad ? _mm512_srli_epi16(both, 4) : both, nibble);
@@ -179,5 +188,7 @@ static void multiply_panel_amx(const sleb_linear *w, const char *data, const ope
 
 INLINE void tiles_begin(void) {}
 INLINE void tiles_end(void) {}
+
+#endif
 
 #endif

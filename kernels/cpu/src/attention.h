@@ -11,6 +11,16 @@
  * chunks of 128 keys; the heads of a group share their keys, so they are rows of one tile. A lone long context is split
  * between threads and its parts are merged (Flash-Decoding, Dao et al. 2023).
  */
+#ifndef SLEB_ATTENTION_H
+#define SLEB_ATTENTION_H
+
+#include "amx.h"
+#include "operand.h"
+#include "panel.h"
+#include "pool.h"
+#include "simd.h"
+#include "tile.h"
+#include "workspace.h"
 
 INLINE int32_t query_kind(int32_t kv_format) {
     return SLEB_HAS_BF16 && kv_format == SLEB_BF16 ? ROWS_BF16 : ROWS_F32;
@@ -77,7 +87,7 @@ static void store_value(const sleb_model *m, char *page, int32_t offset, const f
     }
 }
 
-/* Zeroes the values after `offset`: a share of 0 times what another sequence left there must be 0, not NaN. */
+/* Zeroes the values after `offset`: a probability of 0 times what another sequence left there must be 0, not NaN. */
 static void clear_values_after(const sleb_model *m, char *page, int32_t offset, int32_t padded) {
     size_t row = (size_t)padded * kv_bytes(m->kv_format);
     if (m->kv_format == SLEB_BF16 && offset % 2 == 0) {
@@ -199,9 +209,9 @@ static void score_keys(const sleb_model *m, const char *query, int32_t rows, con
     }
 }
 
-/* Softmax numerators of one row's scores [keys], of which [low, high) are visible. Returns the factor for what was
- * gathered before; `top` and `sum` go on. */
-static float share_keys(const float *scores, int32_t keys, int32_t low, int32_t high, char *shares, int32_t kind,
+/* Online softmax of one row's scores [keys], of which [low, high) are visible: probs before they are divided by `sum`.
+ * Returns the factor for what was gathered before; `top` and `sum` go on. */
+static float softmax_keys(const float *scores, int32_t keys, int32_t low, int32_t high, char *probs, int32_t kind,
                         float *top, float *sum) {
     const __m512 never = _mm512_set1_ps(-INFINITY);
     __m512 most = never;
@@ -211,16 +221,16 @@ static float share_keys(const float *scores, int32_t keys, int32_t low, int32_t 
     }
     float highest = fmaxf(*top, _mm512_reduce_max_ps(most));
     if (highest == -INFINITY) { /* nothing visible yet */
-        memset(shares, 0, (size_t)keys * element_bytes(kind));
+        memset(probs, 0, (size_t)keys * element_bytes(kind));
         return 1.0f;
     }
     const __m512 shift = _mm512_set1_ps(highest);
     __m512 total = _mm512_setzero_ps();
     for (int32_t at = 0; at < keys; at += 16) {
         __mmask16 mask = tail_mask(max_i(high - at, 0)) & ~tail_mask(max_i(low - at, 0));
-        __m512 share = _mm512_maskz_mov_ps(mask, exp2_ps(_mm512_sub_ps(load_f32(scores + at), shift)));
-        total = _mm512_add_ps(total, share);
-        store_row(shares, kind, at, share, 0xffff);
+        __m512 prob = _mm512_maskz_mov_ps(mask, exp2_ps(_mm512_sub_ps(load_f32(scores + at), shift)));
+        total = _mm512_add_ps(total, prob);
+        store_row(probs, kind, at, prob, 0xffff);
     }
     float factor = *top == -INFINITY ? 0.0f : exp2f(*top - highest);
     *sum = *sum * factor + _mm512_reduce_add_ps(total);
@@ -228,7 +238,7 @@ static float share_keys(const float *scores, int32_t keys, int32_t low, int32_t 
     return factor;
 }
 
-/* mixed [rows, Dp] += shares [rows, keys] · values, `pages` the values' pages of this chunk. */
+/* mixed [rows, Dp] += probs [rows, keys] · values, `pages` the values' pages of this chunk. */
 static void mix_values(const sleb_model *m, const char *const *pages, int32_t num_pages, int32_t rows,
                        sleb_local *local) {
     int32_t padded = round_up(m->head_dim, 16), kind = query_kind(m->kv_format);
@@ -239,7 +249,7 @@ static void mix_values(const sleb_model *m, const char *const *pages, int32_t nu
         int32_t halves = padded - d > 16 ? 2 : 1;
 #if SLEB_HAS_AMX
         if (kind == ROWS_BF16 && rows >= AMX_FROM && halves == 2) {
-            tiles_mix(local->shares, lda, blocks, num_pages, m->page_size / 2, (size_t)padded * 4, rows, local->panel,
+            tiles_mix(local->probs, lda, blocks, num_pages, m->page_size / 2, (size_t)padded * 4, rows, local->panel,
                       local->tile);
         } else
 #endif
@@ -248,7 +258,7 @@ static void mix_values(const sleb_model *m, const char *const *pages, int32_t nu
                       .stride = (size_t)padded / 16 * line,
                       .steps = m->kv_format == SLEB_BF16 ? m->page_size / 2 : m->page_size, .ldo = SLEB_PANEL};
             for (int32_t row = 0; row < rows; row += MAX_ROWS) {
-                t.a = local->shares + row * lda;
+                t.a = local->probs + row * lda;
                 t.out = local->tile + row * SLEB_PANEL;
                 TILES[m->kv_format][min_i(MAX_ROWS, rows - row) - 1](&t);
             }
@@ -261,8 +271,8 @@ static void mix_values(const sleb_model *m, const char *const *pages, int32_t nu
     }
 }
 
-/* Asks for the memory of a page of keys and of one of values: pages lie apart, and nothing else foresees them. */
-static void foresee_page(const attention *at, const int32_t *pages, int32_t number, int32_t head) {
+/* Asks for the memory of a page of keys and of one of values: pages lie apart, and no hardware prefetcher knows where the next one is. */
+static void prefetch_page(const attention *at, const int32_t *pages, int32_t number, int32_t head) {
     const sleb_model *m = at->model;
     size_t from = page_offset(m, pages[number], head), bytes = page_offset(m, 0, 1);
     const char *keys = (const char *)at->unit->key_cache + from, *values = (const char *)at->unit->value_cache + from;
@@ -307,15 +317,15 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
             /* A few rows wait for memory; for more the pages are in the cache since the piece before. */
             for (int32_t key = chunk + 16 * c; rows < MAX_ROWS && key < chunk + 16 * (c + 2); key += 16)
                 if (key + AHEAD_KEYS < end && (key + AHEAD_KEYS) % page_size == 0)
-                    foresee_page(at, pages, (key + AHEAD_KEYS) / page_size, head);
+                    prefetch_page(at, pages, (key + AHEAD_KEYS) / page_size, head);
             score_keys(m, query, rows, key_columns[c], key_columns[c + 1], local->scores + 16 * c);
         }
         int32_t num_pages = ceil_div(keys, page_size), padded_keys = num_pages * page_size;
         for (int32_t row = 0; row < rows; row++) {
             int32_t position = base + (piece->first_row + row) / group;
             int32_t high = min_i(position + 1, end) - chunk, low = window ? max_i(0, position - window + 1 - chunk) : 0;
-            float factor = share_keys(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, padded_keys, low, high,
-                                      local->shares + (size_t)row * SLEB_ATTENTION_KEYS * element_bytes(kind), kind,
+            float factor = softmax_keys(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, padded_keys, low, high,
+                                      local->probs + (size_t)row * SLEB_ATTENTION_KEYS * element_bytes(kind), kind,
                                       &top[row], &sum[row]);
             if (factor != 1.0f) {
                 float *mixed = local->mixed + (size_t)row * padded;
@@ -327,10 +337,10 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
 }
 
 /* The first pages of the piece after. */
-static void foresee_piece(const attention *at, const sleb_piece *piece, int32_t head) {
+static void prefetch_piece(const attention *at, const sleb_piece *piece, int32_t head) {
     const int32_t *pages = at->step->pages + at->step->page_starts[piece->sequence];
     int32_t page_size = at->model->page_size, end = piece->first_key + min_i(piece->num_keys, AHEAD_KEYS);
-    for (int32_t number = piece->first_key / page_size; number * page_size < end; number++) foresee_page(at, pages, number, head);
+    for (int32_t number = piece->first_key / page_size; number * page_size < end; number++) prefetch_page(at, pages, number, head);
 }
 
 INLINE size_t partial_floats(const sleb_model *m) {
@@ -398,7 +408,7 @@ static void attend(const attention *at, sleb_local *local) {
         for (int32_t task = begin; task < end; task++) {
             const sleb_piece *piece = &ws->pieces[task % num_pieces];
             int32_t head = task / num_pieces, rows = piece->num_rows;
-            if (task + 1 < end && rows < MAX_ROWS) foresee_piece(at, &ws->pieces[(task + 1) % num_pieces], (task + 1) / num_pieces);
+            if (task + 1 < end && rows < MAX_ROWS) prefetch_piece(at, &ws->pieces[(task + 1) % num_pieces], (task + 1) / num_pieces);
             attend_piece(at, piece, head, local);
             if (piece->partial < 0) {
                 write_attended(at, piece, head, local->mixed, local->stats + SLEB_ATTENTION_ROWS);
@@ -418,3 +428,5 @@ static void attend(const attention *at, sleb_local *local) {
         }
     sleb_barrier(pool);
 }
+
+#endif

@@ -1,11 +1,17 @@
 /* One step: every sublayer over the rows that run it, then the head over the rows that sample. All threads walk the
  * same plan; what follows a barrier may read what any thread wrote before it. */
+#ifndef SLEB_FORWARD_H
+#define SLEB_FORWARD_H
 
-#include "simd.h"
-#include "tile.h"
-#include "workspace.h"
-#include "gemm.h"
+#include "amx.h"
 #include "attention.h"
+#include "epilogue.h"
+#include "gemm.h"
+#include "operand.h"
+#include "panel.h"
+#include "pool.h"
+#include "simd.h"
+#include "workspace.h"
 
 typedef struct {
     const sleb_model *model;
@@ -113,8 +119,8 @@ static void unpack_row(const sleb_linear *w, int32_t id, float *out) {
             const char *group = data + (size_t)(k / 32) * I4_GROUP_BYTES;
             uint8_t both = *(const uint8_t *)(group + k % 32 / 8 * 128 + half * 64 + lane * 4 + k % 4);
             uint16_t s, least;
-            memcpy(&s, group + 512 + half * 32 + lane * 2, 2);
-            memcpy(&least, group + 576 + half * 32 + lane * 2, 2);
+            memcpy(&s, group + I4_SCALES + half * 32 + lane * 2, 2);
+            memcpy(&least, group + I4_MINIMA + half * 32 + lane * 2, 2);
             out[k] = _cvtsh_ss(s) * (float)(k % 8 >= 4 ? both >> 4 : both & 15) + _cvtsh_ss(least);
         } else {
             size_t at = w->format == SLEB_F16 ? (size_t)k * 32 + half * 16 + lane
@@ -292,3 +298,5 @@ static int32_t attention_op(const sleb_model *m, const sleb_unit *u, const sleb_
     sleb_pool_run(m->pool, attention_thread, &c);
     return 0;
 }
+
+#endif

@@ -1,4 +1,7 @@
 /* Compiles all kernels for the instruction set that the including file names, whatever the compiler's default is. */
+#ifndef SLEB_ISA_H
+#define SLEB_ISA_H
+
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -14,13 +17,16 @@ SLEB_PRAGMA(GCC target(SLEB_TARGET))
 
 #include "forward.h"
 #include "sample.h"
+#include "sleb_cpu.h"
 
-const sleb_isa SLEB_TABLE = {forward, head, linear, attention_op, draw};
+const sleb_isa SLEB_TABLE = {forward, head, linear, attention_op, sample};
 
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#endif
+
 #endif
 
 #endif

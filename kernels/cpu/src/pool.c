@@ -46,7 +46,7 @@ static void await_run(sleb_pool *pool, uint32_t seen) {
             relax();
             continue;
         }
-        if (end == 0) end = now_ns() + pool->patience;
+        if (end == 0) end = now_ns() + pool->spin_ns;
         sched_yield(); /* whoever else wants this core has it; if nobody does, this looks again at once */
         if (now_ns() > end) break;
     }
@@ -86,7 +86,7 @@ void sleb_barrier(sleb_pool *pool) {
     }
 }
 
-static void tie(pthread_t thread, int32_t cpu) {
+static void pin(pthread_t thread, int32_t cpu) {
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET((size_t)cpu, &set);
@@ -96,7 +96,7 @@ static void tie(pthread_t thread, int32_t cpu) {
 void sleb_pool_run(sleb_pool *pool, void (*task)(void *, int32_t), void *argument) {
     if (pool->caller_cpu >= 0 && !pthread_equal(pool->caller, pthread_self())) {
         pool->caller = pthread_self();
-        tie(pool->caller, pool->caller_cpu);
+        pin(pool->caller, pool->caller_cpu);
     }
     pool->task = task;
     pool->argument = argument;
@@ -108,14 +108,12 @@ void sleb_pool_run(sleb_pool *pool, void (*task)(void *, int32_t), void *argumen
     sleb_barrier(pool);
 }
 
-/* A pool of num_threads, the caller included; as many as the system gives. cpus: for each thread the processor that it
- * is tied to, the caller's first, or NULL. patience: for how many ns an idle thread looks for work before it sleeps. */
-SLEB_EXPORT sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus, int64_t patience) {
+sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus, int64_t spin_ns) {
     sleb_pool *pool = NULL;
     if (posix_memalign((void **)&pool, 64, sizeof *pool)) return NULL;
     memset(pool, 0, sizeof *pool);
     pool->num_threads = 1;
-    pool->patience = patience;
+    pool->spin_ns = spin_ns;
     pool->caller_cpu = cpus ? cpus[0] : -1;
     pthread_t *threads = calloc((size_t)num_threads, sizeof *threads);
     pool->threads = threads;
@@ -128,15 +126,15 @@ SLEB_EXPORT sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus
             free(self);
             break;
         }
-        if (cpus != NULL) tie(threads[index], cpus[index]);
+        if (cpus != NULL) pin(threads[index], cpus[index]);
         pool->num_threads++; /* nothing runs yet: the workers wait for the first generation */
     }
     return pool;
 }
 
-SLEB_EXPORT int32_t sleb_pool_num_threads(const sleb_pool *pool) { return pool->num_threads; }
+int32_t sleb_pool_num_threads(const sleb_pool *pool) { return pool->num_threads; }
 
-SLEB_EXPORT void sleb_pool_destroy(sleb_pool *pool) {
+void sleb_pool_destroy(sleb_pool *pool) {
     pool->stopping = 1;
     atomic_fetch_add(&pool->generation, 1);
     futex_wake(&pool->generation);

@@ -13,8 +13,8 @@
 #include "sleb_cpu.h"
 
 struct sleb_pool {
-    int64_t patience;
-    int32_t num_threads, stopping, caller_cpu; /* caller_cpu: -1 when it goes where the system puts it */
+    int64_t spin_ns; /* how long an idle thread looks for work before it sleeps */
+    int32_t num_threads, stopping, caller_cpu; /* caller_cpu: -1 when it is not pinned */
     pthread_t *threads, caller;
     void (*task)(void *, int32_t);
     void *argument;
@@ -30,8 +30,8 @@ void sleb_pool_run(sleb_pool *pool, void (*task)(void *, int32_t), void *argumen
 /* Waits until all threads are here. The shared loop starts anew. */
 void sleb_barrier(sleb_pool *pool);
 
-/* The next share [*begin, *end) of a loop over `count`; 0 when nothing is left. A barrier must follow the loop.
- * Shares begin large and end with one item, so that threads finish together whatever else slows one down. */
+/* The next chunk [*begin, *end) of a loop over `count`; 0 when nothing is left. A barrier must follow the loop.
+ * Chunks begin large and end with one item, so that threads finish together whatever else slows one down. */
 static inline int sleb_take(sleb_pool *pool, int32_t count, int32_t *begin, int32_t *end) {
     if (pool->num_threads == 1) { /* all of it, once */
         int32_t first = atomic_load_explicit(&pool->next, memory_order_relaxed);
@@ -43,11 +43,11 @@ static inline int sleb_take(sleb_pool *pool, int32_t count, int32_t *begin, int3
     int32_t first = atomic_load_explicit(&pool->next, memory_order_relaxed);
     for (;;) {
         if (first >= count) return 0;
-        int32_t share = (count - first) / (2 * pool->num_threads);
-        if (share < 1) share = 1;
-        if (atomic_compare_exchange_weak_explicit(&pool->next, &first, first + share, memory_order_relaxed,
+        int32_t chunk = (count - first) / (2 * pool->num_threads);
+        if (chunk < 1) chunk = 1;
+        if (atomic_compare_exchange_weak_explicit(&pool->next, &first, first + chunk, memory_order_relaxed,
                                                   memory_order_relaxed)) {
-            *begin = first, *end = first + share;
+            *begin = first, *end = first + chunk;
             return 1;
         }
     }

@@ -1,10 +1,17 @@
-/* One token a row by inverting the cumulative distribution, without sorting: `draw` of reference.py.
+/* One token a row by inverting the cumulative distribution, without sorting; the reference is kernels/reference/ops.py.
  *
  * Filters only ever keep what is greatest, so each is a bound on the logit. The bounds of min-p and, from the maxima of
  * small groups, of top-k leave a list of a few tokens; top-p first drops what is too small to matter together. What the
  * list keeps is then found by a histogram (`cut`). Weights are 2^((x - highest) log2(e) / temperature) in float64. */
+#ifndef SLEB_SAMPLE_H
+#define SLEB_SAMPLE_H
 
 #include <float.h>
+
+#include "panel.h"
+#include "pool.h"
+#include "simd.h"
+#include "workspace.h"
 
 enum { SUM_VALUES = SLEB_SUM_VALUES, GROUP_VALUES = SLEB_SUM_VALUES, MAX_BUCKETS = SLEB_BUCKETS, ALL_TIES = INT32_MAX };
 
@@ -19,17 +26,17 @@ typedef struct {
     double highest, factor; /* weight = 2^((value - highest) factor) */
 } scaling;
 
-/* One thread's part of the scratch memory, as sleb_draw_bytes_of in workspace.h counts it. */
+/* One thread's part of the scratch memory, as sleb_sample_bytes counts it. */
 typedef struct {
     double *weights, *sums, *buckets;
     float *values, *work, *groups;
     int32_t *ids;
-} draw_scratch;
+} sample_scratch;
 
-static draw_scratch scratch_of(const sleb_draw *d, int32_t index) {
-    size_t padded = sleb_draw_padded(d->vocab_size);
-    draw_scratch s;
-    s.weights = (double *)(d->scratch + (size_t)index * sleb_draw_bytes_of(d->vocab_size));
+static sample_scratch scratch_of(const sleb_sample *call, int32_t index) {
+    size_t padded = sleb_sample_padded(call->vocab_size);
+    sample_scratch s;
+    s.weights = (double *)(call->scratch + (size_t)index * sleb_sample_bytes(call->vocab_size));
     s.sums = s.weights + padded;
     s.buckets = s.sums + padded / SUM_VALUES;
     s.values = (float *)(s.buckets + MAX_BUCKETS);
@@ -132,7 +139,7 @@ static int32_t pick(tokens from, scaling s, double point, double *sums) {
 }
 
 /* Copies the values above `least`, and the first `ties` that equal it, to the thread's list; `from` may be that list. */
-static tokens keep(tokens from, float least, int32_t ties, const draw_scratch *s) {
+static tokens keep(tokens from, float least, int32_t ties, const sample_scratch *s) {
     __m512 bound = _mm512_set1_ps(least);
     __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     int32_t kept = 0;
@@ -160,7 +167,7 @@ static tokens keep(tokens from, float least, int32_t ties, const draw_scratch *s
  *
  * Each round sorts the values that are left into buckets by size and goes on inside the one where the limit lies. The
  * number of a bucket never rises with the value, and the highest and the lowest are never in one, so this ends. */
-static float cut(const float *values, double *weights, int32_t count, double limit, const draw_scratch *s, int32_t *ties) {
+static float cut(const float *values, double *weights, int32_t count, double limit, const sample_scratch *s, int32_t *ties) {
     double before = 0.0;
     for (;;) {
         __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);
@@ -217,13 +224,13 @@ static float bound_of_min_p(float highest, double temperature, double min_p) {
 }
 
 /* A bound on the k-th greatest: as many lanes have a value of at least this. */
-static float bound_of_top_k(int32_t num_values, int32_t top_k, float bound, const draw_scratch *s) {
+static float bound_of_top_k(int32_t num_values, int32_t top_k, float bound, const sample_scratch *s) {
     int32_t ties;
     tokens maxima = keep((tokens){s->groups, NULL, ceil_div(num_values, GROUP_VALUES) * 16}, bound, ALL_TIES, s);
     return maxima.count > top_k ? cut(maxima.values, NULL, maxima.count, top_k, s, &ties) : bound;
 }
 
-static tokens keep_top_p(tokens from, scaling scale, double top_p, const draw_scratch *s) {
+static tokens keep_top_p(tokens from, scaling scale, double top_p, const sample_scratch *s) {
     double total = weigh(from, scale, s->sums, NULL);
     /* Weights below this come to less than 1 - top_p all together: none of them is reached. */
     double negligible = 0.9 * (1.0 - top_p) * total / from.count;
@@ -235,10 +242,10 @@ static tokens keep_top_p(tokens from, scaling scale, double top_p, const draw_sc
     return keep(list, least, ties, s);
 }
 
-static int32_t draw_row(const sleb_draw *d, int32_t row, const draw_scratch *s) {
-    int32_t size = d->vocab_size, top_k = d->top_k[row], ties;
-    double temperature = d->temperature[row], top_p = fmax(d->top_p[row], DBL_MIN), min_p = d->min_p[row];
-    tokens list = {d->logits + (size_t)row * size, NULL, size};
+static int32_t sample_row(const sleb_sample *call, int32_t row, const sample_scratch *s) {
+    int32_t size = call->vocab_size, top_k = call->top_k[row], ties;
+    double temperature = call->temperature[row], top_p = fmax(call->top_p[row], DBL_MIN), min_p = call->min_p[row];
+    tokens list = {call->logits + (size_t)row * size, NULL, size};
     int32_t cuts = top_k > 0 && top_k < size;
     float highest = find_highest(list.values, size, cuts ? s->groups : NULL), bound = -FLT_MAX;
     if (!isfinite(highest)) { /* no distribution: the first of the highest, or the first NaN */
@@ -255,24 +262,26 @@ static int32_t draw_row(const sleb_draw *d, int32_t row, const draw_scratch *s) 
         list = keep(list, bound, ties, s);
     }
     if (top_p < 1.0) list = keep_top_p(list, scale, top_p, s);
-    return pick(list, scale, d->points[row], s->sums);
+    return pick(list, scale, call->points[row], s->sums);
 }
 
-static void draw_thread(void *argument, int32_t index) {
-    const sleb_draw *d = argument;
-    draw_scratch s = scratch_of(d, index);
+static void sample_thread(void *argument, int32_t index) {
+    const sleb_sample *call = argument;
+    sample_scratch s = scratch_of(call, index);
     int32_t begin, end;
-    while (sleb_take(d->pool, d->num_rows, &begin, &end))
-        for (int32_t row = begin; row < end; row++) d->chosen[row] = draw_row(d, row, &s);
+    while (sleb_take(call->pool, call->num_rows, &begin, &end))
+        for (int32_t row = begin; row < end; row++) call->chosen[row] = sample_row(call, row, &s);
 }
 
-static int32_t draw(const sleb_draw *d) {
-    if (d->num_rows == 1) { /* nobody need be woken */
-        draw_scratch s = scratch_of(d, 0);
-        d->chosen[0] = draw_row(d, 0, &s);
+static int32_t sample(const sleb_sample *call) {
+    if (call->num_rows == 1) { /* nobody need be woken */
+        sample_scratch s = scratch_of(call, 0);
+        call->chosen[0] = sample_row(call, 0, &s);
     } else {
-        sleb_draw copy = *d;
-        sleb_pool_run(d->pool, draw_thread, &copy);
+        sleb_sample copy = *call;
+        sleb_pool_run(call->pool, sample_thread, &copy);
     }
     return 0;
 }
+
+#endif

@@ -1,9 +1,11 @@
-/* Vector helpers. Included once by each isa_*.c, which has set SLEB_SUFFIX, SLEB_HAS_BF16, SLEB_HAS_AMX. */
+/* Vector helpers. This header and those made of it are compiled once a level: SLEB_HAS_BF16 is the level's. */
+#ifndef SLEB_SIMD_H
+#define SLEB_SIMD_H
+
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
-#include "pool.h"
 #include "sleb_cpu.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -78,8 +80,8 @@ INLINE __m512 silu_ps(__m512 x) {
 /* tanh(x) = 1 - 2 / (exp(2x) + 1) */
 INLINE __m512 tanh_ps(__m512 x) {
     __m512 grown = exp2_ps(_mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(2 * LOG2_E)), _mm512_set1_ps(60.0f)));
-    __m512 share = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(grown, _mm512_set1_ps(1.0f)));
-    return _mm512_sub_ps(_mm512_set1_ps(1.0f), share);
+    __m512 quotient = _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(grown, _mm512_set1_ps(1.0f)));
+    return _mm512_sub_ps(_mm512_set1_ps(1.0f), quotient);
 }
 
 INLINE __m512 gelu_tanh_ps(__m512 x) {
@@ -105,7 +107,7 @@ INLINE __m512 activate_ps(__m512 x, int32_t activation) {
     }
 }
 
-INLINE int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
-INLINE int32_t round_up(int32_t a, int32_t b) { return ceil_div(a, b) * b; }
 INLINE int32_t min_i(int32_t a, int32_t b) { return a < b ? a : b; }
 INLINE int32_t max_i(int32_t a, int32_t b) { return a > b ? a : b; }
+
+#endif

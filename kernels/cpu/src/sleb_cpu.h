@@ -1,4 +1,6 @@
-/* The interface of the CPU kernels: plain records, filled in by library.py, read by every file here.
+/* The interface of the CPU kernels: plain records and functions, read by every file here and, line by line, by
+ * records.py: it takes the layout of each struct and the arguments of each function from this text. The text is
+ * therefore plain: enums, structs of scalars and pointers, prototypes, and nothing else.
  *
  * Shapes: T tokens of a step, E hidden size, H query heads, K key-value heads, D head dimension, Dp = D padded to
  * 16, S sequences, B rows that sample. All pointers are to 64-byte aligned memory unless they say otherwise.
@@ -11,10 +13,11 @@
 
 #define SLEB_EXPORT __attribute__((visibility("default")))
 
-/* Weights are packed in panels of 32 outputs; the inputs K of a matrix are padded with zeros to a multiple of 32. */
-enum { SLEB_PANEL = 32, SLEB_GROUP = 32, SLEB_LINE = 64 };
+/* Weights are packed in panels of 32 outputs; the inputs K of a matrix are padded with zeros to a multiple of 32.
+ * panel.h has the order of the elements. */
+enum { SLEB_PANEL = 32, SLEB_GROUP = 32 };
 
-/* Element formats. I8: unsigned q, w = scale[n] (q - 128). I4: w = scale q + minimum by groups of 32 inputs. */
+/* Element formats, of weights and of keys and values. I8: unsigned q, w = scale[n] (q - 128). I4: w = scale q + minimum by groups of 32 inputs. */
 enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4 };
 
 enum { SLEB_NORM_RMS, SLEB_NORM_LAYER };
@@ -76,25 +79,82 @@ typedef struct {
     int32_t *argmax;                            /* [B] or NULL */
 } sleb_step;
 
-/* One token a row; see `draw` of reference.py. Pointers of any alignment, but for scratch. */
+/* One token a row; see kernels/reference/ops.py. Pointers of any alignment, but for scratch. */
 typedef struct {
     const float *logits;                                /* [B, V] */
     const double *temperature, *top_p, *min_p, *points; /* [B] */
     const int32_t *top_k;                               /* [B], 0 for all */
     int64_t *chosen;                                    /* [B] */
-    char *scratch;                                      /* of sleb_draw_bytes for each thread of the pool */
+    char *scratch;                                      /* of sleb_sample_bytes for each thread of the pool */
     sleb_pool *pool;
     int32_t num_rows, vocab_size;
-} sleb_draw;
+} sleb_sample;
 
-/* The entry points compiled for one instruction set. They return 0; forward.h says what each computes. */
+/* The entry points compiled for one instruction set. They return 0; forward.h and sample.h say what each computes. */
 typedef struct {
     int32_t (*forward)(const sleb_model *, const sleb_step *);
     int32_t (*head)(const sleb_model *, const float *rows, int32_t num_rows, float *logits, int32_t *argmax);
     int32_t (*linear)(const sleb_model *, const sleb_norm *, const sleb_linear *, const float *x, int32_t rows,
                       int32_t target, int32_t activation, float *out);
     int32_t (*attention)(const sleb_model *, const sleb_unit *, const sleb_step *, const float *qkv, float *out);
-    int32_t (*draw)(const sleb_draw *);
+    int32_t (*sample)(const sleb_sample *);
 } sleb_isa;
+
+/* --- api.c --- */
+
+/* The kernels of a level, or NULL: for an unknown name, or where the system does not grant the tile registers. */
+SLEB_EXPORT const sleb_isa *sleb_select(const char *level);
+
+/* The key of the sources that this library was compiled from; see build.py. */
+SLEB_EXPORT const char *sleb_source_key(void);
+
+/* --- pool.c --- */
+
+/* A pool of num_threads, the caller included; as many as the system gives, NULL if there is no memory. cpus: for each
+ * thread the processor that it is pinned to, the caller's first, or NULL. spin_ns: for how long an idle thread looks
+ * for work before it sleeps. */
+SLEB_EXPORT sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus, int64_t spin_ns);
+SLEB_EXPORT int32_t sleb_pool_num_threads(const sleb_pool *pool);
+SLEB_EXPORT void sleb_pool_destroy(sleb_pool *pool);
+
+/* --- memory.c --- */
+
+/* Zeroed memory that the system hands out as it is touched; in huge pages if asked and possible. NULL if none is left. */
+SLEB_EXPORT void *sleb_map(size_t bytes, int32_t huge);
+SLEB_EXPORT void sleb_unmap(void *memory, size_t bytes);
+
+/* Gives freed memory back to the system, which the allocator would keep: tens of megabytes a block that was packed. */
+SLEB_EXPORT void sleb_trim(void);
+
+/* Reads all bytes (a multiple of 1 MiB) once, by all threads: how fast this machine reads memory is the floor of a
+ * step that is bound by it. */
+SLEB_EXPORT uint64_t sleb_read(sleb_pool *pool, const void *data, size_t bytes);
+
+/* --- pack.c --- */
+
+/* Bytes of a packed matrix; format, n, k and gated say which. */
+SLEB_EXPORT size_t sleb_packed_bytes(const sleb_linear *w);
+/* Outputs of a packed matrix, padding included: the length of its packed vectors. */
+SLEB_EXPORT int32_t sleb_num_packed_outputs(const sleb_linear *w);
+/* A vector [n] in the panels' order. */
+SLEB_EXPORT void sleb_pack_vector(const sleb_linear *w, const float *values, float *out);
+/* Packs row-major values [n, k] of w's format into `out` of sleb_packed_bytes. I8: signed bytes. I4: two values a byte,
+ * k padded to groups of 32, scale and minimum float16 [n, groups]. */
+SLEB_EXPORT void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *values, const uint16_t *scale,
+                           const uint16_t *minimum, void *out);
+
+/* --- workspace.c --- */
+
+/* Bytes of scratch that one thread needs to sample from rows of vocab_size logits; what lies there between calls is
+ * free to change. */
+SLEB_EXPORT size_t sleb_sample_bytes(int32_t vocab_size);
+
+/* Memory for steps of up to m->max_tokens tokens, `samples` sampling rows and `sequences`. widest: most inputs of any
+ * matrix; activated: most inputs of a second product of an MLP. NULL when the system gives none. */
+SLEB_EXPORT sleb_workspace *sleb_workspace_create(const sleb_model *m, int32_t widest, int32_t activated,
+                                                  int32_t samples, int32_t sequences, size_t *bytes);
+SLEB_EXPORT void sleb_workspace_destroy(sleb_workspace *ws, size_t bytes);
+/* The residual stream [T, E] after the last step. */
+SLEB_EXPORT const float *sleb_workspace_residual(const sleb_workspace *ws);
 
 #endif

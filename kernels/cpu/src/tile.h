@@ -5,6 +5,13 @@
  * (bytes). The next line is `stride` bytes on, the second half `second` bytes from the first. The sums go to `out`,
  * [R, 32] float32 with rows `ldo` floats apart. Rows are independent of each other.
  */
+#ifndef SLEB_TILE_H
+#define SLEB_TILE_H
+
+#include <stddef.h>
+
+#include "panel.h"
+#include "simd.h"
 
 typedef struct {
     const char *a;
@@ -132,10 +139,7 @@ INLINE void tile_i8(const tile *t, const int R) {
     tile_store(t, R, acc);
 }
 
-/* B in groups of 640 bytes: 8 lines of which the low nibbles are one quad of k and the high ones the next, for each
- * half in turn; then 32 scales and 32 minima, float16.  Σ a (s q + m) = s Σ a q + m Σ a */
-enum { I4_GROUP_BYTES = 640 };
-
+/* B in groups of nibbles, as panel.h has them.  Σ a (s q + m) = s Σ a q + m Σ a */
 INLINE void tile_i4(const tile *t, const int R) {
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 acc[MAX_ROWS][2];
@@ -160,7 +164,8 @@ INLINE void tile_i4(const tile *t, const int R) {
             }
             A_NEXT(8);
         }
-        __m512 s0 = load_f16(b + 512), s1 = load_f16(b + 544), m0 = load_f16(b + 576), m1 = load_f16(b + 608);
+        __m512 s0 = load_f16(b + I4_SCALES), s1 = load_f16(b + I4_SCALES + 32);
+        __m512 m0 = load_f16(b + I4_MINIMA), m1 = load_f16(b + I4_MINIMA + 32);
         FOR_ROWS {
             __m512 scale = _mm512_set1_ps(t->group_scale[r * t->ldg + group]);
             __m512 offset = _mm512_set1_ps(t->group_offset[r * t->ldg + group]);
@@ -197,3 +202,5 @@ static const tile_function TILES[5][MAX_ROWS] = {
     [SLEB_F32] = {LIST_12(tile_f32)}, [SLEB_F16] = {LIST_12(tile_f16)}, [SLEB_BF16] = {LIST_12(tile_bf16)},
     [SLEB_I8] = {LIST_6(tile_i8)},    [SLEB_I4] = {LIST_6(tile_i4)},
 };
+
+#endif

@@ -4,15 +4,10 @@
 
 #include "sleb_cpu.h"
 
-/* Scratch of one thread that draws: vectors may write past the last of V values, and sums are of 256; see sample.h. */
+/* Scratch of one thread that samples: vectors may write past the last of V values, and sums are of 256; see sample.h. */
 enum { SLEB_SUM_VALUES = 256, SLEB_BUCKETS = 1024 };
-static inline size_t sleb_draw_padded(int32_t vocab_size) {
+static inline size_t sleb_sample_padded(int32_t vocab_size) {
     return ((size_t)vocab_size + 16 + SLEB_SUM_VALUES - 1) / SLEB_SUM_VALUES * SLEB_SUM_VALUES;
-}
-/* 20 bytes a value, a float64 sum and the maxima of 16 lanes for each 256, and the buckets. */
-static inline size_t sleb_draw_bytes_of(int32_t vocab_size) {
-    size_t padded = sleb_draw_padded(vocab_size), bytes = padded * 20 + padded / SLEB_SUM_VALUES * (8 + 64) + SLEB_BUCKETS * 8;
-    return (bytes + 4095) / 4096 * 4096; /* no two threads share a line, nor a prefetched one */
 }
 
 enum { SLEB_FEW_ROWS = 4, SLEB_ATTENTION_ROWS = 32, SLEB_ATTENTION_KEYS = 128 };
@@ -28,7 +23,7 @@ typedef struct {
     float *best;          /* [B] highest logit so far */
     int32_t *best_index;  /* [B] */
     float *scores;        /* [rows, keys] */
-    char *shares;         /* [rows, keys] softmax numerators */
+    char *probs;          /* [rows, keys] softmax, not yet divided by its sum */
     float *mixed;         /* [rows, Dp] */
     float *stats;         /* [2, rows] maximum and sum */
 } sleb_local;

@@ -1,5 +1,5 @@
 /* Random steps of a random tiny model by the C interface: chunks and single tokens, three depths, contexts that are
- * split between threads, logits, highest logits and drawn tokens. Every schedule runs twice from the same beginning
+ * split between threads, logits, highest logits and sampled tokens. Every schedule runs twice from the same beginning
  * and must give the same bits. For ThreadSanitizer; see test_cpu_races.py.
  *
  *     race_soak LEVEL FORMAT(0-4) THREADS STEPS [SEED]
@@ -10,20 +10,6 @@
 #include <string.h>
 
 #include "sleb_cpu.h"
-
-const sleb_isa *sleb_select(const char *level);
-sleb_pool *sleb_pool_create(int32_t num_threads, const int32_t *cpus, int64_t patience);
-void sleb_pool_destroy(sleb_pool *pool);
-void *sleb_map(size_t bytes, int32_t huge);
-size_t sleb_packed_bytes(const sleb_linear *w);
-int32_t sleb_num_packed_outputs(const sleb_linear *w);
-void sleb_pack_vector(const sleb_linear *w, const float *values, float *out);
-void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *values, const uint16_t *scale,
-               const uint16_t *minimum, void *out);
-size_t sleb_draw_bytes(int32_t vocab_size);
-sleb_workspace *sleb_workspace_create(const sleb_model *m, int32_t widest, int32_t activated, int32_t samples,
-                                      int32_t sequences, size_t *bytes);
-void sleb_workspace_destroy(sleb_workspace *ws, size_t bytes);
 
 /* No size is a multiple of a panel or a group, so that all tails run. */
 enum {
@@ -95,8 +81,9 @@ static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_
             u->rotate = i != 2, u->window = i == 4 ? 300 : 0;
             if (i == 0) u->query_norm = random_floats(DIM, 1.0f, 0.2f), u->key_norm = random_floats(DIM, 1.0f, 0.2f);
         } else {
-            u->gated = i != 3, u->activation = i == 3 ? SLEB_GELU_TANH : SLEB_SILU;
-            u->first = random_linear(pool, format, u->gated ? 2 * MIDDLE : MIDDLE, HIDDEN, u->gated, i == 1);
+            int32_t gated = i != 3;
+            u->activation = i == 3 ? SLEB_GELU_TANH : SLEB_SILU;
+            u->first = random_linear(pool, format, gated ? 2 * MIDDLE : MIDDLE, HIDDEN, gated, i == 1);
             u->second = random_linear(pool, format, HIDDEN, MIDDLE, 0, 0);
         }
     }
@@ -155,14 +142,17 @@ static void one_step(const sleb_isa *isa, const sleb_model *m, run_state *run, c
         if (!isfinite(logits[i])) fprintf(stderr, "a logit is %f\n", (double)logits[i]), exit(3);
     double temperature[SEQUENCES], top_p[SEQUENCES], min_p[SEQUENCES], points[SEQUENCES];
     int32_t top_k[SEQUENCES];
-    int64_t drawn[SEQUENCES];
+    int64_t sampled[SEQUENCES];
     for (int32_t row = 0; row < rows; row++) {
         temperature[row] = 0.7, top_p[row] = below(2) ? 0.9 : 1.0, min_p[row] = below(2) ? 0.02 : 0.0;
         points[row] = below(1000) / 1000.0, top_k[row] = below(2) ? 40 : 0;
     }
-    sleb_draw draw = {logits, temperature, top_p, min_p, points, top_k, drawn, scratch, m->pool, rows, VOCAB};
-    isa->draw(&draw);
-    add_bits(run, drawn, (size_t)rows * 8);
+    sleb_sample call = {
+        .logits = logits, .temperature = temperature, .top_p = top_p, .min_p = min_p, .points = points, .top_k = top_k,
+        .chosen = sampled, .scratch = scratch, .pool = m->pool, .num_rows = rows, .vocab_size = VOCAB,
+    };
+    isa->sample(&call);
+    add_bits(run, sampled, (size_t)rows * 8);
 }
 
 int main(int argc, char **argv) {
@@ -186,7 +176,7 @@ int main(int argc, char **argv) {
     };
     size_t bytes;
     m.workspace = must(sleb_workspace_create(&m, HEADS * DIM, MIDDLE, 64, SEQUENCES, &bytes));
-    char *scratch = must(aligned_alloc(4096, sleb_draw_bytes(VOCAB) * (size_t)threads));
+    char *scratch = must(aligned_alloc(4096, sleb_sample_bytes(VOCAB) * (size_t)threads));
     uint64_t first = 0, begin = state;
     for (int32_t repeat = 0; repeat < 2; repeat++) {
         run_state run = {{0}, UINT64_C(14695981039346656037)};

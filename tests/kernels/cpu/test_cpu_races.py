@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 # More threads than cores, so that the system interrupts them anywhere. Random weights, chunks, three depths,
-# greedy and drawn tokens.
+# greedy and sampled tokens.
 SOAK = """
 import random, sys
 from pathlib import Path
@@ -92,7 +92,7 @@ def soak(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(FORMATS)), ids=FORMATS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_data_race_and_the_same_bits_twice(level, number, soak):
-    """Without torch: contexts of up to 1100 tokens that are split between threads, and drawn tokens."""
+    """Without torch: contexts of up to 1100 tokens that are split between threads, and sampled tokens."""
     steps = "40" if level == library.EMULATED else "100"
     environment = os.environ | {"TSAN_OPTIONS": f"exitcode={RACE} halt_on_error=1"}
     done = subprocess.run(
