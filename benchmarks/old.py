@@ -31,15 +31,12 @@ _LATENCIES = {
     for short, long in (("p50", "median"), ("p99", "p99"))
 }
 _SERVE = {"tokens/s": "output_throughput", "requests/s": "request_throughput", **_LATENCIES}
-_ANSWERS = {
-    "mean tokens": "mean_tokens",
-    "repeated": "repeated",
-    "looped": "looped",
-    "empty": "empty",
-    "unfinished": "unfinished",
-    "early": "early",
-    "identical": "identical",
-    "common start tokens": "common_prefix",
+_TEXTS = {
+    "same token": "agreement",
+    "KL": "kl",
+    "word perplexity": "word_perplexity",
+    "byte perplexity": "byte_perplexity",
+    "bits per byte": "bits_per_byte",
 }
 
 
@@ -165,16 +162,17 @@ def _quality(document: Document) -> Iterator[Measurement]:
                 ratio = Ratio(ratio.estimate, 1 / ends[1], 1 / ends[0])
             spread = _interval(row, "perplexity")
             yield Measurement(case, subject, "perplexity", row["perplexity"], spread, ratio)
-        for metric, key in (("same token", "agreement"), ("KL", "kl")):
+        for metric, key in _TEXTS.items():
             if row.get(key) is not None:
                 yield Measurement(case, subject, metric, row[key], _interval(row, key))
     for row in document["rows"]:
-        answers = row.get("generation") or {}
-        for metric, key in _ANSWERS.items():
-            if answers.get(key) is not None:
-                yield Measurement(
-                    f"{answers['answers']} answers", f"depth {row['depth']}", metric, answers[key]
-                )
+        subject, answers = f"depth {row['depth']}", row.get("generation") or {}
+        for key, value in answers.items():
+            if key not in ("answers", "example") and value is not None:
+                yield Measurement(f"{answers['answers']} answers", subject, key.replace("_", " "), value)
+        for task, metrics in (row.get("tasks") or {}).items():
+            for metric, score in metrics.items():
+                yield Measurement(task, subject, metric.replace("_", " "), score["value"])
 
 
 def _mixed(document: Document) -> Iterator[Measurement]:

@@ -57,10 +57,13 @@ class BenchResult:
             reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
             raise ConfigError(f"--bench-result {path} cannot be read: {reason}") from None
         try:
-            model = content["model"]
+            settings = content.get("settings", {})
+            model = (
+                content.get("model") or settings["model"]
+            )  # where former versions wrote it, and where it is now
             # A batch of several depths is of none, and the control repeats the full model.
             rows = tuple(row for row in content["rows"] if row.get("variant") not in ("control", "mixed"))
-            environment, settings = content.get("environment", {}), content.get("settings", {})
+            environment = content.get("environment", {})
             result = cls(
                 path=path,
                 num_blocks=model["num_blocks"],

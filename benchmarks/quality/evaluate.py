@@ -3,27 +3,31 @@
 Up to three parts, one after the other, so that one copy of the weights is in memory at a time:
 
 text        perplexity of texts that took no part in the search, agreement of the next token and KL divergence, with
-            intervals (`quality_scores`, `quality_interval`), computed by torch's operators without a KV cache;
-generation  greedy answers by the engine as it serves (`quality_generation`);
-tasks       lm-eval over HTTP, on the same engine (`quality_tasks`).
+            intervals (`scores`, `interval`), computed by torch's operators without a KV cache;
+generation  greedy answers by the engine as it serves (`answers`);
+tasks       lm-eval over HTTP, on the same engine (`tasks`).
+
+Perplexity is exp of the mean negative log-likelihood of the predicted tokens, those of all texts together. What is
+compared with the dense model is so on the same tokens.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sleb.benchmarks.environment import describe_environment, describe_machine, shown_command
-from sleb.benchmarks.quality.answers import generate_answers, read_prompts
-from sleb.benchmarks.quality.options import QualityOptions, ascending_depths
-from sleb.benchmarks.quality.rows import QualityReport, QualityRow, fill_rows
-from sleb.benchmarks.quality.scores import Chain, TextScores, score_texts
+from sleb.benchmarks.quality.answers import GenerationQuality, generate_answers, read_prompts
+from sleb.benchmarks.quality.interval import Estimate, choose_num_batches, estimate
+from sleb.benchmarks.quality.options import EvalOptions
+from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, score_texts
 from sleb.benchmarks.quality.tasks import DEFAULT_MAX_LENGTH, TaskOptions, find_lm_eval, run_tasks
 from sleb.benchmarks.quality.texts import (
     LM_EVAL_SPARE,
@@ -33,6 +37,7 @@ from sleb.benchmarks.quality.texts import (
     default_seqlen,
     read_text,
 )
+from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.engine.chain import load_layer_map
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import resolve_spec
@@ -41,10 +46,20 @@ from sleb.engine.model.scoring import DecoderScorer
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError, SlebError
 from sleb.layer_map.layer_map import LayerMap
-from sleb.models.resolve import ResolvedModel, resolve_model
+from sleb.models.resolve import resolve_model
 
 OnProgress = Callable[[str, int, int], None]
 """What is being done, how much of it is, of how much; of 0 where that is not known."""
+
+_OF_TEXTS = (
+    "same token, KL (dense ‖ depth, in nats), perplexity ×: against depth 0 on the same tokens. Intervals of 95 % by "
+    "batch means over stretches of the text, paired where depths are compared; they speak for text like this one."
+)
+_OF_ANSWERS = (
+    "repeated: four tokens in a row come more than three times. looped: the end is one piece said three times or more. "
+    "unfinished: cut at the limit of tokens. early: empty, or below a quarter of the dense answer's tokens. common "
+    "prefix: tokens before the first that differs from the dense answer."
+)
 
 
 @dataclass(frozen=True)
@@ -58,118 +73,182 @@ class _Plan:
     executable: Path | None
 
 
-def run_quality(
-    options: QualityOptions,
+def run_eval(
+    options: EvalOptions,
     command: Sequence[str] = (),
     on_progress: OnProgress = lambda what, done, total: None,
-) -> QualityReport:
+) -> Result:
     """Measures what `options` asks. An interrupt, or the failure of a later part, ends it with what is complete.
 
-    command: the command line to record. Raises SlebError subclasses while nothing is measured yet.
+    command: the command line to record. The settings have a "problem" where a later part failed. Raises SlebError
+    subclasses while nothing is measured yet.
     """
-    plan, report = _prepare(options)
+    plan, settings = _prepare(options)
+    result = Result("eval", {}, settings)
     shown = shown_command(command, options.model)
-    with _keeping_results(report):
+    with _keeping_results(result):
         if plan.texts:
-            _measure_texts(report, options, plan, shown, on_progress)
+            _measure_texts(result, options, plan, shown, on_progress)
         if options.generate or options.tasks:
             llm = _load_engine(options, plan, on_progress)
-            if not report.environment:
-                report.environment = describe_environment(llm.engine, shown)
-            report.settings["engine_kernels"] = llm.engine.runner.executor.kernels
+            environment = describe_environment(llm.engine, shown)
+            result.environment = result.environment or environment
+            settings["engine_kernels"] = environment["kernels"]
             if options.generate:
-                _measure_answers(report, llm, plan.prompts, options.output_tokens, on_progress)
+                _measure_answers(result, llm, options, plan, on_progress)
             if plan.executable is not None:
-                _measure_tasks(report, llm, options, plan.executable, on_progress)
-    return report
+                _measure_tasks(result, llm, options, plan, on_progress)
+    return result
 
 
-def _prepare(options: QualityOptions) -> tuple[_Plan, QualityReport]:
-    """The plan, and a report whose rows are still empty. Raises SlebError subclasses."""
+def _prepare(options: EvalOptions) -> tuple[_Plan, dict[str, Any]]:
+    """The plan, and what to record of it. Raises SlebError subclasses."""
     options.check()
-    texts = [read_text(source) for source in options.texts]
+    texts = [read_text(source) for source in options.text]
     prompts = read_prompts(options.prompts)
     executable = find_lm_eval(options.lm_eval) if options.tasks else None
     resolve_device(options.device)
     resolved = resolve_model(options.model)
     spec = resolve_spec(resolved.path)
     layer_map, shipped = load_layer_map(options.layer_map, resolved, spec)
-    depths = ascending_depths(options.depths, layer_map, resolved.name)
-    removed = [str(unit) for unit in layer_map.removed[: depths[-1]]]
+    depths = options.chosen_depths(layer_map, resolved.name)
     model = {
         "name": resolved.name.lower(),
         "architecture": spec.architecture,
         "num_blocks": spec.num_blocks,
         "layer_map": "shipped" if shipped else "given" if layer_map.max_depth else "none",
         "fingerprint": spec.fingerprint,
-        "removed": removed,
+        "removed": [str(unit) for unit in layer_map.removed[: depths[-1]]],
     }
-    settings: dict[str, Any] = {"dtype": options.dtype, "weights": options.weights}
+    settings: dict[str, Any] = {"model": model, "dtype": options.dtype, "weights": options.weights}
     windowed: list[WindowedText] = []
     if texts:
-        windowed, recorded = _cut_texts(options, resolved, spec.max_positions, texts)
-        settings |= recorded
-    rows = [QualityRow(depth, removed[:depth]) for depth in depths]
-    return _Plan(layer_map, depths, windowed, prompts, executable), QualityReport({}, model, settings, rows)
+        seqlen = options.seqlen or default_seqlen(options.windows_like, spec.max_positions)
+        if seqlen > spec.max_positions:
+            raise ConfigError(
+                f"--seqlen {seqlen} is longer than the context of {resolved.name}: {spec.max_positions} at most"
+            )
+        windowed = _cut_texts(options, texts, resolved.path, seqlen)
+        settings |= {"dataset": "+".join(text.name for text in texts), "windows_like": options.windows_like}
+        settings["seqlen"] = seqlen
+    return _Plan(layer_map, depths, windowed, prompts, executable), settings
+
+
+def _cut_texts(options: EvalOptions, texts: Sequence[Text], path: Path, seqlen: int) -> list[WindowedText]:
+    processor = TextProcessor(path)
+    return [cut_text(text, processor, options.windows_like, seqlen, options.windows) for text in texts]
 
 
 @contextmanager
-def _keeping_results(report: QualityReport) -> Iterator[None]:
+def _keeping_results(result: Result) -> Iterator[None]:
     """What ends the run early ends it with what there is; a failure before there is anything is an error."""
     try:
         yield
     except KeyboardInterrupt:
-        report.complete = False
+        result.complete = False
     except SlebError as error:
-        if report.is_empty:
+        if not result.measurements:
             raise
-        report.complete, report.problem = False, str(error)
+        result.complete, result.settings["problem"] = False, str(error)
 
 
-def _cut_texts(
-    options: QualityOptions, resolved: ResolvedModel, max_length: int, texts: Sequence[Text]
-) -> tuple[list[WindowedText], dict[str, Any]]:
-    """The texts in windows, and what to record of them. Raises ConfigError for windows that cannot be."""
-    scheme, seqlen = options.windows_like, options.seqlen
-    if seqlen is None:
-        seqlen = default_seqlen(scheme, max_length)
-    elif seqlen > max_length:
-        raise ConfigError(
-            f"--seqlen {seqlen} is longer than the context of {resolved.name}: {max_length} at most"
-        )
-    processor = TextProcessor(resolved.path)
-    cut = [cut_text(text, processor, scheme, seqlen, options.windows) for text in texts]
-    name = "+".join(text.name for text in texts)
-    return cut, {"dataset": name, "windows_like": scheme, "seqlen": seqlen}
+# Texts.
 
 
 def _measure_texts(
-    report: QualityReport,
-    options: QualityOptions,
-    plan: _Plan,
-    command: Sequence[str],
-    on_progress: OnProgress,
+    result: Result, options: EvalOptions, plan: _Plan, command: Sequence[str], on_progress: OnProgress
 ) -> None:
-    """Fills the rows' numbers about texts."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     on_progress("loading the model", 0, 0)
     scorer = DecoderScorer.load(options.model, options.dtype, options.device, options.weights)
-    report.environment = describe_machine(scorer.device, scorer.dtype, "torch", command)
+    result.environment = describe_machine(scorer.device, scorer.dtype, "torch", command)
     found: list[TextScores] = []
-    chain = Chain.of(plan.layer_map, plan.depths)
     try:
         score_texts(
-            scorer, chain, plan.texts, found, lambda done, total: on_progress("scoring the text", done, total)
+            scorer,
+            Chain.of(plan.layer_map, plan.depths),
+            plan.texts,
+            found,
+            lambda done, total: on_progress("scoring the text", done, total),
         )
-    finally:
+    finally:  # an interrupt loses the windows under way alone
         found = [scores for scores in found if scores.batches]
-        report.settings["windows"] = [scores.num_windows for scores in found]
         if found:
-            report.settings["interval_stretches"] = fill_rows(report.rows, found)
+            measurements, stretches = measure_scores(found, plan.depths)
+            result.measurements += measurements
+            result.settings |= {
+                "dataset": "+".join(scores.text.text.name for scores in found),
+                "windows": [scores.num_windows for scores in found],
+                "interval_stretches": stretches,
+            }
+            result.notes.append(_OF_TEXTS)
+            if any(each.value is None for each in measurements):
+                result.notes.append("A figure that is not a finite number is left out; try --dtype float32.")
 
 
-def _load_engine(options: QualityOptions, plan: _Plan, on_progress: OnProgress) -> LLM:
+def measure_scores(found: Sequence[TextScores], depths: Sequence[int]) -> tuple[list[Measurement], int]:
+    """The figures of all texts together, then of each where there are several; and the number of stretches.
+
+    found: scores whose places are `depths`, 0 first.
+    """
+    joined = "+".join(scores.text.text.name for scores in found)
+    by_depth = [TokenScores.join([scores.at(place) for scores in found]) for place in range(len(depths))]
+    dense = by_depth[0].losses.double()
+    stretches = choose_num_batches(by_depth[0].losses)
+    measured: list[Measurement] = []
+    for depth, scores in zip(depths, by_depth, strict=True):
+        own = estimate(scores.losses, stretches).exp()
+        ratio = estimate(scores.losses.double() - dense, stretches).exp() if depth else None
+        measured.append(
+            _figure(joined, depth, "perplexity", own, ratio, tokens=len(dense), perplexity=own.value)
+        )
+        if depth:
+            agreed = estimate(scores.agreed, stretches).clamped(0.0, 1.0)
+            measured.append(_figure(joined, depth, "same token", agreed))
+            divergence = estimate(scores.divergences, stretches).clamped(0.0, math.inf)
+            measured.append(_figure(joined, depth, "KL", divergence))
+        if all(each.is_whole for each in found):  # as lm-eval defines them
+            total = float(scores.losses.double().sum())
+            num_bytes = sum(each.text.text.num_bytes for each in found)
+            num_words = sum(each.text.text.num_words for each in found)
+            measured += [
+                _figure(joined, depth, "word perplexity", Estimate(total / num_words, None).exp()),
+                _figure(joined, depth, "byte perplexity", Estimate(total / num_bytes, None).exp()),
+                _figure(joined, depth, "bits per byte", Estimate(total / num_bytes / math.log(2), None)),
+            ]
+    for text in found if len(found) > 1 else ():
+        first = text.at(0).losses.double()
+        for place, depth in enumerate(depths):
+            losses = text.at(place).losses.double()
+            own = Estimate(float(losses.mean()), None).exp()
+            ratio = Estimate(float((losses - first).mean()), None).exp() if depth else None
+            measured.append(_figure(text.text.text.name, depth, "perplexity", own, ratio, tokens=len(losses)))
+    return measured, stretches
+
+
+def _figure(
+    case: str, depth: int, metric: str, found: Estimate, over_dense: Estimate | None = None, **facts: Any
+) -> Measurement:
+    """A figure of a depth; a number that is not finite stands as None: JSON has none."""
+    facts = {"depth": depth} | {name: fact for name, fact in facts.items() if math.isfinite(fact)}
+    if not math.isfinite(found.value):
+        return Measurement(
+            case, f"depth {depth}", metric, None, facts=facts | {"failed": "not a finite number"}
+        )
+    ends = found.interval
+    ratio = None
+    if over_dense is not None and 0 < over_dense.value < math.inf:
+        low, high = over_dense.interval or (None, None)
+        ratio = Ratio(1 / over_dense.value, 1 / high if high else None, 1 / low if low else None)
+    spread = ends if ends is not None and all(map(math.isfinite, ends)) else None
+    return Measurement(case, f"depth {depth}", metric, found.value, spread, ratio, facts)
+
+
+# Answers and tasks.
+
+
+def _load_engine(options: EvalOptions, plan: _Plan, on_progress: OnProgress) -> LLM:
     gc.collect()  # the scorer's weights
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what it held would be missing from the KV cache's share
@@ -187,46 +266,56 @@ def _load_engine(options: QualityOptions, plan: _Plan, on_progress: OnProgress) 
 
 
 def _measure_answers(
-    report: QualityReport, llm: LLM, prompts: Sequence[str], num_tokens: int, on_progress: OnProgress
+    result: Result, llm: LLM, options: EvalOptions, plan: _Plan, on_progress: OnProgress
 ) -> None:
-    report.settings |= {"prompts": len(prompts), "output_tokens": num_tokens}
-    report.settings["chat_template"] = llm.engine.chat_template is not None
-    depths = [row.depth for row in report.rows]
+    result.settings |= {"prompts": len(plan.prompts), "output_tokens": options.output_tokens}
+    result.settings["chat_template"] = llm.engine.text.chat_template is not None
+    result.notes.append(_OF_ANSWERS)
     answers = generate_answers(
         llm,
-        prompts,
-        depths,
-        num_tokens,
+        plan.prompts,
+        plan.depths,
+        options.output_tokens,
         lambda depth, done, total: on_progress(f"answering at depth {depth}", done, total),
     )
-    for row, quality in zip(report.rows, answers, strict=True):
-        row.generation = quality
+    for depth, quality in zip(plan.depths, answers, strict=True):
+        result.measurements += answer_figures(depth, quality)
+
+
+def answer_figures(depth: int, quality: GenerationQuality) -> Iterator[Measurement]:
+    """The figures of a depth's answers; the first has the example."""
+    found = asdict(quality)
+    facts = {"depth": depth, "example": found.pop("example")}
+    case = f"{found.pop('answers')} answers"
+    for name, value in found.items():
+        if value is not None:
+            yield Measurement(case, f"depth {depth}", name.replace("_", " "), value, facts=facts)
+            facts = {"depth": depth}
 
 
 def _measure_tasks(
-    report: QualityReport, llm: LLM, options: QualityOptions, executable: Path, on_progress: OnProgress
+    result: Result, llm: LLM, options: EvalOptions, plan: _Plan, on_progress: OnProgress
 ) -> None:
-    asked = TaskOptions(
-        executable,
-        options.tasks,
-        options.limit,
-        options.include_path,
-        min(llm.engine.max_model_len, _max_length(options)),
-    )
-    report.settings |= {"limit": asked.limit, "lm_eval_max_length": asked.max_length}
-    depths = [row.depth for row in report.rows]
+    assert plan.executable is not None
+    most = DEFAULT_MAX_LENGTH
+    if options.windows_like == "lm-eval" and options.seqlen is not None:
+        most = options.seqlen + LM_EVAL_SPARE  # then its windows are those of the same text
+    most = min(llm.engine.max_model_len, most)
+    asked = TaskOptions(plan.executable, options.tasks, options.limit, options.include_path, most)
+    result.settings |= {"limit": asked.limit, "lm_eval_max_length": asked.max_length}
     found = run_tasks(
         llm,
-        depths,
+        plan.depths,
         asked,
-        lambda depth: on_progress(f"lm-eval at depth {depth}", depths.index(depth), len(depths)),
+        lambda depth: on_progress(f"lm-eval at depth {depth}", plan.depths.index(depth), len(plan.depths)),
     )
-    for row, scores in zip(report.rows, found, strict=True):
-        row.tasks = scores
-
-
-def _max_length(options: QualityOptions) -> int:
-    """lm-eval's max_length: with windows like its own, that of the same windows."""
-    if options.windows_like == "lm-eval" and options.seqlen is not None:
-        return options.seqlen + LM_EVAL_SPARE
-    return DEFAULT_MAX_LENGTH
+    for depth, scores in zip(plan.depths, found, strict=True):
+        for task, metrics in scores.items():
+            for metric, score in metrics.items():
+                error = score.stderr
+                spread = None if error is None else (score.value - 1.96 * error, score.value + 1.96 * error)
+                facts = {"depth": depth, "standard_error": error}
+                name = metric.replace("_", " ")
+                result.measurements.append(
+                    Measurement(task, f"depth {depth}", name, score.value, spread, facts=facts)
+                )

@@ -1,85 +1,79 @@
-"""What `sleb eval` is asked to measure, checked."""
+"""What `sleb eval` is asked to measure, checked before torch is imported."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from sleb.benchmarks.quality.texts import SCHEMES
-from sleb.benchmarks.workloads import choose_depths
 from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
+from sleb.options import check_values, option, option_of
+
+SCHEMES = ("sleb", "lm-eval")
+_TEXTS, _ANSWERS, _TASKS = "Text", "Answers", "lm-eval"
 
 
 @dataclass(frozen=True)
-class QualityOptions:
-    """A model, the depths to compare with depth 0, and by what.
-
-    Attributes:
-        depths: None: the one that the map recommends. Depth 0 is always among them.
-        texts: text files, or "wikitext2"; none: no perplexity.
-        windows_like: a scheme of `sleb.benchmarks.quality.texts`. seqlen: tokens of a window; None: 2,048, or what the
-            model holds. windows: of each text; None: all.
-        generate: whether to compare answers. prompts: a file of them, one a line; None: those built in.
-            output_tokens: new tokens of an answer at most.
-        tasks: of lm-eval; limit: documents of each, None: all; include_path: a folder with more tasks; lm_eval: its
-            executable, None: the one beside this Python or on the PATH.
-        Others: as in EngineConfig.
-    """
+class EvalOptions:
+    """A model, the depths to compare with depth 0, and by what. `check` raises ConfigError."""
 
     model: str
-    layer_map: LayerMap | str | None = None
-    depths: Sequence[int] | None = None
-    texts: Sequence[str] = ()
-    windows_like: str = "sleb"
-    seqlen: int | None = None
-    windows: int | None = None
-    generate: bool = True
-    prompts: Path | None = None
-    output_tokens: int = 128
-    tasks: Sequence[str] = ()
-    limit: int | None = None
-    include_path: Path | None = None
-    lm_eval: str | None = None
-    dtype: str = "auto"
-    weights: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
+    layer_map: LayerMap | str | Path | None = option_of(EngineConfig, "layer_map")
+    depths: Sequence[int] | None = option(
+        None, "Depths to compare, as 0,2,4,6; 0 is always there.", unset="what the map recommends", minimum=0
+    )
+    _: KW_ONLY
+    text: Sequence[str] = option(
+        (), "Text for perplexity: a file, wikitext2 or c4; repeatable.", unset="no perplexity", group=_TEXTS
+    )
+    windows_like: str = option(
+        "sleb",
+        "sleb: as in the paper; lm-eval: rolling, after a prefix token.",
+        choices=SCHEMES,
+        group=_TEXTS,
+    )
+    seqlen: int | None = option(
+        None, "Tokens of a window.", unset="2048, or the model's context", minimum=1, group=_TEXTS
+    )
+    windows: int | None = option(None, "Windows of each text.", unset="all", minimum=1, group=_TEXTS)
+    generate: bool = option(True, "Compare greedy answers to some prompts.", group=_ANSWERS)
+    prompts: Path | None = option(
+        None, "Text file with a prompt a line.", unset="16 built in", group=_ANSWERS
+    )
+    output_tokens: int = option(128, "New tokens of an answer at most.", minimum=1, group=_ANSWERS)
+    tasks: Sequence[str] = option(
+        (), "Tasks of lm-eval, as arc_easy,piqa; needs lm_eval[api].", unset="none", commas=True, group=_TASKS
+    )
+    limit: int | None = option(None, "Documents of each task.", unset="all", minimum=1, group=_TASKS)
+    include_path: Path | None = option(None, "Folder with more lm-eval tasks.", unset="none", group=_TASKS)
+    lm_eval: str | None = option(
+        None, "lm_eval of another environment.", unset="beside this Python, or on PATH", group=_TASKS
+    )
+    dtype: str = option_of(EngineConfig, "dtype")
+    weights: str = option_of(EngineConfig, "weights")
+    device: str = option_of(EngineConfig, "device")
+    threads: int | None = option_of(EngineConfig, "threads")
 
     def check(self) -> None:
-        """Raises ConfigError for what can be seen to be wrong before the model is loaded."""
-        EngineConfig(self.model, dtype=self.dtype, weights=self.weights, threads=self.threads).check()
-        if self.windows_like not in SCHEMES:
-            raise ConfigError(
-                f"--windows-like '{self.windows_like}' is not known; choose {' or '.join(SCHEMES)}"
-            )
-        least = 2 if self.windows_like == "sleb" else 1
-        numbers = (
-            ("--seqlen", self.seqlen, least),
-            ("--windows", self.windows, 1),
-            ("--output-tokens", self.output_tokens, 1),
-            ("--limit", self.limit, 1),
-        )
-        for name, number, smallest in numbers:
-            if number is not None and number < smallest:
-                raise ConfigError(f"{name} is {number}; it must be an integer of at least {smallest}")
-        for depth in self.depths or ():
-            if depth < 0:
-                raise ConfigError(f"depth {depth} must be an integer of at least 0")
-        self._check_parts()
+        """Raises ConfigError for what can be seen to be wrong before the model is loaded.
 
-    def _check_parts(self) -> None:
-        """Nothing that was asked for may be passed over in silence."""
-        if not (self.texts or self.generate or self.tasks):
+        Nothing that was asked for may be passed over in silence.
+        """
+        check_values(self)
+        if self.windows_like == "sleb" and self.seqlen == 1:
+            raise ConfigError(
+                "--seqlen is 1; a window's first token is not predicted, so it must be at least 2"
+            )
+        if not (self.text or self.generate or self.tasks):
             raise ConfigError(
                 "there is nothing to measure; name a --text or --tasks, or leave out --no-generate"
             )
         needs = (
             ("--prompts", self.prompts, self.generate, "leave out --no-generate"),
-            ("--windows", self.windows, bool(self.texts), "name a --text"),
-            ("--seqlen", self.seqlen, bool(self.texts), "name a --text"),
+            ("--windows", self.windows, bool(self.text), "name a --text"),
+            ("--seqlen", self.seqlen, bool(self.text), "name a --text"),
             ("--limit", self.limit, bool(self.tasks), "name --tasks"),
             ("--include-path", self.include_path, bool(self.tasks), "name --tasks"),
             ("--lm-eval", self.lm_eval, bool(self.tasks), "name --tasks"),
@@ -90,7 +84,14 @@ class QualityOptions:
         if self.include_path is not None and not self.include_path.is_dir():
             raise ConfigError(f"--include-path {self.include_path} is no folder; name one with lm-eval tasks")
 
-
-def ascending_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str) -> tuple[int, ...]:
-    """0 and the depths asked for, ascending, each once. Raises ConfigError for one that the map lacks."""
-    return tuple(sorted({0, *choose_depths(depths, layer_map, model)}))
+    def chosen_depths(self, layer_map: LayerMap, model: str) -> tuple[int, ...]:
+        """0 and those asked for, ascending, each once. Raises ConfigError for one that the map lacks."""
+        for depth in self.depths or ():
+            if depth > layer_map.max_depth:
+                has = f"the layer map has depths 0 to {layer_map.max_depth}"
+                if not layer_map.max_depth:
+                    has = f"without a layer map {model} has depth 0 alone"
+                raise ConfigError(
+                    f"depth {depth} is not there: {has}; name another in --depths, or a longer --layer-map"
+                )
+        return tuple(sorted({0, *((layer_map.depth,) if self.depths is None else self.depths)}))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ from sleb.errors import ConfigError, SlebError
 if TYPE_CHECKING:
     from sleb.engine.text import TextProcessor
 
-WindowScheme = Literal["sleb", "lm-eval"]
-SCHEMES: tuple[str, ...] = get_args(WindowScheme)
 DATASETS = ("wikitext2", "c4")
 _C4_FILE = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 _C4_DOCUMENTS = 1100

@@ -15,12 +15,15 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from sleb.benchmarks.old import load
 from sleb.benchmarks.quality import evaluate as quality
 from sleb.benchmarks.quality import scores as quality_scores
 from sleb.benchmarks.quality.answers import PROMPTS
-from sleb.benchmarks.quality.evaluate import run_quality
-from sleb.benchmarks.quality.options import QualityOptions
+from sleb.benchmarks.quality.evaluate import run_eval
+from sleb.benchmarks.quality.options import EvalOptions
+from sleb.benchmarks.record import Measurement, Result
 from sleb.cli.eval import evaluate
+from sleb.cli.options import OptionsCommand
 from sleb.engine.engine import Engine
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError, LayerMapError, RequestError, SlebError
@@ -53,7 +56,7 @@ def options(tiny_model_dir, tiny_chain, text_file):
         "model": str(tiny_model_dir),
         "layer_map": tiny_chain,
         "depths": (2, 3),
-        "texts": (str(text_file),),
+        "text": (str(text_file),),
         "seqlen": 48,
         "generate": False,
         "device": "cpu",
@@ -61,12 +64,23 @@ def options(tiny_model_dir, tiny_chain, text_file):
 
 
 def run(options, **changes):
-    return run_quality(QualityOptions(**options | changes))
+    return run_eval(EvalOptions(**options | changes))
+
+
+def figures(result: Result, depth: int, case: str = "sea.txt") -> dict[str, Measurement]:
+    """Those of a depth, by metric."""
+    found = [each for each in result.measurements if each.facts["depth"] == depth and each.case == case]
+    assert all(each.subject == f"depth {depth}" for each in found)
+    return {each.metric: each for each in found}
+
+
+def depths_of(result: Result) -> list[int]:
+    return list(dict.fromkeys(each.facts["depth"] for each in result.measurements))
 
 
 def invoke(*arguments):
     app = typer.Typer()
-    app.command()(evaluate)
+    app.command(cls=OptionsCommand)(evaluate)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -114,55 +128,65 @@ class TestPerplexity:
     @pytest.mark.parametrize("scheme", ["sleb", "lm-eval"])
     def test_against_transformers(self, options, tiny_model_dir, tiny_chain, scheme):
         """To more than four digits, at every depth."""
-        report = run(options, windows_like=scheme)
+        result = run(options, windows_like=scheme)
         token_ids = list(TEXT.encode())
         windows = packed(token_ids, 48) if scheme == "sleb" else rolling(token_ids, 256, 48)
-        assert [row.depth for row in report.rows] == [0, 2, 3]
-        for row in report.rows:
-            loss = reference(tiny_model_dir, tiny_chain.removed[: row.depth], windows)
-            assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-            assert row.tokens == sum(number for _, number in windows)
+        assert depths_of(result) == [0, 2, 3]
+        for depth in (0, 2, 3):
+            found = figures(result, depth)
+            loss = reference(tiny_model_dir, tiny_chain.removed[:depth], windows)
+            assert found["perplexity"].value == pytest.approx(math.exp(loss), rel=1e-5)
+            assert found["perplexity"].facts["tokens"] == sum(number for _, number in windows)
             if scheme == "lm-eval":
                 total = loss * len(token_ids)
-                assert row.word_perplexity == pytest.approx(math.exp(total / len(TEXT.split(" "))), rel=1e-4)
-                assert row.bits_per_byte == pytest.approx(total / len(token_ids) / math.log(2), rel=1e-5)
-                assert row.byte_perplexity == pytest.approx(2**row.bits_per_byte, rel=1e-6)
+                by_word, by_byte, bits = (
+                    found[name].value for name in ("word perplexity", "byte perplexity", "bits per byte")
+                )
+                assert by_word == pytest.approx(math.exp(total / len(TEXT.split(" "))), rel=1e-4)
+                assert bits == pytest.approx(total / len(token_ids) / math.log(2), rel=1e-5)
+                assert by_byte == pytest.approx(2**bits, rel=1e-6)
             else:
-                assert row.word_perplexity is None
+                assert "word perplexity" not in found
 
     def test_is_that_of_the_search(self, options, tiny_chain):
         """`sleb prune` tells the same perplexity of the same windows."""
         from sleb.pruning.search import total_loss
 
-        report = run(options)
+        result = run(options)
         scorer = DecoderScorer.load(options["model"], device="cpu")
         windows = torch.tensor([ids for ids, _ in packed(list(TEXT.encode()), 48)])
         loss = total_loss(scorer, windows, "sublayers", tiny_chain.removed[:3])
-        assert report.rows[2].perplexity == pytest.approx(math.exp(loss / windows.numel()), rel=1e-5)
+        assert figures(result, 3)["perplexity"].value == pytest.approx(
+            math.exp(loss / windows.numel()), rel=1e-5
+        )
 
-    def test_rows_agree_with_each_other(self, options):
-        dense, *pruned = run(options).rows
-        assert dense.ratio is None and dense.kl is None and dense.agreement is None
-        for row in pruned:
-            assert row.ratio == pytest.approx(row.perplexity / dense.perplexity)
-            for name in ("perplexity", "ratio", "agreement", "kl"):
-                low, high = getattr(row, f"{name}_interval")
-                assert low <= getattr(row, name) <= high
-            assert 0 <= row.agreement <= 1 and row.kl > 0
+    def test_figures_agree_with_each_other(self, options):
+        result = run(options)
+        dense = figures(result, 0)
+        assert set(dense) == {"perplexity"} and dense["perplexity"].ratio is None
+        for depth in (2, 3):
+            found = figures(result, depth)
+            ratio = found["perplexity"].ratio
+            assert ratio.estimate == pytest.approx(dense["perplexity"].value / found["perplexity"].value)
+            assert ratio.low <= ratio.estimate <= ratio.high
+            for each in found.values():
+                assert each.spread[0] <= each.value <= each.spread[1]
+            assert 0 <= found["same token"].value <= 1 and found["KL"].value > 0
 
     def test_several_texts_count_by_their_tokens(self, options, tmp_path):
         other = tmp_path / "other.txt"
         other.write_text("0123456789" * 12)
-        one, two = run(options), run(options, texts=(str(other),))
-        both = run(options, texts=(*options["texts"], str(other)))
-        for first, second, joined in zip(one.rows, two.rows, both.rows, strict=True):
-            tokens = (first.tokens, second.tokens)
-            losses = [math.log(row.perplexity) * row.tokens for row in (first, second)]
-            assert joined.perplexity == pytest.approx(math.exp(sum(losses) / sum(tokens)))
-            assert [each["name"] for each in joined.texts] == ["sea.txt", "other.txt"]
-            assert [each["perplexity"] for each in joined.texts] == pytest.approx(
-                [first.perplexity, second.perplexity]
-            )
+        one, two = run(options), run(options, text=(str(other),))
+        both = run(options, text=(*options["text"], str(other)))
+        for depth in (0, 2, 3):
+            parts = [figures(one, depth)["perplexity"], figures(two, depth, "other.txt")["perplexity"]]
+            tokens = [each.facts["tokens"] for each in parts]
+            losses = [math.log(each.value) * each.facts["tokens"] for each in parts]
+            joined = figures(both, depth, "sea.txt+other.txt")["perplexity"]
+            assert joined.value == pytest.approx(math.exp(sum(losses) / sum(tokens)))
+            own = [figures(both, depth, name)["perplexity"] for name in ("sea.txt", "other.txt")]
+            assert [each.value for each in own] == pytest.approx([each.value for each in parts])
+            assert [each.facts["tokens"] for each in own] == tokens
         assert both.settings["dataset"] == "sea.txt+other.txt"
         assert both.settings["windows"] == [8, 2]
 
@@ -171,10 +195,11 @@ class TestPerplexity:
         from sleb import LLM
 
         for weights in ("int8", "int4"):
-            [row] = run(options, weights=weights, layer_map="none", depths=(0,), windows=2).rows
+            result = run(options, weights=weights, layer_map="none", depths=(0,), windows=2)
             llm = LLM(tiny_model_dir, device="cpu", kernels="torch", weights=weights, kv_cache_memory=0.01)
             scores = torch.cat([llm.score(ids) for ids, _ in packed(list(TEXT.encode()), 48)[:2]])
-            assert row.perplexity == pytest.approx(math.exp(-scores.double().mean()), rel=1e-4)
+            expected = math.exp(-scores.double().mean())
+            assert figures(result, 0)["perplexity"].value == pytest.approx(expected, rel=1e-4)
 
     def test_default_lengths(self, options, text_file):
         text_file.write_text(TEXT * 3)
@@ -215,28 +240,27 @@ class TestWhole:
         assert done.exit_code == 0, done.output
         for piece in (
             "perplexity",
-            "over dense",
+            "perplexity ×",
             "same token",
             "KL",
-            "2 greedy answers",
-            "lm-eval",
+            "2 answers",
             "sea.txt",
         ):
             assert piece in done.stdout
-        content = json.loads(file.read_text())
+        result = load(file)
         assert str(tmp_path) not in file.read_text()
-        assert content["complete"] and content["problem"] is None
-        assert [row["depth"] for row in content["rows"]] == [0, 3]
-        for row in content["rows"]:
+        assert result.complete and "problem" not in result.settings
+        assert depths_of(result) == [0, 3]
+        for depth in (0, 3):
             # Our own scores and those over HTTP: the same tokens, windows and prefix.
-            [score] = row["tasks"].values()
-            assert score["perplexity"]["value"] == pytest.approx(row["perplexity"], rel=2e-5)
-            assert score["perplexity"]["stderr"] is None
-            assert row["generation"]["answers"] == 2
-        assert content["rows"][1]["removed"] == content["model"]["removed"] == ["3", "1", "4.attention"]
-        assert content["settings"]["lm_eval_max_length"] == 62
-        assert content["settings"]["interval_stretches"] >= 10
-        assert content["environment"]["dtype"] == "float32"
+            score, own = (figures(result, depth, case)["perplexity"] for case in ("text", "sea.txt"))
+            assert score.value == pytest.approx(own.value, rel=2e-5)
+            assert score.spread is None and score.facts["standard_error"] is None
+            assert figures(result, depth, "2 answers")["mean tokens"].value > 0
+        assert result.settings["model"]["removed"] == ["3", "1", "4.attention"]
+        assert result.settings["lm_eval_max_length"] == 62
+        assert result.settings["interval_stretches"] >= 10
+        assert result.environment["dtype"] == "float32"
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         assert "perplexity" in (tmp_path / "plot.svg").read_text()
 
@@ -246,8 +270,8 @@ class TestWhole:
         done = invoke(*arguments, "--seqlen", 48, "--no-generate", "--json", file)
         assert done.exit_code == 0, done.output
         result = BenchResult.load(str(file))
-        rows = {row["depth"]: row["perplexity"] for row in json.loads(file.read_text())["rows"]}
-        assert result.perplexities(3) == {"dense": rows[0], "pruned": rows[3], "dataset": "sea.txt"}
+        dense, pruned = (figures(load(file), depth)["perplexity"].value for depth in (0, 3))
+        assert result.perplexities(3) == {"dense": dense, "pruned": pruned, "dataset": "sea.txt"}
         assert result.perplexities(2) is None and result.speedup(3) is None
         chain = LayerMap.load(map_file)
         engine = SimpleNamespace(
@@ -283,10 +307,9 @@ class TestWhole:
         arguments = (tiny_model_dir, "--layer-map", map_file, "--output-tokens", 4, "--json", file)
         done = invoke(*arguments, "--device", "cpu")
         assert done.exit_code == 0, done.output
-        content = json.loads(file.read_text())
-        assert [row["depth"] for row in content["rows"]] == [0, 3]  # what the map recommends
-        assert content["rows"][0]["generation"]["answers"] == len(PROMPTS)
-        assert content["rows"][1]["generation"]["example"]["prompt"] in PROMPTS
+        result, case = load(file), f"{len(PROMPTS)} answers"
+        assert depths_of(result) == [0, 3]  # what the map recommends
+        assert figures(result, 3, case)["mean tokens"].facts["example"]["prompt"] in PROMPTS
         assert "perplexity" not in done.stdout
         assert BenchResult.load(str(file)).perplexities(3) is None
 
@@ -325,10 +348,11 @@ class TestCutShort:
             if done == 7:
                 raise KeyboardInterrupt
 
-        report = run_quality(QualityOptions(**options | {"generate": True}), (), stop)
-        assert not report.complete and report.problem is None and not report.is_empty
-        assert report.settings["windows"] == [2]
-        assert all(row.tokens == 94 and row.generation is None for row in report.rows)
+        result = run_eval(EvalOptions(**options | {"generate": True}), (), stop)
+        assert not result.complete and "problem" not in result.settings
+        assert result.settings["windows"] == [2]
+        assert {each.case for each in result.measurements} == {"sea.txt"}
+        assert {figures(result, depth)["perplexity"].facts["tokens"] for depth in (0, 2, 3)} == {94}
 
     def test_before_anything_is_complete(self, tiny_model_dir, tmp_path, text_file, monkeypatch):
         """An older result stays."""
@@ -349,9 +373,10 @@ class TestCutShort:
             if what == "answering at depth 3":
                 raise KeyboardInterrupt
 
-        report = run_quality(QualityOptions(**options | {"generate": True, "output_tokens": 3}), (), stop)
-        assert [row.generation is not None for row in report.rows] == [True, True, False]
-        assert all(row.perplexity is not None for row in report.rows)
+        result = run_eval(EvalOptions(**options | {"generate": True, "output_tokens": 3}), (), stop)
+        answered = [each.facts["depth"] for each in result.measurements if each.metric == "looped"]
+        assert answered == [0, 2]
+        assert all(figures(result, depth)["perplexity"].value for depth in (0, 2, 3))
 
     def test_the_command_says_so(self, tiny_model_dir, text_file, monkeypatch, tmp_path):
         file = tmp_path / "result.json"
@@ -362,7 +387,7 @@ class TestCutShort:
         monkeypatch.setattr(quality, "_load_engine", stop)
         done = invoke(tiny_model_dir, "--text", text_file, "--seqlen", 48, "--json", file)
         assert done.exit_code == 130
-        assert "Cut short" in done.stdout
+        assert "Interrupted" in done.stdout
         assert json.loads(file.read_text())["complete"] is False
 
     def test_what_fails_later_keeps_what_was_found(self, tiny_model_dir, text_file, tmp_path):
@@ -381,42 +406,42 @@ class TestCutShort:
         )
         done = invoke(*arguments, "--device", "cpu")
         assert isinstance(done.exception, SlebError) and "context" in str(done.exception)
-        content = json.loads(file.read_text())
-        assert content["rows"][0]["perplexity"] > 1
-        assert "context" in content["problem"]
+        result = load(file)
+        assert figures(result, 0)["perplexity"].value > 1
+        assert "context" in result.settings["problem"]
 
     def test_what_fails_first_is_an_error(self, tiny_model_dir, tmp_path):
         prompts = tmp_path / "prompts"
         prompts.write_text("much too long " * 100)
         with pytest.raises(RequestError, match="context"):
-            run_quality(QualityOptions(str(tiny_model_dir), prompts=prompts, device="cpu"))
+            run_eval(EvalOptions(str(tiny_model_dir), prompts=prompts, device="cpu"))
 
 
 class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "match"),
         [
-            ({"windows_like": "gptq"}, "--windows-like 'gptq'.*sleb or lm-eval"),
+            ({"windows_like": "gptq"}, "windows_like 'gptq' is not known; choose one of: sleb, lm-eval"),
             ({"seqlen": 1}, "--seqlen is 1; .* at least 2"),
-            ({"seqlen": 0, "windows_like": "lm-eval"}, "--seqlen is 0; .* at least 1"),
+            ({"seqlen": 0, "windows_like": "lm-eval"}, "seqlen is 0; .* at least 1"),
             ({"seqlen": 513}, "--seqlen 513 is longer .* 512 at most"),
             ({"seqlen": 400}, "sea.txt has 384 tokens, fewer than one window of 400"),
-            ({"windows": 0}, "--windows is 0"),
-            ({"depths": (-1,)}, "depth -1"),
+            ({"windows": 0}, "windows is 0"),
+            ({"depths": (-1,)}, "depths is -1"),
             ({"depths": (6,)}, "depth 6 is not there: .* 0 to 5"),
-            ({"depths": ()}, "no depth is named"),
+            ({"depths": (7,)}, "depth 7 is not there"),
             ({"layer_map": "none"}, "without a layer map"),
-            ({"texts": ("nowhere.txt",)}, "--text nowhere.txt cannot be read"),
-            ({"texts": (), "generate": True}, "--seqlen has nothing to apply to; name a --text"),
-            ({"texts": (), "seqlen": None}, "nothing to measure"),
+            ({"text": ("nowhere.txt",)}, "--text nowhere.txt cannot be read"),
+            ({"text": (), "generate": True}, "--seqlen has nothing to apply to; name a --text"),
+            ({"text": (), "seqlen": None}, "nothing to measure"),
             ({"prompts": Path("x")}, "--prompts has nothing to apply to; leave out --no-generate"),
             ({"limit": 3}, "--limit has nothing to apply to; name --tasks"),
-            ({"limit": 0, "tasks": ["x"]}, "--limit is 0"),
+            ({"limit": 0, "tasks": ["x"]}, "limit is 0"),
             ({"lm_eval": "x"}, "--lm-eval has nothing"),
             ({"tasks": ["x"], "lm_eval": "nowhere"}, "--lm-eval nowhere is no executable"),
             ({"tasks": ["x"], "include_path": Path("nowhere")}, "--include-path nowhere is no folder"),
             ({"generate": True, "prompts": Path("nowhere")}, "--prompts nowhere cannot be read"),
-            ({"generate": True, "output_tokens": 0}, "--output-tokens is 0"),
+            ({"generate": True, "output_tokens": 0}, "output_tokens is 0"),
             ({"dtype": "float8"}, "dtype 'float8'"),
             ({"threads": 0}, "threads is 0"),
             ({"device": "tpu"}, "device 'tpu'"),
@@ -437,10 +462,12 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            (("--depths", "0,x"), "--depths is '0,x'"),
+            (("--depths", "0,x"), "--depths"),
+            (("--windows-like", "gptq"), "--windows-like 'gptq' is not known; choose one of: sleb, lm-eval"),
+            (("--output-tokens", "0"), "--output-tokens"),
             (("--plot", "x"), "--plot draws perplexity by depth; name a --text"),
             (("--json", "nowhere/x.json"), "cannot be written"),
-            (("--tasks", " , "), "--tasks ' , ' names no task"),
+            (("--tasks", " , "), "--tasks"),
         ],
     )
     def test_of_the_command(self, tiny_model_dir, arguments, match):
@@ -461,11 +488,11 @@ class TestRealModel:
 
         path = resolve_model("smollm2").path
         chain = LayerMap.load(shipped_maps()["smollm2-135m-instruct"])
-        report = run_quality(
-            QualityOptions(
+        result = run_eval(
+            EvalOptions(
                 "smollm2",
                 depths=(0, 3),
-                texts=(str(self.TEXT),),
+                text=(str(self.TEXT),),
                 windows_like=scheme,
                 seqlen=256,
                 windows=4,
@@ -476,9 +503,10 @@ class TestRealModel:
         )
         token_ids = TextProcessor(path).encode(self.TEXT.read_text("utf-8"))
         windows = (packed(token_ids, 256) if scheme == "sleb" else rolling(token_ids, 1, 256))[:4]
-        for row in report.rows:
-            loss = reference(path, chain.removed[: row.depth], windows)
-            assert row.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+        for depth in (0, 3):
+            loss = reference(path, chain.removed[:depth], windows)
+            found = figures(result, depth, self.TEXT.name)["perplexity"]
+            assert found.value == pytest.approx(math.exp(loss), rel=1e-5)
 
     @pytest.mark.skipif("SLEB_LM_EVAL" not in os.environ, reason="SLEB_LM_EVAL names no lm_eval")
     def test_against_lm_eval(self, tmp_path, monkeypatch):
@@ -491,11 +519,11 @@ class TestRealModel:
         for number, line in enumerate(lines):
             texts.append(tmp_path / f"{number}.txt")
             texts[-1].write_text(json.loads(line)["text"], encoding="utf-8")
-        report = run_quality(
-            QualityOptions(
+        result = run_eval(
+            EvalOptions(
                 "smollm2",
                 depths=(0, 3),
-                texts=tuple(map(str, texts)),
+                text=tuple(map(str, texts)),
                 windows_like="lm-eval",
                 seqlen=40,
                 generate=False,
@@ -506,7 +534,8 @@ class TestRealModel:
                 device="cpu",
             )
         )
-        for row in report.rows:
-            scores = row.tasks["sleb_passages"]
-            for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-                assert scores[name].value == pytest.approx(getattr(row, name), rel=1e-4)
+        joined = "+".join(path.name for path in texts)
+        for depth in (0, 3):
+            own, scores = figures(result, depth, joined), figures(result, depth, "sleb_passages")
+            for name in ("word perplexity", "byte perplexity", "bits per byte"):
+                assert scores[name].value == pytest.approx(own[name].value, rel=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sleb.benchmarks.quality import scores as quality_scores
-from sleb.benchmarks.quality.rows import QualityRow, fill_rows
+from sleb.benchmarks.quality.evaluate import measure_scores
 from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, compare, score_texts
 from sleb.benchmarks.quality.texts import Text, WindowedText, packed_windows, rolling_windows
 from sleb.engine.model.scoring import DecoderScorer
@@ -200,40 +200,31 @@ class TestRows:
             TextScores(one, [(1, [self.scores([1.0, 2.0, 3.0]), self.scores([2.0, 2.0, 5.0])])]),
             TextScores(other, [(1, [self.scores([4.0]), self.scores([5.0])])]),
         ]
-        rows = [QualityRow(0, []), QualityRow(2, ["1", "3"])]
-        fill_rows(rows, found)
-        assert [row.tokens for row in rows] == [4, 4]
-        assert rows[0].perplexity == pytest.approx(math.exp(2.5))
-        assert rows[1].perplexity == pytest.approx(math.exp(3.5))
-        assert rows[1].ratio == pytest.approx(math.e)
-        assert (rows[0].ratio, rows[0].kl, rows[0].agreement) == (None, None, None)
-        assert rows[1].texts == [
-            {
-                "name": "a",
-                "tokens": 3,
-                "perplexity": pytest.approx(math.exp(3)),
-                "ratio": pytest.approx(math.e),
-            },
-            {
-                "name": "b",
-                "tokens": 1,
-                "perplexity": pytest.approx(math.exp(5)),
-                "ratio": pytest.approx(math.e),
-            },
-        ]
+        measured, _ = measure_scores(found, (0, 2))
+        by_key = {each.key: each for each in measured}
+        dense, pruned = (by_key["a+b", f"depth {depth}", "perplexity"] for depth in (0, 2))
+        assert (dense.facts["tokens"], pruned.facts["tokens"]) == (4, 4)
+        assert dense.value == pytest.approx(math.exp(2.5))
+        assert pruned.value == pytest.approx(math.exp(3.5))
+        assert pruned.ratio.estimate == pytest.approx(1 / math.e)
+        assert dense.ratio is None and dense.spread is None
+        assert ("a+b", "depth 0", "KL") not in by_key and ("a+b", "depth 0", "same token") not in by_key
+        for name, tokens, loss in (("a", 3, 3.0), ("b", 1, 5.0)):
+            own = by_key[name, "depth 2", "perplexity"]
+            assert (own.facts["tokens"], own.value) == (tokens, pytest.approx(math.exp(loss)))
+            assert own.ratio.estimate == pytest.approx(1 / math.e)
         # Each text is the one letter x: 2 words, 2 bytes.
-        assert rows[0].word_perplexity == pytest.approx(math.exp(5))
-        assert rows[0].bits_per_byte == pytest.approx(5 / math.log(2))
-        assert rows[0].perplexity_interval is None
+        assert by_key["a+b", "depth 0", "word perplexity"].value == pytest.approx(math.exp(5))
+        assert by_key["a+b", "depth 0", "bits per byte"].value == pytest.approx(5 / math.log(2))
 
     def test_what_is_not_finite_is_left_out(self):
         found = [
             TextScores(windowed(()), [(1, [self.scores([1.0] * 40), self.scores([1e30] * 39 + [math.nan])])])
         ]
-        rows = [QualityRow(0, []), QualityRow(1, ["1"])]
-        fill_rows(rows, found)
-        assert rows[0].perplexity == pytest.approx(math.e) and rows[0].perplexity_interval is not None
-        assert rows[1].perplexity is None and rows[1].ratio is None
+        measured, _ = measure_scores(found, (0, 1))
+        dense, pruned = (each for each in measured if each.metric == "perplexity")
+        assert dense.value == pytest.approx(math.e) and dense.spread is not None
+        assert pruned.value is None and pruned.ratio is None and "finite" in pruned.facts["failed"]
 
     def test_shares_stay_shares(self):
         agreed = torch.tensor([1.0] * 79 + [0.0])
@@ -251,7 +242,7 @@ class TestRows:
                 ],
             )
         ]
-        rows = [QualityRow(0, []), QualityRow(1, ["1"])]
-        fill_rows(rows, found)
-        assert rows[1].agreement == pytest.approx(79 / 80)
-        assert rows[1].agreement_interval[1] == 1.0 and 0.9 < rows[1].agreement_interval[0] < 79 / 80
+        measured, _ = measure_scores(found, (0, 1))
+        [agreement] = [each for each in measured if each.metric == "same token"]
+        assert agreement.value == pytest.approx(79 / 80)
+        assert agreement.spread[1] == 1.0 and 0.9 < agreement.spread[0] < 79 / 80
