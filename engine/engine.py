@@ -12,18 +12,19 @@ from typing import Any
 from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.grammar_masks import advance
-from sleb.engine.execute.sampler import needs_last_token
+from sleb.engine.execute.sampler import SampledToken, needs_last_token
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.grammar import Grammar
 from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams, is_integer
+from sleb.engine.requests.stopping import append_token
 from sleb.engine.requests.tier import Tier, find_tier, make_tiers
-from sleb.engine.runner import LaunchedStep, Runner, StepResult
+from sleb.engine.runner import Runner, SampledStep
 from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler
-from sleb.engine.schedule.step import ScheduledRow, Step
+from sleb.engine.schedule.step import Step
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError, RequestError
 from sleb.models.resolve import resolve_model
@@ -81,9 +82,8 @@ class Engine:
                 f"overlap is on, but the {executor.name} executor computes when it is called; leave overlap out"
             )
         self.overlap = executor.asynchronous if config.overlap is None else config.overlap
-        self._in_flight: LaunchedStep | None = None
-        page_size = self.runner.page_size
-        block_manager = BlockManager(self.runner.num_pages, page_size, config.prefix_caching)
+        self._in_flight: SampledStep | None = None
+        block_manager = BlockManager(self.runner.num_pages, executor.page_size, config.prefix_caching)
         self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.step_tokens)
         self._requests: dict[str, Request] = {}
         self._num_open: Counter[int] = Counter()  # by depth
@@ -100,28 +100,19 @@ class Engine:
         """
         outputs: list[StepOutput] = []
         if self._in_flight is not None and any(map(_must_wait, self.scheduler.running)):
-            outputs += self._finish()
+            outputs += self._commit()
         step = self.scheduler.schedule()
-        launched = self._launch(step) if step.rows else None
-        if self._in_flight is not None:
-            outputs += self._finish()
-        if self._requests:
-            self._in_flight = launched
-        if not self.overlap and launched is not None:
-            outputs += self._finish()
+        sampled = None
+        if step.rows:
+            self._mark_scheduled(step)
+            forward = self.runner.run(step)
+            sampled = self.runner.sample(step, forward)
+            self.scheduler.launched(step.rows)
+        outputs += self._commit()
+        self._in_flight = sampled if self._requests else None  # else it is of requests that have ended
+        if not self.overlap:
+            outputs += self._commit()
         return outputs
-
-    def _launch(self, step: Step) -> LaunchedStep:
-        self._mark_scheduled(step)
-        launched = self.runner.launch(step)
-        self.scheduler.launched(step.rows)
-        return launched
-
-    def _finish(self) -> list[StepOutput]:
-        """Reads what the step in flight has sampled, and commits it."""
-        launched, self._in_flight = self._in_flight, None
-        assert launched is not None
-        return self._commit(launched.step, launched.read())
 
     def add_request(
         self,
@@ -284,7 +275,12 @@ class Engine:
                 self._num_prompt_tokens += request.num_prompt_tokens
                 self._num_cached_tokens += request.num_cached_tokens
 
-    def _commit(self, step: Step, result: StepResult) -> list[StepOutput]:
+    def _commit(self) -> list[StepOutput]:
+        """Reads what the step in flight has sampled, if there is one, and adds it to the requests."""
+        if self._in_flight is None:
+            return []
+        step, result = self._in_flight.step, self._in_flight.read()
+        self._in_flight = None
         self.scheduler.commit(step.rows)
         outputs = []
         now = time.monotonic()
@@ -296,24 +292,25 @@ class Engine:
             if request in result.prompt_logprobs and request.prompt_logprobs is not None:
                 request.prompt_logprobs.extend(result.prompt_logprobs[request])
             if row.samples:
-                outputs.append(self._advance(row, result, now))
+                outputs.append(self._advance(request, result.sampled.get(request), now))
         if not self._requests:  # a leaked page would never come back, so say so while the cause is near
             pages = self.scheduler.block_manager
             assert pages.num_free == pages.num_pages, "pages are owned, but no request is left"
         return outputs
 
-    def _advance(self, row: ScheduledRow, result: StepResult, now: float) -> StepOutput:
-        """Adds the sampled token to its request, decides whether that ends it, and reports."""
-        request = row.request
-        sampled = result.sampled.get(request)
+    def _advance(self, request: Request, sampled: SampledToken | None, now: float) -> StepOutput:
+        """Adds the sampled token to its request, which may end it, and reports."""
         text = ""
-        ended = sampled is not None and advance(request, sampled.token_id)
+        grammar_ended = sampled is not None and advance(request, sampled.token_id)
         if request.failure is not None:  # then the token means nothing
             request.finish_reason, sampled = "error", None
         elif sampled is None:  # max_tokens is 0: the prompt was all there was to compute
             request.finish_reason = "length"
         else:
-            text = self._append(request, sampled.token_id, ended, now)
+            if request.timings.first_token is None:
+                request.timings.first_token = now
+            self._num_output_tokens += 1
+            text = append_token(request, sampled.token_id, grammar_ended, self.eos_token_ids)
         if request.finish_reason is not None:
             request.timings.finished = now
             self._forget(request)
@@ -330,38 +327,6 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens,
             timings=request.timings,
         )
-
-    def _append(self, request: Request, token_id: int, ended: bool, now: float) -> str:
-        """Adds a token; sets finish_reason if it is the last one; returns the text that is certain now.
-
-        ended: whether the request's grammar has nothing to follow.
-        """
-        params, detokenizer = request.params, request.detokenizer
-        request.tokens.append(token_id)
-        self._num_output_tokens += 1
-        if request.timings.first_token is None:
-            request.timings.first_token = now
-        may_stop = request.num_output_tokens >= params.min_tokens
-        ends = token_id in self.eos_token_ids and not params.ignore_eos
-        stops = token_id in params.stop_token_ids
-        text = ""
-        if may_stop and (ends or stops):
-            request.finish_reason = "stop"
-            request.stop_reason = token_id if stops else None
-            if params.include_stop_str_in_output:
-                text = detokenizer.push(token_id)
-        else:
-            text = detokenizer.push(token_id, check_stop=may_stop)
-            if ended:
-                request.finish_reason = "stop"
-            elif request.num_output_tokens >= request.max_tokens:
-                request.finish_reason = "length"
-        if request.finish_reason is not None and detokenizer.stopped_by is None:
-            text += detokenizer.flush(check_stop=may_stop)
-        if detokenizer.stopped_by is not None:
-            request.finish_reason = "stop"
-            request.stop_reason = detokenizer.stopped_by
-        return text
 
 
 def _begin_grammar(params: SamplingParams) -> Grammar | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,30 +10,20 @@ import torch
 from torch import Tensor
 
 from sleb.engine.config import EngineConfig
-from sleb.engine.execute.cpu import CpuExecutor, why_unsupported
-from sleb.engine.execute.executor import EagerExecutor, Executor, LastSampled, PlannedSublayer
-from sleb.engine.execute.gpu_setup import build_gpu
+from sleb.engine.execute.build import build_executor, select_backends
+from sleb.engine.execute.executor import Forward, PlannedSublayer
 from sleb.engine.execute.grammar_masks import fill_masks
-from sleb.engine.execute.kv_cache import PagedKVCache, bytes_per_token, size_cache
-from sleb.engine.execute.sampler import (
-    PendingLogprobs,
-    SampledBatch,
-    SampledToken,
-    Sampler,
-    is_greedy,
-)
+from sleb.engine.execute.kv_cache import bytes_per_token
+from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledToken, Sampler, is_greedy
+from sleb.engine.execute.step_arrays import NEVER, StepArrays
 from sleb.engine.execute.transfer import to_device
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.model.weights import DecoderWeights, all_sublayers, num_bytes
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.step import ScheduledRow, Step
-from sleb.errors import ConfigError
-from sleb.kernels.attention.select import DEFAULT_PAGE_SIZE, AttentionBackend, select_attention
-from sleb.kernels.registry import Kernels, select_kernels
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.units import Sublayer
 
@@ -51,8 +40,8 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class LaunchedStep:
-    """A step that is queued on the device, or done; `read` waits for what it has sampled."""
+class SampledStep:
+    """A step whose tokens are chosen, or are queued to be on the device; `read` waits for them."""
 
     step: Step
     requests: Sequence[Request]
@@ -95,9 +84,10 @@ class Runner:
         self.dtype = resolve_dtype(config.dtype, config.weights, spec.checkpoint_dtype)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        kernels = select_kernels(config.kernels, self.device, config.threads, config.cpu_affinity)
-        attention = self._choose_attention(config, kernels)  # before minutes are spent on loading
+        # Before minutes are spent on loading.
+        backends = select_backends(config, self.device, self.dtype, spec.head_dim)
         keep = self.kept_sublayers(min(depths))
+        weight_format = resolve_weight_format(config.weights)
         weights = load_weights(
             path,
             spec,
@@ -106,68 +96,19 @@ class Runner:
             self.device,
             config.load_format,
             config.seed or 0,
-            weight_format=resolve_weight_format(config.weights),
+            weight_format=weight_format,
             on_progress=config.on_progress,
         )
+        self._weights_name = config.weights if weight_format else str(self.dtype)[6:]
         self._weight_sizes = _weight_sizes(weights)
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size
-        self._why_slower = kernels.note
-        self.executor: Executor
-        if attention is not None:
-            built = build_gpu(config, spec, weights, kernels, attention, self._plan(keep), depths)
-            self.executor, self.page_size = built.executor, built.page_size
-            self.max_model_len, self.num_pages = built.max_model_len, built.num_pages
-        else:
-            self.page_size = config.page_size or DEFAULT_PAGE_SIZE
-            num_blocks = sum(part == "attention" for _, part in keep)
-            self.max_model_len, self.num_pages = size_cache(
-                config, spec, num_blocks, self.page_size, self.dtype, self.device
-            )
-            self.executor = self._make_executor(config, kernels, weights, keep)
-        self._weights_name = config.weights if resolve_weight_format(config.weights) else str(self.dtype)[6:]
+        built = build_executor(config, spec, weights, backends, self._plan(keep), depths)
+        self.executor, self._why_slower = built.executor, built.why_slower
+        self.max_model_len, self.num_pages = built.max_model_len, built.num_pages
         self._eos_token_ids = eos_token_ids
-        self._sampler = Sampler(kernels, eos_token_ids)
-        self._last_sampled: LastSampled | None = None
-
-    def _choose_attention(self, config: EngineConfig, kernels: Kernels) -> AttentionBackend | None:
-        """The attention of kernels for a GPU; None for other ones, which bring their own."""
-        if kernels.gpu is not None:
-            return select_attention(
-                config.attention, kernels.gpu, self.device, self.dtype, self.spec.head_dim
-            )
-        if config.attention not in ("auto", "torch"):
-            raise ConfigError(
-                f"attention '{config.attention}' goes with kernels triton, and here kernels {kernels.name} compute; "
-                "use attention auto"
-            )
-        return None
-
-    def _make_executor(
-        self, config: EngineConfig, kernels: Kernels, weights: DecoderWeights, keep: set[Sublayer]
-    ) -> Executor:
-        plan = self._plan(keep)
-        if kernels.cpu is not None:
-            lacking = why_unsupported(self.spec, self.page_size)
-            if lacking is None:
-                return CpuExecutor(
-                    kernels.cpu,
-                    self.spec,
-                    weights,
-                    plan,
-                    max_model_len=self.max_model_len,
-                    num_pages=self.num_pages,
-                    page_size=self.page_size,
-                    max_num_tokens=config.step_tokens,
-                    max_num_seqs=config.max_num_seqs,
-                )
-            if config.kernels == kernels.name:
-                raise ConfigError(f"kernels '{kernels.name}' do not run {lacking}; use kernels auto or torch")
-            self._why_slower = f"they lack {lacking}"
-            kernels = select_kernels("torch", self.device)
-        blocks = sorted(block for block, part in keep if part == "attention")
-        decoder = Decoder(self.spec, weights, kernels, self.max_model_len, self.device)
-        kv_cache = PagedKVCache(self.spec, blocks, self.num_pages, self.page_size, self.dtype, self.device)
-        return EagerExecutor(decoder, kv_cache, plan, self.page_size)
+        self._sampler = Sampler(backends.kernels, eos_token_ids)
+        self._last_sampled: Tensor | None = None  # [B] int64 on the device, of the step before
+        self._last_rows: dict[Request, int] = {}  # the place of each request's token in it
 
     def kept_sublayers(self, depth: int) -> set[Sublayer]:
         """The sublayers that run at `depth`."""
@@ -190,19 +131,20 @@ class Runner:
         num_blocks = sum(part == "attention" for _, part in self.kept_sublayers(depth))
         return bytes_per_token(self.spec, num_blocks, self.dtype)
 
-    def launch(self, step: Step) -> LaunchedStep:
-        """Computes the step's tokens, then one token for every row that reaches its request's end.
-
-        On a GPU this returns when the work is queued, behind that of the steps before.
-        """
+    def run(self, step: Step) -> Forward:
+        """Computes the step's tokens; on a GPU, queues that behind the work of the steps before."""
         if self.device.type == "cuda":  # the thread that steps may be another than the one that loaded
             torch.cuda.set_device(self.device)
-        choosing = [row.chooses for row in step.rows]
-        requests = [row.request for row, chooses in zip(step.rows, choosing, strict=True) if chooses]
-        ends = itertools.accumulate(row.num_tokens for row in step.rows)
-        last_tokens = [end - 1 for end, chooses in zip(ends, choosing, strict=True) if chooses]
-        most_probable = all(map(is_greedy, requests))
-        forward = self.executor.run(step, last_tokens, most_probable, self._last_sampled)
+        executor = self.executor
+        arrays = StepArrays.of(step.rows, executor.removed_at, executor.page_size, self._last_rows)
+        ends = arrays.query_starts[1:]
+        last_tokens = [end - 1 for row, end in zip(step.rows, ends, strict=True) if row.chooses]
+        greedy = all(is_greedy(row.request) for row in step.rows if row.chooses)
+        return executor.run(arrays, last_tokens, greedy, self._last_sampled)
+
+    def sample(self, step: Step, forward: Forward) -> SampledStep:
+        """Chooses a token for every row that reaches its request's end; on a GPU, queues that."""
+        requests = [row.request for row in step.rows if row.chooses]
         prompt_logprobs = self._launch_prompt_logprobs(step, forward.hidden)
         sampled: SampledBatch | list[int] | None = None
         if isinstance(forward.greedy, Tensor):
@@ -212,11 +154,11 @@ class Runner:
         elif forward.logits is not None:
             masks = fill_masks(requests, self.spec.vocab_size, self._eos_token_ids)  # while a GPU computes
             sampled = self._sampler.sample(forward.logits, requests, masks)
-        self._last_sampled = None
+        self._last_sampled, self._last_rows = None, {}
         if isinstance(sampled, SampledBatch):
-            rows = {request: row for row, request in enumerate(requests)}
-            self._last_sampled = LastSampled(sampled.token_ids, rows)
-        return LaunchedStep(step, requests, sampled, prompt_logprobs)
+            self._last_sampled = sampled.token_ids
+            self._last_rows = {request: row for row, request in enumerate(requests)}
+        return SampledStep(step, requests, sampled, prompt_logprobs)
 
     def _launch_prompt_logprobs(self, step: Step, hidden: Tensor) -> dict[Request, list[PendingLogprobs]]:
         gathered: dict[Request, list[PendingLogprobs]] = {}
@@ -243,8 +185,9 @@ class Runner:
         return gathered
 
     def _plan(self, keep: set[Sublayer]) -> tuple[PlannedSublayer, ...]:
-        order = sorted(keep)  # "attention" sorts before "mlp", as they run
-        return tuple(PlannedSublayer(sublayer, self.layer_map.removed_at(*sublayer)) for sublayer in order)
+        removed = {sublayer: self.layer_map.removed_at(*sublayer) for sublayer in sorted(keep)}
+        # "attention" sorts before "mlp", as they run.
+        return tuple(PlannedSublayer(each, NEVER if at is None else at) for each, at in removed.items())
 
 
 def _weight_sizes(weights: DecoderWeights) -> dict[Sublayer | None, int]:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sleb.engine.execute.executor import Forward, LastSampled, PlannedSublayer
+from sleb.engine.execute.executor import Forward, PlannedSublayer
+from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import rotary_tables
 from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
-from sleb.engine.schedule.step import Step
 from sleb.kernels.cpu import records
 from sleb.kernels.cpu.library import ACTIVATIONS, FORMATS, NORMS, PAGE_SIZES, CpuKernels
 
-_NEVER = 1 << 30  # a depth that no map reaches
 
-
-def why_unsupported(spec: DecoderSpec, page_size: int) -> str | None:
-    """What the C kernels lack for this model, or None."""
+def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
+    """What this model needs and the C kernels lack, or None."""
     if not spec.norm_first:
         return "norms after the residual add"
     if spec.embed_size != spec.hidden_size:
@@ -62,12 +59,9 @@ class CpuExecutor:
         self.instruction_set: str | None = kernels.level
         self._kernels = kernels
         self._spec = spec
-        self._page_size = page_size
+        self.page_size = page_size
+        self.removed_at = tuple(planned.removed_at for planned in plan)
         self._max_tokens = max_num_tokens
-        self._removed_at = tuple(
-            _NEVER if planned.removed_at is None else planned.removed_at for planned in plan
-        )
-        self._unit_counts: dict[tuple[int, ...], array[int]] = {}
         self._kept: list[object] = []  # what the records point to
         self._logits = torch.empty(0)
         self._argmax = (ctypes.c_int32 * max_num_seqs)()
@@ -100,19 +94,25 @@ class CpuExecutor:
         return f"C kernels for {self.instruction_set}, {self.num_threads} threads"
 
     def run(
-        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+        self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None = None
     ) -> Forward:
         """One step; see `sleb.engine.execute.executor.Executor`."""
-        assert not any(row.pending for row in step.rows), "this executor takes tokens from the host alone"
-        arrays = self._step_arrays(step)
+        assert step.sources is None, "this executor takes tokens from the host alone"
+        assert step.num_tokens <= self._max_tokens, "a step has more tokens than the workspace"
+        sampled = array("i", samples)
         record = records.Step(
-            num_tokens=len(arrays[0]), num_sequences=len(step.rows), num_samples=len(samples)
+            num_tokens=step.num_tokens,
+            num_sequences=step.num_sequences,
+            num_samples=len(samples),
+            token_ids=_address(step.token_ids),
+            positions=_address(step.positions),
+            query_starts=_address(step.query_starts),
+            context_lens=_address(step.context_lens),
+            page_starts=_address(step.page_starts),
+            pages=_address(step.pages),
+            unit_sequences=_address(step.unit_rows),
+            samples=_address(sampled),
         )
-        record.token_ids, record.positions, record.query_starts = (_at(values) for values in arrays[:3])
-        record.context_lens, record.page_starts, record.pages = (_at(values) for values in arrays[3:])
-        counts = self._count_sequences(step)
-        rows = array("i", samples)
-        record.unit_sequences, record.samples = _at(counts), _at(rows)
         logits: Tensor | None = None
         if samples and greedy:
             record.argmax = ctypes.addressof(self._argmax)
@@ -132,32 +132,6 @@ class CpuExecutor:
             self._kernels.isa.head(self._model, part.data_ptr(), part.shape[0], out[start:].data_ptr(), None)
         return out
 
-    def _step_arrays(self, step: Step) -> tuple[array[int], ...]:
-        """token_ids, positions, query_starts, context_lens, page_starts, pages."""
-        token_ids, positions, pages = array("i"), array("i"), array("i")
-        query_starts, context_lens, page_starts = array("i", [0]), array("i"), array("i")
-        for row in step.rows:
-            request = row.request
-            token_ids.extend(request.tokens[row.start : row.end])
-            positions.extend(range(row.start, row.end))
-            query_starts.append(len(token_ids))
-            context_lens.append(row.end)
-            page_starts.append(len(pages))
-            pages.extend(request.pages)
-        assert len(token_ids) <= self._max_tokens, "a step has more tokens than the workspace"
-        return token_ids, positions, query_starts, context_lens, page_starts, pages
-
-    def _count_sequences(self, step: Step) -> array[int]:
-        """For each unit of the plan, how many of the step's rows run it: a prefix, since rows go by depth."""
-        depths = tuple(row.request.tier.depth for row in step.rows)
-        counts = self._unit_counts.get(depths)
-        if counts is None:
-            if len(self._unit_counts) > 4096:
-                self._unit_counts.clear()
-            counts = array("i", [bisect_left(depths, removed_at) for removed_at in self._removed_at])
-            self._unit_counts[depths] = counts
-        return counts
-
     def _logits_buffer(self, num_rows: int) -> Tensor:
         if self._logits.shape[0] < num_rows:
             self._logits = torch.empty(num_rows, self._spec.vocab_size)
@@ -172,7 +146,7 @@ class CpuExecutor:
             head_dim=spec.head_dim,
             vocab_size=spec.vocab_size,
             norm_kind=NORMS[spec.norm],
-            page_size=self._page_size,
+            page_size=self.page_size,
             kv_format=FORMATS[weights.dtype],
             max_tokens=max_num_tokens,
             position_offset=spec.position_offset,
@@ -219,7 +193,7 @@ class CpuExecutor:
         unit.rotate = spec.rotary_blocks[block]
         unit.window = spec.windows[block] or 0
         padded = -(-spec.head_dim // 16) * 16
-        size = num_pages * self._page_size * spec.num_kv_heads * padded * self._dtype.itemsize
+        size = num_pages * self.page_size * spec.num_kv_heads * padded * self._dtype.itemsize
         unit.key_cache = kernels.arena.map(size, huge=False)[0]
         unit.value_cache = kernels.arena.map(size, huge=False)[0]
 
@@ -250,5 +224,5 @@ class CpuExecutor:
         )
 
 
-def _at(values: array[int]) -> int:
+def _address(values: array[int]) -> int:
     return values.buffer_info()[0]

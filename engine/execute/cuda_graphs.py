@@ -1,14 +1,16 @@
-"""Capturing CUDA graphs, and how much memory steps and graphs will take besides weights and KV."""
+"""Capturing CUDA graphs, trial steps, and how much memory steps and graphs will take besides weights and KV."""
 
 from __future__ import annotations
 
 import gc
+import itertools
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
 
 from sleb.engine.execute.gpu import GpuExecutor
-from sleb.engine.execute.trial_steps import prompt_step
+from sleb.engine.execute.step_arrays import StepArrays, unit_rows
 from sleb.errors import ConfigError
 
 _MARGIN = 1.1  # of what was measured: the allocator's blocks are larger than what is asked for
@@ -46,9 +48,41 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
-def measure_reserve(
-    executor: GpuExecutor, page_size: int, max_num_tokens: int, max_len: int, buckets: Sequence[int]
-) -> int:
+def prompt_step(executor: GpuExecutor, num_tokens: int, max_len: int) -> StepArrays:
+    """As many prompts of max_len tokens as num_tokens and the executor allow, and a shorter one for the rest."""
+    lengths: list[int] = []
+    left = num_tokens
+    while left > 0 and len(lengths) < executor.max_num_seqs:
+        lengths.append(min(left, max_len))
+        left -= lengths[-1]
+    return trial_step(executor, [(length, length) for length in lengths])
+
+
+def trial_step(executor: GpuExecutor, rows: Sequence[tuple[int, int]]) -> StepArrays:
+    """A row of no request for each (new tokens, context they end), of the fullest depth.
+
+    All pages are the executor's padding page, so any cache will do and nothing in it is lost.
+    """
+    depths = (executor.depths[0],) * len(rows)
+    num_pages = [-(-context // executor.page_size) for _, context in rows]
+    positions = array("i")
+    for num_new, context in rows:
+        positions.extend(range(context - num_new, context))
+    return StepArrays(
+        page_size=executor.page_size,
+        depths=depths,
+        token_ids=array("i", [0]) * len(positions),
+        positions=positions,
+        sources=None,
+        query_starts=array("i", itertools.accumulate((num_new for num_new, _ in rows), initial=0)),
+        context_lens=array("i", [context for _, context in rows]),
+        pages=array("i", [executor.padding_page]) * sum(num_pages),
+        page_starts=array("i", itertools.accumulate(num_pages[:-1], initial=0)),
+        unit_rows=unit_rows(depths, executor.removed_at),
+    )
+
+
+def measure_reserve(executor: GpuExecutor, max_num_tokens: int, max_len: int, buckets: Sequence[int]) -> int:
     """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take.
 
     The executor's cache may be as small as its padding page: the trial writes and reads nothing else. It is of no use
@@ -60,7 +94,7 @@ def measure_reserve(
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step = prompt_step(executor, page_size, max_num_tokens, max_len)
+    step = prompt_step(executor, max_num_tokens, max_len)
     samples = list(range(min(executor.max_num_seqs, step.num_tokens)))
     forward = executor.run(step, samples, greedy=False)
     assert forward.logits is not None

@@ -15,16 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sleb.engine.execute.executor import Forward, LastSampled, PlannedSublayer
+from sleb.engine.execute.executor import Forward, PlannedSublayer
 from sleb.engine.execute.gpu_decoder import GpuDecoder, Stream, UnitRows
-from sleb.engine.execute.step_arrays import StepLayout, StepPacker, StepTensors
+from sleb.engine.execute.step_arrays import StepArrays, StepLayout, StepTensors, unit_rows
 from sleb.engine.execute.transfer import send, to_device
-from sleb.engine.schedule.step import Step
 from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.registry import GpuKernels
 
-_NEVER = 1 << 30  # a depth that no map reaches
 _TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
 
 # Runs a function once, and returns what repeats its work on the same tensors.
@@ -64,16 +62,15 @@ class GpuExecutor:
         self.max_num_seqs = max_num_seqs
         self._decoder = decoder
         self._operators = kernels
-        self._plan = tuple(plan)
-        self._removed_at = [_NEVER if planned.removed_at is None else planned.removed_at for planned in plan]
-        self._page_size = page_size
+        self.page_size = page_size
         self.padding_page = padding_page
-        self._packer = StepPacker(self._removed_at, page_size, padding_page)
+        self.removed_at = tuple(planned.removed_at for planned in plan)
+        self._sublayers = tuple(planned.sublayer for planned in plan)
         self._max_pages = max_pages
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
         self._buckets: tuple[int, ...] = ()
         # One layout for all decode steps, so that graphs find every section where it was when they were captured.
-        self._layout = StepLayout(max_num_seqs, max_num_seqs, len(self._plan))
+        self._layout = StepLayout(max_num_seqs, max_num_seqs, len(self._sublayers))
         size = self._layout.size + max_num_seqs * max_pages
         self._static = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._inputs = self._layout.split(self._static)
@@ -105,7 +102,7 @@ class GpuExecutor:
 
     @torch.inference_mode()
     def run(
-        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None = None
+        self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None = None
     ) -> Forward:
         """One step; see `sleb.engine.execute.executor.Executor`."""
         graph = self._find_graph(step)
@@ -150,14 +147,14 @@ class GpuExecutor:
         Contents do not matter: what is read is whatever lies in the pages, and written is the padding page alone.
         """
         inputs = self._inputs
-        context = min(_TUNED_CONTEXT, self._max_pages * self._page_size)
-        used = -(-context // self._page_size)
+        context = min(_TUNED_CONTEXT, self._max_pages * self.page_size)
+        used = -(-context // self.page_size)
         pages = torch.arange(self.max_num_seqs * used, dtype=torch.int32, device=self.device) % num_pages
         self._page_table[:, :used] = pages.view(self.max_num_seqs, used)
         inputs.sources.fill_(-1)
         inputs.context_lens.fill_(context)
         inputs.positions.fill_(context - 1)
-        inputs.slots.fill_(self.padding_page * self._page_size)
+        inputs.slots.fill_(self.padding_page * self.page_size)
         torch.arange(inputs.query_starts.shape[0], dtype=torch.int32, out=inputs.query_starts)
         with self._operators.tuning(report):
             for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 16, 32, 64, 128)}):
@@ -179,8 +176,8 @@ class GpuExecutor:
         """The units that `depth` keeps, each reading its row count from the static inputs."""
         inputs = self._inputs
         units = []
-        for index, planned in enumerate(self._plan):
-            if self._removed_at[index] <= depth:
+        for index, runs in enumerate(unit_rows((depth,), self.removed_at)):
+            if not runs:
                 continue
             count = inputs.row_counts[index : index + 1]
             batch = BatchTensors(
@@ -188,37 +185,37 @@ class GpuExecutor:
                 inputs.context_lens[:bucket],
                 self._page_table[:bucket],
                 count,
-                self._page_size,
+                self.page_size,
                 max_query_len=1,
-                max_context_len=self._max_pages * self._page_size,
+                max_context_len=self._max_pages * self.page_size,
             )
-            units.append(UnitRows(planned.sublayer, bucket, count, batch))
+            units.append(UnitRows(self._sublayers[index], bucket, count, batch))
         return units
 
-    def _find_graph(self, step: Step) -> Callable[[], None] | None:
+    def _find_graph(self, step: StepArrays) -> Callable[[], None] | None:
         """The graph of the step's fullest depth and of the smallest bucket that holds it; None if there is none."""
-        if not self._graphs or any(row.num_tokens != 1 for row in step.rows):
+        if not self._graphs or step.num_tokens != step.num_sequences:
             return None
         for bucket in self._buckets:
-            if bucket >= len(step.rows):
-                return self._graphs.get((step.rows[0].request.tier.depth, bucket))
+            if bucket >= step.num_sequences:
+                return self._graphs.get((step.depths[0], bucket))
         return None
 
     def _replay(
         self,
         replay: Callable[[], None],
-        step: Step,
+        step: StepArrays,
         samples: Sequence[int],
         greedy: bool,
-        last: LastSampled | None,
+        last: Tensor | None,
     ) -> Forward:
-        num_rows = len(step.rows)
-        flat, width = self._packer.pack(step, self._layout, last)
+        num_rows, width = step.page_table.shape
+        flat = step.pack(self._layout, self.padding_page)
         static = self._static[: flat.shape[0]]
         send(flat, static)
         self._page_table[:num_rows, :width] = static[self._layout.size :].view(num_rows, width)
-        if last is not None and last.token_ids.data_ptr() != self._sampled.data_ptr():
-            self._sampled[: last.token_ids.shape[0]] = last.token_ids
+        if last is not None and last.data_ptr() != self._sampled.data_ptr():
+            self._sampled[: last.shape[0]] = last
         replay()
         hidden = self._hidden[:num_rows]
         if not samples:
@@ -233,19 +230,17 @@ class GpuExecutor:
         return Forward(hidden, logits.to(torch.float32, copy=True), None)
 
     def _run_eagerly(
-        self, step: Step, samples: Sequence[int], greedy: bool, last: LastSampled | None
+        self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None
     ) -> Forward:
-        layout = StepLayout(step.num_tokens, len(step.rows), len(self._plan))
-        flat, width = self._packer.pack(step, layout, last)
-        on_device = to_device(flat, torch.int32, self.device)
+        layout = StepLayout(step.num_tokens, step.num_sequences, len(self._sublayers))
+        on_device = to_device(step.pack(layout, self.padding_page), torch.int32, self.device)
         inputs = layout.split(on_device)
-        table = on_device[layout.size :].view(len(step.rows), width)
+        table = on_device[layout.size :].view(step.page_table.shape)
         token_ids = inputs.token_ids
-        if last is not None and any(row.pending for row in step.rows):
-            token_ids = _resolve(token_ids, inputs.sources, last.token_ids)
-        units = self._eager_units(
-            step, inputs, table, flat[layout.size - 2 * len(self._plan) : layout.size].tolist()
-        )
+        if step.sources is not None:
+            assert last is not None, "a pending token, and nothing was sampled"
+            token_ids = _resolve(token_ids, inputs.sources, last)
+        units = self._eager_units(step, inputs, table)
         stream = self._decoder.run(token_ids, inputs.positions, inputs.slots, units)
         residual = stream.residual
         if stream.delta is not None:
@@ -257,33 +252,28 @@ class GpuExecutor:
             return Forward(residual, None, self._operators.greedy(logits))
         return Forward(residual, logits.float(), None)
 
-    def _eager_units(
-        self, step: Step, inputs: StepTensors, table: Tensor, counts: Sequence[int]
-    ) -> list[UnitRows]:
-        """The units that some row runs, over exactly their rows. counts: of tokens, then of rows, by unit."""
-        num_units = len(self._plan)
-        rows = step.rows
+    def _eager_units(self, step: StepArrays, inputs: StepTensors, table: Tensor) -> list[UnitRows]:
+        """The units that some row runs, over exactly their rows."""
         units = []
         batches: dict[int, BatchTensors] = {}
-        for index, planned in enumerate(self._plan):
-            num_tokens, num_rows = counts[index], counts[num_units + index]
+        for index, num_rows in enumerate(step.unit_rows):
             if not num_rows:
                 continue
             batch = batches.get(num_rows)
             if batch is None:
-                lens = [row.num_tokens for row in rows[:num_rows]]
+                lens = step.query_lens[:num_rows]
                 batch = batches[num_rows] = BatchTensors(
                     inputs.query_starts[: num_rows + 1],
                     inputs.context_lens[:num_rows],
                     table[:num_rows],
                     inputs.row_counts[index : index + 1],
-                    self._page_size,
+                    self.page_size,
                     max_query_len=max(lens),
-                    max_context_len=max(row.end for row in rows[:num_rows]),
+                    max_context_len=max(step.context_lens[:num_rows]),
                     has_decodes=min(lens) == 1,
                 )
             count = inputs.token_counts[index : index + 1]
-            units.append(UnitRows(planned.sublayer, num_tokens, count, batch))
+            units.append(UnitRows(self._sublayers[index], step.unit_tokens[index], count, batch))
         return units
 
     def _head(self, stream: Stream) -> Tensor:

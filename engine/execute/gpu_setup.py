@@ -1,4 +1,4 @@
-"""From loaded weights to an executor for a GPU: attention backend, KV cache, warm-up and captured graphs."""
+"""From loaded weights to an executor on a GPU: what steps will take, warm-up, tuning and captured graphs."""
 
 from __future__ import annotations
 
@@ -9,48 +9,22 @@ from dataclasses import dataclass
 import torch
 
 from sleb.engine.config import EngineConfig
-from sleb.engine.execute.cuda_graphs import CudaCapture, decode_buckets, measure_reserve
+from sleb.engine.execute.cuda_graphs import (
+    CudaCapture,
+    decode_buckets,
+    measure_reserve,
+    prompt_step,
+    trial_step,
+)
 from sleb.engine.execute.executor import PlannedSublayer
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.gpu_decoder import GpuDecoder
-from sleb.engine.execute.kv_cache import PagedKVCache, size_cache
-from sleb.engine.execute.trial_steps import prompt_step, trial_step
+from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.weights import DecoderWeights
-from sleb.kernels.attention.select import AttentionBackend, choose_page_size
+from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.registry import GpuKernels, Kernels
-
-
-@dataclass(frozen=True)
-class GpuSetup:
-    """An executor, and how its cache was sized; num_pages leaves out the padding page."""
-
-    executor: GpuExecutor
-    page_size: int
-    max_model_len: int
-    num_pages: int
-
-
-def build_gpu(
-    config: EngineConfig,
-    spec: DecoderSpec,
-    weights: DecoderWeights,
-    kernels: Kernels,
-    attention: AttentionBackend,
-    plan: tuple[PlannedSublayer, ...],
-    depths: Sequence[int],
-) -> GpuSetup:
-    """The executor for `depths` on the weights' device; on a GPU tuned, and its graphs captured.
-
-    What steps and graphs take is measured on a trial executor before the rest of the memory goes to KV pages. Raises
-    ConfigError for a page size that does not suit the attention, and for too little memory.
-    """
-    assert kernels.gpu is not None
-    device = weights.embed.device if isinstance(weights.embed, torch.Tensor) else weights.embed.values.device
-    page_size = choose_page_size(config.page_size, attention)
-    builder = _Builder(config, spec, weights, kernels, kernels.gpu, plan, depths, attention, page_size)
-    return builder.build(device)
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -59,54 +33,60 @@ def is_gpu(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class _Builder:
+class GpuSetup:
+    """Makes executors for `depths` over `operators`, which are those of `kernels`."""
+
     config: EngineConfig
     spec: DecoderSpec
     weights: DecoderWeights
     kernels: Kernels
-    gpu: GpuKernels
+    operators: GpuKernels
+    attention: AttentionBackend
     plan: tuple[PlannedSublayer, ...]
     depths: Sequence[int]
-    backend: AttentionBackend
     page_size: int
+    device: torch.device
 
-    def build(self, device: torch.device) -> GpuSetup:
-        config, page_size = self.config, self.page_size
-        on_gpu = is_gpu(device)
-        buckets = decode_buckets(config.max_num_seqs)
-        captured = on_gpu and config.cuda_graphs and self.backend.capturable
-        reserve = 0
-        if on_gpu and config.kv_cache_memory is None:
-            wanted = min(config.max_model_len or self.spec.max_positions, self.spec.max_positions)
-            trial = self._executor(device, wanted, 0)
-            reserve = measure_reserve(
-                trial, page_size, config.step_tokens, wanted, buckets if captured else ()
-            )
-            del trial
-            gc.collect()
-            torch.cuda.empty_cache()
-        max_model_len, num_pages = size_cache(
-            config, self.spec, len(self._blocks), page_size, self.weights.dtype, device, reserve
-        )
-        executor = self._executor(device, max_model_len, num_pages)
-        if on_gpu:
+    @property
+    def _buckets(self) -> tuple[int, ...]:
+        """Rows that graphs are captured for; none where there are no graphs."""
+        captures = is_gpu(self.device) and self.config.cuda_graphs and self.attention.capturable
+        return decode_buckets(self.config.max_num_seqs) if captures else ()
+
+    def reserve(self) -> int:
+        """Bytes of the GPU's memory that steps and graphs will take, measured on a trial executor."""
+        if not is_gpu(self.device) or self.config.kv_cache_memory is not None:
+            return 0
+        longest = min(self.config.max_model_len or self.spec.max_positions, self.spec.max_positions)
+        trial = self._executor(longest, 0)
+        reserve = measure_reserve(trial, self.config.step_tokens, longest, self._buckets)
+        del trial
+        gc.collect()
+        torch.cuda.empty_cache()
+        return reserve
+
+    def build(self, max_model_len: int, num_pages: int) -> GpuExecutor:
+        """The executor; on a GPU tuned, and its graphs captured. num_pages leaves out the padding page."""
+        executor = self._executor(max_model_len, num_pages)
+        if is_gpu(self.device):
             self._warm_up(executor, max_model_len, num_pages)
-        if captured:
-            executor.capture(buckets, CudaCapture(device), on_progress=config.on_capture)
-        return GpuSetup(executor, page_size, max_model_len, num_pages)
+        if self._buckets:
+            capture = CudaCapture(self.device)
+            executor.capture(self._buckets, capture, on_progress=self.config.on_capture)
+        return executor
 
     def _warm_up(self, executor: GpuExecutor, max_model_len: int, num_pages: int) -> None:
         """Compiles, and where need be tunes, every kernel that serving runs: a request must not wait for that."""
         executor.warm_up(num_pages, self.config.on_tuning)
         longest = min(self.config.step_tokens, max_model_len)
         steps = [
-            prompt_step(executor, self.page_size, self.config.step_tokens, max_model_len),
-            trial_step(executor, self.page_size, [(min(2, longest), longest), (1, 1)]),
-            trial_step(executor, self.page_size, [(1, longest)]),
+            prompt_step(executor, self.config.step_tokens, max_model_len),
+            trial_step(executor, [(min(2, longest), longest), (1, 1)]),
+            trial_step(executor, [(1, longest)]),
         ]
-        with self.gpu.tuning(self.config.on_tuning):
+        with self.operators.tuning(self.config.on_tuning):
             for step in steps:
-                samples = range(min(len(step.rows), executor.max_num_seqs))
+                samples = range(min(step.num_sequences, executor.max_num_seqs))
                 logits = executor.run(step, samples, greedy=False).logits
                 assert logits is not None
                 chosen = self.kernels.greedy(logits)
@@ -114,19 +94,16 @@ class _Builder:
                 self.kernels.sample(logits, *([value] * count for value in (0.7, 40, 0.9, 0.05, 0.5)))
                 self.kernels.log_softmax_gather(logits, chosen[:, None])
 
-    @property
-    def _blocks(self) -> list[int]:
-        return [planned.sublayer[0] for planned in self.plan if planned.sublayer[1] == "attention"]
-
-    def _executor(self, device: torch.device, max_model_len: int, num_pages: int) -> GpuExecutor:
+    def _executor(self, max_model_len: int, num_pages: int) -> GpuExecutor:
         """An executor whose cache has the padding page after num_pages others."""
-        spec = self.spec
-        decoder = Decoder(spec, self.weights, self.kernels, max_model_len, device)
-        cache = PagedKVCache(spec, self._blocks, num_pages + 1, self.page_size, self.weights.dtype, device)
+        spec, dtype = self.spec, self.weights.dtype
+        decoder = Decoder(spec, self.weights, self.kernels, max_model_len, self.device)
+        blocks = [block for block, part in (planned.sublayer for planned in self.plan) if part == "attention"]
+        cache = PagedKVCache(spec, blocks, num_pages + 1, self.page_size, dtype, self.device)
         return GpuExecutor(
-            GpuDecoder(decoder, self.gpu, self.backend.function, cache),
-            self.gpu,
-            self.backend,
+            GpuDecoder(decoder, self.operators, self.attention.function, cache),
+            self.operators,
+            self.attention,
             self.plan,
             depths=self.depths,
             page_size=self.page_size,

@@ -1,40 +1,198 @@
-"""A step's integers in one array, so that they reach the device in one copy.
-
-    section         length          of
-    token_ids       T               tokens; 0 where the token is pending
-    positions       T               tokens
-    slots           T               tokens: where K and V go
-    sources         T               tokens: the place in what was sampled last of a pending token, else −1
-    query_starts    S + 1           sequences
-    context_lens    S               sequences
-    token_counts    U               units: how many tokens run it
-    row_counts      U               units: how many sequences do
-    page_table      S × width       sequences
-
-T tokens, S sequences, U units of the plan. All sections but the last have their size from the layout, so one layout
-for all decode steps keeps every section where a captured graph has seen it.
-"""
+"""A step's integers, laid out once for every executor, and the rule by which rows share units."""
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from sleb.engine.execute.executor import LastSampled
 from sleb.engine.requests.request import Request
-from sleb.engine.schedule.step import Step
+from sleb.engine.schedule.step import ScheduledRow
 
-Array = np.ndarray[Any, np.dtype[np.int32]]
+Integers = np.ndarray[Any, np.dtype[np.int32]]
+
+NEVER = 1 << 30  # a depth that no chain reaches: of a unit that always stays
+
+
+@lru_cache(maxsize=4096)
+def unit_rows(depths: tuple[int, ...], removed_at: tuple[int, ...]) -> array[int]:
+    """The prefix rule: how many of a step's rows run each unit of a plan.
+
+    Depths of one chain are nested, so a deeper tier runs a subset of the units of a shallower one. Rows are sorted by
+    depth, fullest first; then for every unit the rows that run it are a prefix of the batch, and skipping costs a
+    slice: no gather, no scatter, no grouping by model. The rest of the batch skips the unit.
+
+    Args:
+        depths: of the rows, ascending.
+        removed_at: of each unit, the depth from which it is left out; NEVER for one that stays.
+
+    Returns: a count a unit. It is shared with later steps of the same depths, so it must not be changed.
+    """
+    return array("i", [bisect_left(depths, depth) for depth in removed_at])
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """The integers of a step, 32 bits each. T tokens, S sequences (rows), U units of the plan.
+
+    Attributes:
+        page_size: tokens in a page.
+        depths: [S], ascending.
+        token_ids: [T]; 0 for a pending token.
+        positions: [T], the place of each token in its sequence.
+        sources: [T], the place of a pending token in what was sampled last, −1 for a known one; None: none is pending.
+        query_starts: [S + 1], where each sequence's tokens begin; the last one is T.
+        context_lens: [S], tokens whose K and V are in the cache once this step's are stored.
+        pages: those of each sequence, one sequence after another; page_starts: [S], where each one's begin.
+        unit_rows: [U], how many sequences run each unit; see `unit_rows`.
+    """
+
+    page_size: int
+    depths: tuple[int, ...]
+    token_ids: array[int]
+    positions: array[int]
+    sources: array[int] | None
+    query_starts: array[int]
+    context_lens: array[int]
+    pages: array[int]
+    page_starts: array[int]
+    unit_rows: array[int]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[ScheduledRow],
+        removed_at: tuple[int, ...],
+        page_size: int,
+        sampled: Mapping[Request, int] | None = None,
+    ) -> StepArrays:
+        """The integers of `rows`, by ascending depth. sampled: each pending row's place in what was sampled last."""
+        token_ids, positions, context_lens = array("i"), array("i"), array("i")
+        query_starts, page_starts, pages = array("i", [0]), array("i"), array("i")
+        pending: dict[int, int] = {}
+        for row in rows:
+            request, start, num_tokens = row.request, row.start, row.num_tokens
+            if row.pending:
+                assert sampled is not None, "a pending token, and nothing was sampled"
+                pending[len(token_ids)] = sampled[request]
+                token_ids.append(0)
+                positions.append(start)
+            elif num_tokens == 1:
+                token_ids.append(request.tokens[start])
+                positions.append(start)
+            else:
+                token_ids.extend(request.tokens[start : start + num_tokens])
+                positions.extend(range(start, start + num_tokens))
+            query_starts.append(len(token_ids))
+            context_lens.append(start + num_tokens)
+            page_starts.append(len(pages))
+            # A list of thousands takes long to convert at every step, so each page is converted once.
+            page_ids = request.page_ids
+            if len(page_ids) < len(request.pages):
+                page_ids.extend(request.pages[len(page_ids) :])
+            pages.extend(page_ids)
+        sources = None
+        if pending:
+            sources = array("i", [-1]) * len(token_ids)
+            for at, place in pending.items():
+                sources[at] = place
+        depths = tuple([row.request.tier.depth for row in rows])
+        return cls(
+            page_size,
+            depths,
+            token_ids,
+            positions,
+            sources,
+            query_starts,
+            context_lens,
+            pages,
+            page_starts,
+            unit_rows(depths, removed_at),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.depths)
+
+    @cached_property
+    def query_lens(self) -> tuple[int, ...]:
+        """[S], new tokens of each sequence."""
+        return tuple(np.diff(self.query_starts).tolist())
+
+    @cached_property
+    def unit_tokens(self) -> array[int]:
+        """[U], how many tokens run each unit."""
+        return array("i", [self.query_starts[count] for count in self.unit_rows])
+
+    @cached_property
+    def slots(self) -> Integers:
+        """[T], where in the cache K and V of each token go: page · page_size + offset."""
+        positions, starts = np.asarray(self.positions), np.asarray(self.page_starts)
+        page = np.repeat(starts, self.query_lens) + positions // self.page_size
+        slots: Integers = np.asarray(self.pages)[page] * self.page_size + positions % self.page_size
+        return slots
+
+    @cached_property
+    def page_table(self) -> Integers:
+        """[S, most pages of a sequence], each sequence's pages and then zeros."""
+        num_pages = np.diff(self.page_starts, append=len(self.pages))
+        table = np.zeros((self.num_sequences, num_pages.max()), np.int32)
+        table[np.arange(table.shape[1]) < num_pages[:, None]] = self.pages
+        return table
+
+    def pack(self, layout: StepLayout, padding_page: int) -> Integers:
+        """All of it in one array, so that it reaches a device in one copy: the layout's sections, then `page_table`.
+
+        padding_page: a page that belongs to nobody, for tokens and sequences that the layout has and the step has not.
+        """
+        flat = np.zeros(layout.size + self.page_table.size, np.int32)
+        sections = np.split(flat[: layout.size], np.cumsum(layout.sizes)[:-1])
+        token_ids, positions, slots, sources, query_starts, context_lens, token_counts, row_counts = sections
+        num_tokens, num_rows = self.num_tokens, self.num_sequences
+        token_ids[:num_tokens] = self.token_ids
+        positions[:num_tokens] = self.positions
+        slots[:num_tokens] = self.slots
+        slots[num_tokens:] = padding_page * self.page_size
+        sources[:] = -1
+        if self.sources is not None:
+            sources[:num_tokens] = self.sources
+        query_starts[: num_rows + 1] = self.query_starts
+        query_starts[num_rows + 1 :] = np.arange(1, query_starts.size - num_rows) + num_tokens
+        context_lens[:num_rows] = self.context_lens
+        context_lens[num_rows:] = 1
+        token_counts[:] = self.unit_tokens
+        row_counts[:] = self.unit_rows
+        flat[layout.size :] = self.page_table.ravel()
+        return flat
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How many tokens, sequences and units there is room for."""
+    """The sections of a packed step: how many tokens, sequences and units there is room for.
+
+        section         length          of
+        token_ids       T               tokens
+        positions       T               tokens
+        slots           T               tokens
+        sources         T               tokens
+        query_starts    S + 1           sequences
+        context_lens    S               sequences
+        token_counts    U               units: how many tokens run it
+        row_counts      U               units: how many sequences do
+
+    The page table comes after them, so one layout for all decode steps keeps every section where a captured graph has
+    seen it.
+    """
 
     num_tokens: int
     num_sequences: int
@@ -42,7 +200,7 @@ class StepLayout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Lengths of the sections before the page table."""
+        """Lengths of the sections."""
         tokens, sequences, units = self.num_tokens, self.num_sequences, self.num_units
         return (tokens, tokens, tokens, tokens, sequences + 1, sequences, units, units)
 
@@ -58,7 +216,7 @@ class StepLayout:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """The sections on the device; see the module's table."""
+    """The sections on the device; see `StepLayout`."""
 
     token_ids: Tensor
     positions: Tensor
@@ -68,69 +226,3 @@ class StepTensors:
     context_lens: Tensor
     token_counts: Tensor
     row_counts: Tensor
-
-
-class StepPacker:
-    """Fills arrays for steps. removed_at: of each unit of the plan, the depth from which it is left out.
-
-    padding_page: a page that belongs to nobody, for tokens and sequences that the layout has and the step has not.
-    """
-
-    def __init__(self, removed_at: Sequence[int], page_size: int, padding_page: int) -> None:
-        self._removed_at = tuple(removed_at)
-        self._page_size = page_size
-        self._padding_page = padding_page
-
-    def pack(self, step: Step, layout: StepLayout, last: LastSampled | None) -> tuple[Array, int]:
-        """The flat array, and the width of its page table: the most pages of any sequence of the step."""
-        rows = step.rows
-        width = max(len(row.request.pages) for row in rows)
-        flat = np.zeros(layout.size + len(rows) * width, dtype=np.int32)
-        sections = np.split(flat[: layout.size], np.cumsum(layout.sizes)[:-1])
-        token_ids, positions, slots, sources, query_starts, context_lens, token_counts, row_counts = sections
-        table = flat[layout.size :].reshape(len(rows), width)
-        num_rows, num_tokens = len(rows), step.num_tokens
-        lens = np.fromiter((row.num_tokens for row in rows), dtype=np.int32, count=num_rows)
-        starts = np.fromiter((row.start for row in rows), dtype=np.int32, count=num_rows)
-        query_starts[1 : num_rows + 1] = np.cumsum(lens)
-        query_starts[num_rows + 1 :] = np.arange(
-            num_tokens + 1, num_tokens + 1 + layout.num_sequences - num_rows
-        )
-        context_lens[:num_rows] = starts + lens
-        context_lens[num_rows:] = 1
-        sources[:] = -1
-        self._fill_tokens(step, token_ids, sources, last)
-        for index, row in enumerate(rows):
-            ids = _page_ids(row.request)
-            table[index, : len(ids)] = ids
-        owner = np.repeat(np.arange(num_rows), lens)
-        own_positions = np.arange(num_tokens) - np.repeat(query_starts[:num_rows], lens) + starts[owner]
-        positions[:num_tokens] = own_positions
-        pages = table[owner, own_positions // self._page_size]
-        slots[:num_tokens] = pages * self._page_size + own_positions % self._page_size
-        slots[num_tokens:] = self._padding_page * self._page_size
-        depths = [row.request.tier.depth for row in rows]
-        row_counts[:] = [bisect_left(depths, removed_at) for removed_at in self._removed_at]
-        token_counts[:] = query_starts[row_counts]
-        return flat, width
-
-    @staticmethod
-    def _fill_tokens(step: Step, token_ids: Array, sources: Array, last: LastSampled | None) -> None:
-        at = 0
-        for row in step.rows:
-            if row.pending:
-                assert last is not None, "a pending token, and nothing was sampled"
-                sources[at] = last.rows[row.request]
-            elif row.num_tokens == 1:
-                token_ids[at] = row.request.tokens[row.start]
-            else:
-                token_ids[at : at + row.num_tokens] = row.request.tokens[row.start : row.end]
-            at += row.num_tokens
-
-
-def _page_ids(request: Request) -> Array:
-    """The request's pages, converted once each: a list of thousands takes long to convert at every step."""
-    known = request.page_ids
-    if len(known) < len(request.pages):
-        known.extend(request.pages[len(known) :])
-    return np.frombuffer(known, dtype=np.int32)

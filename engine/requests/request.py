@@ -24,7 +24,7 @@ class Request:
 
     num_pending counts tokens that have been sampled on the device and that the host has not read: at most one when a
     step is planned. `num_computed` may run ahead of `tokens` by it.
-    page_ids are the first of `pages` as 32-bit integers, kept for who fills page tables.
+    page_ids are the first of `pages` as 32-bit integers, kept for the arrays of the next step.
 
     grammar is the state of the one that the output must follow; preemption leaves it as it is. failure, if set, says
     why the request cannot go on.

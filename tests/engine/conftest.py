@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sleb.engine.engine import Engine
+from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.llm import LLM
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.engine.requests.tier import Tier
-from sleb.engine.schedule.step import ScheduledRow, Step
+from sleb.engine.schedule.step import ScheduledRow
 from sleb.layer_map.layer_map import LayerMap, Unit
 
 TOLERANCE = 1e-4
@@ -87,7 +88,8 @@ def forward() -> Callable[..., Tensor]:
 
     def run(engine: Engine, rows: Sequence[tuple[Request, int, int]]) -> Tensor:
         executor = engine.runner.executor
-        step = Step([ScheduledRow(request, start, end - start) for request, start, end in rows])
+        scheduled = [ScheduledRow(request, start, end - start) for request, start, end in rows]
+        step = StepArrays.of(scheduled, executor.removed_at, executor.page_size)
         with torch.inference_mode():
             return executor.logits(executor.run(step, [], greedy=False).hidden)
 

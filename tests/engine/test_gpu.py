@@ -109,16 +109,19 @@ def test_a_decode_step_waits_for_the_device_only_to_read_tokens(make):
     llm.generate(PROMPTS, sampled, DEPTHS)
     for index, (prompt, depth) in enumerate(zip(PROMPTS, DEPTHS, strict=True)):
         engine.add_request(str(index), prompt, sampled if index % 2 else PLAIN, depth)
-    launch = engine.runner.launch
+    runner = engine.runner
 
-    def strict(step):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return launch(step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def strict(function):
+        def checked(*arguments):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
-    engine.runner.launch = strict
+        return checked
+
+    runner.run, runner.sample = strict(runner.run), strict(runner.sample)
     tokens = 0
     while engine.has_unfinished():
         tokens += sum(len(output.new_token_ids) for output in engine.step())

@@ -403,7 +403,7 @@ class TestBadRequests:
         def fail(step):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(llm.engine.runner, "launch", fail)
+        monkeypatch.setattr(llm.engine.runner, "run", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             llm.generate(["one", "two"], GREEDY)
         monkeypatch.undo()

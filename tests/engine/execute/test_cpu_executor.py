@@ -11,7 +11,7 @@ import torch
 
 from sleb import SamplingParams
 from sleb.engine.execute.cpu import CpuExecutor
-from sleb.engine.execute.executor import EagerExecutor
+from sleb.engine.execute.eager import EagerExecutor
 from sleb.errors import ConfigError
 from sleb.kernels.cpu import library
 from sleb.kernels.cpu.features import cpu_features

@@ -17,6 +17,8 @@ from sleb import SamplingParams
 from sleb.engine.execute.cuda_graphs import decode_buckets
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.kv_cache import GIB
+from sleb.engine.execute.step_arrays import StepArrays
+from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError
 from sleb.kernels import registry
 from sleb.layer_map.layer_map import Unit
@@ -178,13 +180,14 @@ def test_rows_past_a_units_prefix_stay_as_they_are(tiny_model, make, make_reques
         make_request(PROMPT[:6], tiers[depth], [2 * index, 2 * index + 1])
         for index, depth in enumerate((0, 0, 3))
     ]
-    from sleb.engine.schedule.step import ScheduledRow, Step
-
     cache = runner.executor._decoder.kv_cache
     for block in (0, 1, 2, 3):
         for part in cache.layer(block):
             part.fill_(7.0)
-    step = Step([ScheduledRow(request, 5, 1) for request in rows])
+    executor = runner.executor
+    step = StepArrays.of(
+        [ScheduledRow(request, 5, 1) for request in rows], executor.removed_at, executor.page_size
+    )
     before = llm.replays.num_replays
     forward = runner.executor.run(step, [0, 1, 2], greedy=True)
     assert llm.replays.num_replays == before + 1 and forward.greedy.shape == (3,)
@@ -242,16 +245,16 @@ def test_the_next_step_is_launched_before_the_last_is_read(tiny_model_dir, make)
         llm = make(tiny_model_dir)
         events = []
         runner = llm.engine.runner
-        launch = runner.launch
+        sample = runner.sample
 
-        def spy(step, launch=launch, events=events):
+        def spy(step, forward, sample=sample, events=events):
             events.append("L")
-            launched = launch(step)
+            launched = sample(step, forward)
             read = launched.sampled.read
             launched.sampled.read = lambda: (events.append("R"), read())[1]
             return launched
 
-        runner.launch = spy
+        runner.sample = spy
         llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=6, presence_penalty=penalty))
         assert "".join(events).startswith(wanted)
 

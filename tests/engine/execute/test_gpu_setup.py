@@ -75,7 +75,7 @@ def make(make_llm, monkeypatch):
         monkeypatch.setattr(registry, "triton_gpu_kernels", lambda: specification)
         # Its attention waits for the device, so the real one would not be captured.
         backend = attention.AttentionBackend("stand-in", specification.attention)
-        monkeypatch.setattr("sleb.engine.runner.select_attention", lambda *arguments: backend)
+        monkeypatch.setattr("sleb.engine.execute.build.select_attention", lambda *arguments: backend)
         monkeypatch.setattr(gpu_setup, "is_gpu", lambda device: True)
         return make_llm(model, kernels="triton", **options)
 
@@ -107,9 +107,9 @@ def test_the_reserve_is_activations_and_graphs(card, make, tiny_model_dir):
     """1 MiB a graph: the largest of each depth as measured, each further one like a second; 10 % on top."""
     executor = make(tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=5).engine.runner.executor
     card.graph_bytes = 1 << 20
-    reserve = cuda_graphs.measure_reserve(executor, 4, 64, 32, (1, 2, 4, 5))
+    reserve = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5))
     assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20))) + executor.static_bytes
-    without = cuda_graphs.measure_reserve(executor, 4, 64, 32, ())
+    without = cuda_graphs.measure_reserve(executor, 64, 32, ())
     assert without == int(1.1 * (GIB // 2)) + executor.static_bytes
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sleb.engine.execute.kv_cache import GIB
+from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.requests.sampling_params import SamplingParams
-from sleb.engine.schedule.step import ScheduledRow, Step
+from sleb.engine.schedule.step import ScheduledRow
 from sleb.layer_map.layer_map import Unit
 
 TOLERANCE = 1e-4
@@ -187,7 +188,9 @@ class Rig:
 
     @torch.inference_mode()
     def run(self):
-        return self.engine.runner.executor.run(Step(self.rows), [], greedy=False).hidden.clone()
+        executor = self.engine.runner.executor
+        step = StepArrays.of(self.rows, executor.removed_at, executor.page_size)
+        return executor.run(step, [], greedy=False).hidden.clone()
 
 
 def test_every_sublayer_gets_exactly_the_rows_that_keep_it(tiny_model, make_llm, make_request, monkeypatch):

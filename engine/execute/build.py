@@ -1,0 +1,121 @@
+"""Which executor runs steps on this machine, over how large a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sleb.engine.config import EngineConfig
+from sleb.engine.execute.cpu import CpuExecutor, unsupported_feature
+from sleb.engine.execute.eager import EagerExecutor
+from sleb.engine.execute.executor import Executor, PlannedSublayer
+from sleb.engine.execute.gpu_setup import GpuSetup
+from sleb.engine.execute.kv_cache import PagedKVCache, size_cache
+from sleb.engine.model.architecture import DecoderSpec
+from sleb.engine.model.decoder import Decoder
+from sleb.engine.model.weights import DecoderWeights
+from sleb.errors import ConfigError
+from sleb.kernels.attention.select import (
+    DEFAULT_PAGE_SIZE,
+    AttentionBackend,
+    choose_page_size,
+    select_attention,
+)
+from sleb.kernels.registry import Kernels, select_kernels
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What computes on a device: the kernels, and on a GPU the attention; None: the kernels bring their own."""
+
+    device: torch.device
+    kernels: Kernels
+    attention: AttentionBackend | None
+
+
+def select_backends(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backends:
+    """What `config` asks for, checked before minutes are spent on loading. Raises ConfigError if it cannot be had."""
+    kernels = select_kernels(config.kernels, device, config.threads, config.cpu_affinity)
+    if kernels.gpu is not None:
+        attention = select_attention(config.attention, kernels.gpu, device, dtype, head_dim)
+        return Backends(device, kernels, attention)
+    if config.attention not in ("auto", "torch"):
+        raise ConfigError(
+            f"attention '{config.attention}' goes with kernels triton, and here kernels {kernels.name} compute; "
+            "use attention auto"
+        )
+    return Backends(device, kernels, None)
+
+
+@dataclass(frozen=True)
+class BuiltExecutor:
+    """An executor and its cache.
+
+    Attributes:
+        max_model_len: tokens that one request may have; num_pages pages hold at least that many.
+        why_slower: why nothing faster computes; "" where there is nothing.
+    """
+
+    executor: Executor
+    max_model_len: int
+    num_pages: int
+    why_slower: str
+
+
+def build_executor(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    weights: DecoderWeights,
+    backends: Backends,
+    plan: tuple[PlannedSublayer, ...],
+    depths: Sequence[int],
+) -> BuiltExecutor:
+    """The fastest executor that `backends` allow, over as large a KV cache as `config` gives.
+
+    plan: the sublayers that any of `depths` runs, in order. Raises ConfigError for a page size that does not suit, for
+    kernels that were asked for and lack something, and for too little memory.
+    """
+    device, kernels, attention = backends.device, backends.kernels, backends.attention
+    page_size = config.page_size or DEFAULT_PAGE_SIZE
+    setup, reserve, why_slower = None, 0, kernels.note
+    if attention is not None:
+        assert kernels.gpu is not None
+        page_size = choose_page_size(config.page_size, attention)
+        setup = GpuSetup(
+            config, spec, weights, kernels, kernels.gpu, attention, plan, depths, page_size, device
+        )
+        reserve = setup.reserve()
+    lacking = unsupported_feature(spec, page_size) if kernels.cpu is not None else None
+    if lacking is not None:
+        if config.kernels == kernels.name:
+            raise ConfigError(f"kernels '{kernels.name}' do not run {lacking}; use kernels auto or torch")
+        why_slower = f"they lack {lacking}"
+        kernels = select_kernels("torch", device)
+    blocks = [block for block, part in (planned.sublayer for planned in plan) if part == "attention"]
+    max_model_len, num_pages = size_cache(
+        config, spec, len(blocks), page_size, weights.dtype, device, reserve
+    )
+    executor: Executor
+    if setup is not None:
+        executor = setup.build(max_model_len, num_pages)
+    elif kernels.cpu is not None:
+        executor = CpuExecutor(
+            kernels.cpu,
+            spec,
+            weights,
+            plan,
+            max_model_len=max_model_len,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_tokens=config.step_tokens,
+            max_num_seqs=config.max_num_seqs,
+        )
+    else:
+        decoder = Decoder(spec, weights, kernels, max_model_len, device)
+        cache = PagedKVCache(spec, blocks, num_pages, page_size, weights.dtype, device)
+        executor = EagerExecutor(decoder, cache, plan, page_size)
+    return BuiltExecutor(executor, max_model_len, num_pages, why_slower)
