@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
+import pkgutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from sleb.server.api import chat, completions, docs, health, models, tokenize
-from sleb.server.api import chat_page as page
+from sleb.server import api
+from sleb.server.api import docs, health
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
+from sleb.server.routing import Route
 from sleb.version import __version__
 
 logger = logging.getLogger("sleb.server")
@@ -44,14 +47,13 @@ def create_app(context: ServerContext) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
-    modules = (chat, completions, models, tokenize, health, docs, page)
-    routers = [module.router for module in modules]
+    routers = find_routers()
     for router in routers:
         app.include_router(router)
     install_handlers(app)
-    routes = [route for router in routers for route in router.routes]
-    docs.install(app)
-    keys = ApiKeys(context.options.api_keys)
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
+    docs.install(app, routes)
+    keys = ApiKeys(context.options.api_keys, [route for route in routes if route.is_open])
     app.add_middleware(Gate, keys=keys, routes=routes, metrics=context.metrics)
     if context.options.cors_origins:  # outermost: a browser asks first, without the key
         app.add_middleware(
@@ -62,6 +64,12 @@ def create_app(context: ServerContext) -> FastAPI:
             expose_headers=("X-Request-Id", "Server-Timing", "Retry-After"),
         )
     return app
+
+
+def find_routers() -> list[APIRouter]:
+    """The `router` of every module of sleb.server.api: a new endpoint is a new file there."""
+    names = sorted(module.name for module in pkgutil.iter_modules(api.__path__))
+    return [importlib.import_module(f"{api.__name__}.{name}").router for name in names]
 
 
 async def log_throughput(context: ServerContext) -> None:

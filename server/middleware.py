@@ -7,23 +7,22 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import ApiError, to_api_error
 from sleb.server.exchange import EXCHANGE, Exchange
+from sleb.server.routing import Route
 
 MAX_HEADER_BYTES = 64 * 1024
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
-_OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/ready"})
-_PAGE = "/page/"  # the files that / loads before anybody can enter a key
 _CLIENT_GONE = 499
 _SLASHES = re.compile(r"/{2,}")
 
@@ -31,12 +30,13 @@ _SLASHES = re.compile(r"/{2,}")
 class ApiKeys:
     """Keys as digests, compared in constant time; without any key everybody may pass."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], open_routes: Sequence[Route]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
+        self._open_routes = open_routes
 
     def check(self, path: str, headers: Headers) -> None:
         """Raises ApiError 401 unless the path is open or the request bears a key."""
-        if not self._digests or path in _OPEN_PATHS or path.startswith(_PAGE):
+        if not self._digests or any(route.path_regex.match(path) for route in self._open_routes):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = _digest(token.strip().encode("latin-1"))  # as the headers were decoded
@@ -74,7 +74,7 @@ def server_timing(exchange: Exchange, total: float) -> str:
 class Gate:
     """ASGI middleware around the routes; plain rather than BaseHTTPMiddleware, which delays disconnects."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, routes: list[BaseRoute], metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, routes: Sequence[Route], metrics: ServerMetrics) -> None:
         self._app = app
         self._keys = keys
         self._routes = routes
@@ -133,7 +133,7 @@ class Gate:
         for route in self._routes:
             match, _ = route.matches(scope)
             if match != Match.NONE:
-                methods |= getattr(route, "methods", None) or set()
+                methods |= route.methods or set()
         if not methods:
             return ApiError(404, "this path does not exist; the API begins at /v1").response()
         methods |= {"OPTIONS", "HEAD"} if "GET" in methods else {"OPTIONS"}

@@ -1,31 +1,43 @@
-"""Request bodies: which fields there are, of which types, and what this server makes of each.
+"""Request bodies: which fields there are, of which types and ranges, and what this server makes of each.
 
-Types are checked here, ranges by SamplingParams. A field that this server cannot honour is refused rather than
-dropped, unless it then means nothing (`tools: []`); fields unknown to it are named in the log.
+The models are what /openapi.json says. A field that this server cannot honour is refused rather than dropped, unless it
+then means nothing (`tools: []`); fields unknown to it are named in the log.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from typing_extensions import TypeAliasType
 
-from sleb.engine.requests.sampling_params import COUNT_RANGES, SamplingParams
+from sleb.engine.requests.sampling_params import (
+    COUNT_RANGES,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    NUMBER_RANGES,
+    SamplingParams,
+)
 from sleb.errors import RequestError
 from sleb.server.errors import ApiError, shorten
+from sleb.server.grammar.structured import AnswerChoices, JsonSchema, ResponseFormat, StructuredOutputs
+from sleb.server.message.incoming import MAX_MESSAGES, IncomingMessage
+from sleb.server.message.tools import MAX_TOOLS, Function, FunctionName, NamedTool, Tool
 
 logger = logging.getLogger("sleb.server")
 
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS = 2048
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
-TOKEN_ID_PATTERN = "[0-9]{1,9}"  # a name in logit_bias
+MAX_TOKENS = 2**20  # of /detokenize
+OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "logit_bias",  # its keys are strings in JSON
     "grammar",  # is compiled from other fields
@@ -35,7 +47,12 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
 _MAX_FIELDS_NAMED = 1000  # unknown field names that are remembered
 _OTHER_FIELDS = ""  # where those past that are counted
 
-Model = TypeVar("Model", bound="GenerationBody")
+Model = TypeVar("Model", bound="Body")
+
+
+def described_as(type_: Any) -> BeforeValidator:
+    """The description of a field whose rules are checked elsewhere, in words that a model has not."""
+    return BeforeValidator(lambda value: value, json_schema_input_type=type_)
 
 
 def _default_for_null(default: Any) -> BeforeValidator:
@@ -58,10 +75,76 @@ def whole_numbers(values: Any) -> Any:
     return values
 
 
-Integer = Annotated[int, BeforeValidator(_whole)]
-Integers = Annotated[list[int], BeforeValidator(whole_numbers)]
+def _without_own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name in OWN_ARGUMENTS:
+        if name in arguments:
+            raise RequestError(
+                f"'{name}' cannot be given in chat_template_kwargs; it is a field of the request",
+                param="chat_template_kwargs",
+            )
+    return arguments
+
+
+def _in_range(name: str, text: str | None = None) -> Any:
+    """The range of one of the engine's sampling fields, of which `text` says more."""
+    if name in COUNT_RANGES:
+        least, most = COUNT_RANGES[name]
+        return Field(ge=least, le=most, description=text)
+    low, high, above = NUMBER_RANGES[name]
+    return Field(gt=low, le=high, description=text) if above else Field(ge=low, le=high, description=text)
+
+
+WHOLE = BeforeValidator(_whole)
+WHOLE_NUMBERS = BeforeValidator(whole_numbers)
 TrueByDefault = Annotated[bool, _default_for_null(True)]
 FalseByDefault = Annotated[bool, _default_for_null(False)]
+# Named, so that the description can say how many there are: it depends on the served model.
+TokenId = TypeAliasType("TokenId", Annotated[int, Field(ge=0)])
+KnownTokenId = TypeAliasType("KnownTokenId", Annotated[int, Field(ge=0)])  # that the tokenizer has a text for
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+LogitBias = Annotated[
+    dict[
+        Annotated[str, Field(pattern="^[0-9]{1,9}$")],
+        Annotated[float, Field(ge=-100, le=100)],
+    ],
+    Field(
+        max_length=MAX_LOGIT_BIAS,
+        description="Token ids to numbers.",
+        json_schema_extra={"additionalProperties": False},
+    ),
+]
+NonEmpty = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | NonEmpty
+    | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+Messages = Annotated[
+    list[dict[str, Any]],
+    described_as(Annotated[list[IncomingMessage], Field(min_length=1, max_length=MAX_MESSAGES)]),
+]
+TemplateArguments = Annotated[
+    dict[str, Any],
+    AfterValidator(_without_own_arguments),
+    Field(
+        description="Arguments of the model's chat template.",
+        json_schema_extra={"propertyNames": {"not": {"enum": list(OWN_ARGUMENTS)}}},
+    ),
+]
+
+
+class Body(BaseModel):
+    """A JSON object. None is always "as if the field were not there"."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def check(self) -> None:
+        """Raises RequestError for fields that do not go together, or cannot be honoured."""
+
+    def unknown_names(self) -> Iterator[str]:
+        """Fields that no model knows."""
+        yield from self.model_extra or {}
 
 
 class StreamOptions(BaseModel):
@@ -71,131 +154,163 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: FalseByDefault = False
 
 
-class GenerationBody(BaseModel):
-    """Fields that chat and plain completions share. None is always "as if it were not there"."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
+class GenerationBody(Body):
+    """Fields that chat and plain completions share."""
 
     model: str | None = None
-    max_tokens: Integer | None = None
-    min_tokens: Integer | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Integer | None = None
-    min_p: float | None = None
-    n: Integer | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[Integers, Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    max_tokens: Annotated[int | None, _in_range("max_tokens"), WHOLE] = None
+    min_tokens: Annotated[int | None, _in_range("min_tokens"), WHOLE] = None
+    temperature: Annotated[float | None, _in_range("temperature", "0 is greedy.")] = None
+    top_p: Annotated[float | None, _in_range("top_p")] = None
+    top_k: Annotated[int | None, _in_range("top_k", "0 or -1 is off."), WHOLE] = None
+    min_p: Annotated[float | None, _in_range("min_p")] = None
+    n: Annotated[int | None, _in_range("n", "Answers to each prompt."), WHOLE] = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_TOKEN_IDS), WHOLE_NUMBERS] = (
+        None
+    )
     include_stop_str_in_output: FalseByDefault = False
-    seed: Integer | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    seed: Annotated[int | None, _in_range("seed"), WHOLE] = None
+    logit_bias: LogitBias | None = None
+    presence_penalty: Annotated[float | None, _in_range("presence_penalty")] = None
+    frequency_penalty: Annotated[float | None, _in_range("frequency_penalty")] = None
+    repetition_penalty: Annotated[float | None, _in_range("repetition_penalty", "1 is off.")] = None
     stream: FalseByDefault = False
     stream_options: StreamOptions | None = None
     ignore_eos: FalseByDefault = False
     skip_special_tokens: TrueByDefault = True
     return_token_ids: FalseByDefault = False
     user: str | None = None
-    response_format: dict[str, Any] | None = None
-    guided_json: str | dict[str, Any] | None = None
+    response_format: Annotated[dict[str, Any] | None, described_as(ResponseFormat | None)] = None
+    guided_json: Annotated[Any, described_as(JsonSchema | None)] = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    structured_outputs: dict[str, Any] | None = None
+    guided_choice: Annotated[list[str] | None, described_as(AnswerChoices | None)] = None
+    guided_grammar: Annotated[str | None, Field(description="In llguidance's dialect of Lark.")] = None
+    structured_outputs: Annotated[dict[str, Any] | None, described_as(StructuredOutputs | None)] = None
 
-    def check(self) -> None:
-        """Raises RequestError for a field that cannot be honoured."""
+    def unknown_names(self) -> Iterator[str]:
+        yield from super().unknown_names()
+        if self.stream_options is not None:
+            yield from (f"stream_options.{name}" for name in self.stream_options.model_extra or {})
 
     def sampling_params(self, **special: Any) -> SamplingParams:
-        """The sampling fields; `special` overrides. Raises RequestError for a value out of its range."""
+        """The sampling fields; `special` overrides. Raises RequestError for values that exclude each other."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
-            given["logit_bias"] = _token_biases(self.logit_bias)
+            given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
         return SamplingParams(**(given | special))
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: Integer | None = None
+    messages: Messages
+    max_completion_tokens: Annotated[int | None, _in_range("max_tokens", "Wins over max_tokens."), WHOLE] = (
+        None
+    )
     logprobs: FalseByDefault = False
-    top_logprobs: Integer | None = None
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    top_logprobs: Annotated[
+        int | None, _in_range("logprobs", "More than 0 needs logprobs to be true."), WHOLE
+    ] = None
+    tools: Annotated[
+        list[Any] | None, described_as(Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None)
+    ] = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
-    function_call: str | dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    audio: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    functions: Annotated[
+        list[Any] | None, described_as(Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None)
+    ] = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
+    modalities: Annotated[list[str] | None, described_as(list[Literal["text"]] | None)] = None
+    audio: Annotated[Any, described_as(None)] = None
+    chat_template_kwargs: TemplateArguments | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: FalseByDefault = False
 
     def check(self) -> None:
         if self.audio is not None or any(modality != "text" for modality in self.modalities or ()):
             _unsupported("modalities", "audio is", "this model reads and writes text")
-        self._check_max_tokens()
-        if self.top_logprobs is not None:
-            if self.top_logprobs and not self.logprobs:
-                raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-            if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-                raise RequestError(
-                    f"top_logprobs is {self.top_logprobs}; it must be an integer from 0 to {MAX_TOP_LOGPROBS}",
-                    param="top_logprobs",
-                )
-        if self.continue_final_message and self.add_generation_prompt:
-            raise RequestError(
-                "continue_final_message and add_generation_prompt exclude each other; leave one out",
-                param="continue_final_message",
-            )
-
-    def _check_max_tokens(self) -> None:
-        """Both, since the one that does not win is never used."""
-        least, most = COUNT_RANGES["max_tokens"]
-        for name in ("max_tokens", "max_completion_tokens"):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise RequestError(
-                    f"{name} is {value}; it must be an integer of at least {least}", param=name
-                )
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        _check_one_end(self)
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Any = None
+    prompt: Annotated[Any, described_as(Prompts)]
     echo: FalseByDefault = False
-    logprobs: Integer | None = None
-    suffix: str | None = None
-    best_of: Integer | None = None
+    logprobs: Annotated[int | None, _in_range("logprobs"), WHOLE] = None
+    suffix: Annotated[str | None, described_as(Annotated[str, Field(max_length=0)] | None)] = Field(
+        None, description="Not supported."
+    )
+    best_of: Annotated[int | None, _in_range("n", "None other than n is supported."), WHOLE] = None
 
     def check(self) -> None:
         if self.suffix:
             _unsupported("suffix", "suffix is", "leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):
             _unsupported("best_of", "best_of other than n is", "leave it out, or set it to n")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+
+
+def _tokenize_shapes(schema: dict[str, Any]) -> None:
+    """What goes with a prompt, and what with messages: of continue_final_message and the other, one at most."""
+    null, not_true = {"type": "null"}, {"not": {"const": True}}
+    prompt = {"prompt": {"type": "string"}, "messages": null}
+    messages = {"messages": {"type": "array"}, "prompt": null, "add_special_tokens": not_true}
+    schema["anyOf"] = [{"required": ["prompt"], "properties": prompt}] + [
+        {"required": ["messages"], "properties": messages | {name: not_true}}
+        for name in ("continue_final_message", "add_generation_prompt")
+    ]
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: either `prompt` or `messages`."""
+
+    model_config = ConfigDict(json_schema_extra=_tokenize_shapes)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="True unless given, for a prompt; a chat template brings its own."
+    )
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = Field(None, description="True unless given; for messages.")
+    continue_final_message: bool | None = None
+    chat_template_kwargs: TemplateArguments | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either 'prompt' or 'messages'", param="prompt")
+        if self.messages is None:
+            return
+        if self.add_special_tokens:
             raise RequestError(
-                f"logprobs is {self.logprobs}; it must be an integer from 0 to {MAX_TOP_LOGPROBS}",
-                param="logprobs",
+                "add_special_tokens is for prompts; the chat template writes those of messages: leave it out",
+                param="add_special_tokens",
             )
+        _check_one_end(self)
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[KnownTokenId], Field(max_length=MAX_TOKENS), WHOLE_NUMBERS]
+
+
+def _check_one_end(body: ChatBody | TokenizeBody) -> None:
+    if body.continue_final_message and body.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other; leave one out",
+            param="continue_final_message",
+        )
 
 
 def _unsupported(param: str, what: str, remedy: str) -> None:
     raise RequestError(f"{what} not supported in this version; {remedy}", param=param, code="unsupported")
-
-
-def _token_biases(biases: dict[str, float]) -> dict[int, float]:
-    for token_id in biases:
-        if not re.fullmatch(TOKEN_ID_PATTERN, token_id):
-            raise RequestError(
-                f"logit_bias maps token ids to numbers; {shorten(token_id)} is no token id",
-                param="logit_bias",
-            )
-    return {int(token_id): bias for token_id, bias in biases.items()}
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -243,12 +358,9 @@ def _type_error(error: ValidationError) -> RequestError:
     return RequestError(f"bad value{shown} for '{field}': {' or '.join(reasons)[:300]}", param=str(field))
 
 
-def _count_unknown_fields(body: GenerationBody, counts: Counter[str]) -> None:
+def _count_unknown_fields(body: Body, counts: Counter[str]) -> None:
     """Counts them, and names each in the log when it first comes."""
-    names = list(body.model_extra or {})
-    if body.stream_options is not None:
-        names += [f"stream_options.{name}" for name in body.stream_options.model_extra or {}]
-    for name in (name[:200] for name in names):
+    for name in (name[:200] for name in body.unknown_names()):
         if name not in counts:
             if len(counts) >= _MAX_FIELDS_NAMED:
                 name = _OTHER_FIELDS

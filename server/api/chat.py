@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Body, Request, Response
+from pydantic import Field, Json
+from typing_extensions import TypedDict
 
-from sleb.errors import RequestError
 from sleb.server.answer.chat_writer import ChatWriter
 from sleb.server.answer.generation import LARGE_TEXT, Generation, Prompt
+from sleb.server.answer_models import Answer, Choice, Count, Error, FinishReason, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.grammar_spec import GrammarSpec
 from sleb.server.grammar.grammars import compiler_for
@@ -21,31 +23,122 @@ from sleb.server.message.special_tokens import special_token_id, thought_rules
 from sleb.server.message.tool_parser import END_TOOL_CALL, TOOL_CALL, ToolParser
 from sleb.server.message.tool_prompt import offer_in_text
 from sleb.server.message.tools import ToolUse, call_format, knows_tools, read_tools
-from sleb.server.protocol import ChatBody, parse_body, read_body
+from sleb.server.protocol import ChatBody
+from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 _NUM_LAST_TOKENS = 16  # of a prompt, in which a mark and the line ends after it have room
-OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+_EXAMPLE = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 64,
+}
 
 
-@router.post("/v1/chat/completions")
-async def create_chat_completion(request: Request) -> Response:
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]]
+
+
+class ChosenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChosenLogprob] | None
+    refusal: None
+
+
+class FunctionCall(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(min_length=1)]]
+    function_call: NotRequired[FunctionCall]
+
+
+class ChatChoice(Choice):
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionCallPart(TypedDict, total=False):
+    name: str
+    arguments: str
+
+
+class ToolCallPart(TypedDict):
+    index: Count
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallPart
+
+
+class ChatDelta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str
+    tool_calls: Annotated[list[ToolCallPart], Field(min_length=1)]
+    function_call: FunctionCallPart
+
+
+class ChatChunkChoice(Choice):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(Answer):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class ChatCompletionEvent(TypedDict):
+    data: Literal["[DONE]"] | Json[ChatCompletionChunk | Error]
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=success(ChatCompletionEvent, MODEL_LINK) | errors(*GENERATION_ERRORS),
+)
+async def create_chat_completion(
+    request: Request, body: Annotated[ChatBody, Body(openapi_examples={"question": {"value": _EXAMPLE}})]
+) -> Response:
     """An answer to a conversation, by the model's own chat template."""
     context = get_context(request)
-    data = await read_body(request, context.options.max_body_bytes)
     context.engine.check()
-    body = parse_body(data, ChatBody, context.unknown_fields)
     tier = context.tier(body.model)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     special: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": num_logprobs}
     body.sampling_params(**special)  # a value out of range is told before anything is computed
     tools, answer = read_tools(body), answer_grammar(body)
-    prompt = Prompt(await _render(context, body, tools, len(data)))
+    prompt = Prompt(await _render(context, body, tools, request.state.num_bytes))
     reading = _Reading(context, body, tools, prompt)
     grammar = reading.grammar(answer)
     if grammar is not None:
@@ -112,12 +205,6 @@ def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) 
 async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
     messages = normalise_messages(body.messages)
     options = dict(body.chat_template_kwargs or {})
-    for name in OWN_ARGUMENTS:
-        if name in options:
-            raise RequestError(
-                f"'{name}' cannot be given in chat_template_kwargs; it is a field of the request",
-                param="chat_template_kwargs",
-            )
     options["add_generation_prompt"] = body.add_generation_prompt is not False
     options["continue_final_message"] = body.continue_final_message
     if not knows_tools(context.engine.engine.chat_template):

@@ -14,7 +14,9 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-router = APIRouter(include_in_schema=False)
+from sleb.server.routing import OpenRoute
+
+router = APIRouter(route_class=OpenRoute, include_in_schema=False)
 
 FOLDER = Path(__file__).parents[1] / "page"
 CONTENT_TYPES = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Body, Request, Response
+from pydantic import Json
+from typing_extensions import TypedDict
 
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.errors import RequestError
@@ -13,24 +15,67 @@ from sleb.server.answer.generation import LARGE_TEXT, Generation, Prompt
 from sleb.server.answer.logprobs import completion_logprobs
 from sleb.server.answer.token_text import TextOffsets
 from sleb.server.answer.writer import AnswerWriter, Piece
+from sleb.server.answer_models import Answer, Choice, Error, FinishReason, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.grammars import compiler_for
 from sleb.server.grammar.structured import answer_grammar
-from sleb.server.protocol import CompletionBody, parse_body, read_body, whole_numbers
+from sleb.server.protocol import MAX_PROMPTS, CompletionBody, whole_numbers
+from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
-MAX_PROMPTS = 2048
 _SHAPES = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+_EXAMPLE = {"prompt": "The capital of France is", "max_tokens": 8}
 
 
-@router.post("/v1/completions")
-async def create_completion(request: Request) -> Response:
+class CompletionLogprobs(TypedDict):
+    """Null for the first token of a prompt, which nothing comes before."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class Completion(Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunkChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChunk(Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+class CompletionEvent(TypedDict):
+    data: Literal["[DONE]"] | Json[CompletionChunk | Error]
+
+
+@router.post(
+    "/v1/completions",
+    response_model=Completion,
+    responses=success(CompletionEvent, MODEL_LINK) | errors(*GENERATION_ERRORS),
+)
+async def create_completion(
+    request: Request, body: Annotated[CompletionBody, Body(openapi_examples={"prompt": {"value": _EXAMPLE}})]
+) -> Response:
     """Continuations of prompts, or with `echo` and `max_tokens` 0 only their log-probabilities."""
     context = get_context(request)
-    data = await read_body(request, context.options.max_body_bytes)
     context.engine.check()
-    body = parse_body(data, CompletionBody, context.unknown_fields)
     tier = context.tier(body.model)
     special: dict[str, Any] = {"logprobs": body.logprobs}
     if body.echo:
@@ -39,7 +84,7 @@ async def create_completion(request: Request) -> Response:
     if grammar is not None:
         special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
     params = body.sampling_params(**special)
-    prompts = await _encode(context, split_prompts(body.prompt), len(data))
+    prompts = await _encode(context, split_prompts(body.prompt), request.state.num_bytes)
     generation = Generation(context, request.state.request_id, tier, prompts, params)
     return await CompletionWriter(context, generation, body).answer(request)
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
 
-from sleb.server.openapi import complete
+from sleb.server.answer_models import Error
+from sleb.server.context import ServerContext
+from sleb.server.routing import REFERENCE, Route, errors
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(route_class=Route, include_in_schema=False)
 
 _SUMMARY = (
     "An OpenAI-compatible server for every depth of a pruned model. Errors have one shape, "
@@ -39,18 +43,65 @@ _HEADERS = {
 }
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app.openapi`, which /openapi.json answers, the whole description."""
+def install(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Makes `app.openapi`, which /openapi.json answers, FastAPI's description with what only this server knows."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(
-                title=app.title, version=app.version, description=_SUMMARY, routes=app.routes
+                title=app.title,
+                version=app.version,
+                description=_SUMMARY,
+                routes=app.routes,
+                separate_input_output_schemas=False,
             )
-            app.openapi_schema = complete(document, app.state.context)
+            for route in routes:
+                if (
+                    route.body_model is not None
+                ):  # as pydantic says it: FastAPI makes floats of integer bounds
+                    _place(TypeAdapter(route.body_model).json_schema(ref_template=REFERENCE), document)
+            _complete(document, app.state.context, {route.path for route in routes if route.is_open})
+            app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _complete(document: dict[str, Any], context: ServerContext, open_paths: set[str]) -> None:
+    """Keys where there are some, token ids that the model has, events in place, and no answer that is never given."""
+    schemas = document["components"]["schemas"]
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            responses = operation["responses"]
+            responses.pop("422", None)  # FastAPI's own, which `errors.install_handlers` replaces
+            if context.options.api_keys and path not in open_paths:
+                operation["security"] = [{"key": []}]
+                responses["401"] = _error(401)
+            stream = responses.get("200", {}).get("content", {}).get("text/event-stream")
+            if stream is not None:
+                stream["itemSchema"] = _place(stream["itemSchema"], document)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    engine = context.engine.engine
+    vocab_size = engine.spec.vocab_size
+    known = vocab_size if engine.tokenizer is None else engine.tokenizer.get_vocab_size()
+    schemas["TokenId"]["maximum"], schemas["KnownTokenId"]["maximum"] = vocab_size - 1, known - 1
+    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    if context.options.api_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+
+
+def _place(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """Puts a model's schema among the document's, with those that it refers to; returns a reference to it."""
+    document["components"]["schemas"] |= schema.pop("$defs", {}) | {schema["title"]: schema}
+    return {"$ref": REFERENCE.format(model=schema["title"])}
+
+
+def _error(status: int) -> dict[str, Any]:
+    response = errors(status)[status]
+    del response["model"]
+    schema = {"$ref": REFERENCE.format(model=Error.__name__)}
+    return response | {"content": {"application/json": {"schema": schema}}}
 
 
 @router.get("/docs")

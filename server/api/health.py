@@ -1,27 +1,31 @@
-"""Whether the server lives, whether it takes requests, what it is, and what it has counted."""
+"""Whether the server lives and whether it takes requests: without a key, for whoever watches it."""
 
 from __future__ import annotations
 
 import logging
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from typing_extensions import TypedDict
 
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import SlebError
 from sleb.server.context import ServerContext, get_context
 from sleb.server.engine_thread.answers import Job
 from sleb.server.errors import ApiError, json_response
-from sleb.version import __version__
+from sleb.server.routing import OpenRoute, errors, success
 
-router = APIRouter()
+router = APIRouter(route_class=OpenRoute)
 logger = logging.getLogger("sleb.server")
 
 _WARM_UP_PROMPT = 16  # tokens
 _WARM_UP_TOKENS = 4
 
 
-@router.get("/health")
+class Status(TypedDict):
+    status: str
+
+
+@router.get("/health", response_model=Status, responses=success() | errors(503))
 @router.get("/v1/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 while the engine lives, also while the server drains; 503 engine_dead when it does not."""
@@ -31,7 +35,7 @@ async def health(request: Request) -> Response:
     return json_response({"status": "draining" if engine.draining else "ok"})
 
 
-@router.get("/ready")
+@router.get("/ready", response_model=Status, responses=success() | errors(503))
 async def ready(request: Request) -> Response:
     """200 once every tier is warm and while new requests are taken, else 503 that says why not."""
     context = get_context(request)
@@ -45,32 +49,6 @@ async def ready(request: Request) -> Response:
             headers={"Retry-After": "1"},
         )
     return json_response({"status": "ready"})
-
-
-@router.get("/version")
-async def version() -> Response:
-    """The version of sleb."""
-    return json_response({"version": __version__})
-
-
-@router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Counters and histograms in Prometheus' text format.
-
-    Not in OpenMetrics', whatever the request accepts: prometheus-client would write underscores for our colons there.
-    """
-    text = generate_latest(get_context(request).metrics.registry)
-    return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
-
-
-@router.post("/v1/embeddings")
-async def embeddings() -> Response:
-    """Not what this server does: 501."""
-    raise ApiError(
-        501,
-        "this server generates text and makes no embeddings; send them to a server with an embedding model",
-        code="unsupported",
-    )
 
 
 async def warm_up(context: ServerContext) -> None:

@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request, Response
+from typing_extensions import TypedDict
 
+from sleb.server.answer_models import Count
 from sleb.server.bench_result import perplexities
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import json_response
+from sleb.server.routing import Route, errors, success
 
 if TYPE_CHECKING:
     from sleb.engine.requests.tier import Tier
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
 
-@router.get("/v1/models")
+class Pruning(TypedDict):
+    """perplexity: dense, pruned, dataset. speedup: value, test, batch, device. Null where not measured."""
+
+    depth: Count
+    num_blocks: Count
+    blocks_kept: Count
+    units_removed: list[str]
+    weight_bytes: Count
+    kv_bytes_per_token: Count
+    perplexity: dict[str, Any] | None
+    speedup: dict[str, Any] | None
+
+
+class Model(TypedDict):
+    """`root` is the unpruned model, `parent` the same for a pruned tier, else null."""
+
+    id: str
+    object: Literal["model"]
+    created: Count
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: Count
+    pruning: Pruning
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+@router.get(
+    "/v1/models",
+    response_model=ModelList,
+    responses=success(
+        links={"model": {"operationId": "get_model", "parameters": {"model_id": "$response.body#/data/0/id"}}}
+    ),
+)
 async def list_models(request: Request) -> Response:
     """All tiers, in the order asked, then the same under their other names."""
     context = get_context(request)
-    cards = [model_card(context, tier, name) for name, tier in context.names.items()]
-    return json_response({"object": "list", "data": cards})
+    models = [model_card(context, tier, name) for name, tier in context.names.items()]
+    return json_response({"object": "list", "data": models})
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get(
+    "/v1/models/{model_id:path}",
+    operation_id="get_model",
+    response_model=Model,
+    responses=success() | errors(404),
+)
 async def get_model(request: Request, model_id: str) -> Response:
     """One tier."""
     context = get_context(request)
@@ -33,8 +78,8 @@ async def get_model(request: Request, model_id: str) -> Response:
     return json_response(model_card(context, tier, name))
 
 
-def model_card(context: ServerContext, tier: Tier, name: str) -> dict[str, Any]:
-    """What the API tells of a tier. `root` is the unpruned model, `parent` the same for a pruned tier, else null."""
+def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
+    """What the API tells of a tier."""
     engine, results = context.engine.engine, context.options.bench_results
     speedup = next((found for each in results if (found := each.speedup(tier.depth))), None)
     perplexity = perplexities(engine.layer_map, tier.depth)

@@ -4,66 +4,82 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar
 
-import orjson
-from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import APIRouter, Body, Request, Response
+from typing_extensions import TypedDict
 
 from sleb.errors import RequestError
 from sleb.server.answer.generation import LARGE_TEXT
+from sleb.server.answer_models import Count
 from sleb.server.context import ServerContext, get_context
-from sleb.server.errors import json_response, shorten
+from sleb.server.errors import json_response
 from sleb.server.message.incoming import normalise_messages
-from sleb.server.protocol import Integers, read_body
+from sleb.server.protocol import DetokenizeBody, TokenizeBody
+from sleb.server.routing import Route, errors, success
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 
-MAX_TOKENS = 2**20
+_QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+_TOKENS = {"tokens": [3, 1, 2]}
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
-Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
 
 
-class TokenizeBody(BaseModel):
-    """POST /tokenize: either `prompt` or `messages`."""
+class Tokens(TypedDict):
+    count: Count
+    max_model_len: Count
+    tokens: list[Count]
+    token_strs: list[str] | None
 
-    model_config = ConfigDict(extra="ignore", strict=True)
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool | None = Field(
-        None, description="True unless given, for a prompt; a chat template brings its own."
+class Prompt(TypedDict):
+    prompt: str
+
+
+class AddedToken(TypedDict):
+    content: str
+    lstrip: bool
+    normalized: bool
+    rstrip: bool
+    single_word: bool
+    special: bool
+
+
+class TokenizerInfo(TypedDict):
+    tokenizer_class: str
+    model_max_length: Count
+    vocab_size: Count
+    added_tokens_decoder: dict[str, AddedToken]
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    sep_token: str | None
+    cls_token: str | None
+    mask_token: str | None
+    chat_template: NotRequired[str]
+
+
+@router.post(
+    "/tokenize",
+    response_model=Tokens,
+    responses=success(
+        links={"text": {"operationId": "detokenize", "requestBody": {"tokens": "$response.body#/tokens"}}}
     )
-    return_token_strs: bool | None = None
-    add_generation_prompt: bool | None = Field(None, description="True unless given; for messages.")
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-
-
-class DetokenizeBody(BaseModel):
-    """POST /detokenize."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    model: str | None = None
-    tokens: Annotated[Integers, Field(max_length=MAX_TOKENS)]
-
-
-@router.post("/tokenize")
-async def tokenize(request: Request) -> Response:
+    | errors(400, 404, 413),
+)
+async def tokenize(
+    request: Request, body: Annotated[TokenizeBody, Body(openapi_examples={"question": {"value": _QUESTION}})]
+) -> Response:
     """Token ids of a prompt, or of a conversation by the model's chat template."""
     context = get_context(request)
-    data = await read_body(request, context.options.max_body_bytes)
-    body = _parse(data, TokenizeBody)
     context.tier(body.model)
-    tokens = await _run(lambda: _tokens(context, body), len(data))
+    tokens = await _run(lambda: _tokens(context, body), request.state.num_bytes)
     answer = {
         "count": len(tokens),
         "max_model_len": context.engine.engine.max_model_len,
@@ -75,25 +91,32 @@ async def tokenize(request: Request) -> Response:
     return json_response(answer)
 
 
-@router.post("/detokenize")
-async def detokenize(request: Request) -> Response:
+@router.post(
+    "/detokenize",
+    operation_id="detokenize",
+    response_model=Prompt,
+    responses=success() | errors(400, 404, 413),
+)
+async def detokenize(
+    request: Request, body: Annotated[DetokenizeBody, Body(openapi_examples={"three": {"value": _TOKENS}})]
+) -> Response:
     """The text of token ids, special ones included."""
     context = get_context(request)
-    data = await read_body(request, context.options.max_body_bytes)
-    body = _parse(data, DetokenizeBody)
     context.tier(body.model)
     tokenizer = _tokenizer(context)
     size = tokenizer.get_vocab_size()
     for token_id in body.tokens:
-        if not 0 <= token_id < size:
+        if token_id >= size:
             raise RequestError(
                 f"{token_id} in tokens is not a token id; ids go from 0 to {size - 1}", param="tokens"
             )
-    text = await _run(lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), len(data))
+    text = await _run(
+        lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), request.state.num_bytes
+    )
     return json_response({"prompt": text})
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", response_model=TokenizerInfo, responses=success() | errors(400))
 async def tokenizer_info(request: Request) -> Response:
     """The special tokens, the chat template and what else a client needs who renders prompts by itself."""
     context = get_context(request)
@@ -125,33 +148,14 @@ async def tokenizer_info(request: Request) -> Response:
 
 def _tokens(context: ServerContext, body: TokenizeBody) -> list[int]:
     engine = context.engine.engine
-    if (body.prompt is None) == (body.messages is None):
-        raise RequestError("send either 'prompt' or 'messages'", param="prompt")
     if body.messages is None:
         return engine.encode(body.prompt or "", body.add_special_tokens is not False)
-    if body.add_special_tokens:
-        raise RequestError(
-            "add_special_tokens is for prompts; the chat template writes those of messages: leave it out",
-            param="add_special_tokens",
-        )
-    if body.continue_final_message and body.add_generation_prompt:
-        raise RequestError(
-            "continue_final_message and add_generation_prompt exclude each other; leave one out",
-            param="continue_final_message",
-        )
     own = {
         "tools": body.tools,
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": bool(body.continue_final_message),
     }
-    given = body.chat_template_kwargs or {}
-    for name in ("messages", *own):
-        if name in given:
-            raise RequestError(
-                f"'{name}' cannot be given in chat_template_kwargs; it is a field of the request",
-                param="chat_template_kwargs",
-            )
-    return engine.render_chat(normalise_messages(body.messages), **given, **own)
+    return engine.render_chat(normalise_messages(body.messages), **(body.chat_template_kwargs or {}), **own)
 
 
 def _tokenizer(context: ServerContext) -> Tokenizer:
@@ -164,21 +168,3 @@ def _tokenizer(context: ServerContext) -> Tokenizer:
 async def _run(work: Callable[[], T], num_bytes: int) -> T:
     """The result of `work`, off the event loop when it may take long."""
     return work() if num_bytes < LARGE_TEXT else await asyncio.to_thread(work)
-
-
-def _parse(data: bytes, model: type[Body]) -> Body:
-    try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise RequestError(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
-    if not isinstance(content, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name, value = str(first["loc"][0]), first["input"]
-        if first["type"] == "missing":
-            raise RequestError(f"'{name}' is missing", param=name) from None
-        shown = "" if isinstance(value, list | dict) else f" {shorten(value)}"
-        raise RequestError(f"bad value{shown} for '{name}': {first['msg']}", param=name) from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
+from pydantic import BaseModel, ConfigDict, Field
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
@@ -17,6 +18,44 @@ if TYPE_CHECKING:
 MAX_CHOICES = 10_000
 _KINDS = ("json", "regex", "choice", "grammar")
 _ANY_OBJECT = {"type": "object"}
+
+JsonSchema = Annotated[dict[str, Any] | str, Field(description="A JSON schema, or one as a string.")]
+AnswerChoices = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)
+]
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"] = "text"
+
+
+class JsonObjectFormat(BaseModel):
+    type: Literal["json_object"]
+    json_schema: JsonSchema | None = Field(None, alias="schema")
+
+
+class NamedSchema(BaseModel):
+    json_schema: JsonSchema = Field(alias="schema")
+
+
+class JsonSchemaFormat(BaseModel):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's field: what one of these says."""
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"enum": [None, False]}})
+
+    json_schema: JsonSchema | Literal[False] | None = Field(None, alias="json")
+    regex: str | Literal[False] | None = None
+    choice: AnswerChoices | Literal[False] | None = None
+    grammar: str | Literal[False] | None = None
+    json_object: bool | None = None
 
 
 def answer_grammar(body: GenerationBody) -> GrammarSpec | None:

@@ -2,14 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orjson
+from pydantic import BaseModel, Field
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
 
 MAX_MESSAGES = 4096
+_MAX_ROLE = 64  # characters
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class EarlierCall(BaseModel):
+    function: CalledFunction
+
+
+class _Calls(BaseModel):
+    tool_calls: list[EarlierCall] | None = None
+    function_call: CalledFunction | None = None
+
+
+class SaidMessage(_Calls):
+    """Of any role, with a content."""
+
+    role: Annotated[
+        str, Field(min_length=1, max_length=_MAX_ROLE, examples=["system", "user", "assistant", "tool"])
+    ]
+    content: str | list[TextPart]
+
+
+class AssistantMessage(_Calls):
+    """May have calls in place of a content."""
+
+    role: Literal["assistant"]
+    content: str | list[TextPart] | None = None
+
+
+IncomingMessage = SaidMessage | AssistantMessage
 
 
 def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -21,7 +61,7 @@ def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not 0 < len(role) <= 64:
+    if not isinstance(role, str) or not 0 < len(role) <= _MAX_ROLE:
         raise RequestError(
             f"{where}.role is {shorten(role)}; it must be a name such as 'system', 'user' or 'assistant'",
             param=f"{where}.role",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
+from pydantic import BaseModel, Field
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
@@ -24,6 +25,32 @@ MAX_TOOLS = 256
 MAX_CALLS = 32  # in an answer that must call
 NAME_PATTERN = "[a-zA-Z0-9_.-]{1,64}"
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Parameters(BaseModel):
+    """A JSON schema."""
+
+    type: Literal["object"] = "object"
+
+
+class Function(BaseModel):
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+    description: str | None = None
+    parameters: Parameters | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"] = "function"
+    function: FunctionName
 
 
 @dataclass(frozen=True)
@@ -113,8 +140,9 @@ def read_tools(body: ChatBody) -> ToolUse | None:
     )
     if tools and functions:
         raise RequestError("tools and functions exclude each other; leave one out", param="functions")
+    named_tool = body.tool_choice.function if isinstance(body.tool_choice, NamedTool) else body.tool_choice
     choices = [
-        _check_choice(body.tool_choice, tools, "tool_choice", "tools"),
+        _check_choice(named_tool, tools, "tool_choice", "tools"),
         _check_choice(body.function_call, functions, "function_call", "functions"),
     ]
     legacy = bool(functions)
@@ -159,31 +187,24 @@ def _check_tool(tool: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _check_choice(choice: Any, tools: list[dict[str, Any]], field: str, tools_field: str) -> tuple[str, bool]:
+def _check_choice(
+    choice: str | FunctionName | None, tools: list[dict[str, Any]], field: str, tools_field: str
+) -> tuple[str, bool]:
     """none, auto, required or a name; and whether it is a name."""
-    if choice is None or choice in ("none", "auto"):
+    if choice in (None, "none", "auto"):
         return choice or "auto", False
-    named = choice
-    if field == "tool_choice" and isinstance(choice, dict):
-        named = choice.get("function") if choice.get("type", "function") == "function" else None
-    name = named.get("name") if isinstance(named, dict) else None
-    required = choice == "required" and field == "tool_choice"
-    if not required and not isinstance(name, str):
-        raise RequestError(
-            f"{field} is {shorten(choice)}; it must be 'none', 'auto', 'required' or name one of the {tools_field}",
-            param=field,
-        )
+    name = choice.name if isinstance(choice, FunctionName) else choice
     if not tools:
-        raise RequestError(f"{field} is {shorten(choice)}, but there are no {tools_field}", param=field)
-    if required:
-        return "required", False
+        raise RequestError(f"{field} is {shorten(name)}, but there are no {tools_field}", param=field)
+    if not isinstance(choice, FunctionName):
+        return choice, False
     names = [tool["function"]["name"] for tool in tools]
     if name not in names:
         raise RequestError(
             f"{field} names {shorten(name)}, which is none of the {tools_field}: {shorten(', '.join(names), 300)}",
             param=field,
         )
-    return str(name), True
+    return name, True
 
 
 def _arguments_schema(function: dict[str, Any]) -> str:

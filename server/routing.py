@@ -1,0 +1,101 @@
+"""What a file of sleb.server.api is made of: routes that read their own bodies, and what they say of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter
+
+from sleb.server.answer_models import Error
+from sleb.server.context import get_context
+from sleb.server.protocol import parse_body, read_body
+
+REFERENCE = "#/components/schemas/{model}"
+HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-Id": {
+        "description": "The request's own, or a new one.",
+        "schema": {"type": "string", "minLength": 1},
+    },
+    "Server-Timing": {"description": "Milliseconds of each phase.", "schema": {"type": "string"}},
+}
+_ERROR_HEADERS: dict[int, dict[str, dict[str, Any]]] = {
+    401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
+    503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}},
+}
+_ERROR_TEXTS = {
+    400: "A field is wrong (`param` names it), or the prompt does not fit (`context_length_exceeded`).",
+    401: "Keys are configured and the request bears none of them: `invalid_api_key`.",
+    404: "`model_not_found`; the message lists the models that exist.",
+    413: "The body is too large.",
+    500: "The engine could not finish this answer.",
+    501: "Not what this server does: `unsupported`.",
+    503: "`overloaded`, `warming_up`, `shutting_down` or `engine_dead`; Retry-After says when to come back.",
+    504: "The request took longer than the server allows: `timeout`.",
+}
+GENERATION_ERRORS = (400, 404, 413, 500, 503, 504)
+MODEL_LINK = {"model": {"operationId": "get_model", "parameters": {"model_id": "$response.body#/model"}}}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+class Route(APIRoute):
+    """A route behind the API key, if there is one.
+
+    An endpoint with a second argument, a model of `sleb.server.protocol`, gets the body. FastAPI describes it, but does
+    not read it: our own way knows the limit, and has errors in OpenAI's shape. The answer is a Response, as it is sent.
+    """
+
+    is_open = False
+
+    @property
+    def body_model(self) -> Any:
+        """The type of the body, None if there is none."""
+        return None if self.body_field is None else self.body_field.field_info.annotation
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        model = self.body_model
+        if model is None:
+            return super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            context = get_context(request)
+            data = await read_body(request, context.options.max_body_bytes)
+            request.state.num_bytes = len(data)
+            body = parse_body(data, model, context.unknown_fields)
+            response: Response = await self.endpoint(request, body)
+            return response
+
+        return handle
+
+
+class OpenRoute(Route):
+    """A route that needs no key."""
+
+    is_open = True
+
+
+def errors(*statuses: int) -> Responses:
+    """FastAPI's `responses` of an endpoint that may answer with these errors."""
+    return {
+        status: {
+            "model": Error,
+            "description": _ERROR_TEXTS[status],
+            "headers": HEADERS | _ERROR_HEADERS.get(status, {}),
+        }
+        for status in statuses
+    }
+
+
+def success(event: Any = None, links: dict[str, Any] | None = None) -> Responses:
+    """The same of a good answer: its headers, what it is good `links` for, the type of an `event` if it may stream."""
+    response: dict[str, Any] = {"headers": HEADERS, "links": links or {}}
+    if event is not None:
+        schema = TypeAdapter(event).json_schema(ref_template=REFERENCE)
+        response["content"] = {"text/event-stream": {"itemSchema": schema}}
+        response["description"] = (
+            "The answer; with `stream`, events whose data are chunks, and a last one whose data are [DONE]."
+        )
+    return {200: response}
