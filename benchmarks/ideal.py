@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sleb.benchmarks.ceilings import Ceilings
+from sleb.benchmarks.workloads import Workload
 from sleb.engine.engine import Engine
 from sleb.engine.model.architecture import DecoderSpec
 
@@ -90,11 +92,6 @@ def decode_bytes(cost: DepthCost, batch: int, prompt_tokens: int, output_tokens:
     return len(contexts) * step_weight_bytes(cost, batch) + batch * kv_bytes
 
 
-def prompt_bytes(cost: DepthCost, batch: int) -> int:
-    """Bytes that `batch` prompts read at least: every weight once, however long they are."""
-    return step_weight_bytes(cost, batch)
-
-
 def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
     """Floating point operations to compute `batch` prompts and the logits after each one's last token.
 
@@ -136,17 +133,31 @@ def _head_flops(spec: DecoderSpec, num_tokens: int, num_sampled: int) -> int:
     return head
 
 
-def ideal_prompt_speedup(baseline: DepthCost, cost: DepthCost, batch: int, prompt_tokens: int) -> float:
-    """How much faster than `baseline` prompts would be if only FLOPs took time."""
-    return prompt_flops(baseline, batch, prompt_tokens) / prompt_flops(cost, batch, prompt_tokens)
+def ideal_speedup(workload: Workload, baseline: DepthCost, cost: DepthCost) -> float:
+    """How much faster than `baseline` a depth would be at best.
+
+    A prompt as if only operations took time, generation as if only the bytes that its decode steps read did.
+    """
+    if workload.test == "prompt":
+        shape = (workload.batch, workload.prompt_tokens)
+        return prompt_flops(baseline, *shape) / prompt_flops(cost, *shape)
+    lengths = (workload.batch, workload.prompt_tokens, workload.output_tokens)
+    return decode_bytes(baseline, *lengths) / decode_bytes(cost, *lengths)
 
 
-def ideal_decode_speedup(
-    baseline: DepthCost, cost: DepthCost, batch: int, prompt_tokens: int, output_tokens: int
-) -> float:
-    """How much faster than `baseline` the decode steps would be if only reading bytes took time."""
-    shape = (batch, prompt_tokens, output_tokens)
-    return decode_bytes(baseline, *shape) / decode_bytes(cost, *shape)
+def floor_seconds(workload: Workload, cost: DepthCost, ceilings: Ceilings) -> float:
+    """The least time of a workload at the ceilings.
+
+    That of the prompts and that of the decode steps, each the larger of what their bytes and what their operations
+    take; "generate" is the sum of both.
+    """
+    batch, prompt_tokens = workload.batch, workload.prompt_tokens
+    prompt = ceilings.floor_seconds(step_weight_bytes(cost, batch), prompt_flops(cost, batch, prompt_tokens))
+    if workload.test == "prompt":
+        return prompt
+    shape = (batch, prompt_tokens, workload.output_tokens)
+    decode = ceilings.floor_seconds(decode_bytes(cost, *shape), decode_flops(cost, *shape))
+    return decode if workload.test == "decode" else prompt + decode
 
 
 def _visible(spec: DecoderSpec, block: int, context: int) -> int:

@@ -3,12 +3,10 @@
 The tests are those of the SLEB paper's section on speed (arXiv 2402.09025): processing one long prompt, and
 generating 128 tokens after 64-token prompts, where tokens/s counts the new tokens over the whole run, prompts
 included. A third, "decode", times the steps of the second in which all requests decode. One engine holds all depths
-and they take turns: every repetition runs each of them once, on the same random prompts, so that whatever slows the
-machine down for a while meets them alike, and a speedup comes from the ratios within repetitions. One run of each
-depth goes before, uncounted.
+and they take turns (`sleb.benchmarks.turns`) on the same random prompts.
 
 The baseline takes part twice: what the second, the control, seems faster or slower by is what the run's own errors
-are. A batch of all depths in turns takes part too where batches generate.
+are. A batch of all depths takes part too where batches generate; it is compared with its depths alone.
 """
 
 from __future__ import annotations
@@ -17,111 +15,110 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, with_read_ceiling
-from sleb.benchmarks.conditions import ConditionsWatch
-from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.harness import Progress, Stopping, StopReason, measure
-from sleb.benchmarks.paper import missing_shares, paper_depths, with_paper_settings
-from sleb.benchmarks.results import Row
-from sleb.benchmarks.throughput_checks import check_options, check_overlap
-from sleb.benchmarks.throughput_report import Report
-from sleb.benchmarks.throughput_rows import RowMaker, control_notices
-from sleb.benchmarks.variants import MIXED, Variant, Variants
+from sleb.benchmarks.environment import Conditions, describe_environment, shown_command
+from sleb.benchmarks.ideal import DepthCost, floor_seconds, ideal_speedup
+from sleb.benchmarks.record import Measurement, Result
+from sleb.benchmarks.turns import Case, Progress, Run, Sample, Turns, measure
 from sleb.benchmarks.workloads import (
     ThroughputOptions,
     Workload,
+    check_overlap,
     choose_depths,
     choose_map,
+    missing_shares,
+    paper_depths,
+    paper_measurements,
     plan_workloads,
-    with_model,
+    steps_apart,
+    with_shape,
 )
 from sleb.engine.chain import load_layer_map
-from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.engine.execute.kv_cache import GIB, bytes_per_token
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
-from sleb.engine.model.resolve import resolve_dtype
+from sleb.engine.model.resolve import resolve_device, resolve_dtype
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
 from sleb.models.resolve import resolve_model
 
+METRIC = "tokens/s"
+CONTROL, MIXED = "control", "mixed"
 _PAGE_SIZE = 16
 # Prompts of a batch are computed in one step up to this many tokens; more would cost memory and gain nothing.
 MAX_STEP_TOKENS = 8192
-# For each workload, its complete repetitions: seconds by variant.
-ThroughputSamples = dict[Workload, list[dict[Variant, float]]]
+# Decode steps of a warm-up on a CPU, where nothing depends on how far a context has grown.
+_WARM_UP_TOKENS = 4
+_LEGEND = (
+    "tokens/s: median of the turns (least–greatest); prompt counts the prompt's tokens, generate new tokens over the "
+    "whole run, decode those after each request's first. ×: over the baseline, estimate and 95 % interval of the "
+    "ratios within a turn (Hodges–Lehmann, Wilcoxon); of mixed, over its depths alone. ideal ×: by operations for "
+    "prompts, else by bytes of weights and KV. of roofline: the least time at the ceilings measured here over the time."
+)
+_PAPER = "paper: LLaMA-2-70B on two A100, as printed in arXiv 2402.09025; nothing of it was measured here."
 
 
 class ThroughputBench:
     """A model loaded at several depths, and the workloads to run on it.
 
     Attributes:
-        depths: in the order asked. variants: what takes turns; the baseline is depth 0, else the first.
-        map_source: where the layer map is from, see `workloads.choose_map`. notices: what is not measured, and why.
+        depths: in the order asked. baseline: depth 0, else the first. map_source: see `workloads.choose_map`.
 
     on_load: as EngineConfig's on_progress. Raises SlebError subclasses for a model, map, depth or option that does
     not work.
     """
 
     def __init__(self, options: ThroughputOptions, on_load: Callable[[int, int], None] | None = None) -> None:
-        check_options(options)
-        options = with_model(with_paper_settings(options))
-        EngineConfig(
-            options.model,
-            dtype=options.dtype,
-            weights=options.weights,
-            load_format=options.load_format,
-            threads=options.threads,
-        ).check()
-        self.options = options
-        resolved = resolve_model(options.model)
+        options.check()
+        self.options, asked = with_shape(options), options
+        resolved = resolve_model(self.options.model)
         spec = resolve_spec(resolved.path)
-        chosen, self.map_source = choose_map(options, spec.num_blocks, spec.fingerprint)
+        chosen, self.map_source = choose_map(asked, spec.num_blocks, spec.fingerprint)
         layer_map, shipped = load_layer_map(chosen, resolved, spec)
         if self.map_source == "alias":
             self.map_source = "shipped" if shipped else "none"
-        asked = paper_depths(layer_map) if options.paper else options.depths
-        self.notices = missing_shares(layer_map) if options.paper else []
-        self.depths = choose_depths(asked, layer_map, resolved.name)
-        baseline = 0 if 0 in self.depths else self.depths[0]
-        self.variants = Variants(self.depths, baseline, options.control, options.mixed)
-        self._check_bound()
-        self.workloads = plan_workloads(options, spec.max_positions)
-        engine_options = self._engine_options(spec, layer_map)
-        check_overlap(self.workloads, engine_options["max_num_batched_tokens"])
-        self.llm = LLM(
-            options.model, layer_map, self.depths, on_progress=on_load, on_capture=on_load, **engine_options
-        )
-        self._token_ids = plain_token_ids(self.llm.engine)
-
-    def _check_bound(self) -> None:
-        if self.options.fail_below is not None and len(self.depths) < 2:
-            remedy = "give a longer --layer-map" if self.options.paper else "name another in --depths"
+        asked_depths = paper_depths(layer_map) if options.paper else options.depths
+        self.depths = choose_depths(asked_depths, layer_map, resolved.name)
+        if options.fail_below is not None and len(self.depths) < 2:
             raise ConfigError(
-                f"--fail-below has no speedup to judge: depth {self.depths[0]} alone is measured; {remedy}"
+                f"--fail-below has no speedup to judge: depth {self.depths[0]} alone is measured; name another in "
+                "--depths, or give a longer --layer-map"
             )
+        self.baseline = 0 if 0 in self.depths else self.depths[0]
+        on_gpu = resolve_device(options.device).type == "cuda"
+        self.workloads = plan_workloads(options, spec.max_positions, on_gpu)
+        engine_options = self._engine_options(spec, layer_map)
+        self._step_tokens = engine_options["max_num_batched_tokens"]
+        check_overlap(self.workloads, self._step_tokens)
+        self.llm = LLM(
+            self.options.model,
+            layer_map,
+            self.depths,
+            on_progress=on_load,
+            on_capture=on_load,
+            **engine_options,
+        )
+        self.engine = self.llm.engine
+        self._token_ids = plain_token_ids(self.engine)
 
     def _engine_options(self, spec: DecoderSpec, layer_map: LayerMap) -> dict[str, Any]:
         """Room for the largest workload and no more; no prefix cache, which would skip what is to be measured."""
         options, workloads = self.options, self.workloads
-        max_model_len = max(workload.context for workload in workloads)
-        num_pages = max(workload.batch * -(-workload.context // _PAGE_SIZE) for workload in workloads)
-        fullest = min(self.depths)
-        num_attention = sum(
-            layer_map.active((block, "attention"), fullest) for block in range(spec.num_blocks)
-        )
+        num_pages = max(each.batch * -(-each.context // _PAGE_SIZE) for each in workloads)
+        blocks = range(spec.num_blocks)
+        num_attention = sum(layer_map.active((block, "attention"), min(self.depths)) for block in blocks)
         dtype = resolve_dtype(options.dtype, options.weights, spec.checkpoint_dtype)
         page_bytes = _PAGE_SIZE * bytes_per_token(spec, num_attention, dtype)
-        batch = max(workload.batch for workload in workloads)
-        longest_prompt = max(workload.prompt_tokens for workload in workloads)
-        all_prompts = max(workload.batch * workload.prompt_tokens for workload in workloads)
+        batch = max(each.batch for each in workloads)
+        longest_prompt = max(each.prompt_tokens for each in workloads)
+        all_prompts = max(each.batch * each.prompt_tokens for each in workloads)
         return {
             "dtype": options.dtype,
             "weights": options.weights,
@@ -129,7 +126,7 @@ class ThroughputBench:
             "load_format": options.load_format,
             "threads": options.threads,
             "seed": options.seed,
-            "max_model_len": max_model_len,
+            "max_model_len": max(each.context for each in workloads),
             "max_num_seqs": batch,
             "max_num_batched_tokens": max(longest_prompt, batch, min(all_prompts, MAX_STEP_TOKENS)),
             "page_size": _PAGE_SIZE,
@@ -138,48 +135,152 @@ class ThroughputBench:
             "prefix_caching": False,
         }
 
-    def prompts(self, workload: Workload, repetition: int) -> list[list[int]]:
-        """The repetition's prompts: random ordinary tokens."""
-        rng = random.Random(f"{self.options.seed} {workload} {repetition}")
+    def cases(self, ceilings: Ceilings | None = None) -> list[Case]:
+        """A case a workload: its depths, the control, a mixed batch."""
+        return [self._case(workload, ceilings) for workload in self.workloads]
+
+    def _case(self, workload: Workload, ceilings: Ceilings | None) -> Case:
+        batch = workload.batch
+        depths = {f"depth {depth}": [depth] * batch for depth in self.depths}
+        if self.options.control:
+            depths[CONTROL] = [self.baseline] * batch
+        against = {}
+        if self.mixes(workload) and batch >= len(self.depths):
+            depths[MIXED] = [self.depths[place % len(self.depths)] for place in range(batch)]
+            against[MIXED] = [f"depth {depth}" for depth in depths[MIXED]]
+        costs = {depth: DepthCost.of(self.engine, depth) for depth in self.depths}
+        return Case(
+            str(workload),
+            {subject: self._run(workload, each) for subject, each in depths.items()},
+            f"depth {self.baseline}",
+            against,
+            {
+                subject: self._facts(subject, workload, each, costs, ceilings)
+                for subject, each in depths.items()
+            },
+        )
+
+    def mixes(self, workload: Workload) -> bool:
+        """Whether a mixed batch is asked for, whether or not the batch is large enough for it."""
+        return self.options.mixed and workload.test == "generate" and len(self.depths) > 1
+
+    def _facts(
+        self,
+        subject: str,
+        workload: Workload,
+        depths: Sequence[int],
+        costs: Mapping[int, DepthCost],
+        ceilings: Ceilings | None,
+    ) -> dict[str, Any]:
+        """What is known before it runs. Of a mixed batch, weights and blocks are its fullest depth's, KV the mean."""
+        mixed, fullest = subject == MIXED, min(depths)
+        cost, kv_bytes = costs[fullest], [costs[depth].kv_bytes_per_token for depth in depths]
+        return {
+            "test": workload.test,
+            "depth": None if mixed else depths[0],
+            "batch": workload.batch,
+            "prompt_tokens": workload.prompt_tokens,
+            "output_tokens": workload.output_tokens,
+            "variant": subject,
+            "depths": list(self.depths) if mixed else None,
+            "baseline_depth": self.baseline,
+            "ideal_speedup": 1.0 if mixed else ideal_speedup(workload, costs[self.baseline], cost),
+            "num_blocks_kept": self.engine.tier(fullest).num_blocks_kept,
+            "weight_bytes": cost.weight_bytes,
+            "kv_bytes_per_token": round(sum(kv_bytes) / len(depths)),
+            # The last new token is never fed back, so its K and V are never there.
+            "kv_bytes": (workload.context - 1) * sum(kv_bytes),
+            "floor_seconds": None if mixed or ceilings is None else floor_seconds(workload, cost, ceilings),
+        }
+
+    def prompts(self, workload: Workload, turn: int) -> list[list[int]]:
+        """The turn's prompts: random ordinary tokens."""
+        rng = random.Random(f"{self.options.seed} {workload} {turn}")
         return [rng.choices(self._token_ids, k=workload.prompt_tokens) for _ in range(workload.batch)]
 
-    def prepare(self, workload: Workload, repetition: int) -> Callable[[Variant], float | None]:
-        """Draws the repetition's prompts, the same for all variants, and returns what runs them as a variant."""
-        prompts = self.prompts(workload, repetition)
-        # Greedy, and nothing of the model's generation config, whose penalties would cost time of their own.
-        params = greedy_params(workload.output_tokens)
+    def _run(self, workload: Workload, depths: Sequence[int]) -> Run:
+        # One depth for all where it is one, as anyone would ask for it.
+        depth = list(depths) if len(set(depths)) > 1 else depths[0]
 
-        def run(variant: Variant) -> float | None:
-            depths = self.variants.request_depths(variant, workload.batch)
-            if workload.test == "decode":
-                return decode_seconds(self.llm.engine, prompts, params, depths[0])
-            # One depth for all where it is one, as anyone would ask for it.
-            outputs = self.llm.generate(prompts, params, depths if len(set(depths)) > 1 else depths[0])
-            num_tokens = sum(len(output.token_ids) for output in outputs)
-            assert num_tokens == workload.batch * workload.output_tokens, (
-                f"{num_tokens} new tokens for {workload}"
-            )
-            return None
+        def run(turn: int) -> Sample:
+            now = workload
+            if not turn and self.engine.runner.device.type == "cpu":
+                least = max(_WARM_UP_TOKENS, steps_apart(workload, self._step_tokens) + 2)
+                now = replace(workload, output_tokens=min(workload.output_tokens, least))
+            prompts = self.prompts(workload, turn)
+            params = greedy_params(now.output_tokens)
+            if now.test == "decode":
+                seconds = decode_seconds(self.engine, prompts, params, depths[0])
+            else:
+                started = time.perf_counter()
+                outputs = self.llm.generate(prompts, params, depth)
+                seconds = time.perf_counter() - started
+                num_tokens = sum(len(output.token_ids) for output in outputs)
+                assert num_tokens == now.batch * now.output_tokens, f"{num_tokens} new tokens for {now}"
+            return {METRIC: now.counted_tokens / seconds}
 
         return run
 
-    def stopping(self) -> Stopping[Workload, Variant]:
-        """When the options have a workload repeated enough."""
-        options = self.options
-        return Stopping(options.most_repetitions, options.interval, self.variants.ratios, options.time_budget)
+    def measurements(self, turns: Turns) -> list[Measurement]:
+        """Those of the turns, with the facts that scripts read."""
+        cases = {case.name: case for case in turns.cases}
+        return [self._with_facts(turns, cases[each.case], each) for each in turns.measurements()]
 
-    def rows(
-        self,
-        samples: ThroughputSamples,
-        ceilings: Ceilings | None = None,
-        stops: Mapping[Workload, str] | None = None,
-    ) -> list[Row]:
-        """One row a workload and variant, workloads without a complete repetition left out."""
-        return RowMaker(self.llm.engine, self.variants, ceilings, stops or {}).rows(samples)
+    def _with_facts(self, turns: Turns, case: Case, each: Measurement) -> Measurement:
+        assert each.value is not None
+        facts = dict(each.facts)
+        ratios = turns.ratios(case, each.subject, METRIC) or [1.0]
+        ratio, counted = each.ratio, Workload(**{name: facts[name] for name in _SIZES}).counted_tokens
+        seconds, floor = counted / each.value, facts.pop("floor_seconds")
+        known = ratio is not None and ratio.low is not None
+        facts |= {
+            "tokens_per_second": each.value,
+            "seconds": seconds,
+            "speedup": 1.0 if ratio is None else ratio.estimate,
+            # Below six turns, the least and the greatest ratio.
+            "speedup_low": ratio.low if ratio and known else min(ratios),
+            "speedup_high": ratio.high if ratio and known else max(ratios),
+            "speedup_level": 0.95 if known else None,
+            "verdict": "baseline" if ratio is None else ratio.verdict,
+            "roofline_share": None if floor is None else floor / seconds,
+        }
+        return replace(each, facts=facts)
+
+    def notes(self, measurements: Sequence[Measurement]) -> list[str]:
+        """What a reader of the figures must know."""
+        notes = [_LEGEND]
+        if self.map_source == "stand-in":
+            notes.append(
+                "The layer map is a stand-in, blocks evenly spaced over the middle: no map of this shape comes with "
+                "sleb. Speed does not depend on which blocks are gone; quality does."
+            )
+        subjects = {(each.case, each.subject) for each in measurements}
+        small = [
+            str(each) for each in self.workloads if self.mixes(each) and (str(each), MIXED) not in subjects
+        ]
+        if small and measurements:
+            notes.append(
+                f"Not mixed, for the batch has fewer requests than there are depths: {', '.join(small)}."
+            )
+        if any(each.facts["repetitions"] < 6 for each in measurements):
+            notes.append("An interval takes 6 turns: give --time-budget or --repetitions more.")
+        notes += [
+            f"{each.case}: the control, depth {self.baseline} again, came out {abs(each.ratio.estimate - 1):.1%} "
+            f"{each.ratio.verdict} than itself: differences of that size mean nothing here."
+            for each in measurements
+            if each.subject == CONTROL and each.ratio and each.ratio.verdict != "no difference"
+        ]
+        return notes
+
+
+_SIZES = ("test", "batch", "prompt_tokens", "output_tokens")
 
 
 def greedy_params(num_tokens: int) -> SamplingParams:
-    """Exactly num_tokens tokens, the most probable ones, with nothing that costs time of its own."""
+    """Exactly num_tokens tokens, the most probable ones, with nothing that costs time of its own.
+
+    Nothing of the model's generation config takes part either, whose penalties would.
+    """
     return SamplingParams(
         max_tokens=num_tokens,
         ignore_eos=True,
@@ -203,7 +304,7 @@ def decode_seconds(
     prompts took several steps, it misses as many steps of an average request at its beginning as at its end: the mean
     context is still prompt + output / 2 tokens, to first order, as `sleb.benchmarks.ideal` has it.
 
-    Raises ConfigError where there is no such window; `throughput_checks.check_overlap` knows before.
+    Raises ConfigError where there is no such window; `workloads.check_overlap` knows before.
     """
     run = next(_decode_runs)
     made = {f"decode-{run}-{index}": 0 for index in range(len(prompts))}
@@ -255,46 +356,44 @@ def run_throughput(
     options: ThroughputOptions,
     command: Sequence[str] = (),
     *,
-    on_progress: Callable[[Progress], None] | None = None,
     on_load: Callable[[int, int], None] | None = None,
-) -> Report:
-    """Loads the model, measures, and reports; interrupted while measuring, it reports what is complete.
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_turn: Callable[[Turns, Case], None] = lambda turns, case: None,
+) -> Result:
+    """Loads the model and measures; interrupted while measuring, the result holds what is complete.
 
-    command: the command line to record. on_load: called while weights are loaded. Raises SlebError subclasses
-    before anything is measured.
+    command: the command line to record. on_load: called while weights are loaded; the others as for `turns.measure`.
+    Raises SlebError subclasses before anything is measured.
     """
     bench = ThroughputBench(options, on_load)
-    engine = bench.llm.engine
-    environment = describe_environment(engine, shown_command(command, options.model))
-    ceilings = _measure_ceilings(engine)
-    environment["ceilings"] = asdict(ceilings)
-    samples: ThroughputSamples = {}
-    stops: dict[Workload, StopReason] = {}
-    watch = ConditionsWatch(engine.runner.device)
-    complete = True
-    try:
-        measure(
-            bench.prepare, bench.workloads, bench.variants.of, options.repetitions, options.seed, samples,
-            stopping=bench.stopping(), stops=stops, watch=watch, on_progress=on_progress,
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        complete = False
-    rows = bench.rows(samples, ceilings, stops)
-    conditions = watch.summary()
-    repeated = options.most_repetitions > options.repetitions
-    told = control_notices(rows, options.interval, until_narrow=repeated)
-    conditions["notices"] = bench.notices + told + conditions["notices"]
-    return Report(environment, _describe_model(bench), _describe_settings(bench), rows, complete, conditions)
-
-
-def _measure_ceilings(engine: Engine) -> Ceilings:
+    engine = bench.engine
     runner = engine.runner
+    environment = describe_environment(engine, shown_command(command, options.model or ""))
     ceilings = measure_ceilings(runner.device, runner.dtype)
-    return with_read_ceiling(ceilings, torch.get_num_threads()) if runner.device.type == "cpu" else ceilings
+    if runner.device.type == "cpu":
+        ceilings = with_read_ceiling(ceilings, torch.get_num_threads())
+    conditions = Conditions(runner.device)
+    turns = measure(
+        bench.cases(ceilings), options, watch=conditions, on_progress=on_progress, on_turn=on_turn
+    )
+    environment |= {"ceilings": asdict(ceilings), "conditions": conditions.summary()}
+    measurements = bench.measurements(turns)
+    notes = [*bench.notes(measurements), *conditions.notes()]
+    if options.paper:
+        measurements += paper_measurements()
+        notes += [_PAPER, *missing_shares(engine.layer_map)]
+    settings = {name: getattr(options, name) for name in _SETTINGS} | {"model": _describe_model(bench)}
+    return Result("throughput", environment, settings, measurements, notes, turns.complete)
+
+
+_SETTINGS = (
+    *("repetitions", "max_repetitions", "interval", "time_budget", "seed", "control", "mixed", "paper"),
+    *("load_format", "weights", "config"),
+)
 
 
 def _describe_model(bench: ThroughputBench) -> dict[str, Any]:
-    engine = bench.llm.engine
+    engine = bench.engine
     return {
         "name": engine.model_name,
         "architecture": engine.spec.architecture,
@@ -305,19 +404,10 @@ def _describe_model(bench: ThroughputBench) -> dict[str, Any]:
     }
 
 
-def _describe_settings(bench: ThroughputBench) -> dict[str, Any]:
-    options, variants = bench.options, bench.variants
-    skipped = [each for each in bench.workloads if variants.mixes(each) and MIXED not in variants.of(each)]
-    return {
-        "repetitions": options.repetitions,
-        "max_repetitions": options.most_repetitions,
-        "interval": options.interval,
-        "time_budget": options.time_budget,
-        "control": options.control,
-        "mixed": options.mixed,
-        "not_mixed": [str(workload) for workload in skipped],
-        "paper": options.paper,
-        "seed": options.seed,
-        "load_format": options.load_format,
-        "weights": options.weights,
-    }
+def too_slow(result: Result, bound: float) -> list[str]:
+    """The depths whose speedup over the baseline is below `bound`, in words."""
+    return [
+        f"{each.case}, {each.subject}: {each.ratio.estimate:.3f}"
+        for each in result.measurements
+        if each.ratio is not None and each.ratio.estimate < bound and each.subject.startswith("depth ")
+    ]

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 from sleb.benchmarks.record import Measurement, less_is_better
 from sleb.benchmarks.stats import paired_ratio
 from sleb.errors import ConfigError
-from sleb.options import option
+from sleb.options import check_values, option
 
 # The figures of one run, by metric, the one first whose intervals decide how often the case is repeated.
 Sample = Mapping[str, float]
@@ -54,9 +54,19 @@ def parse_share(name: str, text: str) -> float:
 class TurnOptions:
     """How often. A subclass may give other defaults; `check` raises ConfigError."""
 
-    repetitions: int = option(6, "Turns of each case, at least; an interval takes 6.", group="Repetitions")
+    repetitions: int = option(
+        6,
+        "Turns of each case, at least; an interval takes 6.",
+        minimum=1,
+        maximum=MOST_REPETITIONS,
+        group="Repetitions",
+    )
     max_repetitions: int | None = option(
-        None, "Turns at most; none: 30, or --repetitions where that is more.", group="Repetitions"
+        None,
+        "Turns at most.",
+        unset="30, or --repetitions where that is more",
+        maximum=MOST_REPETITIONS,
+        group="Repetitions",
     )
     interval: str = option(
         "1%",
@@ -64,7 +74,10 @@ class TurnOptions:
         group="Repetitions",
     )
     time_budget: float = option(
-        0.0, "Seconds for all turns; every case gets one all the same. 0: no limit.", group="Repetitions"
+        0.0,
+        "Seconds for all turns; every case gets one all the same. 0: no limit.",
+        minimum=0,
+        group="Repetitions",
     )
     seed: int = option(0, "Of the inputs and of the order of the runs.", group="Repetitions")
 
@@ -80,17 +93,11 @@ class TurnOptions:
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot be."""
-        if not 1 <= self.repetitions <= MOST_REPETITIONS:
+        check_values(self)
+        if self.most < self.repetitions:
             raise ConfigError(
-                f"--repetitions is {self.repetitions}; it must be from 1 to {MOST_REPETITIONS:,}"
+                f"--max-repetitions is {self.most}; it must be at least --repetitions, {self.repetitions}"
             )
-        if not self.repetitions <= self.most <= MOST_REPETITIONS:
-            raise ConfigError(
-                f"--max-repetitions is {self.most}; it must be at least --repetitions, {self.repetitions}, and at "
-                f"most {MOST_REPETITIONS:,}"
-            )
-        if not 0 <= self.time_budget < math.inf:
-            raise ConfigError(f"--time-budget is {self.time_budget}; it must be seconds, or 0 for no limit")
         parse_share("--interval", self.interval)
 
 

@@ -1,71 +1,100 @@
-"""What `sleb bench throughput` is asked to measure, and as workloads and variants for one model."""
+"""What `sleb bench throughput` is asked to measure: its options, and as workloads and depths for one model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal
 
+from sleb.benchmarks.record import Measurement, Ratio
+from sleb.benchmarks.turns import TurnOptions
+from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
+from sleb.kernels.names import check_device
 from sleb.layer_map.layer_map import LayerMap, shipped_maps
 from sleb.layer_map.units import Unit
-from sleb.models.shapes import shape_folder
+from sleb.options import option, option_of
 
 Test = Literal["prompt", "generate", "decode"]
-TESTS: tuple[Test, ...] = get_args(Test)
-DEFAULT_TESTS: tuple[Test, ...] = ("prompt", "generate")
-DEFAULT_PROMPT_TOKENS: dict[Test, int] = {"prompt": 2048, "generate": 64, "decode": 64}
-DEFAULT_MAX_REPETITIONS = 30
+TESTS: tuple[Test, ...] = ("prompt", "generate", "decode")
 _MAX_WORKLOADS = 64
 # Which part of the blocks a stand-in for a layer map recommends to remove: what the SLEB paper removes at most.
 _STAND_IN_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class ThroughputOptions:
+class ThroughputOptions(TurnOptions):
     """What to measure: a model, or with `config` a shape of `sleb.models.shapes` with random weights.
 
-    None: depths 0 and the map's recommended one; 2,048 prompt tokens for "prompt" (or what the model holds), 64 for the
-    others. batches and output_tokens are of "generate" and "decode"; of several lengths and batches every combination
-    is measured. contexts, if given, are the prompt tokens of "decode", and ask for that test.
-
-    repetitions to max_repetitions (None: 30, or repetitions where that is more) are made of every workload, until the
-    half width of each ratio's interval is at most `interval` of the ratio; time_budget: seconds for all workloads, 0:
-    no limit, see `harness.Stopping`. control: the baseline runs a second time, as a variant of its own. mixed:
-    "generate" runs a batch of all depths besides. paper: see `sleb.benchmarks.paper`. fail_below: the speedup that
-    every depth is to have; checked here for having something to judge. The rest is as in EngineConfig.
+    Of several lengths and batches every combination is measured. In Python, layer_map may be a LayerMap.
     """
 
+    time_budget: float = option_of(TurnOptions, "time_budget", 150.0)
     model: str = ""
-    layer_map: LayerMap | str | None = None
-    depths: Sequence[int] | None = None
-    tests: Sequence[str] = DEFAULT_TESTS
-    batches: Sequence[int] = (64, 1)
-    prompt_tokens: Sequence[int] | int | None = None
-    output_tokens: Sequence[int] | int = 128
-    contexts: Sequence[int] | None = None
-    repetitions: int = 6
-    max_repetitions: int | None = None
-    interval: float = 0.01
-    time_budget: float = 0.0
-    control: bool = True
-    mixed: bool = True
-    paper: bool = False
-    fail_below: float | None = None
-    dtype: str = "auto"
-    weights: str = "auto"
-    device: str = "auto"
-    load_format: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    config: str | None = None
+    config: str | None = option(
+        None, "Instead of MODEL: a shape that comes with sleb, as llama-2-7b, with random weights."
+    )
+    layer_map: LayerMap | str | None = option(
+        None,
+        "Layer map (JSON), or none.",
+        unset="the one shipped with the model; of a --config without one, a stand-in",
+    )
+    depths: Sequence[int] | None = option(
+        None, "Depths to compare, as 0,6.", unset="0 and the map's recommended one", minimum=0
+    )
+    tests: Sequence[str] = option(
+        ("prompt", "generate"), "What to measure; decode is generate without the prompts.", choices=TESTS
+    )
+    batches: Sequence[int] | None = option(
+        None, "Requests at once in generate and decode.", unset="1,8; on a GPU 1,64", minimum=1
+    )
+    prompt_tokens: Sequence[int] | None = option(
+        None, "Tokens of a prompt.", unset="512, on a GPU 2048; of generate and decode 64", minimum=1
+    )
+    # The first new token comes with the prompt: decoding begins with the second.
+    output_tokens: Sequence[int] = option((128,), "New tokens of a request.", minimum=2)
+    context: Sequence[int] | None = option(
+        None, "Run decode after so many tokens, instead of --prompt-tokens; 0 stands for one.", minimum=0
+    )
+    paper: bool = option(False, "The SLEB paper's settings, depths too, and its own rows beside.")
+    control: bool = option(True, "Measure the baseline a second time: how far off do equal ones come out?")
+    mixed: bool = option(True, "In generate, measure a batch of all depths against the depths alone.")
+    fail_below: float | None = option(None, "Exit with status 1 if a depth's speedup is below this.", above=0)
+    dtype: str = option_of(EngineConfig, "dtype", group="Engine")
+    weights: str = option_of(EngineConfig, "weights", group="Engine")
+    device: str = option_of(EngineConfig, "device", group="Engine")
+    load_format: str = option_of(EngineConfig, "load_format", group="Engine")
+    threads: int | None = option_of(EngineConfig, "threads", group="Engine")
 
-    @property
-    def most_repetitions(self) -> int:
-        """max_repetitions, or what stands for it."""
-        if self.max_repetitions is None:
-            return max(DEFAULT_MAX_REPETITIONS, self.repetitions)
-        return self.max_repetitions
+    def check(self) -> None:
+        """Raises ConfigError for the first option that is out of its range or contradicts another."""
+        super().check()
+        check_device(self.device)
+        if bool(self.model) == (self.config is not None):
+            raise ConfigError(
+                f"MODEL is '{self.model}' and --config '{self.config or ''}'; give one of them: a model with its "
+                "weights, or a shape to fill with random ones"
+            )
+        if self.config is not None and self.load_format not in ("auto", "dummy"):
+            raise ConfigError(
+                f"--load-format is '{self.load_format}', but --config has no weights to read; leave it out"
+            )
+        for name in ("depths", "tests", "batches", "prompt_tokens", "output_tokens", "context"):
+            values: Sequence[Any] | None = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            if values is not None and not values:
+                raise ConfigError(f"{flag} names nothing; give at least one, or leave it out")
+            if values and len(set(values)) < len(values):
+                twice = next(each for each in values if list(values).count(each) > 1)
+                raise ConfigError(f"{flag} names {twice} twice; name each once")
+        if self.context is not None and {0, 1} <= set(self.context):
+            raise ConfigError("--context has 0 and 1, and 0 stands for a context of 1 token; leave one out")
+        if self.paper:
+            for name in ("depths", "tests", "batches", "prompt_tokens", "output_tokens", "context"):
+                if getattr(self, name) != getattr(ThroughputOptions, name, None):
+                    raise ConfigError(
+                        f"--paper sets --{name.replace('_', '-')} itself, as the paper has it; leave one of the two out"
+                    )
 
 
 @dataclass(frozen=True)
@@ -94,19 +123,38 @@ class Workload:
         return self.prompt_tokens + self.output_tokens
 
     def __str__(self) -> str:
-        return describe_workload(self.test, self.batch, self.prompt_tokens, self.output_tokens)
+        tokens = f"{self.output_tokens} after {self.prompt_tokens}"
+        return f"{self.test} {self.batch} × {self.prompt_tokens if self.test == 'prompt' else tokens}"
 
 
-def describe_workload(test: str, batch: int, prompt_tokens: int, output_tokens: int) -> str:
-    """In a few words: batch × tokens."""
-    if test == "prompt":
-        return f"prompt {batch} × {prompt_tokens}"
-    return f"{test} {batch} × {output_tokens - (test == 'decode')} after {prompt_tokens}"
-
-
-def wanted_tests(options: ThroughputOptions) -> list[Test]:
-    """The tests in the order in which they run."""
-    return [test for test in TESTS if test in options.tests or (test == "decode" and options.contexts)]
+def plan_workloads(options: ThroughputOptions, max_positions: int, on_gpu: bool) -> list[Workload]:
+    """The workloads that `options` asks of a model with `max_positions` positions; ConfigError if it cannot."""
+    large = on_gpu or options.paper
+    batches = options.batches or ((64,) if options.paper else (1, 64) if on_gpu else (1, 8))
+    workloads = []
+    for test in TESTS:
+        if test not in options.tests and not (test == "decode" and options.context):
+            continue
+        flag, lengths = "--prompt-tokens", options.prompt_tokens
+        if test == "decode" and options.context:
+            # A context of nothing is not to be had: a request has at least one token.
+            flag, lengths = "--context", [max(1, context) for context in options.context]
+        for output_tokens in (1,) if test == "prompt" else options.output_tokens:
+            default = min((2048 if large else 512) if test == "prompt" else 64, max_positions - output_tokens)
+            for prompt_tokens in lengths or (max(1, default),):
+                if prompt_tokens + output_tokens > max_positions:
+                    raise ConfigError(
+                        f"{prompt_tokens} prompt tokens and {output_tokens} new ones do not fit the model's "
+                        f"{max_positions} positions; lower {flag} or --output-tokens"
+                    )
+                sizes = (1,) if test == "prompt" else batches
+                workloads += [Workload(test, batch, prompt_tokens, output_tokens) for batch in sizes]
+    if len(workloads) > _MAX_WORKLOADS:
+        raise ConfigError(
+            f"the lists make {len(workloads)} workloads; {_MAX_WORKLOADS} are the most: shorten --batches, "
+            "--prompt-tokens, --output-tokens or --context"
+        )
+    return workloads
 
 
 def steps_apart(workload: Workload, step_tokens: int) -> int:
@@ -124,46 +172,16 @@ def steps_apart(workload: Workload, step_tokens: int) -> int:
     return num_steps - first
 
 
-def as_numbers(values: Sequence[int] | int) -> Sequence[int]:
-    """One number as a sequence of one."""
-    return (values,) if isinstance(values, int) else values
-
-
-def plan_workloads(options: ThroughputOptions, max_positions: int) -> list[Workload]:
-    """The workloads that `options` asks of a model with `max_positions` positions; ConfigError if it cannot."""
-    workloads: list[Workload] = []
-    for test in wanted_tests(options):
-        batches = (1,) if test == "prompt" else options.batches
-        workloads += [
-            Workload(test, batch, prompt_tokens, output_tokens)
-            for prompt_tokens, output_tokens in _lengths(options, test, max_positions)
-            for batch in batches
-        ]
-    if len(workloads) > _MAX_WORKLOADS:
-        raise ConfigError(
-            f"the lists make {len(workloads)} workloads; {_MAX_WORKLOADS} are the most: shorten --batches, "
-            "--prompt-tokens, --output-tokens or --context"
-        )
-    return workloads
-
-
-def _lengths(options: ThroughputOptions, test: Test, max_positions: int) -> list[tuple[int, int]]:
-    """Prompt tokens and output tokens of the workloads of a test."""
-    found = []
-    option, asked = "--prompt-tokens", options.prompt_tokens
-    if test == "decode" and options.contexts is not None:
-        # A context of nothing is not to be had: a request has at least one token.
-        option, asked = "--context", [max(1, context) for context in options.contexts]
-    for output_tokens in (1,) if test == "prompt" else as_numbers(options.output_tokens):
-        default = min(DEFAULT_PROMPT_TOKENS[test], max(1, max_positions - output_tokens))
-        for prompt_tokens in as_numbers(default if asked is None else asked):
-            if prompt_tokens + output_tokens > max_positions:
-                raise ConfigError(
-                    f"{prompt_tokens} prompt tokens and {output_tokens} new ones do not fit the model's "
-                    f"{max_positions} positions; lower {option} or --output-tokens"
-                )
-            found.append((prompt_tokens, output_tokens))
-    return found
+def check_overlap(workloads: Iterable[Workload], step_tokens: int) -> None:
+    """Raises ConfigError for a "decode" in which no step decodes all requests, see `throughput.decode_seconds`."""
+    for workload in workloads:
+        least = steps_apart(workload, step_tokens) + 2
+        if workload.test == "decode" and workload.output_tokens < least:
+            raise ConfigError(
+                f"--output-tokens is {workload.output_tokens}, too few for a decode of {workload.batch} requests after "
+                f"{workload.prompt_tokens} tokens: the first answer would be done before the last prompt is; give at "
+                f"least {least}, or fewer requests in --batches"
+            )
 
 
 def choose_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str) -> tuple[int, ...]:
@@ -181,13 +199,6 @@ def choose_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str)
                 f"depth {depth} is not there: {has}; name another in --depths, or a longer --layer-map"
             )
     return tuple(depths)
-
-
-def with_model(options: ThroughputOptions) -> ThroughputOptions:
-    """The options with the folder and load format that --config stands for. Raises ConfigError for an unknown shape."""
-    if options.config is None:
-        return options
-    return replace(options, model=str(shape_folder(options.config)), load_format="dummy")
 
 
 def choose_map(
@@ -226,3 +237,75 @@ def stand_in_map(model: str, num_blocks: int, fingerprint: str | None = None) ->
         depth=min(len(places), round(_STAND_IN_SHARE * num_blocks)),
         source="a stand-in, evenly spaced over the middle blocks: found by no search",
     )
+
+
+# The tables of the SLEB paper (arXiv 2402.09025) on speed: LLaMA-2-70B on two A100, the latency of a prompt of 2,048
+# tokens, and the throughput of 64 requests with 128 new tokens each. Here their prompts have 64 tokens, as in every
+# "generate". Method, share removed, ms and speedup of the prompt, tokens/s and speedup of generation, as printed.
+PAPER_ROWS = (
+    ("dense", "0%", 1718.4, 1.00, 299, 1.00),
+    ("Wanda", "2:4 (50%)", 1555.5, 1.10, 293, 0.98),
+    ("DSnoT", "2:4 (50%)", 1555.5, 1.10, 293, 0.98),
+    ("LLM-Pruner", "20%", 1534.3, 1.12, 314, 1.05),
+    ("SliceGPT", "20%", 1658.7, 1.04, 314, 1.05),
+    ("SliceGPT", "25%", 1440.7, 1.19, 331, 1.11),
+    ("SliceGPT", "30%", 1364.2, 1.26, 343, 1.15),
+    ("SLEB", "10%", 1529.1, 1.12, 336, 1.12),
+    ("SLEB", "20%", 1364.1, 1.26, 381, 1.27),
+)
+_PAPER_SHARES = (0.1, 0.2)  # of the blocks that the paper's SLEB rows remove
+
+
+def paper_measurements() -> Iterator[Measurement]:
+    """The paper's rows, which nobody measured here."""
+    facts: dict[str, Any] = {"variant": "paper", "depth": None}
+    for method, removed, milliseconds, prompt_speedup, rate, speedup in PAPER_ROWS:
+        values = (("prompt", 1, 2048 / milliseconds * 1000, prompt_speedup), ("generate", 64, rate, speedup))
+        for test, batch, value, ratio in values:
+            size = "2048" if test == "prompt" else "128"
+            yield Measurement(
+                f"paper: {test} {batch} × {size}",
+                f"{method} {removed}",
+                "tokens/s",
+                value,
+                ratio=None if method == "dense" else Ratio(ratio),
+                facts=facts | {"test": test, "batch": batch},
+            )
+
+
+def paper_depths(layer_map: LayerMap) -> tuple[int, ...]:
+    """Depth 0 and those that remove 10 % and 20 % of the blocks, without the shares that `missing_shares` tells.
+
+    Of a map whose units are parts of blocks, the depth that removes as many attentions and MLPs together.
+    """
+    found = [_depth_of(share, layer_map) for share in _PAPER_SHARES]
+    return tuple(dict.fromkeys([0, *(depth for depth in found if depth is not None)]))
+
+
+def missing_shares(layer_map: LayerMap) -> list[str]:
+    """A sentence for each share of the paper that has no depth."""
+    return [
+        f"The paper's {share:.0%} of the blocks is not measured: it is {round(share * layer_map.num_blocks)} of "
+        f"{layer_map.num_blocks}, and the layer map removes {len(layer_map.removed)} units."
+        for share in _PAPER_SHARES
+        if _depth_of(share, layer_map) is None
+    ]
+
+
+def _depth_of(share: float, layer_map: LayerMap) -> int | None:
+    """The first depth that removes the share; None where it is no block, or the map does not reach it."""
+    wanted, removed = 2 * round(share * layer_map.num_blocks), 0
+    for depth, unit in enumerate(layer_map.removed, 1):
+        removed += len(unit.sublayers)
+        if removed >= wanted > 0:
+            return depth
+    return None
+
+
+def with_shape(options: ThroughputOptions) -> ThroughputOptions:
+    """The options with the folder and load format that --config stands for. Raises ConfigError for an unknown shape."""
+    from sleb.models.shapes import shape_folder
+
+    if options.config is None:
+        return options
+    return replace(options, model=str(shape_folder(options.config)), load_format="dummy", config=None)

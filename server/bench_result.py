@@ -57,13 +57,11 @@ class BenchResult:
             reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
             raise ConfigError(f"--bench-result {path} cannot be read: {reason}") from None
         try:
-            settings = content.get("settings", {})
-            model = (
-                content.get("model") or settings["model"]
-            )  # where former versions wrote it, and where it is now
-            # A batch of several depths is of none, and the control repeats the full model.
-            rows = tuple(row for row in content["rows"] if row.get("variant") not in ("control", "mixed"))
-            environment = content.get("environment", {})
+            environment, settings = content.get("environment", {}), content.get("settings", {})
+            model = content.get("model") or settings["model"]
+            # A batch of several depths is of none, the control repeats the full model, the paper's rows are of others.
+            left_out = ("control", "mixed", "paper")
+            rows = tuple(row for row in content["rows"] if row.get("variant") not in left_out)
             result = cls(
                 path=path,
                 num_blocks=model["num_blocks"],

@@ -14,12 +14,11 @@ from sleb.benchmarks.ideal import (
     context_kv_bytes,
     decode_bytes,
     decode_flops,
-    ideal_decode_speedup,
-    ideal_prompt_speedup,
-    prompt_bytes,
+    ideal_speedup,
     prompt_flops,
     step_weight_bytes,
 )
+from sleb.benchmarks.workloads import Workload
 from sleb.engine.engine import Engine
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
@@ -91,19 +90,19 @@ def test_decoding_all_tokens_computes_what_a_prompt_does_and_more_heads(tmp_path
 
 def test_a_prompt_reads_every_weight_once(tmp_path: Path) -> None:
     cost = smollm2_cost(make_spec(tmp_path), 30)
-    assert prompt_bytes(cost, 3) == 2 * (30 * _BLOCK_WEIGHTS + _HEAD + 576) + 3 * 576 * 2
+    assert step_weight_bytes(cost, 3) == 2 * (30 * _BLOCK_WEIGHTS + _HEAD + 576) + 3 * 576 * 2
 
 
 def test_ideal_speedups_of_six_of_thirty_blocks(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
     dense, pruned = smollm2_cost(spec, 30), smollm2_cost(spec, 24)
     assert _HEAD / (dense.weight_bytes / 2) == pytest.approx(0.21, abs=0.001)
-    assert ideal_decode_speedup(dense, pruned, 1, 64, 128) == pytest.approx(1.19, abs=0.005)
-    assert ideal_prompt_speedup(dense, pruned, 1, 2048) == pytest.approx(1.25, abs=0.001)
-    assert ideal_decode_speedup(dense, dense, 64, 64, 128) == 1.0
+    assert ideal_speedup(Workload("decode", 1, 64, 128), dense, pruned) == pytest.approx(1.19, abs=0.005)
+    assert ideal_speedup(Workload("prompt", 1, 2048, 1), dense, pruned) == pytest.approx(1.25, abs=0.001)
+    assert ideal_speedup(Workload("decode", 64, 64, 128), dense, dense) == 1.0
     # Every context adds to what pruning saves, until the head no longer counts: 30 blocks over 24.
-    at_64 = ideal_decode_speedup(dense, pruned, 64, 64, 128)
-    assert ideal_decode_speedup(dense, pruned, 1, 64, 128) < at_64 < 30 / 24
+    at_64 = ideal_speedup(Workload("decode", 64, 64, 128), dense, pruned)
+    assert ideal_speedup(Workload("decode", 1, 64, 128), dense, pruned) < at_64 < 30 / 24
 
 
 def test_an_untied_embedding_is_only_looked_into(tmp_path: Path) -> None:

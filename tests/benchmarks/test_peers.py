@@ -27,7 +27,6 @@ from sleb.benchmarks.idle import (
     run_quietly,
     wait_until_idle,
 )
-from sleb.benchmarks.mixed import MixedOptions, MixedRepetition, run_mixed, summarise
 from sleb.benchmarks.peer_engines import Task, vllm_environment
 from sleb.benchmarks.peer_install import INSTALLS, advice, lines_for
 from sleb.benchmarks.peer_llamacpp import LlamaCpp
@@ -50,7 +49,6 @@ from sleb.benchmarks.peer_results import Repetition, Turn, compare, conditions, 
 from sleb.benchmarks.peer_tables import print_peers
 from sleb.benchmarks.peers import run_peers
 from sleb.errors import ConfigError
-from sleb.layer_map.layer_map import LayerMap
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="peers are measured on Linux")
 
@@ -807,29 +805,3 @@ def test_lists_are_checked() -> None:
     assert parse_versions(["llamacpp=b1"]) == {"llamacpp": "b1"}
     with pytest.raises(ConfigError, match="--peer-version"):
         parse_versions(["vllm=1"])
-
-
-def test_mixing_costs_nothing_if_the_batch_takes_the_mean_of_the_times_alone() -> None:
-    repetition = MixedRepetition(mixed=2.0, alone={0: 3.0, 3: 2.0, 6: 1.0}, others_share=0.0, disturbed=False)
-    assert repetition.ratio == pytest.approx(1.0)
-    slower = MixedRepetition(2.5, {0: 3.0, 3: 2.0, 6: 1.0}, 0.0, False)
-    found = summarise(MixedOptions("m"), [repetition, slower, slower])
-    assert found["ratio"] == pytest.approx(0.8) and found["met"] is False
-    rates = found["tokens_per_second"]
-    assert rates["expected"] == pytest.approx(24 * 128 / 2.0)
-    assert rates["alone"] == pytest.approx({0: 24 * 128 / 3, 3: 24 * 128 / 2, 6: 24 * 128})
-    assert "ratio" not in summarise(MixedOptions("m"), [])
-
-
-def test_mixed_batches_run_on_a_tiny_model(
-    tiny_model_dir: Path, tiny_chain: LayerMap, tmp_path: Path
-) -> None:
-    path = tmp_path / "map.json"
-    tiny_chain.save(path)
-    options = MixedOptions(str(tiny_model_dir), str(path), (0, 3), 2, 5, 4, repetitions=2, policy=AT_ONCE)
-    result = run_mixed(options, ["python"])
-    assert result["complete"] and len(result["repetitions"]) == 2
-    assert all(each["ratio"] > 0 and set(each["alone"]) == {0, 3} for each in result["repetitions"])
-    assert str(tmp_path) not in json.dumps(result)
-    with pytest.raises(ConfigError, match="two different depths"):
-        run_mixed(MixedOptions(str(tiny_model_dir), depths=(0,)))

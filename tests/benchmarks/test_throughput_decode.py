@@ -141,11 +141,11 @@ def test_a_decode_without_a_full_step_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("sleb.benchmarks.throughput.MAX_STEP_TOKENS", 8)
     options = ThroughputOptions(
         model=str(tiny_model_dir), layer_map=tiny_chain, depths=(0, 3), tests=("decode",), batches=(3,),
-        prompt_tokens=20, output_tokens=5, repetitions=1, max_repetitions=1, control=False,
+        prompt_tokens=(20,), output_tokens=(5,), repetitions=1, max_repetitions=1, control=False,
     )  # fmt: skip
-    assert [row.depth for row in run_throughput(options).rows] == [0, 3]
+    assert [each.subject for each in run_throughput(options).measurements] == ["depth 0", "depth 3"]
     monkeypatch.setattr("sleb.benchmarks.throughput.LLM", None)
     with pytest.raises(
         ConfigError, match=r"--output-tokens is 4, .* 3 requests after 20 tokens.* least 5, or fewer"
     ):
-        run_throughput(replace(options, output_tokens=4))
+        run_throughput(replace(options, output_tokens=(4,)))

@@ -231,12 +231,12 @@ def test_the_watch_sees_the_counted_runs() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"repetitions": 0}, "--repetitions is 0"),
+        ({"repetitions": 0}, "repetitions is 0"),
         ({"repetitions": 9, "max_repetitions": 8}, "at least --repetitions, 9"),
         ({"interval": "0"}, "--interval is '0'"),
         ({"interval": "narrow"}, "a share between 0 and 1"),
-        ({"time_budget": -1.0}, "--time-budget is -1"),
-        ({"time_budget": float("nan")}, "--time-budget is nan"),
+        ({"time_budget": -1.0}, "time_budget is -1"),
+        ({"time_budget": float("nan")}, "time_budget is nan"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], named: str) -> None:

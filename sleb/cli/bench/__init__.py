@@ -13,6 +13,7 @@ from sleb.cli.bench.report import report
 from sleb.cli.bench.search import search
 from sleb.cli.bench.serve import serve
 from sleb.cli.bench.throughput import throughput
+from sleb.cli.options import OptionsCommand
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -23,4 +24,4 @@ def _bench() -> None:
 
 
 for _command in (throughput, serve, peers, search, methods, fronts, kernels, report, diff):
-    app.command()(_command)
+    app.command(cls=OptionsCommand)(_command)
