@@ -29,7 +29,7 @@ from sleb.errors import ConfigError
 from sleb.layer_map.units import Unit
 from sleb.pruning.calibration import token_hash
 from sleb.pruning.options import PruneOptions
-from sleb.pruning.search import ScoringModel, Search, SearchSettings, check_num_remove
+from sleb.pruning.search import ScoringModel, SearchResult, SearchSettings, check_num_remove, search_rounds
 from sleb.pruning.search.rounds import Evidence
 from sleb.pruning.tokens import gather_tokens
 
@@ -85,21 +85,23 @@ class Steps(Protocol):
 
 
 class OurSearch:
-    """`sleb.pruning.search.Search` in one mode."""
+    """`sleb.pruning.search` in one mode."""
 
     def __init__(self, model: ScoringModel, windows: Tensor, options: SearchBenchOptions, mode: str) -> None:
-        self.search = Search(model, windows, options.remove, SearchSettings(units=options.units, mode=mode))
+        settings = SearchSettings(units=options.units, mode=mode)
+        self._rounds = search_rounds(model, windows, num_remove=options.remove, settings=settings)
+        self.result = SearchResult()
 
     def step(self) -> None:
-        self.search.next_round()
+        self.result = next(self._rounds)
 
     @property
     def removed(self) -> tuple[Unit, ...]:
-        return self.search.result.removed
+        return self.result.removed
 
     @property
     def loss(self) -> float:
-        return self.search.result.losses[-1]
+        return self.result.losses[-1]
 
 
 class ReferenceSearch:
@@ -202,7 +204,7 @@ def _run_draw(
     for mode, steps in searches.items():
         runs[mode].removed, runs[mode].loss = list(map(str, steps.removed)), steps.loss
         if isinstance(steps, OurSearch):
-            cost = steps.search.result.cost
+            cost = steps.result.cost
             runs[mode].passes, runs[mode].evaluations = cost.num_passes, cost.num_evaluations
     return list(runs.values())
 

@@ -12,10 +12,18 @@ from sleb.pruning.search.criterion import (
     check_units,
     num_units,
 )
-from sleb.pruning.search.loop import MODES, Search, SearchSettings, search, total_loss
-from sleb.pruning.search.model import Margin, ScoringModel, SearchCost, SearchProgress, SearchResult
+from sleb.pruning.search.loop import search, search_rounds, total_loss
+from sleb.pruning.search.model import (
+    MODES,
+    Margin,
+    ScoringModel,
+    SearchCost,
+    SearchProgress,
+    SearchResult,
+    SearchSettings,
+)
 
 __all__ = [
-    "MODES", "UNIT_KINDS", "Margin", "ScoringModel", "Search", "SearchCost", "SearchProgress", "SearchResult",
-    "SearchSettings", "candidate_units", "check_num_remove", "check_units", "num_units", "search", "total_loss",
+    "MODES", "UNIT_KINDS", "Margin", "ScoringModel", "SearchCost", "SearchProgress", "SearchResult", "SearchSettings",
+    "candidate_units", "check_num_remove", "check_units", "num_units", "search", "search_rounds", "total_loss",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sleb.layer_map.units import Unit
 from sleb.pruning.search.criterion import Criterion
-from sleb.pruning.search.rounds import Evidence, RoundResult, SearchState, decide, exact_round, paired
+from sleb.pruning.search.rounds import Evidence, Round, SearchState, paired
 
 RACE_Z = 3.0
 _MIN_STRETCHES = 8  # before which a standard error means little
@@ -30,33 +30,25 @@ _SCREEN_KEPT = 5
 _SCREEN_SHARE = 0.2
 
 
-def race_round(
-    state: SearchState,
-    candidates: Sequence[Unit],
-    criterion: Criterion,
-    current: Evidence | None,
-    number: int,
-) -> RoundResult:
-    """The best of the candidates that are left when all windows have been seen: two at least.
+def race(this_round: Round, current: Evidence | None) -> None:
+    """Leaves the candidates that are still racing when all windows have been seen: two at least.
 
     current: the losses of the model as it stands, on all windows; None when candidates save equal amounts.
     """
-    evidence = {unit: Evidence() for unit in candidates}
-    racing = list(candidates)
+    state, evidence, racing = this_round.state, this_round.evidence, this_round.candidates
     num_batches, done = sum(map(len, state.groups)), 0
     for group, batches in enumerate(state.groups):
         for index in range(len(batches)):
             for position, unit in enumerate(racing):
                 state.evaluate(unit, group, index, evidence[unit])
-                state.on_progress(unit, evidence, (done + (position + 1) / len(racing)) / num_batches)
+                this_round.on_progress(unit, evidence, (done + (position + 1) / len(racing)) / num_batches)
             done += 1
-            racing = _still_racing(racing, evidence, criterion, current)
-    exact = {unit: evidence[unit] for unit in racing}
-    return decide(evidence, exact, criterion, number, len(candidates))
+            racing = _still_racing(racing, evidence, this_round.criterion, current)
+    this_round.candidates = racing
 
 
 def _still_racing(
-    racing: Sequence[Unit], evidence: dict[Unit, Evidence], criterion: Criterion, current: Evidence | None
+    racing: list[Unit], evidence: dict[Unit, Evidence], criterion: Criterion, current: Evidence | None
 ) -> list[Unit]:
     """Those that may still win, the leader first."""
     finite = [unit for unit in racing if math.isfinite(evidence[unit].total)] or list(racing)
@@ -100,16 +92,13 @@ def _added(evidence: Evidence, current: Evidence, unit: Unit, criterion: Criteri
     return Evidence(stretches=[(with_it - without) * weight for with_it, without in pairs])
 
 
-def gradient_round(
-    state: SearchState, candidates: Sequence[Unit], criterion: Criterion, number: int
-) -> RoundResult:
-    """An exact round over the candidates that a first-order estimate puts first."""
-    estimates = gate_gradients(state, candidates)
+def screen(this_round: Round) -> None:
+    """Leaves the candidates that a first-order estimate puts first, the best of them first."""
+    candidates, weigh = this_round.candidates, this_round.criterion.weigh
+    estimates = gate_gradients(this_round.state, candidates)
     num_kept = min(len(candidates), max(_SCREEN_KEPT, math.ceil(_SCREEN_SHARE * len(candidates))))
-    ranked = sorted(candidates, key=lambda unit: (criterion.weigh(unit, estimates[unit]), unit))
-    result = exact_round(state, ranked[:num_kept], criterion, number, len(candidates))
-    rest = [unit for unit in ranked if unit not in result.order]
-    return RoundResult(result.best, result.exact, result.margin, [*result.order, *rest])
+    this_round.candidates.sort(key=lambda unit: (weigh(unit, estimates[unit]), unit))
+    this_round.leave_out(candidates[num_kept:])
 
 
 def gate_gradients(state: SearchState, candidates: Sequence[Unit]) -> dict[Unit, float]:

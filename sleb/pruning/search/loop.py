@@ -1,57 +1,53 @@
-"""The search: rounds until enough is removed, exact or fast, over blocks or finer units."""
+"""Algorithm 1 of SLEB (Song et al., ICML 2024, arXiv:2402.09025), exact or fast, over blocks or finer units."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sleb.errors import ConfigError, SlebError
 from sleb.layer_map.units import Unit
-from sleb.pruning.search.criterion import Criterion, alive_units, check_num_remove, check_units, is_candidate
-from sleb.pruning.search.fast import gradient_round, race_round
-from sleb.pruning.search.model import ScoringModel, SearchCost, SearchProgress, SearchResult
-from sleb.pruning.search.rounds import Evidence, RoundResult, SearchState, exact_round
+from sleb.pruning.search.criterion import Criterion, alive_units, check_num_remove, is_candidate
+from sleb.pruning.search.fast import race, screen
+from sleb.pruning.search.model import (
+    EXACT,
+    ScoringModel,
+    SearchCost,
+    SearchProgress,
+    SearchResult,
+    SearchSettings,
+)
+from sleb.pruning.search.rounds import Evidence, Round, SearchState
 
-Mode = Literal["exact", "race", "gradient"]
-MODES: tuple[str, ...] = get_args(Mode)
-DEFAULT_MEMORY_BOUND = 64 * 2**20
-DEFAULT_TRUNK_BOUND = 2 * 2**30
 # Where batch_windows is left out, windows are seen in so many steps at least: a candidate is abandoned between them.
 _MIN_STEPS = 16
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """How to search.
-
-    Attributes:
-        units: "blocks"; "sublayers": attention and MLP of a block apart; "attention": attention alone.
-        mode: "exact" is Algorithm 1 of the paper; "race" and "gradient" look at fewer candidates (`search.fast`).
-        savings: what removing each unit saves, in any measure; None: all the same.
-        batch_windows: windows that run at once; None: few enough for `memory_bound` bytes of hidden states.
-        trunk_bound: bytes of hidden states that are kept for all candidates of a round.
-    """
-
-    units: str = "blocks"
-    mode: str = "exact"
-    savings: Mapping[Unit, float] | None = None
-    batch_windows: int | None = None
-    memory_bound: int = DEFAULT_MEMORY_BOUND
-    trunk_bound: int = DEFAULT_TRUNK_BOUND
-
-    def check(self) -> None:
-        """ConfigError for a kind of units or a mode that does not exist, and for savings that save nothing."""
-        check_units(self.units)
-        if self.mode not in MODES:
-            raise ConfigError(f"search mode {self.mode!r} does not exist: choose {', '.join(MODES)}")
-        for unit, saving in (self.savings or {}).items():
-            if not (math.isfinite(saving) and saving > 0):
-                raise ConfigError(f"unit {unit} saves {saving}; a saving must be a positive number")
+@torch.no_grad()
+def search_rounds(
+    model: ScoringModel,
+    windows: Tensor,
+    *,
+    num_remove: int,
+    settings: SearchSettings = EXACT,
+    resume: SearchResult | None = None,
+    progress: Callable[[SearchProgress], None] | None = None,
+) -> Iterator[SearchResult]:
+    """Algorithm 1, a round at each step: what is decided so far. Arguments and errors are those of `search`."""
+    running = _Search(model, windows, num_remove, settings, resume, progress)
+    while len(running.result.removed) < num_remove:
+        this_round = running.begin_round()
+        losses: dict[Unit, float] = {}
+        # The candidates are all units left but the first and the last, unless a fast mode has left some out. A loss is
+        # inf as soon as it can no longer be the least.
+        for candidate in this_round.candidates:
+            losses[candidate] = this_round.loss_without(candidate)
+        best = min(losses, key=lambda unit: this_round.criterion.key(unit, losses[unit]))
+        yield running.remove(best)
 
 
 def search(
@@ -59,13 +55,13 @@ def search(
     windows: Tensor,
     *,
     num_remove: int,
-    settings: SearchSettings = SearchSettings(),
+    settings: SearchSettings = EXACT,
     resume: SearchResult | None = None,
     progress: Callable[[SearchProgress], None] | None = None,
     on_round: Callable[[SearchResult], None] | None = None,
     until: Callable[[SearchResult], bool] | None = None,
 ) -> SearchResult:
-    """The order in which `num_remove` units go, over `windows` [W, L] int64 (Algorithm 1 of arXiv:2402.09025).
+    """The order in which `num_remove` units go, over `windows` [W, L] int64.
 
     `resume` is an earlier result over the same model and windows, to be continued up to `num_remove` in all; `on_round`
     gets the result after each round, and `until`, true of one, ends the search early.
@@ -73,37 +69,38 @@ def search(
     Raises ConfigError when `num_remove`, `windows` or `settings` are out of range, SlebError when the loss of the dense
     model or of every candidate of a round is not finite.
     """
-    running = Search(model, windows, num_remove, settings, resume, progress)
-    while running.num_left:
-        result = running.next_round()
+    result = _continued(resume)
+    for result in search_rounds(
+        model, windows, num_remove=num_remove, settings=settings, resume=resume, progress=progress
+    ):
         if on_round is not None:
             on_round(result)
         if until is not None and until(result):
             break
-    return running.result
+    return result
 
 
-class Search:
-    """A search that goes round by round; `result` is what is decided. Arguments and errors are those of `search`."""
+class _Search:
+    """A search between two rounds: `result` is what is decided."""
 
     def __init__(
         self,
         model: ScoringModel,
         windows: Tensor,
         num_remove: int,
-        settings: SearchSettings = SearchSettings(),
-        resume: SearchResult | None = None,
-        progress: Callable[[SearchProgress], None] | None = None,
+        settings: SearchSettings,
+        resume: SearchResult | None,
+        progress: Callable[[SearchProgress], None] | None,
     ) -> None:
         settings.check()
-        self.result = replace(resume or SearchResult(), margins=(), cost=SearchCost())
+        self.result = _continued(resume)
         self.settings = settings
         self.num_blocks = model.num_blocks
         self._progress = progress
         self._num_remove = num_remove
         self._first = len(self.result.removed)
-        self._order: list[Unit] = []
-        self._current: Evidence | None = None
+        self._round: Round | None = None
+        self._current: Evidence | None = None  # losses of the model as it stands
         _check_arguments(model.num_blocks, windows, num_remove, settings.units, self.result)
         alive = alive_units(settings.units, model.num_blocks, self.result.removed)
         if settings.mode != "exact":
@@ -114,54 +111,60 @@ class Search:
             model, windows, alive, settings.batch_windows, most, settings.memory_bound, settings.trunk_bound
         )
 
-    @property
-    def num_left(self) -> int:
-        """How many rounds there are to come."""
-        return max(0, self._num_remove - len(self.result.removed))
-
-    @torch.no_grad()
-    def next_round(self) -> SearchResult:
-        """Removes one more unit."""
-        state, earlier = self.state, self.result
-        candidates = [
-            unit for unit in state.alive if is_candidate(unit, self.settings.units, self.num_blocks)
-        ]
-        reference = len(candidates) * (sum(len(unit.sublayers) for unit in state.alive) / 2)
-        reference -= sum(len(unit.sublayers) for unit in candidates) / 2
-        losses = earlier.losses or (self._dense(),)
-        if self._current is None and self.settings.savings is not None:
-            self._current = state.dense()
-        ahead = {unit: position for position, unit in enumerate(self._order)}
+    def begin_round(self) -> Round:
+        """The next round, its candidates in the order in which they came out of the last one."""
+        state, settings, number = self.state, self.settings, len(self.result.removed) + 1
+        candidates = self._candidates()
+        order = [] if self._round is None else self._round.order()
+        ahead = {unit: position for position, unit in enumerate(order)}
         candidates.sort(key=lambda unit: ahead.get(unit, len(ahead)))
-        state.on_progress = self._report(len(earlier.removed) + 1, len(candidates))
-        found = self._decide(candidates, Criterion(losses[-1], self.settings.savings))
-        state.remove(found.best)
-        self._order, self._current = found.order, found.exact[found.best]
+        if not self.result.losses:
+            self.result = replace(self.result, losses=(self._dense(),))
+        if self._current is None and settings.savings is not None:
+            self._current = state.dense()
+        criterion = Criterion(self.result.losses[-1], settings.savings)
+        report = self._report(number, len(candidates))
+        self._round = Round(state, candidates, criterion, number, report)
+        if settings.mode == "race":
+            race(self._round, None if settings.savings is None else self._current)
+        elif settings.mode == "gradient":
+            screen(self._round)
+        self._round.pass_all_but_the_last_group()
+        return self._round
+
+    def remove(self, best: Unit) -> SearchResult:
+        """Takes `best` out, for good. Raises SlebError where its loss is not finite: then no candidate's is."""
+        state, found, earlier = self.state, self._round, self.result
+        assert found is not None
+        if not math.isfinite(found.exact[best].total):
+            raise SlebError(
+                f"round {found.number}: without any one of the {found.num_candidates} candidates the loss is "
+                "not a finite number, so none can be removed: search with --dtype float32, or remove fewer"
+            )
+        whole = sum(len(unit.sublayers) for unit in state.alive) / 2
+        reference = sum(whole - len(unit.sublayers) / 2 for unit in self._candidates())
+        state.remove(best)
+        self._current = found.exact[best]
         self.result = replace(
             earlier,
-            removed=(*earlier.removed, found.best),
-            losses=(*losses, self._current.total),
+            removed=(*earlier.removed, best),
+            losses=(*earlier.losses, self._current.total),
             candidate_losses=(
                 *earlier.candidate_losses, {unit: found.exact[unit].total for unit in sorted(found.exact)},
             ),
-            margins=(*earlier.margins, found.margin),
+            margins=(*earlier.margins, found.margin(best)),
             cost=SearchCost(
                 state.num_passes / state.num_windows,
                 state.num_evaluations / state.num_windows,
                 earlier.cost.reference_passes + reference,
-                earlier.cost.reference_evaluations + len(candidates),
+                earlier.cost.reference_evaluations + found.num_candidates,
             ),
         )  # fmt: skip
         return self.result
 
-    def _decide(self, candidates: Sequence[Unit], criterion: Criterion) -> RoundResult:
-        number = len(self.result.removed) + 1
-        if self.settings.mode == "race":
-            current = None if self.settings.savings is None else self._current
-            return race_round(self.state, candidates, criterion, current, number)
-        if self.settings.mode == "gradient":
-            return gradient_round(self.state, candidates, criterion, number)
-        return exact_round(self.state, candidates, criterion, number, len(candidates))
+    def _candidates(self) -> list[Unit]:
+        units = self.settings.units
+        return [unit for unit in self.state.alive if is_candidate(unit, units, self.num_blocks)]
 
     def _dense(self) -> float:
         self._current = self.state.dense()
@@ -197,6 +200,10 @@ class Search:
             )
 
         return report
+
+
+def _continued(resume: SearchResult | None) -> SearchResult:
+    return replace(resume or SearchResult(), margins=(), cost=SearchCost())
 
 
 def total_loss(model: ScoringModel, windows: Tensor, units: str, removed: Iterable[Unit]) -> float:

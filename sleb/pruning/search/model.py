@@ -1,13 +1,22 @@
-"""What the search needs of a model, and what it gives back."""
+"""What the search needs of a model, what it is told, and what it gives back."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
+from sleb.errors import ConfigError
 from sleb.layer_map.units import Unit
+from sleb.pruning.search.criterion import check_units
+
+Mode = Literal["exact", "race", "gradient"]
+MODES: tuple[str, ...] = get_args(Mode)
+DEFAULT_MEMORY_BOUND = 64 * 2**20
+DEFAULT_TRUNK_BOUND = 2 * 2**30
 
 
 class ScoringModel(Protocol):
@@ -32,6 +41,38 @@ class ScoringModel(Protocol):
     def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Cross-entropy [W, L-1] in nats, float32, of each token given those before it."""
         ...
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to search.
+
+    Attributes:
+        units: "blocks"; "sublayers": attention and MLP of a block apart; "attention": attention alone.
+        mode: "exact" is Algorithm 1 of the paper; "race" and "gradient" look at fewer candidates (`search.fast`).
+        savings: what removing each unit saves, in any measure; None: all the same.
+        batch_windows: windows that run at once; None: few enough for `memory_bound` bytes of hidden states.
+        trunk_bound: bytes of hidden states that are kept for all candidates of a round.
+    """
+
+    units: str = "blocks"
+    mode: str = "exact"
+    savings: Mapping[Unit, float] | None = None
+    batch_windows: int | None = None
+    memory_bound: int = DEFAULT_MEMORY_BOUND
+    trunk_bound: int = DEFAULT_TRUNK_BOUND
+
+    def check(self) -> None:
+        """ConfigError for a kind of units or a mode that does not exist, and for savings that save nothing."""
+        check_units(self.units)
+        if self.mode not in MODES:
+            raise ConfigError(f"search mode {self.mode!r} does not exist: choose {', '.join(MODES)}")
+        for unit, saving in (self.savings or {}).items():
+            if not (math.isfinite(saving) and saving > 0):
+                raise ConfigError(f"unit {unit} saves {saving}; a saving must be a positive number")
+
+
+EXACT = SearchSettings()
 
 
 @dataclass(frozen=True)

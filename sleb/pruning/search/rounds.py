@@ -1,4 +1,4 @@
-"""One search under way: its batches, trunk, losses and costs; and the exact round.
+"""What makes Algorithm 1 fast: one search's batches, trunk, losses and costs; and one round of it.
 
 A round over the units alive tries every candidate: the loss of the model without it, over all calibration windows.
 The best goes; of equal ones, the shallowest. Exact all the same:
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sleb.errors import SlebError
 from sleb.layer_map.units import Unit
 from sleb.pruning.search.criterion import Criterion
 from sleb.pruning.search.model import Margin, ScoringModel
@@ -104,7 +103,6 @@ class SearchState:
         self._trunks: dict[int, Trunk] = {}
         self.num_passes = 0.0
         self.num_evaluations = 0
-        self.on_progress: Callable[[Unit, dict[Unit, Evidence], float], None] = lambda *facts: None
 
     def trunk(self, group: int) -> Trunk:
         """The trunk of a group; one group's is kept until another is asked for."""
@@ -142,88 +140,87 @@ class SearchState:
                 evidence.add(self.losses(self.trunk(group).at(len(self.alive), index), tokens))
         return evidence
 
-    def suffix(self, unit: Unit) -> float:
-        """Passes a window after `unit`."""
-        after = self.alive[self.alive.index(unit) + 1 :]
-        return sum(len(each.sublayers) for each in after) / 2
 
+class Round:
+    """One round: the units that may go, and what is known of the loss without each.
 
-@dataclass(frozen=True)
-class RoundResult:
-    """The unit that goes, the evidence of what was computed on all windows, and how clear it was."""
-
-    best: Unit
-    exact: dict[Unit, Evidence]
-    margin: Margin
-    order: list[Unit]  # all candidates, the best first, for the next round
-
-
-def exact_round(
-    state: SearchState, candidates: Sequence[Unit], criterion: Criterion, number: int, num_candidates: int
-) -> RoundResult:
-    """The best of `candidates`, each computed on all windows unless it cannot win any more."""
-    evidence = {unit: Evidence() for unit in candidates}
-    abandoned: set[Unit] = set()
-    best_score = math.inf
-    last = len(state.groups) - 1
-    for group, batches in enumerate(state.groups):
-        for position, unit in enumerate(candidates):
-            bound = math.inf if group < last else criterion.bound(unit, best_score)
-            for index in range(len(batches)):
-                if sum(evidence[unit].windows) > bound:
-                    abandoned.add(unit)
-                    break
-                state.evaluate(unit, group, index, evidence[unit])
-                done = (group + (position + (index + 1) / len(batches)) / len(candidates)) / len(state.groups)
-                state.on_progress(unit, evidence, done)
-            else:
-                if group == last:
-                    best_score = min(best_score, criterion.score(unit, evidence[unit].total))
-    exact = {unit: each for unit, each in evidence.items() if unit not in abandoned}
-    return decide(evidence, exact, criterion, number, num_candidates)
-
-
-def decide(
-    evidence: dict[Unit, Evidence],
-    exact: dict[Unit, Evidence],
-    criterion: Criterion,
-    number: int,
-    num_candidates: int,
-) -> RoundResult:
-    """The winner among `exact`, and its margin over what came next, whole or abandoned.
-
-    Raises SlebError when no candidate has a finite loss.
+    Attributes:
+        number: from 1. num_candidates: how many units may go.
+        candidates: those to be computed on all windows, in the order in which they are tried; `fast` leaves some out.
+        evidence: the losses without a unit, on the windows that it has been computed on.
+        exact: of that, what was computed on all windows.
+        on_progress: told of a unit, the evidence, and how much of the round is done.
     """
-    ranked = sorted(exact, key=lambda unit: criterion.key(unit, exact[unit].total))
-    best = ranked[0]
-    if not math.isfinite(exact[best].total):
-        raise SlebError(
-            f"round {number}: without any one of the {num_candidates} candidates the loss is "
-            "not a finite number, so none can be removed: search with --dtype float32, or remove fewer"
-        )
-    order = sorted(evidence, key=lambda unit: (_estimate(evidence[unit]), unit))
-    order.remove(best)
-    return RoundResult(best, exact, _margin(ranked, evidence, num_candidates), [best, *order])
 
+    def __init__(
+        self,
+        state: SearchState,
+        candidates: Sequence[Unit],
+        criterion: Criterion,
+        number: int,
+        on_progress: Callable[[Unit, dict[Unit, Evidence], float], None] = lambda *facts: None,
+    ) -> None:
+        self.state, self.criterion, self.number, self.on_progress = state, criterion, number, on_progress
+        self.num_candidates = len(candidates)
+        self.candidates = list(candidates)
+        self.evidence = {unit: Evidence() for unit in candidates}
+        self.exact: dict[Unit, Evidence] = {}
+        self._left_out: list[Unit] = []
+        self._best_score = math.inf
 
-def _estimate(evidence: Evidence) -> float:
-    return evidence.mean() if evidence.windows else math.inf
+    def leave_out(self, units: Sequence[Unit]) -> None:
+        """Units of which nothing is known, and which are not tried."""
+        self._left_out = list(units)
+        self.candidates = [unit for unit in self.candidates if unit not in units]
+        self.evidence = {unit: Evidence() for unit in self.candidates}
 
+    def loss_without(self, unit: Unit) -> float:
+        """The loss over all windows of the model without `unit`; inf as soon as another candidate must be better."""
+        evidence, last = self.evidence[unit], len(self.state.groups) - 1
+        bound = self.criterion.bound(unit, self._best_score)
+        if len(evidence.windows) < self.state.num_windows:  # a race has seen them all
+            for index in range(len(self.state.groups[last])):
+                if sum(evidence.windows) > bound:
+                    return math.inf
+                self._evaluate(unit, last, index)
+        self.exact[unit] = evidence
+        self._best_score = min(self._best_score, self.criterion.score(unit, evidence.total))
+        return evidence.total
 
-def _margin(ranked: Sequence[Unit], evidence: dict[Unit, Evidence], num_candidates: int) -> Margin:
-    best = ranked[0]
-    counts = {"num_exact": len(ranked), "num_candidates": num_candidates}
-    if len(ranked) > 1 and math.isfinite(evidence[ranked[1]].total):
-        other = ranked[1]
-        mean, error = paired(evidence[other], evidence[best])
-        difference = evidence[other].total - evidence[best].total
-        z = mean / error if error > 0 and math.isfinite(error) else None
-        return Margin(other, difference, at_least=False, z=z, **counts)
-    # The others were abandoned when their sums over some windows had passed the winner's whole sum.
-    others = {
-        unit: each.total for unit, each in evidence.items() if unit != best and math.isfinite(each.total)
-    }
-    if not others:
-        return Margin(None, math.inf, at_least=False, z=None, **counts)
-    other = min(others, key=lambda unit: (_estimate(evidence[unit]), unit))
-    return Margin(other, others[other] - evidence[best].total, at_least=True, z=None, **counts)
+    def pass_all_but_the_last_group(self) -> None:
+        """The losses on the groups whose trunk is not kept, of which each is passed once for all candidates."""
+        for group, batches in enumerate(self.state.groups[:-1]):
+            for unit in self.candidates:
+                for index in range(len(batches)):
+                    self._evaluate(unit, group, index)
+
+    def _evaluate(self, unit: Unit, group: int, index: int) -> None:
+        groups = self.state.groups
+        self.state.evaluate(unit, group, index, self.evidence[unit])
+        in_group = (self.candidates.index(unit) + (index + 1) / len(groups[group])) / len(self.candidates)
+        self.on_progress(unit, self.evidence, (group + in_group) / len(groups))
+
+    def order(self) -> list[Unit]:
+        """The candidates by their losses so far, for the next round."""
+        return [*sorted(self.evidence, key=lambda unit: (self._estimate(unit), unit)), *self._left_out]
+
+    def _estimate(self, unit: Unit) -> float:
+        evidence = self.evidence[unit]
+        return evidence.mean() if evidence.windows else math.inf
+
+    def margin(self, best: Unit) -> Margin:
+        """How much better `best` is than what came next, whole or abandoned."""
+        evidence, found = self.evidence, self.evidence[best]
+        counts = {"num_exact": len(self.exact), "num_candidates": self.num_candidates}
+        whole = [unit for unit in self.exact if unit != best]
+        other = min(whole, key=lambda unit: self.criterion.key(unit, evidence[unit].total), default=None)
+        if other is not None and math.isfinite(evidence[other].total):
+            mean, error = paired(evidence[other], found)
+            z = mean / error if error > 0 and math.isfinite(error) else None
+            return Margin(other, evidence[other].total - found.total, at_least=False, z=z, **counts)
+        # The others were abandoned when their sums over some windows had passed the winner's whole sum.
+        others = [unit for unit, each in evidence.items() if unit != best and math.isfinite(each.total)]
+        other = min(others, key=lambda unit: (self._estimate(unit), unit), default=None)
+        if other is None:
+            return Margin(None, math.inf, at_least=False, z=None, **counts)
+        return Margin(other, evidence[other].total - found.total, at_least=True, z=None, **counts)
