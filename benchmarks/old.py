@@ -25,12 +25,18 @@ _SIGNS = {
     "mixed": ("depths", "streams", "ratio"),
     "http-overhead": ("streams", "ratio"),
 }
-_LATENCIES = {
-    f"{name} {short} ms": f"{long}_{key}_ms"
-    for name, key in (("TTFT", "ttft"), ("TPOT", "tpot"), ("latency", "e2el"))
-    for short, long in (("p50", "median"), ("p99", "p99"))
+_SERVE = {
+    "tokens/s": "output_throughput",
+    "requests/s": "request_throughput",
+    "TTFT p50 ms": "median_ttft_ms",
+    "TPOT p50 ms": "median_tpot_ms",
+    "TTFT p99 ms": "p99_ttft_ms",
+    "TPOT p99 ms": "p99_tpot_ms",
+    "ITL p99 ms": "p99_itl_ms",
+    "latency p50 ms": "median_e2el_ms",
+    "latency p99 ms": "p99_e2el_ms",
+    "goodput requests/s": "request_goodput",
 }
-_SERVE = {"tokens/s": "output_throughput", "requests/s": "request_throughput", **_LATENCIES}
 _TEXTS = {
     "same token": "agreement",
     "KL": "kl",
@@ -60,7 +66,7 @@ def read_result(document: Document, name: str) -> Result:
                 dict(document.get("environment") or {}),
                 settings,
                 list(_READERS[kind](document)),
-                [str(note) for note in (document.get("conditions") or {}).get("notices", ())],
+                _notes(document),
                 bool(document.get("complete", True)),
             )
         )
@@ -90,6 +96,12 @@ def _checked(result: Result) -> Result:
     if len({each.key for each in result.measurements}) < len(result.measurements):
         raise ValueError("a figure is there twice")
     return result
+
+
+def _notes(document: Document) -> list[str]:
+    servers = document.get("servers") or {}
+    told = [f"{name}: {server['owned_by']} {server['version']}" for name, server in servers.items()]
+    return [*told, *(str(note) for note in (document.get("conditions") or {}).get("notices", ()))]
 
 
 def _kind_of(document: Document) -> str:
@@ -128,27 +140,35 @@ def _throughput(document: Document) -> Iterator[Measurement]:
 
 def _serve(document: Document) -> Iterator[Measurement]:
     pairs = {(each["level"], each["metric"]): each for each in document.get("comparisons") or ()}
+    settings = document.get("settings") or {}
+    sizes = (
+        f", {settings['prompt_tokens']} → {settings['output_tokens']}" if "prompt_tokens" in settings else ""
+    )
     for row in document["rows"]:
         subject = row.get("label") or row.get("model_id") or "server"
-        owner = (document.get("servers") or {}).get(subject, {}).get("owned_by")
-        subject += f": {owner}" if owner else ""
         for metric, key in _SERVE.items():
             if row.get(key) is not None:
                 pair = pairs.get((row["level"], key), {}) if row.get("label") == "B" else {}
                 facts = {"failed": row["failed"]} if row.get("failed") else {}
-                yield Measurement(
-                    row["level"], subject, metric, row[key], None, _ratio(pair, "speedup"), facts
-                )
+                ratio = _ratio(pair, "speedup")
+                yield Measurement(row["level"] + sizes, subject, metric, row[key], None, ratio, facts)
 
 
 def _peers(document: Document) -> Iterator[Measurement]:
+    told = set()
     for row in document["rows"]:
-        name, _, depth = row["weight_format"].partition(":")
-        subject = f"sleb {name}{f' depth {depth}' if depth else ''} to {row['peer']}"
-        facts = {"theirs tokens/s": row["peer_rate"]}
-        value, spread = row["rate"], _spread(row, "rate")
-        case = row["test"].replace("-", " ")
-        yield Measurement(case, subject, "tokens/s", value, spread, _ratio(row, "ratio"), facts)
+        kind, _, size = row["test"].partition("-")
+        decode = f"{'decode' if size == '1' else 'generate'} {size} × 128 after 64"
+        case = f"prompt 1 × {size}" if kind == "prompt" else decode
+        case += f" beside {row['peer']}" + (" over HTTP" if row.get("http") else "")
+        if case not in told:
+            yield Measurement(case, row["peer"], "tokens/s", row["peer_rate"], _spread(row, "peer_rate"))
+            told.add(case)
+        name, _, depth = row["weight_format"].removesuffix("-http").partition(":")
+        subject = f"sleb {name}" + (f" depth {depth}" if depth else "")
+        yield Measurement(case, subject, "tokens/s", row["rate"], _spread(row, "rate"), _ratio(row, "ratio"))
+    for subject, memory in (document.get("memory") or {}).items():
+        yield Measurement("peak memory", subject.replace("sleb-", "sleb "), "MiB", memory["peak_rss"] / 2**20)
 
 
 def _quality(document: Document) -> Iterator[Measurement]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb.benchmarks.record import Measurement, Result
+from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def panels(
 
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
-    inches = (size[0] * columns, size[1] * rows + 0.8)
+    inches = (max(5.6, size[0] * columns), size[1] * rows + 0.8)  # as wide as a heading
     # A fixed salt and no date: the same figures are the same bytes. Names of models are no formulas.
     with pyplot.rc_context(
         {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
@@ -116,7 +116,12 @@ def draw_result(result: Result, stem: Path) -> list[Path]:
     Speed by depth, quality by depth, load by level, ratios to other engines. Raises ConfigError.
     """
     drawn = []
-    for name, draw in (("speed", _speed), ("quality", draw_quality), ("load", _load), ("ratios", _ratios)):
+    for name, draw in (
+        ("speed", draw_speed),
+        ("quality", draw_quality),
+        ("load", _load),
+        ("ratios", _ratios),
+    ):
         path = stem.with_name(f"{stem.name}-{name}")
         if draw(result, path):
             drawn.append(path.with_name(f"{path.name}.png"))
@@ -143,11 +148,11 @@ def _heading(result: Result) -> str:
     return ", ".join(str(part) for part in (name, environment.get("dtype"), where) if part)
 
 
-def _speed(result: Result, stem: Path) -> bool:
+def draw_speed(result: Result, stem: Path) -> bool:
     """Speedup by depth with intervals, a panel a case; the modelled ideal as a line."""
     found = [m for m in result.measurements if m.metric == "tokens/s" and m.value is not None]
     cases = _by_case([m for m in found if depth_of(m.subject) is not None])
-    cases = {case: found for case, found in cases.items() if sum(m.ratio is not None for m in found) >= 2}
+    cases = {case: found for case, found in cases.items() if any(m.ratio is not None for m in found)}
     if not cases:
         return False
     title = f"Speed by depth: {_heading(result)}"
@@ -200,8 +205,8 @@ def draw_quality(result: Result, stem: Path, suffixes: Sequence[str] = (".png",)
     """Perplexity, agreement and divergence by depth with intervals, a line a text; False where there are none."""
     depths = [m for m in result.measurements if m.value is not None and depth_of(m.subject) is not None]
     found = {metric: [m for m in depths if m.metric == metric] for metric in _QUALITY}
-    found = {metric: each for metric, each in found.items() if len(each) > 1}
-    if not found:
+    found = {metric: each for metric, each in found.items() if each}
+    if len({m.subject for m in found.get("perplexity", ())}) < 2:
         return False
     with panels(
         stem, f"Quality by depth: {_heading(result)}", list(found), (3.3, 2.9), columns=3, suffixes=suffixes
@@ -251,7 +256,7 @@ def _load(result: Result, stem: Path) -> bool:
                     ]
                     part = ", 99th percentile" if upper else ", median"
                     axes.plot(*zip(*points, strict=True), label=subject + part, **drawn)
-            axes.set_xticks(range(len(levels)), levels)
+            axes.set_xticks(range(len(levels)), [level.partition(",")[0] for level in levels])
             axes.margins(x=0.08)
             axes.set_ylim(bottom=0)
         _legend(grid[1], columns=2)
@@ -259,37 +264,32 @@ def _load(result: Result, stem: Path) -> bool:
 
 
 def _ratios(result: Result, stem: Path) -> bool:
-    """Ratios of subjects that are no depths, as bars with intervals, a panel a case; a line at 1."""
-    found = [m for m in result.measurements if m.ratio is not None and depth_of(m.subject) is None]
-    cases = _by_case([m for m in found if m.metric == "tokens/s" and m.subject not in ("control", "mixed")])
-    subjects = list(dict.fromkeys(m.subject for each in cases.values() for m in each))
-    if result.kind != "peers" or not subjects:
+    """How many times as fast as another engine, bars with intervals, a panel a test; a line at 1.
+
+    The cases are "TEST beside PEER".
+    """
+    tests: dict[str, list[tuple[str, Ratio]]] = {}
+    for each in result.measurements:
+        test, beside, peer = each.case.partition(" beside ")
+        if beside and each.ratio is not None and each.metric == "tokens/s":
+            tests.setdefault(test, []).append((f"{each.subject} to {peer}", each.ratio))
+    names = list(dict.fromkeys(name for bars in tests.values() for name, _ in bars))
+    if not names:
         return False
-    size = (2.7 if len(cases) > 1 else 5.5, 0.5 + 0.24 * len(subjects))
-    title = f"Against other engines: {_heading(result)}"
-    with panels(stem, title, list(cases), size, columns=len(cases), share_y=True) as grid:
-        for axes, each in zip(grid, cases.values(), strict=True):
-            for m in each:
-                place, ratio = subjects.index(m.subject), m.ratio
-                assert ratio is not None
-                axes.barh(
-                    place,
-                    ratio.estimate,
-                    height=0.65,
-                    color=COLOURS[0 if ratio.estimate >= 1 else 1],
-                    alpha=0.75,
-                )
-                end = ratio.estimate
+    size = (2.7 if len(tests) > 1 else 5.5, 0.5 + 0.24 * len(names))
+    title = f"Times the tokens/s of other engines: {_heading(result)}"
+    with panels(stem, title, list(tests), size, columns=len(tests), share_y=True) as grid:
+        for axes, bars in zip(grid, tests.values(), strict=True):
+            for name, ratio in bars:
+                place, end = names.index(name), ratio.estimate
+                colour = COLOURS[0 if ratio.estimate >= 1 else 1]
+                axes.barh(place, ratio.estimate, height=0.65, color=colour, alpha=0.75)
                 if ratio.low is not None and ratio.high is not None:
                     axes.plot([ratio.low, ratio.high], [place, place], color=_GREY, linewidth=1.2)
                     end = max(end, ratio.high)
+                label = f"{ratio.estimate:.2f}"
                 axes.annotate(
-                    f"{ratio.estimate:.2f}",
-                    (end, place),
-                    (3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7.5,
+                    label, (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5
                 )
             axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
             axes.grid(visible=False, axis="y")
@@ -297,9 +297,8 @@ def _ratios(result: Result, stem: Path) -> bool:
             axes.set_xlim(0, 1.22 * axes.get_xlim()[1])
             axes.locator_params(axis="x", nbins=4)
             axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-            axes.set_xlabel("times the tokens/s")
-        grid[0].set_yticks(range(len(subjects)), subjects, fontsize=8)
-        grid[0].set_ylim(len(subjects) - 0.4, -0.6)
+        grid[0].set_yticks(range(len(names)), names, fontsize=8)
+        grid[0].set_ylim(len(names) - 0.4, -0.6)
     return True
 
 

@@ -6,6 +6,8 @@ import ast
 import contextlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,7 @@ def test_extras_exist() -> None:
         assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
 
 
-# A row of the README's table -> the case and our subject in the result, whose subjects are "OURS to PEER".
+# A row of the README's table -> what was measured, and which of ours.
 PEERS = {
     "vLLM": "vllm",
     "llama.cpp": "llamacpp-bf16",
@@ -144,9 +146,9 @@ PEERS = {
     "transformers": "transformers",
 }
 LOADS = {
-    "1 stream": ("decode 1", "sleb bf16"),
-    "8 streams": ("decode 8", "sleb bf16"),
-    "8 streams, 6 of 30 blocks removed": ("decode 8", "sleb bf16 depth 6"),
+    "1 stream": ("decode 1 × 128 after 64", "sleb bf16"),
+    "8 streams": ("generate 8 × 128 after 64", "sleb bf16"),
+    "8 streams, 6 of 30 blocks removed": ("generate 8 × 128 after 64", "sleb bf16 depth 6"),
 }
 
 
@@ -165,8 +167,14 @@ def test_the_figures_of_the_table_are_measured() -> None:
     for label, *cells in rows:
         case, ours = LOADS[label]
         for engine, cell in zip(engines, cells, strict=True):
-            ratio = measured[case, f"{ours} to {PEERS[engine]}"]
+            ratio = measured[f"{case} beside {PEERS[engine]}", ours]
             figure = re.search(r"\d+\.\d+", cell)
             assert figure is not None and ratio is not None
             decimals = len(figure[0].partition(".")[2])
             assert figure[0] == f"{ratio.estimate:.{decimals}f}", f"{label}, {engine}: {ratio.estimate}"
+
+
+def test_the_tables_of_the_benchmarks_page_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "scripts/benchmark-docs"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -24,6 +24,9 @@ def evaluate(
         Path | None,
         typer.Option("--json", help="Write everything here; `sleb serve --bench-result` reads it."),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a report for people, with plots, to this folder.")
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw quality by depth to this name with .png and .svg.", show_default="no plot"),
@@ -38,19 +41,23 @@ def evaluate(
     for path in (json_path, plot and plot.with_name(f"{plot.name}.png")):
         if path is not None:
             check_writable(path)
+    from sleb.benchmarks import show
     from sleb.benchmarks.plots import draw_quality
     from sleb.benchmarks.quality.evaluate import run_eval
     from sleb.benchmarks.record import write_result
-    from sleb.benchmarks.show import print_result
 
+    if report is not None:
+        show.check_report(report)
     with _EvalBar() as bar:
         result = run_eval(options, ["sleb", *sys.argv[1:]], bar.show)
     if not result.measurements:  # an early Ctrl-C must not replace an older one by nothing
         typer.echo("Interrupted before anything was complete; nothing is written.", err=True)
         raise typer.Exit(130)
-    print_result(result)
+    show.print_result(result)
     if json_path is not None:
         write_result(json_path, result)
+    if report is not None:
+        show.write_report(report, [result])
     if plot is not None:
         draw_quality(result, plot, (".png", ".svg"))
     if problem := result.settings.get("problem"):
