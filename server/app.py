@@ -53,12 +53,12 @@ def create_app(context: ServerContext) -> FastAPI:
     install_handlers(app)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     docs.install(app, routes)
-    keys = ApiKeys(context.options.api_keys, [route for route in routes if route.is_open])
+    keys = ApiKeys(context.options.keys, [route for route in routes if route.is_open])
     app.add_middleware(Gate, keys=keys, routes=routes, metrics=context.metrics)
-    if context.options.cors_origins:  # outermost: a browser asks first, without the key
+    if context.options.origins:  # outermost: a browser asks first, without the key
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=context.options.cors_origins,
+            allow_origins=context.options.origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
             expose_headers=("X-Request-Id", "Server-Timing", "Retry-After"),

@@ -13,49 +13,13 @@ from sleb.errors import ConfigError, RequestError
 from sleb.server.answer.token_text import TokenTexts
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.engine_thread.metrics import ServerMetrics
+from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
     from sleb.engine.requests.tier import Tier
-    from sleb.server.bench_result import BenchResult
 
 _MAX_NAME = 200  # characters of a model's name that an error repeats
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """Options of the HTTP side.
-
-    Attributes:
-        api_keys: any of them opens the guarded endpoints; none: everybody may.
-        max_queue: requests that may wait beyond those computed at once.
-        drain_timeout: seconds that open requests get to finish when the server is told to stop.
-        max_body_bytes: of one request.
-        keep_alive_seconds: of silence in a stream before a comment says that it lives.
-        log_interval: seconds between lines about throughput, while there is any.
-        log_format: text | json. log_level: debug | info | warning | error.
-        request_timeout: seconds after which a request ends with an error; None: never.
-        cors_origins: of web pages that may call the API from a browser; "*": all.
-        served_model_names: other names of the model; each tier has one of its own for each.
-        bench_results: where speedups, and perplexities that the layer map lacks, are taken from.
-        warm_up: whether every tier answers once before /ready says that it is.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    max_queue: int = 1024
-    drain_timeout: float = 30.0
-    max_body_bytes: int = 32 * 2**20
-    keep_alive_seconds: float = 15.0
-    log_interval: float = 10.0
-    log_format: str = "text"
-    log_level: str = "info"
-    request_timeout: float | None = None
-    cors_origins: tuple[str, ...] = ()
-    served_model_names: tuple[str, ...] = ()
-    bench_results: tuple[BenchResult, ...] = ()
-    warm_up: bool = False
 
 
 @dataclass
@@ -66,7 +30,7 @@ class ServerContext:
     """
 
     engine: AsyncEngine
-    options: ServerOptions
+    options: ServeOptions
     token_texts: TokenTexts
     names: dict[str, Tier]
     metrics: ServerMetrics
@@ -75,7 +39,7 @@ class ServerContext:
     warm: bool = True
 
     @classmethod
-    def create(cls, engine: Engine, options: ServerOptions, max_num_seqs: int) -> ServerContext:
+    def create(cls, engine: Engine, options: ServeOptions, max_num_seqs: int) -> ServerContext:
         """A context for an engine that computes `max_num_seqs` requests at once; its thread is not started.
 
         Raises ConfigError for an alias that another tier has already.

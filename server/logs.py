@@ -101,7 +101,7 @@ class Teller:
         self._print(
             f"Serving at {url}/v1 (context {engine.max_model_len} tokens). Ctrl-C drains and stops. Try it:\n"
         )
-        needs_key = bool(context.options.api_keys)
+        needs_key = bool(context.options.keys)
         self._print(curl_line(url, engine.default_tier.id, can_chat, needs_key) + "\n")
 
     @staticmethod

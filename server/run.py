@@ -17,10 +17,11 @@ import uvicorn
 
 from sleb.errors import ConfigError, RequestError
 from sleb.server.app import create_app
-from sleb.server.context import ServerContext, ServerOptions
+from sleb.server.context import ServerContext
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.errors import ShuttingDownError
 from sleb.server.logs import Teller, configure
+from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
     from sleb.engine.config import EngineConfig
@@ -141,7 +142,7 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
 def serve(
     sock: socket.socket,
     engine_config: EngineConfig,
-    options: ServerOptions,
+    options: ServeOptions,
     *,
     make_engine: Callable[[EngineConfig], Engine] | None = None,
 ) -> int:
@@ -158,7 +159,7 @@ def serve(
         can_chat = warm_up(engine)
         teller.say(f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
         context = ServerContext.create(engine, options, engine_config.max_num_seqs)
-        for result in options.bench_results:
+        for result in options.results:
             result.check(engine)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again

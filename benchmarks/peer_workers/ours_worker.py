@@ -85,11 +85,12 @@ class Engine:
 
     def serve(self) -> dict[str, Any]:
         """Starts the server of `sleb serve` on a free port of this machine; models: the id of each depth."""
-        from sleb.server.context import ServerContext, ServerOptions
+        from sleb.server.context import ServerContext
+        from sleb.server.options import ServeOptions
         from sleb.server.run import base_url, bind_socket, make_server
 
         engine = self._llm.engine
-        context = ServerContext.create(engine, ServerOptions(port=0), self._max_batch)
+        context = ServerContext.create(engine, ServeOptions(port=0, warm_up=False), self._max_batch)
         sock = bind_socket("127.0.0.1", 0)
         gc.collect()
         gc.freeze()

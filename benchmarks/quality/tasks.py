@@ -75,10 +75,13 @@ def find_lm_eval(given: str | None) -> Path:
 @contextmanager
 def served(llm: LLM) -> Iterator[str]:
     """The address (http://host:port) of a server for `llm`'s engine, which is its own until the end."""
-    from sleb.server.context import ServerContext, ServerOptions
+    from sleb.server.context import ServerContext
+    from sleb.server.options import ServeOptions
     from sleb.server.run import base_url, bind_socket, make_server
 
-    context = ServerContext.create(llm.engine, ServerOptions(port=0), llm.engine.config.max_num_seqs)
+    context = ServerContext.create(
+        llm.engine, ServeOptions(port=0, warm_up=False), llm.engine.config.max_num_seqs
+    )
     with bind_socket("127.0.0.1", 0) as sock:
         server = make_server(context)
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)

@@ -74,7 +74,7 @@ def _complete(document: dict[str, Any], context: ServerContext, open_paths: set[
         for operation in methods.values():
             responses = operation["responses"]
             responses.pop("422", None)  # FastAPI's own, which `errors.install_handlers` replaces
-            if context.options.api_keys and path not in open_paths:
+            if context.options.keys and path not in open_paths:
                 operation["security"] = [{"key": []}]
                 responses["401"] = _error(401)
             stream = responses.get("200", {}).get("content", {}).get("text/event-stream")
@@ -87,7 +87,7 @@ def _complete(document: dict[str, Any], context: ServerContext, open_paths: set[
     known = vocab_size if engine.tokenizer is None else engine.tokenizer.get_vocab_size()
     schemas["TokenId"]["maximum"], schemas["KnownTokenId"]["maximum"] = vocab_size - 1, known - 1
     document["components"]["schemas"] = dict(sorted(schemas.items()))
-    if context.options.api_keys:
+    if context.options.keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
 
 

@@ -80,7 +80,7 @@ async def get_model(request: Request, model_id: str) -> Response:
 
 def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
     """What the API tells of a tier."""
-    engine, results = context.engine.engine, context.options.bench_results
+    engine, results = context.engine.engine, context.options.results
     speedup = next((found for each in results if (found := each.speedup(tier.depth))), None)
     perplexity = perplexities(engine.layer_map, tier.depth)
     if perplexity is None:

@@ -27,6 +27,16 @@ from sleb.errors import ConfigError
 from sleb.options import Option, ValueType, check_values, options_of, value_types
 
 _METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH"}
+_SWITCHES = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
 _LONGEST_RANGE = 4096  # numbers that "0-3" may stand for
 
 
@@ -37,16 +47,20 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     command's parameter of that name. Values are checked (`check_values`, then the dataclass's own `check`) before the
     function runs.
     """
-    return _command(function, {})
+    return make_command(function)
 
 
-def _command(
-    function: Callable[..., None], extra: Mapping[str, inspect.Parameter], settings: str = ""
+def make_command(
+    function: Callable[..., None], extra: Mapping[str, inspect.Parameter] | None = None, settings: str = ""
 ) -> Callable[..., None]:
-    """`extra`: further parameters; the one called `settings` gets values that go behind those of the flags."""
+    """As `with_options`.
+
+    extra: further parameters. settings: the one of them that is not handed on but gives values by field, which go
+    behind the flags.
+    """
     hints = typing.get_type_hints(function, include_extras=True)
     kinds = {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
-    parameters = dict(extra)
+    parameters = dict(extra or {})
     for name, parameter in inspect.signature(function).parameters.items():
         if name in kinds:
             parameters |= flags_of(kinds[name])
@@ -182,8 +196,10 @@ def _range(text: str) -> list[str]:
 
 def _from_word(name: str, word: str, reader: ValueType, about: Option) -> Any:
     try:
+        if reader.kind is bool:
+            return _SWITCHES[word.lower()]
         return reader.kind(word)
-    except ValueError:
+    except (ValueError, KeyError):
         wanted = reader.describe(about)
         example = ", such as 0,3,6" if reader.is_list else ""
         raise ConfigError(f"{name} is {word!r}; it must be {wanted}{example}") from None

@@ -7,68 +7,95 @@ source is checked whether or not another one goes before it, so that a mistake i
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 import tomllib
-import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Annotated, Any
 
+import typer
+
+from sleb.cli.options import flag, from_words, make_command
 from sleb.errors import ConfigError
+from sleb.options import Option, ValueType, options_of, value_types
 
 PREFIX = "SLEB_"
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_NAMES: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-_MAX_KEYS_FILE = 2**20  # bytes
-_MAX_ALIAS = 200  # characters
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option: what its value is, and whether it may be given several times.
-
-    joined: whether the flag takes a list written with commas, which a file may write as a list.
-    """
+    """An option outside of the command line: its name is the flag's, with underscores; `field` the dataclass's."""
 
     name: str
-    kind: type
-    repeatable: bool = False
-    joined: bool = False
+    field: str
+    reader: ValueType
+    about: Option
 
     @property
     def variable(self) -> str:
         return PREFIX + self.name.upper()
 
-    @property
-    def wanted(self) -> str:
-        return f"a list of {_NAMES[self.kind]}" if self.repeatable else _NAMES[self.kind]
 
+def with_settings(table: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As `with_options`, with an option --config-file besides: a TOML file with a table of that name.
 
-def settings_of(
-    command: Callable[..., Any], *, joined: tuple[str, ...] = (), without: str = ""
-) -> list[Setting]:
-    """The options of a command's function, by the types of its parameters; `without` is left out.
-
-    joined: options whose text is a list with commas.
+    The command's parameters that are texts, such as MODEL, are settings as well.
     """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        settings = settings_of(function)
+
+        def use(context: typer.Context, config_file: str | None) -> Any:
+            if context.resilient_parsing:  # a shell only asks how to complete a line
+                return {}
+            file = config_file or os.environ.get(f"{PREFIX}CONFIG_FILE") or None
+            values = gather(settings, os.environ, file, table)
+            plain = {
+                setting.field for setting in settings if not setting.about.help
+            }  # which typer alone knows
+            context.default_map = {name: value for name, value in values.items() if name in plain}
+            return values
+
+        info = typer.Option(
+            help=f"TOML file with a table \\[{table}] of these options. Each can also be a variable of the "
+            f"environment, {PREFIX}PORT for --port; flags go before those, and those before the file.",
+            callback=use,
+            is_eager=True,
+            metavar="FILE",
+            show_default=False,
+        )
+        extra = inspect.Parameter(
+            "config_file",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, info],
+        )
+        return make_command(function, {"config_file": extra}, "config_file")
+
+    return decorate
+
+
+def settings_of(function: Callable[..., None]) -> list[Setting]:
+    """What can be set of a command: its options and its parameters that are texts."""
     found = []
-    hints = {name: hint for name, hint in typing.get_type_hints(command).items() if name != "return"}
-    for name, hint in hints.items():
-        alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        kind = next(each for each in alternatives if each is not types.NoneType)
-        repeatable = typing.get_origin(kind) is list
-        kind = typing.get_args(kind)[0] if repeatable else kind
-        if kind in _NAMES and name != without:
-            found.append(Setting(name, kind, repeatable, name in joined))
+    for name, hint in typing.get_type_hints(function).items():
+        if is_dataclass(hint) and isinstance(hint, type):
+            readers = value_types(hint)
+            for each, (_, about) in options_of(hint).items():
+                public = flag(each, about)[2:].replace("-", "_")
+                found.append(Setting(public, each, readers[each], about))
+        elif hint is str:
+            found.append(Setting(name, name, ValueType(str, False), Option("")))
     return found
 
 
 def gather(
     settings: list[Setting], environment: Mapping[str, str], file: str | None, table: str
 ) -> dict[str, Any]:
-    """Values by option; the environment goes before the file.
+    """Values by field; the environment goes before the file.
 
     Raises ConfigError, which names the place, the key and the value, for what an option cannot be.
     """
@@ -76,26 +103,10 @@ def gather(
     for setting in settings:
         text = environment.get(setting.variable)
         if text:  # an empty one counts as none, as shells have no better way to take one back
-            values[setting.name] = _from_text(setting, text)
+            where = f"{setting.variable} in the environment"
+            words = text.split() if setting.reader.is_list else text.strip()
+            values[setting.field] = from_words(where, words, setting.reader, setting.about)
     return values
-
-
-def _from_text(setting: Setting, text: str) -> Any:
-    """Several values of a repeatable option are separated by white space."""
-    convert = _bool if setting.kind is bool else setting.kind
-    try:
-        return list(map(convert, text.split())) if setting.repeatable else convert(text.strip())
-    except ValueError:
-        shown = text if len(text) <= 80 else text[:80] + "..."
-        raise ConfigError(
-            f"{setting.variable}='{shown}' in the environment is not {setting.wanted}; mend or unset it"
-        ) from None
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in _TRUE + _FALSE:
-        raise ValueError
-    return text.lower() in _TRUE
 
 
 def read_file(path: str, table: str, settings: list[Setting]) -> dict[str, Any]:
@@ -115,12 +126,12 @@ def read_file(path: str, table: str, settings: list[Setting]) -> dict[str, Any]:
     known = {setting.name: setting for setting in settings}
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = key.replace("-", "_")
-        if name not in known:
+        setting = known.get(key.replace("-", "_"))
+        if setting is None:
             raise ConfigError(_unknown(key, path, list(known)))
-        if name in values:
+        if setting.field in values:
             raise ConfigError(f"'{key}' in {path} is there twice, with - and with _; keep one")
-        values[name] = _from_toml(known[name], value, f"{key} = {_shown(value)} in {path}")
+        values[setting.field] = _from_toml(f"{key} in {path}", setting, value)
     return values
 
 
@@ -130,62 +141,16 @@ def _unknown(key: str, path: str, known: list[str]) -> str:
     return f"the setting '{key}' in {path} is not known; {hint}"
 
 
-def _shown(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
-
-
-def _from_toml(setting: Setting, value: Any, where: str) -> Any:
-    if setting.repeatable:
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(_is(setting.kind, each) for each in values):
-            raise ConfigError(f"{where} is not {setting.wanted}")
-        return list(map(setting.kind, values))
-    if setting.joined and (isinstance(value, list) or type(value) is int):
-        return ",".join(map(str, value if isinstance(value, list) else [value]))
-    if not _is(setting.kind, value):
-        raise ConfigError(f"{where} is not {setting.wanted}")
-    return setting.kind(value)
-
-
-def _is(kind: type, value: Any) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def read_keys(path: str) -> list[str]:
-    """API keys from a file, one a line; empty lines and lines that begin with # do not count. Raises ConfigError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MAX_KEYS_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--api-key-file {path} is not text in UTF-8") from None
-    if len(text) > _MAX_KEYS_FILE:
-        raise ConfigError(f"--api-key-file {path} is larger than 1 MiB; name a file with a key a line")
-    lines = map(str.strip, text.splitlines())
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"--api-key-file {path} holds no key; write one a line")
-    return keys
-
-
-def check_origin(origin: str) -> str:
-    """The origin as browsers send it. Raises ConfigError for what is none."""
-    if origin == "*":
-        return origin
-    parts = urlsplit(origin)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
-        raise ConfigError(
-            f"--cors-origin '{origin}' is no origin; write it like https://example.org, or * for all"
-        )
-    return f"{parts.scheme}://{parts.netloc}".lower()
-
-
-def check_alias(alias: str) -> str:
-    """A name for the model. Raises ConfigError for one that a request could not give."""
-    if not 0 < len(alias) <= _MAX_ALIAS or not alias.isprintable() or any(map(str.isspace, alias)):
-        raise ConfigError(
-            f"--served-model-name {alias[:80]!r} is no name; use up to {_MAX_ALIAS} characters without spaces"
-        )
-    return alias
+def _from_toml(where: str, setting: Setting, value: Any) -> Any:
+    """A list may be written as a list, or as on the command line: 0,3 or 0-3."""
+    reader, about = setting.reader, setting.about
+    values = value if reader.is_list and isinstance(value, list) else [value]
+    wanted = str if reader.kind is Path else reader.kind
+    for each in values or [value]:
+        number = type(each) is int and wanted in (int, float)
+        if not (number or type(each) is wanted or (reader.is_list and type(each) is str)):
+            shown = str(value).lower() if isinstance(value, bool) else repr(value)[:80]
+            raise ConfigError(f"{where} is {shown}; it must be {reader.describe(about)}")
+    if reader.is_list:
+        return from_words(where, [str(each) for each in values], reader, about)
+    return reader.kind(value)

@@ -295,7 +295,7 @@ class TestWhole:
         result.check(engine)
         context = SimpleNamespace(
             engine=SimpleNamespace(engine=engine),
-            options=SimpleNamespace(bench_results=(result,)),
+            options=SimpleNamespace(results=(result,)),
             created=0,
             names=name_tiers(engine, ()),
         )

@@ -26,7 +26,8 @@ from sleb.doctor.outcome import CheckSkippedError, Outcome, expect
 from sleb.doctor.run import Examination, choose_checks, examine, run_check
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
-from sleb.server.context import ServerContext, ServerOptions
+from sleb.server.context import ServerContext
+from sleb.server.options import ServeOptions
 from sleb.server.run import base_url, bind_socket, make_server
 
 KEY = "right-key"
@@ -78,7 +79,7 @@ def own_url(tiny_model_dir: Path, tiny_chain: Any, tmp_path_factory: pytest.Temp
         device="cpu",
         kv_cache_memory=0.03,
     )
-    context = ServerContext.create(Engine(config), ServerOptions(port=0, api_keys=(KEY,)), 8)
+    context = ServerContext.create(Engine(config), ServeOptions(port=0, warm_up=False, api_keys=(KEY,)), 8)
     sock = bind_socket("127.0.0.1", 0)
     for _ in run_in_thread(make_server(context), sock):
         yield f"{base_url(sock)}/v1"

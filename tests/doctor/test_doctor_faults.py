@@ -24,7 +24,8 @@ from sleb.doctor.run import choose_checks, run_check
 from sleb.doctor.target import Target
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
-from sleb.server.context import ServerContext, ServerOptions
+from sleb.server.context import ServerContext
+from sleb.server.options import ServeOptions
 from sleb.server.run import base_url, bind_socket, make_server
 
 
@@ -709,7 +710,7 @@ def proxy(tiny_model_dir: Any, tiny_chain: Any) -> Iterator[Proxy]:
         device="cpu",
         kv_cache_memory=0.01,
     )
-    context = ServerContext.create(Engine(config), ServerOptions(port=0), 64)
+    context = ServerContext.create(Engine(config), ServeOptions(port=0, warm_up=False), 64)
     sock = bind_socket("127.0.0.1", 0)
     server = make_server(context)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)

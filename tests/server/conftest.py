@@ -17,7 +17,8 @@ import httpx
 import openai
 import pytest
 
-from sleb.server.context import ServerContext, ServerOptions
+from sleb.server.context import ServerContext
+from sleb.server.options import ServeOptions
 from sleb.server.run import base_url, bind_socket, make_server
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
@@ -39,7 +40,9 @@ class RunningServer:
 
     def __init__(self, engine, max_num_seqs=4, **options):
         self.engine = engine
-        self.context = ServerContext.create(engine, ServerOptions(port=0, **options), max_num_seqs)
+        self.context = ServerContext.create(
+            engine, ServeOptions(**{"port": 0, "warm_up": False, **options}), max_num_seqs
+        )
         self.socket = bind_socket("127.0.0.1", 0)
         self.url = base_url(self.socket)
         self.port = self.socket.getsockname()[1]

@@ -236,7 +236,7 @@ def _fake_logprobs(token, num_top):
 
 
 def main():
-    from sleb.server.context import ServerOptions
+    from sleb.server.options import ServeOptions
     from sleb.server.run import bind_socket, serve
 
     parser = argparse.ArgumentParser()
@@ -251,7 +251,7 @@ def main():
         engine.delay, engine.fail_after = arguments.delay, arguments.fail_after
         return engine
 
-    options = ServerOptions(port=arguments.port, drain_timeout=arguments.drain_timeout)
+    options = ServeOptions(port=arguments.port, warm_up=False, drain_timeout=arguments.drain_timeout)
     config = SimpleNamespace(model="fake", max_num_seqs=4)
     sys.exit(serve(bind_socket("127.0.0.1", arguments.port), config, options, make_engine=make_engine))
 

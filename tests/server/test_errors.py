@@ -175,7 +175,7 @@ def test_unknown_routes_and_methods(server):
 
 
 def test_body_limit_holds_with_and_without_a_length(serve_engine, fake_engine):
-    server = serve_engine(fake_engine, max_body_bytes=1000)
+    server = serve_engine(fake_engine, max_body_mb=1000 / 2**20)
     assert error_of(server.complete("x" * 2000), 413)["message"].startswith(
         "the body is larger than 1000 bytes"
     )

@@ -201,7 +201,7 @@ def load_result(tmp_path):
 def test_speedups_come_from_a_result(serve_engine, fake_engine, load_result):
     measured = load_result(result())
     measured.check(fake_engine)
-    server = serve_engine(fake_engine, bench_results=(measured,))
+    server = serve_engine(fake_engine, bench_results=(measured.path,))
     cards = server.http.get("/v1/models").json()["data"]
     assert [card["pruning"]["speedup"] for card in cards[:2]] == [None, None]
     speedup = cards[2]["pruning"]["speedup"]
@@ -215,7 +215,7 @@ def test_speedups_come_from_a_result(serve_engine, fake_engine, load_result):
 
 def test_perplexities_come_from_a_result_where_the_map_has_none(serve_engine, fake_engine, load_result):
     rows = [{"depth": 0, "perplexity": 10.0}, {"depth": 2, "perplexity": 12.5}]
-    server = serve_engine(fake_engine, bench_results=(load_result(result(rows=rows)),))
+    server = serve_engine(fake_engine, bench_results=(load_result(result(rows=rows)).path,))
     assert server.http.get("/v1/models/fake:sleb-2").json()["pruning"]["perplexity"]["dataset"] == "some text"
     object.__setattr__(fake_engine.layer_map, "losses", None)
     cards = server.http.get("/v1/models").json()["data"]

@@ -283,7 +283,9 @@ def test_errors_of_paths_methods_and_bodies(both):
 
 
 def test_errors_of_a_server(serve_engine, fake_engine):
-    server = serve_engine(fake_engine, api_keys=("key",), max_body_bytes=1000, max_num_seqs=1, max_queue=0)
+    server = serve_engine(
+        fake_engine, api_keys=("key",), max_body_mb=1000 / 2**20, max_num_seqs=1, max_queue=0
+    )
     assert check_error(server.complete(), 401)["code"] == "invalid_api_key"
     server.http.headers["Authorization"] = "Bearer key"
     check_error(server.complete("x" * 2000), 413)

@@ -1,0 +1,148 @@
+"""Options of the HTTP side of `sleb serve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sleb.errors import ConfigError
+from sleb.options import check_values, option
+from sleb.server.bench_result import BenchResult
+from sleb.server.logs import FORMATS, LEVELS
+
+_MAX_KEYS_FILE = 2**20  # bytes
+_MAX_ALIAS = 200  # characters
+_DAY = 86400
+_ADDRESS, _NAMES, _LIMITS, _LOG = "Address and access", "What is told of the model", "Limits", "Start and log"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What a server is told beside its engine's options.
+
+    Attributes:
+        keep_alive_seconds: of silence in a stream before a comment says that it lives.
+        log_interval: seconds between lines about throughput, while there is any.
+    """
+
+    host: str = option("127.0.0.1", "Address to listen on.", group=_ADDRESS)
+    port: int = option(8000, "Port; 0 for any free one.", minimum=0, maximum=65535, group=_ADDRESS)
+    api_keys: tuple[str, ...] = option(
+        (),
+        "A key that opens the API; repeatable. Other users see flags: prefer SLEB_API_KEY or a file.",
+        unset="open to all",
+        flags=("--api-key",),
+        group=_ADDRESS,
+    )
+    api_key_file: Path | None = option(
+        None, "File with a key a line, beside those of --api-key.", unset="none", group=_ADDRESS
+    )
+    cors_origins: tuple[str, ...] = option(
+        (),
+        "Origin of web pages that may use the API, or *; repeatable.",
+        unset="none",
+        flags=("--cors-origin",),
+        group=_ADDRESS,
+    )
+    served_model_names: tuple[str, ...] = option(
+        (),
+        "Another name of the model; repeatable. Depth k is then NAME:sleb-k too.",
+        unset="none",
+        flags=("--served-model-name",),
+        metavar="NAME",
+        group=_NAMES,
+    )
+    bench_results: tuple[Path, ...] = option(
+        (),
+        "JSON of `sleb bench throughput` or `sleb eval`: what /v1/models tells of each tier; repeatable.",
+        unset="none",
+        flags=("--bench-result",),
+        group=_NAMES,
+    )
+    max_queue: int = option(1024, "Requests that may wait.", minimum=0, maximum=10**6, group=_LIMITS)
+    request_timeout: float | None = option(
+        None,
+        "Seconds after which a request ends with an error.",
+        unset="never",
+        minimum=0.001,
+        maximum=_DAY,
+        group=_LIMITS,
+    )
+    max_body_mb: float = option(32.0, "MiB of a request's body.", minimum=0.001, maximum=1024, group=_LIMITS)
+    drain_timeout: float = option(
+        30.0, "Seconds to finish open requests on SIGTERM.", minimum=0, maximum=_DAY, group=_LIMITS
+    )
+    warm_up: bool = option(True, "Let every tier answer once before /ready says so.", group=_LOG)
+    log_format: str = option("text", "Of the log on standard error.", choices=FORMATS, group=_LOG)
+    log_level: str = option("info", "From which level on lines are written.", choices=LEVELS, group=_LOG)
+    keep_alive_seconds: float = 15.0
+    log_interval: float = 10.0
+
+    def check(self) -> None:
+        """Raises ConfigError for the first option with a value that is not allowed, or a file that cannot be read."""
+        check_values(self)
+        for alias in self.served_model_names:
+            check_alias(alias)
+        _ = self.keys, self.origins, self.results
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of api_keys and of the file. Raises ConfigError for an empty one."""
+        keys = (*self.api_keys, *(() if self.api_key_file is None else read_keys(self.api_key_file)))
+        if any(not key.strip() for key in keys):
+            raise ConfigError("--api-key is empty; give a key, or leave the flag out")
+        return keys
+
+    @cached_property
+    def origins(self) -> tuple[str, ...]:
+        """cors_origins as browsers send them. Raises ConfigError."""
+        return tuple(map(check_origin, self.cors_origins))
+
+    @cached_property
+    def results(self) -> tuple[BenchResult, ...]:
+        """The content of bench_results. Raises ConfigError."""
+        return tuple(map(BenchResult.load, map(str, self.bench_results)))
+
+
+def read_keys(path: Path) -> list[str]:
+    """API keys from a file, one a line; empty lines and lines that begin with # do not count. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_KEYS_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--api-key-file {path} is not text in UTF-8") from None
+    if len(text) > _MAX_KEYS_FILE:
+        raise ConfigError(f"--api-key-file {path} is larger than 1 MiB; name a file with a key a line")
+    lines = map(str.strip, text.splitlines())
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file {path} holds no key; write one a line")
+    return keys
+
+
+def check_origin(origin: str) -> str:
+    """The origin as browsers send it. Raises ConfigError for what is none."""
+    if origin == "*":
+        return origin
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise ConfigError(
+            f"--cors-origin '{origin}' is no origin; write it like https://example.org, or * for all"
+        )
+    return f"{parts.scheme}://{parts.netloc}".lower()
+
+
+def check_alias(alias: str) -> None:
+    """Raises ConfigError for a name that a request could not give."""
+    if not 0 < len(alias) <= _MAX_ALIAS or not alias.isprintable() or any(map(str.isspace, alias)):
+        raise ConfigError(
+            f"--served-model-name {alias[:80]!r} is no name; use up to {_MAX_ALIAS} characters without spaces"
+        )
