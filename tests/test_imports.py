@@ -37,7 +37,7 @@ ARROWS = {
     "doctor": {"client"},
     "server": {"engine", "layer_map", "models"},
     "benchmarks": {"engine", "kernels", "layer_map", "models", "pruning", "client", "server"},
-    "research": {"benchmarks", "engine", "kernels", "layer_map", "models", "pruning"},
+    "research": {"benchmarks", "cli", "engine", "kernels", "layer_map", "models", "pruning"},
     "cli": {
         "benchmarks",
         "client",

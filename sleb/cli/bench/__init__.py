@@ -5,12 +5,9 @@ from __future__ import annotations
 import typer
 
 from sleb.cli.bench.diff import diff
-from sleb.cli.bench.fronts import fronts
 from sleb.cli.bench.kernels import kernels
-from sleb.cli.bench.methods import methods
 from sleb.cli.bench.peers import peers
 from sleb.cli.bench.report import report
-from sleb.cli.bench.search import search
 from sleb.cli.bench.serve import serve
 from sleb.cli.bench.throughput import throughput
 from sleb.cli.options import OptionsCommand
@@ -23,5 +20,5 @@ def _bench() -> None:
     """Measure speed: dense against pruned, ours against others, over HTTP, operator by operator."""
 
 
-for _command in (throughput, serve, peers, search, methods, fronts, kernels, report, diff):
+for _command in (throughput, serve, peers, kernels, report, diff):
     app.command(cls=OptionsCommand)(_command)

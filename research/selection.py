@@ -33,7 +33,7 @@ def _states(model: ScoringModel, window: Tensor) -> Iterator[Tensor]:
 def block_influence(model: ScoringModel, windows: Tensor) -> list[float]:
     """One less the mean cosine of a block's input and output at each token (ShortGPT, Men et al., arXiv:2403.03853)."""
     totals = torch.zeros(model.num_blocks, dtype=torch.float64)
-    for window in windows.split(1):
+    for window in torch.split(windows, 1):
         states = list(_states(model, window))
         for block in range(model.num_blocks):
             cosine = F.cosine_similarity(states[block], states[block + 1], dim=-1)
@@ -55,7 +55,7 @@ def angular_distances(model: ScoringModel, windows: Tensor) -> Tensor:
     (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv:2403.17887, equation 8.)
     """
     total = torch.zeros(model.num_blocks + 1, model.num_blocks + 1, dtype=torch.float64)
-    for window in windows.split(1):
+    for window in torch.split(windows, 1):
         last = torch.cat([state[0, -1:].double() for state in _states(model, window)])
         unit = F.normalize(last, dim=-1)
         total += torch.arccos((unit @ unit.T).clamp(-1, 1)) / math.pi
@@ -80,15 +80,10 @@ def last_blocks(model: ScoringModel) -> Choice:
     return lambda count: [Unit(block) for block in range(end - count, end)]
 
 
-def spread_units(num_blocks: int, count: int) -> list[Unit]:
-    """`count` blocks at equal distances between the first and the last of `num_blocks`."""
-    middle = candidate_units("blocks", num_blocks)
-    return [middle[(2 * place + 1) * len(middle) // (2 * count)] for place in range(count)]
-
-
 def evenly_spaced(model: ScoringModel) -> Choice:
     """Blocks at equal distances between the first and the last."""
-    return lambda count: spread_units(model.num_blocks, count)
+    middle = candidate_units("blocks", model.num_blocks)
+    return lambda count: [middle[(2 * place + 1) * len(middle) // (2 * count)] for place in range(count)]
 
 
 def random_blocks(model: ScoringModel, seed: int) -> Choice:

@@ -1,0 +1,53 @@
+"""What the scripts share: a command from options, and calibration windows as `sleb prune` makes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+from sleb.benchmarks.environment import describe_machine, shown_command
+from sleb.benchmarks.record import Measurement, Result
+from sleb.cli.options import OptionsCommand, with_options
+from sleb.engine.model.scoring import DecoderScorer
+from sleb.errors import SlebError
+from sleb.pruning.options import PruneOptions
+from sleb.pruning.tokens import gather_tokens
+
+
+def run(function: Callable[..., None]) -> None:
+    """Runs `function`, of a model and options, as a command: an error that a user can mend is a line and status 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=OptionsCommand)(with_options(function))
+    try:
+        app()
+    except SlebError as error:
+        typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+
+
+def say(text: str) -> None:
+    """What is done meanwhile, on standard error."""
+    typer.echo(text, err=True)
+
+
+def text_windows(model: str, scorer: DecoderScorer, asked: PruneOptions) -> list[Tensor]:
+    """Windows [W, L] of the calibration text, and of the held-out text if there is one. Raises ConfigError."""
+    found = gather_tokens(model, scorer, asked, note=say, on_generate=lambda share: None)
+    return [each.windows for each in found if each is not None]
+
+
+def scoring_result(
+    kind: str, model: str, scorer: DecoderScorer, options: Any, found: list[Measurement], complete: bool
+) -> Result:
+    """The result of a script that computes losses."""
+    dtype: torch.dtype = scorer.dtype
+    environment = describe_machine(scorer.device, dtype, "torch", shown_command(sys.argv, model))
+    hidden = ("layer_map", "calibration", "held_out")
+    settings = {name: value for name, value in vars(options).items() if name not in hidden}
+    settings = {"model": scorer.model_name, **settings}
+    return Result(kind, environment, settings, found, complete=complete)
