@@ -12,7 +12,7 @@ from typing import Any
 from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.grammar_masks import advance
-from sleb.engine.execute.sampler import SampledToken, needs_last_token
+from sleb.engine.execute.sampler import SampledToken
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
@@ -99,7 +99,7 @@ class Engine:
         the step waits for it.
         """
         outputs: list[StepOutput] = []
-        if self._in_flight is not None and any(map(_must_wait, self.scheduler.running)):
+        if self._in_flight is not None and any(request.must_wait for request in self.scheduler.running):
             outputs += self._commit()
         step = self.scheduler.schedule()
         sampled = None
@@ -336,12 +336,6 @@ def _begin_grammar(params: SamplingParams) -> Grammar | None:
         return params.grammar.start()
     except Exception as error:
         raise RequestError(f"the grammar cannot be begun: {str(error)[:500]}", param="grammar") from error
-
-
-def _must_wait(request: Request) -> bool:
-    """Whether the request's next row cannot be made before its last one is read."""
-    gathers = request.wants_prompt_logprobs and not request.prompt_logprobs_sent
-    return needs_last_token(request) or gathers
 
 
 def _take_prompt_logprobs(request: Request) -> list[TokenLogprobs | None] | None:

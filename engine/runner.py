@@ -14,7 +14,7 @@ from sleb.engine.execute.build import build_executor, select_backends
 from sleb.engine.execute.executor import Forward, PlannedSublayer
 from sleb.engine.execute.grammar_masks import fill_masks
 from sleb.engine.execute.kv_cache import bytes_per_token
-from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledToken, Sampler, is_greedy
+from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledToken, Sampler
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
 from sleb.engine.execute.transfer import to_device
 from sleb.engine.model.architecture import DecoderSpec
@@ -139,7 +139,7 @@ class Runner:
         arrays = StepArrays.of(step.rows, executor.removed_at, executor.page_size, self._last_rows)
         ends = arrays.query_starts[1:]
         last_tokens = [end - 1 for row, end in zip(step.rows, ends, strict=True) if row.chooses]
-        greedy = all(is_greedy(row.request) for row in step.rows if row.chooses)
+        greedy = all(row.request.is_greedy for row in step.rows if row.chooses)
         return executor.run(arrays, last_tokens, greedy, self._last_sampled)
 
     def sample(self, step: Step, forward: Forward) -> SampledStep:

@@ -130,7 +130,7 @@ class Kernels:
     """C kernels that run a whole step as one call; the functions above then serve what lies outside of steps."""
     gpu: GpuKernels | None = None
     """Operators that read their row counts on the device; a step then runs on them."""
-    note: str = ""
+    why_slower: str = ""
     """Why nothing faster was chosen."""
 
 
@@ -186,10 +186,10 @@ def triton_gpu_kernels() -> GpuKernels:
     )
 
 
-def _torch_kernels(note: str = "") -> Kernels:
+def _torch_kernels(why_slower: str = "") -> Kernels:
     return Kernels(
         name="torch",
-        note=note,
+        why_slower=why_slower,
         rms_norm=reference.rms_norm,
         layer_norm=reference.layer_norm,
         linear=reference.linear,
@@ -245,11 +245,11 @@ def select_kernels(
         try:
             return _triton_kernels(device)
         except ConfigError as reason:
-            return _torch_kernels(note=str(reason))
+            return _torch_kernels(why_slower=str(reason))
     try:
         cpu = CpuKernels.load(num_threads, cpus=cpus)
     except CpuKernelsUnavailableError as reason:
         if name == "cpu":
             raise ConfigError(f"kernels 'cpu' cannot be used: {reason}; use kernels auto or torch") from None
-        return _torch_kernels(note=str(reason))
+        return _torch_kernels(why_slower=str(reason))
     return replace(_torch_kernels(), name="cpu", cpu=cpu, sample=cpu.sample)

@@ -81,7 +81,7 @@ def build_executor(
     """
     device, kernels, attention = backends.device, backends.kernels, backends.attention
     page_size = config.page_size or DEFAULT_PAGE_SIZE
-    setup, reserve, why_slower = None, 0, kernels.note
+    setup, reserve, why_slower = None, 0, kernels.why_slower
     if attention is not None:
         assert kernels.gpu is not None
         page_size = choose_page_size(config.page_size, attention)

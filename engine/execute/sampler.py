@@ -83,7 +83,7 @@ class Sampler:
         masks: of the requests that follow a grammar (`sleb.engine.execute.grammar_masks.fill_masks`).
         """
         reported = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        adjusted = [row for row, request in enumerate(requests) if adjusts(request)]
+        adjusted = [row for row, request in enumerate(requests) if request.adjusts_logits]
         raw = logits
         if len(reported) < len(requests):
             raw = logits[self._rows(reported, logits)] if reported else logits
@@ -152,22 +152,3 @@ class Sampler:
             stops = (set() if params.ignore_eos else self._eos) | set(params.stop_token_ids)
             if stops:
                 logits.index_fill_(0, to_device(sorted(stops), torch.int64, logits.device), NEVER)
-
-
-def is_greedy(request: Request) -> bool:
-    """Whether the request wants the token of the highest logit and nothing else."""
-    params = request.params
-    return params.temperature == 0.0 and params.logprobs is None and not adjusts(request)
-
-
-def adjusts(request: Request) -> bool:
-    """Whether the request's logits change before a token is chosen."""
-    params = request.params
-    return bool(needs_last_token(request) or params.logit_bias or request.num_sampled < params.min_tokens)
-
-
-def needs_last_token(request: Request) -> bool:
-    """Whether the next token cannot be chosen before the host knows the last one."""
-    params = request.params
-    penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-    return bool(penalised or request.grammar is not None)

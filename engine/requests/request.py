@@ -82,6 +82,30 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         return self.params.prompt_logprobs is not None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it wants the token of the highest logit and nothing else."""
+        params = self.params
+        return params.temperature == 0.0 and params.logprobs is None and not self.adjusts_logits
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether its logits change before a token is sampled."""
+        params = self.params
+        return bool(self.needs_last_token or params.logit_bias or self.num_sampled < params.min_tokens)
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether the next token cannot be sampled before the host knows the last one."""
+        params = self.params
+        penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        return bool(penalised or self.grammar is not None)
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether its next row cannot be made before its last one is read."""
+        return self.needs_last_token or (self.wants_prompt_logprobs and not self.prompt_logprobs_sent)
+
     def reset(self) -> None:
         """Forgets what was computed; its pages must be freed already. Gathered prompt logprobs stay."""
         self.num_computed = 0

@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros(rows.shape, device=rows.device)
             for start in range(0, len(weight), _ENTRIES):
                 part = weight[start : start + _ENTRIES]
-                share = (F.linear(rows, part).float() - norm[:, None]).exp()
-                total += (share.to(part.dtype) @ part).float()
+                softmax = (F.linear(rows, part).float() - norm[:, None]).exp()
+                total += (softmax.to(part.dtype) @ part).float()
             result.append((total - weight[wanted].float()) * factor[:, None])
         return torch.cat(result).to(states.dtype), None, None

@@ -206,7 +206,7 @@ def sample(
         temperature: above 0; divides the logits.
         min_p: in [0, 1]; keeps what is at least so many times as probable as the best (arXiv 2407.01082).
         top_k: keeps so many of the most probable; 0 or less: all.
-        top_p: in (0, 1]; keeps the most probable up to the one that reaches this share (arXiv 1904.09751).
+        top_p: in (0, 1]; keeps the most probable, as few as have that probability together (arXiv 1904.09751).
         points: in [0, 1).
 
     Returns: [B] int64. A row whose highest logit is infinite or NaN has no distribution: it gives that token.
@@ -217,11 +217,11 @@ def sample(
     weights = scaled.exp().masked_fill(scaled < _column(min_p, logits).log(), 0.0)
     vocab_size = logits.shape[-1]
     counts = [min(int(count), vocab_size) if count > 0 else vocab_size for count in top_k]
-    shares = [float(share) for share in top_p]
-    cut = [row for row, count in enumerate(counts) if count < vocab_size or shares[row] < 1.0]
+    limits = [float(limit) for limit in top_p]
+    cut = [row for row, count in enumerate(counts) if count < vocab_size or limits[row] < 1.0]
     if cut:
         weights[cut] = _keep_top(
-            logits[cut], weights[cut], [counts[row] for row in cut], [shares[row] for row in cut]
+            logits[cut], weights[cut], [counts[row] for row in cut], [limits[row] for row in cut]
         )
     cumulative = weights.cumsum(dim=-1)
     # Strictly greater, so that a token of probability 0 is never met; the rounded end is caught by the clamp.
@@ -238,8 +238,8 @@ def _keep_top(logits: Tensor, weights: Tensor, top_k: Sequence[int], top_p: Sequ
     ordered = weights.gather(-1, order).masked_fill(ranks >= _column(top_k, logits), 0.0)
     cumulative = ordered.cumsum(dim=-1)
     before = F.pad(cumulative[:, :-1], (1, 0))  # the token that crosses top_p stays, and always the first
-    shares = [share if share < 1.0 else float("inf") for share in top_p]  # 1 keeps even what rounding hides
-    ordered = ordered.masked_fill((before >= _column(shares, logits) * cumulative[:, -1:]) & (ranks > 0), 0.0)
+    limits = [limit if limit < 1.0 else float("inf") for limit in top_p]  # 1 keeps even what rounding hides
+    ordered = ordered.masked_fill((before >= _column(limits, logits) * cumulative[:, -1:]) & (ranks > 0), 0.0)
     return torch.zeros_like(weights).scatter(-1, order, ordered)
 
 

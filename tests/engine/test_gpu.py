@@ -1,4 +1,4 @@
-"""The engine on a CUDA card (`pytest -m gpu`): Triton kernels, captured graphs, overlapped steps, mixed tiers."""
+"""The engine on a CUDA GPU (`pytest -m gpu`): Triton kernels, captured graphs, overlapped steps, mixed tiers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sleb.errors import ConfigError
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
 PROMPTS = [[7, 8, 9], list(range(10, 60)), [100] * 17, [65, 66]]
@@ -44,7 +44,7 @@ def logprobs(output):
     return torch.tensor([entry.logprob for entry in entries])
 
 
-def test_a_card_gets_triton_graphs_and_overlap(make):
+def test_a_gpu_gets_triton_graphs_and_overlap(make):
     engine = make().engine
     executor = engine.runner.executor
     assert isinstance(executor, GpuExecutor) and engine.overlap
@@ -136,7 +136,7 @@ def test_sampling_with_a_seed_repeats(make):
 
 
 def test_the_cache_takes_the_share_of_the_memory_that_was_asked_for(make):
-    """Weights, KV, graphs and a full step stay within gpu_memory_utilization of the card."""
+    """Weights, KV, graphs and a full step stay within gpu_memory_utilization of the GPU."""
     free, total = torch.cuda.mem_get_info()
     share = (total - free) / total + 0.2
     llm = make(gpu_memory_utilization=share, kv_cache_memory=None, max_num_seqs=256)

@@ -1,4 +1,4 @@
-"""Fixtures of the Triton operators' tests, which run interpreted on a CPU and compiled on a card (`pytest -m gpu`)."""
+"""Fixtures of the Triton operators' tests, which run interpreted on a CPU and compiled on a GPU (`pytest -m gpu`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-_HAS_CARD = torch.cuda.is_available()
+_HAS_GPU = torch.cuda.is_available()
 # The step between neighbouring numbers near 1. A result that is rounded once is off by half of it; by all of it where
 # the interpreter makes bfloat16, for it cuts bits off.
 _EPSILON = {torch.float32: 4e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -16,8 +16,8 @@ _EPSILON = {torch.float32: 4e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-
 
 @pytest.fixture(
     params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(_HAS_CARD, reason="kernels are compiled for the card")),
-        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _HAS_CARD, reason="no card")]),
+        pytest.param("cpu", marks=pytest.mark.skipif(_HAS_GPU, reason="kernels are compiled for the GPU")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not _HAS_GPU, reason="no GPU")]),
     ]
 )
 def device(request: pytest.FixtureRequest) -> torch.device:

@@ -249,7 +249,7 @@ def test_random_weights_have_the_deviation_asked_for(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_card_makes_the_same_tensors(kind):
+def test_a_gpu_makes_the_same_tensors(kind):
     matrix = draw((65, 200))
     here, there = KINDS[kind](matrix), KINDS[kind](matrix.cuda())
     assert there.values.is_cuda

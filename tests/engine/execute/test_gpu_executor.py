@@ -1,7 +1,7 @@
 """The executor for a GPU: against transformers, against the eager one, replayed, overlapped, interpreted.
 
 Most tests run the operators' torch specification, which is fast, and "capture" by keeping the function: what a graph
-replays on a card is then called again on the same static tensors. The Triton kernels themselves run interpreted on
+replays on a GPU is then called again on the same static tensors. The Triton kernels themselves run interpreted on
 small steps at the end.
 """
 
@@ -23,7 +23,7 @@ from sleb.errors import ConfigError
 from sleb.kernels import registry
 from sleb.layer_map.layer_map import Unit
 
-pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
+pytest.importorskip("triton")  # the interpreter, or a GPU: the registry asks for one
 
 TOLERANCE = 1e-4
 PROMPT = torch.randint(3, 96, (41,), generator=torch.Generator().manual_seed(5)).tolist()

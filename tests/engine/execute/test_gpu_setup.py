@@ -1,7 +1,7 @@
-"""What happens on a card before it serves, on a stand-in for torch.cuda: the order of events and the sums of memory.
+"""What happens on a GPU before it serves, on a stand-in for torch.cuda: the order of events and the sums of memory.
 
 The stand-in has streams, graphs and a memory that the test writes; "capturing" records the function and a replay calls
-it. What the real card does is in test_gpu.py.
+it. What the real GPU does is in test_gpu.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sleb.errors import ConfigError
 from sleb.kernels import registry
 from sleb.kernels.attention import select as attention
 
-pytest.importorskip("triton")  # the interpreter, or a card: the registry asks for one
+pytest.importorskip("triton")  # the interpreter, or a GPU: the registry asks for one
 
 
-class Card:
+class FakeGpu:
     """torch.cuda as far as it is used; free memory falls by `graph_bytes` for each graph captured."""
 
     def __init__(self):
@@ -60,15 +60,15 @@ class Card:
 
 
 @pytest.fixture
-def card(monkeypatch):
-    fake = Card()
+def gpu(monkeypatch):
+    fake = FakeGpu()
     fake.install(monkeypatch)
     return fake
 
 
 @pytest.fixture
 def make(make_llm, monkeypatch):
-    """An LLM over the operators' specification, set up on the CPU as if on a card."""
+    """An LLM over the operators' specification, set up on the CPU as if on a GPU."""
 
     def build(model, **options):
         specification = registry.torch_gpu_kernels()
@@ -82,18 +82,18 @@ def make(make_llm, monkeypatch):
     return build
 
 
-def test_set_up_measures_sizes_warms_up_and_captures(card, make, tiny_model_dir, monkeypatch):
+def test_set_up_measures_sizes_warms_up_and_captures(gpu, make, tiny_model_dir, monkeypatch):
     """Trial graphs first, then the cache, then a graph for every bucket; progress is told; it still generates."""
     seen = []
     sized = kv_cache.choose_num_pages
 
     def spy(*arguments):
-        card.events.append("size")
+        gpu.events.append("size")
         return sized(*arguments)
 
     monkeypatch.setattr(kv_cache, "choose_num_pages", spy)
     llm = make(tiny_model_dir, max_num_seqs=5, on_capture=lambda done, total: seen.append((done, total)))
-    order = [event for event in card.events if event != "empty"]
+    order = [event for event in gpu.events if event != "empty"]
     assert order == ["capture"] * 2 + ["size"] + ["capture"] * 4
     assert seen == [(count, 4) for count in range(5)]
     assert "4 captured graphs" in llm.engine.description
@@ -103,10 +103,10 @@ def test_set_up_measures_sizes_warms_up_and_captures(card, make, tiny_model_dir,
     assert len(output.token_ids) == 6
 
 
-def test_the_reserve_is_activations_and_graphs(card, make, tiny_model_dir):
+def test_the_reserve_is_activations_and_graphs(gpu, make, tiny_model_dir):
     """1 MiB a graph: the largest of each depth as measured, each further one like a second; 10 % on top."""
     executor = make(tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=5).engine.runner.executor
-    card.graph_bytes = 1 << 20
+    gpu.graph_bytes = 1 << 20
     reserve = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5))
     assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20))) + executor.static_bytes
     without = cuda_graphs.measure_reserve(executor, 64, 32, ())
@@ -122,7 +122,7 @@ def test_the_reserve_leaves_fewer_pages(monkeypatch):
         kv_cache.choose_num_pages(GIB, 100, None, device, 0.9, reserve=5 * GIB)
 
 
-def test_a_capture_that_fails_names_the_way_out(card, monkeypatch):
+def test_a_capture_that_fails_names_the_way_out(gpu, monkeypatch):
     @contextlib.contextmanager
     def refuse(graph, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

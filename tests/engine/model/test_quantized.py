@@ -135,7 +135,7 @@ class TestWhatIsComputed:
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("name", QUANTIZERS)
-    def test_on_a_card(self, name, tiny_model, make_llm):
+    def test_on_a_gpu(self, name, tiny_model, make_llm):
         model = tiny_model("llama-tied")
         here = make_llm(model, weights=name, kernels="torch").score(TOKENS)
         there = make_llm(model, weights=name, kernels="torch", device="cuda").score(TOKENS)

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleb import SamplingParams
-from sleb.engine.engine import _must_wait
 from sleb.engine.execute.cuda_graphs import decode_buckets
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.grammar_masks import TokenMasks, fill_masks, num_words
 from sleb.engine.execute.kv_cache import GIB
-from sleb.engine.execute.sampler import Sampler, adjusts, is_greedy
+from sleb.engine.execute.sampler import Sampler
 from sleb.errors import RequestError
 from sleb.kernels import registry
 from sleb.kernels.registry import select_kernels
@@ -268,9 +267,9 @@ def test_the_engine_waits_and_the_mask_is_made_after_the_launch(make_llm, tiny_m
 
 def test_such_a_request_is_never_a_plain_greedy_one(make_request):
     request = make_request([1], temperature=0.0)
-    assert is_greedy(request) and not adjusts(request) and not _must_wait(request)
+    assert request.is_greedy and not request.adjusts_logits and not request.must_wait
     request.grammar = letters().start()
-    assert not is_greedy(request) and adjusts(request) and _must_wait(request)
+    assert not request.is_greedy and request.adjusts_logits and request.must_wait
 
 
 @given(

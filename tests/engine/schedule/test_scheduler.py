@@ -23,7 +23,7 @@ TIERS = tuple(Tier(f"model:{depth}", depth, f"digest-{depth}", 1, ()) for depth 
 class World:
     """A scheduler, its shadow memory and the answers that requests are still owed.
 
-    overlap: a step's tokens are read after the next one was launched, as the engine does on a card. Until then the
+    overlap: a step's tokens are read after the next one was launched, as the engine does on a GPU. Until then the
     scheduler knows only that there is one, `unread` is what the device knows. late: requests end before max_tokens,
     so an end is seen one step late.
     """

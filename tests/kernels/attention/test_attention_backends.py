@@ -1,7 +1,7 @@
 """The attention backends: flash-attn 2, 3 and 4 and torch's varlen attention, and their choice by name.
 
-Without a card they are called through stand-ins: functions with the parameter lists of the real ones (read in their
-sources), which refuse what the real ones refuse and compute in float32, one query at a time. With a card the real ones
+Without a GPU they are called through stand-ins: functions with the parameter lists of the real ones (read in their
+sources), which refuse what the real ones refuse and compute in float32, one query at a time. With a GPU the real ones
 are tested too, wherever they can be imported.
 """
 
@@ -303,8 +303,8 @@ def install(monkeypatch):
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """card(9, 0): the card's compute capability."""
+def gpu(monkeypatch):
+    """gpu(9, 0): the GPU's compute capability."""
 
     def put(major, minor=0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
@@ -432,9 +432,9 @@ def select(name, device=CUDA, dtype=torch.bfloat16, head_dim=HEAD_DIM, kernels="
         (12, (2, 3, 4), 2),
     ],
 )
-def test_the_version_of_flash_attn(install, card, capability, installed, chosen):
+def test_the_version_of_flash_attn(install, gpu, capability, installed, chosen):
     install(*installed)
-    card(capability)
+    gpu(capability)
     backend = select("flash")
     assert backend.name == f"flash-attn {VERSIONS[chosen]}"
     assert backend.capturable
@@ -442,9 +442,9 @@ def test_the_version_of_flash_attn(install, card, capability, installed, chosen)
     Case(BATCHES["mixed"], 256).check(backend.function)
 
 
-def test_flash_attn_4_on_wide_heads(install, card):
+def test_flash_attn_4_on_wide_heads(install, gpu):
     install(2, 4)
-    card(10)
+    gpu(10)
     assert select("flash", head_dim=128).name == "flash-attn 4"
     assert select("flash", head_dim=256).name == "flash-attn 2.8.3"
     install(4)
@@ -452,10 +452,10 @@ def test_flash_attn_4_on_wide_heads(install, card):
         select("flash", head_dim=256)
 
 
-def test_an_early_flash_attn_4_is_passed_over(install, card, monkeypatch):
+def test_an_early_flash_attn_4_is_passed_over(install, gpu, monkeypatch):
     """flash-attn 2.8.3 has a folder flash_attn/cute whose function knows no max_seqlen_q."""
     install(2, 4)
-    card(10)
+    gpu(10)
 
     def early(
         q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_k=None, page_table=None, window_size=None
@@ -479,30 +479,30 @@ def test_an_early_flash_attn_4_is_passed_over(install, card, monkeypatch):
         ({"head_dim": 100}, "multiples of 8 up to 256, not 100"),
     ],
 )
-def test_what_flash_attn_does_not_compute(install, card, asked, complaint):
+def test_what_flash_attn_does_not_compute(install, gpu, asked, complaint):
     install(2, 3, 4)
-    card(9)
+    gpu(9)
     with pytest.raises(
         ConfigError, match=f"'flash' cannot be used: .*{complaint}.*; choose one of: auto, torch$"
     ):
         select("flash", **asked)
 
 
-def test_an_old_card_and_nothing_installed(install, card):
+def test_an_old_gpu_and_nothing_installed(install, gpu):
     install()
-    card(7, 5)
+    gpu(7, 5)
     with pytest.raises(ConfigError, match=r"compute capability 8.0 or newer, not 7.5"):
         select("flash")
-    card(9)
+    gpu(9)
     with pytest.raises(
         ConfigError, match=r"flash-attn 3: .*flash-attn 4: .*flash-attn 2: .*pip install flash-attn"
     ):
         select("flash")
 
 
-def test_triton_is_that_of_the_triton_kernels(install, card):
+def test_triton_is_that_of_the_triton_kernels(install, gpu):
     install(2)
-    card(8)
+    gpu(8)
     for name in ("auto", "triton"):
         backend = select(name, kernels="triton")
         assert backend.name == "triton" and backend.page_multiple == 1 and backend.capturable
@@ -521,9 +521,9 @@ def test_sdpa_is_the_fallback(name):
     case.check(backend.function, window=20)
 
 
-def test_torch_varlen_where_it_takes_pages(card, monkeypatch):
+def test_torch_varlen_where_it_takes_pages(gpu, monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    card(9)
+    gpu(9)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_torch)
     backend = select("torch", dtype=torch.float16)
     assert backend.name == "torch varlen" and backend.page_multiple == 256
@@ -531,9 +531,9 @@ def test_torch_varlen_where_it_takes_pages(card, monkeypatch):
     assert select("auto").name == "torch sdpa"
     assert select("torch", dtype=torch.float32).name == "torch sdpa"
     assert select("torch", head_dim=300).name == "torch sdpa"
-    card(7, 5)
+    gpu(7, 5)
     assert select("torch").name == "torch sdpa"
-    card(9)
+    gpu(9)
     monkeypatch.setattr(
         varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: query
     )
@@ -575,13 +575,13 @@ def test_page_sizes_that_do_not_suit(wanted, suggested):
         choose_page_size(wanted, backend)
 
 
-# --- on a card -------------------------------------------------------------------------------------------------------
+# --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
 def real_attention(name):
     """An attention that is installed here, with its page multiple; skips where there is none."""
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA card")
+        pytest.skip("no CUDA GPU")
     if name == "torch":
         found = sdpa.find_varlen(CUDA, torch.bfloat16, REAL_HEAD_DIM)
         if found is None:

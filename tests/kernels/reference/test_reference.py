@@ -223,20 +223,20 @@ def test_log_softmax_gather_and_greedy():
 
 
 class TestRegistry:
-    def test_auto_on_a_card_is_triton_and_torch_where_triton_is_not(self, monkeypatch):
+    def test_auto_on_a_gpu_is_triton_and_torch_where_triton_is_not(self, monkeypatch):
         from sleb.errors import ConfigError
         from sleb.kernels.registry import select_kernels
 
         pytest.importorskip("triton")
-        card = torch.device("cuda", 0)
-        kernels = select_kernels("auto", card)
+        gpu = torch.device("cuda", 0)
+        kernels = select_kernels("auto", gpu)
         assert (kernels.name, kernels.gpu.name) == ("triton", "triton")
         monkeypatch.setitem(sys.modules, "triton", None)
-        kernels = select_kernels("auto", card)
+        kernels = select_kernels("auto", gpu)
         assert (kernels.name, kernels.gpu) == ("torch", None)
-        assert "need Triton" in kernels.note
+        assert "need Triton" in kernels.why_slower
         with pytest.raises(ConfigError, match="pip install triton"):
-            select_kernels("triton", card)
+            select_kernels("triton", gpu)
 
     def test_auto_is_the_torch_backend_where_the_c_kernels_cannot_run(self, monkeypatch):
         from sleb.errors import ConfigError
@@ -245,7 +245,7 @@ class TestRegistry:
         monkeypatch.setenv("SLEB_CPU_ISA", "none")
         kernels = select_kernels("auto", torch.device("cpu"))
         assert (kernels.name, kernels.cpu) == ("torch", None)
-        assert "SLEB_CPU_ISA" in kernels.note
+        assert "SLEB_CPU_ISA" in kernels.why_slower
         with pytest.raises(ConfigError, match="SLEB_CPU_ISA"):
             select_kernels("cpu", torch.device("cpu"))
 

@@ -183,7 +183,7 @@ def test_splits(device, splits, window):
 
 
 def test_choice_of_splits(device):
-    """Enough programs for the card, each with a good part of the longest context, at most 64."""
+    """Enough programs for the GPU, each with a good part of the longest context, at most 64."""
     processors = paged_decode.num_processors(device)
     choose = paged_decode.choose_num_splits
     assert choose(1, 1, 100, device) == 1

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled offline for cards that need not be there, at the shapes of real models.
+"""Every Triton kernel compiled offline for GPUs that need not be there, at the shapes of real models.
 
 The wrappers are called with tensors without data (torch's meta device) in a process of its own, where kernels are
 compiled, not interpreted; each launch is compiled with the types and constants that the wrapper gives it, and the
@@ -261,7 +261,7 @@ class TestCompiled:
         assert {record["kernel"] for record in records} == set().union(*KERNELS.values())
 
     def test_registers_suffice(self, records, arch):
-        """But for tiles of many rows on older cards, and in float32, whose products no tensor core takes in full."""
+        """But for tiles of many rows on older GPUs, and in float32, whose products no tensor core takes in full."""
         records = compiled(records, arch)
 
         def spills(record):

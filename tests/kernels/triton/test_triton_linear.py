@@ -84,7 +84,7 @@ def test_parts(make, close, monkeypatch, kind, parts, inputs):
 
 
 def test_choice_of_parts(device):
-    """A power of two, each part with four tiles or more, only where outputs are too few to fill the card."""
+    """A power of two, each part with four tiles or more, only where outputs are too few to fill the GPU."""
     processors = module.num_processors(device)
     assert choose_num_parts(4 * processors, 1 << 20, 128, device) == 1
     assert choose_num_parts(1, 128, 128, device) == 1
