@@ -1,6 +1,8 @@
 """Compiles the C kernels in src/, and finds the library that fits them.
 
-An install compiles them once, where there is a compiler. The library carries a key of the sources that it was made
+An install compiles them once, where there is a compiler; it never fails for want of one. Plain calls of the system's
+compiler, not torch.utils.cpp_extension and not a Python extension: no torch at build time, no C++, and one library for
+every version of Python (the wheel is py3-none-linux_x86_64). The library carries a key of the sources that it was made
 from, so that a stale one is never loaded: the next run then compiles into the cache folder instead. Nothing but the
 standard library is imported, because setup.py loads this file by its path.
 

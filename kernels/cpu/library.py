@@ -184,22 +184,26 @@ class CpuKernels:
         logits = logits.contiguous()
         num_rows, vocab_size = logits.shape
         chosen = torch.empty(num_rows, dtype=torch.int64)
-        numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "points": points}
-        columns = {name: array("d", map(float, column)) for name, column in numbers.items()}
+        temperatures, top_ps, min_ps, uniforms = numbers = [
+            array("d", map(float, column)) for column in (temperature, top_p, min_p, points)
+        ]
         counts = array("i", (min(int(count), vocab_size) if count > 0 else 0 for count in top_k))
-        assert {num_rows} == {len(counts), *map(len, columns.values())}, "one number a row"
+        assert {num_rows} == {len(counts), *map(len, numbers)}, "one number a row"
         size = self.library.sleb_sample_bytes(vocab_size) * self.num_threads
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         record = Sample(
             logits=logits.data_ptr(),
+            temperature=temperatures.buffer_info()[0],
+            top_p=top_ps.buffer_info()[0],
+            min_p=min_ps.buffer_info()[0],
+            points=uniforms.buffer_info()[0],
             top_k=counts.buffer_info()[0],
             chosen=chosen.data_ptr(),
             scratch=self._scratch.data_ptr(),
             pool=self.pool,
             num_rows=num_rows,
             vocab_size=vocab_size,
-            **{name: column.buffer_info()[0] for name, column in columns.items()},
         )
         self.isa.sample(record)
         return chosen

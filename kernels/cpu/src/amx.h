@@ -101,7 +101,7 @@ INLINE void tiles_store(int32_t rows, float *sums, size_t lds) {
     }
 }
 
-/* Probabilities [rows, keys] times values, pages of `lines` pairs of keys; pages shorter than a tile are put together. */
+/* Probabilities [rows, keys] times values, in pages of `lines` pairs of keys; pages shorter than a tile are joined. */
 INLINE void tiles_mix(const char *probs, size_t lda, const char *const *pages, int32_t num_pages, int32_t lines,
                       size_t stride, int32_t rows, char *scratch, float *sums) {
     tiles_zero(rows);
@@ -129,19 +129,22 @@ INLINE __m512i pair_bf16(__m512 even, __m512 odd) {
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
+/* Byte i of each lane. */
+INLINE __m512 byte_of(__m512i x, int32_t i) {
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(x, _mm512_set1_epi32(8 * i)), _mm512_set1_epi32(255)));
+}
+
 /* A panel of bytes or nibbles as bf16 lines, [kp / 2, 2, 16, 2]. The scale of a column of bytes comes later. */
 static void widen_panel(const sleb_linear *w, const char *data, char *out) {
     int32_t kp = round_up(w->k, SLEB_GROUP);
-    const __m512i byte = _mm512_set1_epi32(255), nibble = _mm512_set1_epi8(15);
+    const __m512i nibble = _mm512_set1_epi8(15);
     if (w->format == SLEB_I8) {
         const __m512 zero = _mm512_set1_ps(128.0f);
         for (int32_t k = 0; k < kp; k += 4, data += 128, out += 256)
             for (int32_t half = 0; half < 2; half++) {
                 __m512i q = load_i(data + 64 * half);
                 __m512 x[4];
-                for (int32_t i = 0; i < 4; i++)
-                    x[i] = _mm512_sub_ps(
-                        _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(q, _mm512_set1_epi32(8 * i)), byte)), zero);
+                for (int32_t i = 0; i < 4; i++) x[i] = _mm512_sub_ps(byte_of(q, i), zero);
                 _mm512_storeu_si512(out + 64 * half, pair_bf16(x[0], x[1]));
                 _mm512_storeu_si512(out + 128 + 64 * half, pair_bf16(x[2], x[3]));
             }
@@ -155,9 +158,7 @@ static void widen_panel(const sleb_linear *w, const char *data, char *out) {
                 for (int32_t quad = 0; quad < 2; quad++) {
                     __m512i q = _mm512_and_si512(quad ? _mm512_srli_epi16(both, 4) : both, nibble);
                     __m512 x[4];
-                    for (int32_t i = 0; i < 4; i++)
-                        x[i] = _mm512_fmadd_ps(
-                            _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(q, _mm512_set1_epi32(8 * i)), byte)), s, m);
+                    for (int32_t i = 0; i < 4; i++) x[i] = _mm512_fmadd_ps(byte_of(q, i), s, m);
                     _mm512_storeu_si512(out + 256 * quad + 64 * half, pair_bf16(x[0], x[1]));
                     _mm512_storeu_si512(out + 256 * quad + 128 + 64 * half, pair_bf16(x[2], x[3]));
                 }

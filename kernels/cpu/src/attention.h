@@ -1,7 +1,8 @@
 /* Attention over paged keys and values, without a copy of the context.
  *
  * A page of a head holds its keys and its values in the order in which the tiles read them, so that one query needs no
- * sums across lanes. With P tokens a page, P a multiple of 16, and Dp features:
+ * sums across lanes, and the tile is the same as for every other product. With P tokens a page, P a multiple of 16 that
+ * divides a chunk (library.py: PAGE_SIZES), and Dp features:
  *
  *              keys                            values
  *   bf16       [P / 16, Dp / 2, 16, 2]         [P / 2, Dp, 2]
@@ -92,7 +93,8 @@ static void clear_values_after(const sleb_model *m, char *page, int32_t offset, 
     size_t row = (size_t)padded * kv_bytes(m->kv_format);
     if (m->kv_format == SLEB_BF16 && offset % 2 == 0) {
         for (int32_t at = 0; at < padded; at += 16)
-            _mm512_mask_storeu_epi16(page + ((size_t)(offset / 2) * padded + at) * 4, 0xaaaaaaaau, _mm512_setzero_si512());
+            _mm512_mask_storeu_epi16(page + ((size_t)(offset / 2) * padded + at) * 4, 0xaaaaaaaau,
+                                     _mm512_setzero_si512());
         offset++;
     }
     memset(page + (size_t)(offset + 1) * row, 0, (size_t)(m->page_size - offset - 1) * row);
@@ -254,8 +256,8 @@ static void mix_values(const sleb_model *m, const char *const *pages, int32_t nu
         } else
 #endif
         {
-            tile t = {.lda = lda, .blocks = blocks, .num_blocks = num_pages, .second = halves == 2 ? (ptrdiff_t)line : 0,
-                      .stride = (size_t)padded / 16 * line,
+            tile t = {.lda = lda, .blocks = blocks, .num_blocks = num_pages,
+                      .second = halves == 2 ? (ptrdiff_t)line : 0, .stride = (size_t)padded / 16 * line,
                       .steps = m->kv_format == SLEB_BF16 ? m->page_size / 2 : m->page_size, .ldo = SLEB_PANEL};
             for (int32_t row = 0; row < rows; row += MAX_ROWS) {
                 t.a = local->probs + row * lda;
@@ -271,7 +273,8 @@ static void mix_values(const sleb_model *m, const char *const *pages, int32_t nu
     }
 }
 
-/* Asks for the memory of a page of keys and of one of values: pages lie apart, and no hardware prefetcher knows where the next one is. */
+/* Asks for the memory of a page of keys and of one of values: pages lie apart, so that no hardware
+ * prefetcher finds them. */
 static void prefetch_page(const attention *at, const int32_t *pages, int32_t number, int32_t head) {
     const sleb_model *m = at->model;
     size_t from = page_offset(m, pages[number], head), bytes = page_offset(m, 0, 1);
@@ -289,7 +292,8 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
     int32_t padded = round_up(m->head_dim, 16), group = m->num_heads / m->num_kv_heads, rows = piece->num_rows;
     int32_t kind = query_kind(m->kv_format), page_size = m->page_size, q = piece->sequence;
     const int32_t *pages = s->pages + s->page_starts[q];
-    const char *query = at->query + ((size_t)head * s->num_tokens * group + piece->first_row) * padded * element_bytes(kind);
+    size_t query_row = (size_t)head * s->num_tokens * group + piece->first_row;
+    const char *query = at->query + query_row * padded * element_bytes(kind);
     float *top = local->stats, *sum = local->stats + SLEB_ATTENTION_ROWS;
     for (int32_t row = 0; row < rows; row++) top[row] = -INFINITY, sum[row] = 0.0f;
     memset(local->mixed, 0, (size_t)rows * padded * 4);
@@ -310,7 +314,8 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
             int32_t key = chunk + 16 * c;
             size_t from = page_offset(m, pages[key / page_size], head);
             key_columns[c] = (const char *)at->unit->key_cache + from + (size_t)(key % page_size / 16) * column;
-            if (key % page_size == 0) value_pages[(key - chunk) / page_size] = (const char *)at->unit->value_cache + from;
+            if (key % page_size == 0)
+                value_pages[(key - chunk) / page_size] = (const char *)at->unit->value_cache + from;
         }
         key_columns[columns] = key_columns[columns - 1];
         for (int32_t c = 0; c < columns; c += 2) {
@@ -340,7 +345,8 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
 static void prefetch_piece(const attention *at, const sleb_piece *piece, int32_t head) {
     const int32_t *pages = at->step->pages + at->step->page_starts[piece->sequence];
     int32_t page_size = at->model->page_size, end = piece->first_key + min_i(piece->num_keys, AHEAD_KEYS);
-    for (int32_t number = piece->first_key / page_size; number * page_size < end; number++) prefetch_page(at, pages, number, head);
+    for (int32_t number = piece->first_key / page_size; number * page_size < end; number++)
+        prefetch_page(at, pages, number, head);
 }
 
 INLINE size_t partial_floats(const sleb_model *m) {
@@ -408,7 +414,8 @@ static void attend(const attention *at, sleb_local *local) {
         for (int32_t task = begin; task < end; task++) {
             const sleb_piece *piece = &ws->pieces[task % num_pieces];
             int32_t head = task / num_pieces, rows = piece->num_rows;
-            if (task + 1 < end && rows < MAX_ROWS) prefetch_piece(at, &ws->pieces[(task + 1) % num_pieces], (task + 1) / num_pieces);
+            if (task + 1 < end && rows < MAX_ROWS)
+                prefetch_piece(at, &ws->pieces[(task + 1) % num_pieces], (task + 1) / num_pieces);
             attend_piece(at, piece, head, local);
             if (piece->partial < 0) {
                 write_attended(at, piece, head, local->mixed, local->stats + SLEB_ATTENTION_ROWS);

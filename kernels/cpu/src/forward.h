@@ -1,5 +1,6 @@
 /* One step: every sublayer over the rows that run it, then the head over the rows that sample. All threads walk the
- * same plan; what follows a barrier may read what any thread wrote before it. */
+ * same plan; what follows a barrier may read what any thread wrote before it. The whole step is one call, because a
+ * block is seven phases of a few to a few hundred microseconds, too short for a dispatch each. */
 #ifndef SLEB_FORWARD_H
 #define SLEB_FORWARD_H
 
@@ -26,8 +27,10 @@ INLINE size_t row_bytes(int32_t features, int32_t kind) {
 
 /* Zeroes what lies between the features of each row and its padded end: weights are 0 there, but 0 · NaN is not. */
 static void clear_padding(char *data, int32_t features, int32_t kind, int32_t rows) {
-    size_t used = (size_t)features * element_bytes(kind), whole = (size_t)round_up(features, SLEB_GROUP) * element_bytes(kind);
-    for (int32_t row = 0; used < whole && row < rows; row++) memset(data + row * row_bytes(features, kind) + used, 0, whole - used);
+    size_t used = (size_t)features * element_bytes(kind);
+    size_t whole = (size_t)round_up(features, SLEB_GROUP) * element_bytes(kind);
+    for (int32_t row = 0; used < whole && row < rows; row++)
+        memset(data + row * row_bytes(features, kind) + used, 0, whole - used);
 }
 
 INLINE operand whole_operand(sleb_workspace *ws, int32_t kind, int32_t features) {
@@ -69,7 +72,8 @@ INLINE int32_t written_kind(const sleb_linear *w, int32_t rows) {
     return operand_kind(w->format, rows) == ROWS_BF16 ? ROWS_BF16 : ROWS_F32;
 }
 
-static void run_attention(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local, int32_t index) {
+static void run_attention(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local,
+                          int32_t index) {
     const sleb_model *m = p->model;
     sleb_workspace *ws = m->workspace;
     operand x = prepare(m, &u->first, &u->norm, ws->residual, m->hidden_size, rows, local);
@@ -78,7 +82,8 @@ static void run_attention(const pass *p, const sleb_unit *u, int32_t sequences, 
     sleb_barrier(m->pool);
     int32_t kind = written_kind(&u->second, rows);
     if (index == 0) clear_padding(ws->attended, u->second.k, kind, rows);
-    attention at = {m, u, p->step, ws->first, ws->query, ws->attended, row_bytes(u->second.k, kind), kind, rows, sequences};
+    attention at = {m, u, p->step, ws->first, ws->query, ws->attended, row_bytes(u->second.k, kind), kind, rows,
+                    sequences};
     attend(&at, local);
     x = written(m, &u->second, ws->attended, kind, rows, local);
     epilogue add = {.target = TO_ADD, .out = (char *)ws->residual, .stride = (size_t)m->hidden_size * 4};
@@ -286,8 +291,8 @@ static void attention_thread(void *argument, int32_t index) {
     if (index == 0) plan_pieces(m, c->step, m->workspace);
     sleb_barrier(m->pool);
     size_t stride = (size_t)m->num_heads * m->head_dim * 4;
-    attention at = {m, c->unit, c->step, c->x, m->workspace->query, (char *)c->out, stride, ROWS_F32, c->step->num_tokens,
-                    c->step->num_sequences};
+    attention at = {m, c->unit, c->step, c->x, m->workspace->query, (char *)c->out, stride, ROWS_F32,
+                    c->step->num_tokens, c->step->num_sequences};
     attend(&at, &m->workspace->locals[index]);
     tiles_end();
 }

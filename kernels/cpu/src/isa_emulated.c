@@ -1,4 +1,4 @@
-/* As isa_amx.c, its tile instructions emulated: how they are tested where there are none. */
+/* As isa_amx.c, its tile instructions emulated: how layout and tails are tested where there are none. Slow. */
 #define SLEB_HAS_BF16 1
 #define SLEB_HAS_AMX 1
 #define SLEB_AMX_EMULATED 1

@@ -9,12 +9,12 @@ enum { HUGE_PAGE = 2 << 20 };
 
 void *sleb_map(size_t bytes, int32_t huge) {
     bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    void *memory = NULL;
+    const int access = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     if (!huge) {
-        memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void *memory = mmap(NULL, bytes, access, flags, -1, 0);
         return memory == MAP_FAILED ? NULL : memory;
     }
-    char *wide = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *wide = mmap(NULL, bytes + HUGE_PAGE, access, flags, -1, 0);
     if (wide == MAP_FAILED) return NULL;
     char *start = (char *)(((uintptr_t)wide + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
     if (start > wide) munmap(wide, (size_t)(start - wide));

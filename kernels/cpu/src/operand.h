@@ -35,8 +35,9 @@ INLINE void store_row(char *out, int32_t kind, int32_t at, __m512 x, __mmask16 m
         _mm512_mask_storeu_ps(out + 4 * (size_t)at, mask, x);
 }
 
-/* Symmetric by groups of 32: a = scale q, q in [-127, 127]. `init` and `offset` carry the group's sum to where a
- * product corrects for B's zero point or minimum. */
+/* For products with bytes and nibbles, because integer dot products take a quarter of the instructions of float32 ones.
+ * Symmetric by groups of 32, as llama.cpp's Q8 blocks: a = scale q, q in [-127, 127]. `init` and `offset` carry the
+ * group's sum to where a product corrects for B's zero point or minimum. */
 static void quantise_row(const float *x, int32_t features, int8_t *q, float *scale, float *offset, int32_t *init) {
     for (int32_t at = 0, group = 0; at < features; at += SLEB_GROUP, group++) {
         int32_t left = features - at;
@@ -56,7 +57,8 @@ static void quantise_row(const float *x, int32_t features, int8_t *q, float *sca
     }
 }
 
-static void norm_row(const float *x, int32_t features, int32_t norm_kind, const sleb_norm *norm, float eps, float *out) {
+static void norm_row(const float *x, int32_t features, int32_t norm_kind, const sleb_norm *norm, float eps,
+                     float *out) {
     __m512 sum = _mm512_setzero_ps();
     float mean = 0.0f;
     if (norm_kind == SLEB_NORM_LAYER) {

@@ -77,8 +77,8 @@ static void pack_thread(void *argument, int32_t index) {
         }
 }
 
-void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *values, const uint16_t *scale, const uint16_t *minimum,
-               void *out) {
+void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *values, const uint16_t *scale,
+               const uint16_t *minimum, void *out) {
     packing p = {w, values, scale, minimum, out, pool};
     sleb_pool_run(pool, pack_thread, &p);
 }

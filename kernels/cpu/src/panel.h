@@ -7,8 +7,8 @@
  *   float32, float16   [panels, K, 32]
  *   bf16               [panels, K / 2, 32, 2]
  *   I8                 [panels, K / 4, 32, 4], bytes around 128
- *   I4                 [panels, K / 32] groups of 640 bytes: 4 times 32 outputs of 4 bytes, of which the low nibbles are
- *                      one quad of inputs and the high ones the next; then 32 scales and 32 minima, float16
+ *   I4                 [panels, K / 32] groups of 640 bytes: 4 times 32 outputs of 4 bytes, of which the low nibbles
+ *                      are one quad of inputs and the high ones the next; then 32 scales and 32 minima, float16
  */
 #ifndef SLEB_PANEL_H
 #define SLEB_PANEL_H

@@ -2,6 +2,7 @@
  *
  * The caller is thread 0. A thread that waits spins for a while, since the next phase is microseconds away, then
  * offers its core to others between looks: a spinning thread must never keep one from the thread that it waits for.
+ * Not OpenMP: torch's threads of it would be a second set on the same cores, and its barrier costs more than a phase.
  */
 #ifndef SLEB_POOL_H
 #define SLEB_POOL_H
@@ -31,7 +32,7 @@ void sleb_pool_run(sleb_pool *pool, void (*task)(void *, int32_t), void *argumen
 void sleb_barrier(sleb_pool *pool);
 
 /* The next chunk [*begin, *end) of a loop over `count`; 0 when nothing is left. A barrier must follow the loop.
- * Chunks begin large and end with one item, so that threads finish together whatever else slows one down. */
+ * Chunks begin large and end with one item, so that a thread that the system holds up delays the others by one item. */
 static inline int sleb_take(sleb_pool *pool, int32_t count, int32_t *begin, int32_t *end) {
     if (pool->num_threads == 1) { /* all of it, once */
         int32_t first = atomic_load_explicit(&pool->next, memory_order_relaxed);

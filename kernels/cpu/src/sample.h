@@ -138,7 +138,7 @@ static int32_t pick(tokens from, scaling s, double point, double *sums) {
     return from.ids ? from.ids[chosen] : chosen;
 }
 
-/* Copies the values above `least`, and the first `ties` that equal it, to the thread's list; `from` may be that list. */
+/* Copies the values above `least`, and the first `ties` that equal it, to the thread's list, which may be `from`. */
 static tokens keep(tokens from, float least, int32_t ties, const sample_scratch *s) {
     __m512 bound = _mm512_set1_ps(least);
     __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -167,7 +167,8 @@ static tokens keep(tokens from, float least, int32_t ties, const sample_scratch 
  *
  * Each round sorts the values that are left into buckets by size and goes on inside the one where the limit lies. The
  * number of a bucket never rises with the value, and the highest and the lowest are never in one, so this ends. */
-static float cut(const float *values, double *weights, int32_t count, double limit, const sample_scratch *s, int32_t *ties) {
+static float cut(const float *values, double *weights, int32_t count, double limit, const sample_scratch *s,
+                 int32_t *ties) {
     double before = 0.0;
     for (;;) {
         __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);

@@ -17,7 +17,8 @@
  * panel.h has the order of the elements. */
 enum { SLEB_PANEL = 32, SLEB_GROUP = 32 };
 
-/* Element formats, of weights and of keys and values. I8: unsigned q, w = scale[n] (q - 128). I4: w = scale q + minimum by groups of 32 inputs. */
+/* Element formats, of weights and of keys and values. I8: unsigned q, w = scale[n] (q - 128). I4: w = scale q + minimum
+ * by groups of 32 inputs. */
 enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4 };
 
 enum { SLEB_NORM_RMS, SLEB_NORM_LAYER };
@@ -119,7 +120,7 @@ SLEB_EXPORT void sleb_pool_destroy(sleb_pool *pool);
 
 /* --- memory.c --- */
 
-/* Zeroed memory that the system hands out as it is touched; in huge pages if asked and possible. NULL if none is left. */
+/* Zeroed memory, handed out as it is touched; in huge pages if asked and possible. NULL if there is none. */
 SLEB_EXPORT void *sleb_map(size_t bytes, int32_t huge);
 SLEB_EXPORT void sleb_unmap(void *memory, size_t bytes);
 

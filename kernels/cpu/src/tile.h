@@ -28,6 +28,8 @@ typedef struct {
     size_t ldg;
 } tile;
 
+/* What the 32 registers hold. On Zen 4 the bf16 tile of 12 rows runs at 99 % of what the processor issues, from the
+ * second cache; 14 rows are no faster. */
 enum { MAX_ROWS = 12, MAX_ROWS_BYTES = 6 };
 
 #define FOR_ROWS UNROLL for (int r = 0; r < R; r++)
@@ -50,7 +52,11 @@ INLINE void tile_store(const tile *t, const int R, __m512 acc[][2]) {
         for (int32_t step = 0; step < t->steps; step++, b += stride)
 
 /* Row r of A: three rows to a pointer, or the compiler runs out of registers for addresses. */
-#define A_ROW(r) ((r) < 3 ? a0 + (r) * lda : (r) < 6 ? a3 + ((r) - 3) * lda : (r) < 9 ? a6 + ((r) - 6) * lda : a9 + ((r) - 9) * lda)
+#define A_ROW(r)                      \
+    ((r) < 3   ? a0 + (r) * lda       \
+     : (r) < 6 ? a3 + ((r) - 3) * lda \
+     : (r) < 9 ? a6 + ((r) - 6) * lda \
+               : a9 + ((r) - 9) * lda)
 #define A_NEXT(bytes) a0 += (bytes), a3 += (bytes), a6 += (bytes), a9 += (bytes)
 
 #define TILE_END \

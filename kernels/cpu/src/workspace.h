@@ -4,7 +4,7 @@
 
 #include "sleb_cpu.h"
 
-/* Scratch of one thread that samples: vectors may write past the last of V values, and sums are of 256; see sample.h. */
+/* Scratch of one thread that samples (sample.h): vectors may write past the last of V values, and sums are of 256. */
 enum { SLEB_SUM_VALUES = 256, SLEB_BUCKETS = 1024 };
 static inline size_t sleb_sample_padded(int32_t vocab_size) {
     return ((size_t)vocab_size + 16 + SLEB_SUM_VALUES - 1) / SLEB_SUM_VALUES * SLEB_SUM_VALUES;
@@ -35,7 +35,7 @@ typedef struct {
 
 struct sleb_workspace {
     int32_t max_partials;
-    float *residual;              /* [T, E] */
+    float *residual;              /* [T, E], float32 for every format: small beside weights, rounded in operands only */
     float *first;                 /* [T, qkv features] */
     char *query;                  /* [T, H, Dp] */
     char *attended, *activated;   /* [T, .], as the next product reads them, or float32 */

@@ -170,7 +170,8 @@ int main(int argc, char **argv) {
         .hidden_size = HIDDEN, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .rotary_half = HALF,
         .vocab_size = VOCAB, .norm_kind = SLEB_NORM_RMS, .num_units = 2 * BLOCKS, .page_size = PAGE,
         .kv_format = kv_format, .embed_packed = 1, .max_tokens = MAX_TOKENS, .norm_eps = 1e-5f, .scale = 0.2f,
-        .cos = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f), .sin = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),
+        .cos = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),
+        .sin = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),
         .units = units, .final_norm = {random_floats(HIDDEN, 1.0f, 0.2f), NULL}, .has_final_norm = 1,
         .head = random_linear(pool, format == SLEB_I4 ? SLEB_I8 : format, VOCAB, HIDDEN, 0, 0), .pool = pool,
     };
