@@ -8,34 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sleb.benchmarks.kernel_options import OPS
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Int4Weight, Int8Weight, Weight
 from sleb.kernels.registry import Attention, GpuKernels
 
-OPS = (
-    "add_norm",
-    "rope_store",
-    "gated_activate",
-    "activate",
-    "decode_attention",
-    "prefill_attention",
-    "greedy",
-    "log_softmax_gather",
-    "sample",
-    "linear",
-)
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
 # What the torch reference computes with lengths that it asks the device for: no graph can hold that.
 TORCH_NOT_CAPTURABLE = (*ATTENTION_OPS, "sample")
 _DEVIATION = 0.02  # of random weights
 _EPS = 1e-5
 
-Scale = Literal["small", "full"]
 Inputs = tuple[Any, ...]
 
 
@@ -73,7 +61,7 @@ class Maker:
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """An operator on a shape.
 
     Attributes:
@@ -88,6 +76,9 @@ class Case:
     build: Callable[[Maker, int], Inputs]
     call: Callable[[Backend, Inputs], Tensor]
     head_dim: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,7 @@ class Sizes:
     linear_rows: tuple[int, ...]
 
 
-SIZES: dict[Scale, Sizes] = {
+SIZES: dict[str, Sizes] = {
     # Llama 3.1 8B's, and the heads of LLaMA 2 7B; 64 rows are a decode step, 4,096 a step of prompts.
     "full": Sizes(
         hidden=4096,
@@ -164,10 +155,10 @@ SIZES: dict[Scale, Sizes] = {
 }
 
 
-def make_cases(scale: Scale, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list[Case]:
+def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list[KernelCase]:
     """The cases of `ops`, in the order of OPS."""
     sizes, itemsize = SIZES[scale], dtype.itemsize
-    made: dict[str, Iterator[Case]] = {
+    made: dict[str, Iterator[KernelCase]] = {
         "add_norm": (
             _add_norm(kind, rows, sizes, itemsize) for rows in sizes.rows for kind in ("rms", "layer")
         ),
@@ -193,7 +184,7 @@ def make_cases(scale: Scale, dtype: torch.dtype, ops: Sequence[str] = OPS) -> li
     return [case for op in OPS if op in ops for case in made[op]]
 
 
-def _add_norm(kind: str, rows: int, sizes: Sizes, itemsize: int) -> Case:
+def _add_norm(kind: str, rows: int, sizes: Sizes, itemsize: int) -> KernelCase:
     size, num_vectors = sizes.hidden, 2 if kind == "layer" else 1
 
     def build(maker: Maker, page_size: int) -> Inputs:
@@ -203,7 +194,7 @@ def _add_norm(kind: str, rows: int, sizes: Sizes, itemsize: int) -> Case:
 
     # Residual and delta are read, residual and norm written.
     num_bytes = (4 * rows + num_vectors) * size * itemsize
-    return Case(
+    return KernelCase(
         "add_norm",
         f"{kind} {rows} × {size}",
         num_bytes,
@@ -213,7 +204,7 @@ def _add_norm(kind: str, rows: int, sizes: Sizes, itemsize: int) -> Case:
     )
 
 
-def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> Case:
+def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> KernelCase:
     heads, num_kv, dim = sizes.num_heads, sizes.num_kv, sizes.head_dim
 
     def build(maker: Maker, page_size: int) -> Inputs:
@@ -227,7 +218,7 @@ def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> Case:
     # Heads are read and written elsewhere; a token has half a head of cosines and sines, a position and a slot.
     num_bytes = rows * (2 * (heads + 2 * num_kv) * dim * itemsize + dim * 4 + 8)
     num_bytes += 2 * dim * itemsize if normed else 0
-    return Case(
+    return KernelCase(
         "rope_store",
         f"{rows} × ({heads} + 2 · {num_kv}) × {dim}" + (", q/k norm" if normed else ""),
         num_bytes,
@@ -237,8 +228,8 @@ def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> Case:
     )
 
 
-def _gated(rows: int, size: int, itemsize: int) -> Case:
-    return Case(
+def _gated(rows: int, size: int, itemsize: int) -> KernelCase:
+    return KernelCase(
         "gated_activate",
         f"silu {rows} × 2 · {size}",
         3 * rows * size * itemsize,
@@ -248,8 +239,8 @@ def _gated(rows: int, size: int, itemsize: int) -> Case:
     )
 
 
-def _activate(name: str, rows: int, size: int, itemsize: int) -> Case:
-    return Case(
+def _activate(name: str, rows: int, size: int, itemsize: int) -> KernelCase:
+    return KernelCase(
         "activate",
         f"{name} {rows} × {size}",
         2 * rows * size * itemsize,
@@ -259,7 +250,7 @@ def _activate(name: str, rows: int, size: int, itemsize: int) -> Case:
     )
 
 
-def _attention(op: str, shape: AttentionShape, itemsize: int) -> Case:
+def _attention(op: str, shape: AttentionShape, itemsize: int) -> KernelCase:
     num_tokens, width = shape.batch * shape.new, shape.num_heads * shape.head_dim
 
     def build(maker: Maker, page_size: int) -> Inputs:
@@ -281,7 +272,7 @@ def _attention(op: str, shape: AttentionShape, itemsize: int) -> Case:
     name = f"batch {shape.batch}, context {shape.context}, {heads}"
     if op == "prefill_attention":
         name = f"{shape.new} tokens" + (f" after {shape.before}" if shape.before else "") + f", {heads}"
-    return Case(
+    return KernelCase(
         op,
         name,
         2 * num_tokens * width * itemsize + kv_bytes,
@@ -292,9 +283,9 @@ def _attention(op: str, shape: AttentionShape, itemsize: int) -> Case:
     )
 
 
-def _greedy(sizes: Sizes, itemsize: int) -> Case:
+def _greedy(sizes: Sizes, itemsize: int) -> KernelCase:
     rows, vocab = sizes.sampled, sizes.vocab
-    return Case(
+    return KernelCase(
         "greedy",
         f"{rows} × {vocab}",
         rows * (vocab * itemsize + 8),
@@ -304,13 +295,13 @@ def _greedy(sizes: Sizes, itemsize: int) -> Case:
     )
 
 
-def _gather(sizes: Sizes, itemsize: int) -> Case:
+def _gather(sizes: Sizes, itemsize: int) -> KernelCase:
     rows, vocab = sizes.sampled, sizes.vocab
 
     def build(maker: Maker, page_size: int) -> Inputs:
         return maker.normal(rows, vocab, deviation=3.0), maker.permutation(vocab)[:rows].long()
 
-    return Case(
+    return KernelCase(
         "log_softmax_gather",
         f"{rows} × {vocab}",
         rows * (vocab * itemsize + 8 + 4),
@@ -320,7 +311,7 @@ def _gather(sizes: Sizes, itemsize: int) -> Case:
     )
 
 
-def _sample(sizes: Sizes, itemsize: int) -> Case:
+def _sample(sizes: Sizes, itemsize: int) -> KernelCase:
     """As an ordinary request asks: temperature 0.8, top-k 50, top-p 0.95."""
     rows, vocab = sizes.sampled, sizes.vocab
 
@@ -330,7 +321,7 @@ def _sample(sizes: Sizes, itemsize: int) -> Case:
         on_device = torch.tensor(numbers, dtype=torch.float64, device=maker.device)
         return maker.normal(rows, vocab, deviation=3.0), on_device
 
-    return Case(
+    return KernelCase(
         "sample",
         f"{rows} × {vocab}, top-k and top-p",
         rows * (vocab * itemsize + 5 * 8 + 8),
@@ -340,7 +331,7 @@ def _sample(sizes: Sizes, itemsize: int) -> Case:
     )
 
 
-def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> Case:
+def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> KernelCase:
     def build(maker: Maker, page_size: int) -> Inputs:
         weight: Weight
         if kind == "plain":
@@ -356,7 +347,7 @@ def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torc
     if kind != "plain":
         format_ = Int8Weight if kind == "int8" else Int4Weight
         weight_bytes = format_.empty(num_outputs, num_inputs, meta).num_bytes
-    return Case(
+    return KernelCase(
         "linear",
         f"{kind}, {rows} rows, {num_inputs} → {num_outputs}",
         weight_bytes + rows * (num_inputs + num_outputs) * dtype.itemsize,

@@ -1,8 +1,8 @@
-"""Every operator, backend against backend, as a share of what the device can do.
+"""Every operator, backend against backend, as a share of what the device can do, checked against the reference.
 
-The backends take turns on inputs of the same shape. On a card a sample is a number of launches that go through enough
+The backends take turns on inputs of the same shape. On a GPU a sample is a number of launches that go through enough
 sets of inputs and outputs to exceed the second cache, captured in a graph where the operator can be, and timed by the
-card's own clock. Configurations are chosen before, in a call of each operator that is not counted.
+GPU's own clock. Configurations are chosen before, in a call of each operator that is not counted.
 
 The share is the roofline's: the least time that the bytes or the operations take, whichever is more, at the ceilings
 measured in the same run (`sleb.benchmarks.ceilings`), over the median time.
@@ -10,39 +10,34 @@ measured in the same run (`sleb.benchmarks.ceilings`), over the median time.
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, seconds_of_calls
-from sleb.benchmarks.environment import describe_machine
-from sleb.benchmarks.harness import MOST_REPETITIONS, alternated_orders
+from sleb.benchmarks.environment import describe_machine, shown_command
 from sleb.benchmarks.kernel_cases import (
     ATTENTION_OPS,
-    OPS,
-    SIZES,
     TORCH_NOT_CAPTURABLE,
     Backend,
-    Case,
     Inputs,
+    KernelCase,
     Maker,
-    Scale,
     make_cases,
 )
+from sleb.benchmarks.kernel_options import BACKENDS, OPS, KernelsOptions
+from sleb.benchmarks.record import Measurement, Result
+from sleb.benchmarks.turns import Case, Progress, Run, Sample, Turns, measure
 from sleb.engine.model.resolve import resolve_device, resolve_dtype
 from sleb.errors import ConfigError
-from sleb.kernels.names import DTYPE_ALIASES, DTYPES
 from sleb.kernels.registry import torch_gpu_kernels, triton_gpu_kernels
 
-BACKENDS = ("torch", "triton", "flash", "varlen")
+METRIC = "µs"
 _ATTENTION_ONLY = ("flash", "varlen")
 _PAGE_SIZE = 16
 _SAMPLE_SECONDS = 0.002  # that a sample takes at least, so that a launch's own cost is a small part
@@ -50,122 +45,13 @@ _MIN_LAUNCHES, _MAX_LAUNCHES = 20, 1000
 _GRAPH_SECONDS = 0.001  # a launch that takes longer gains nothing from a graph
 _MAX_SETS = 256
 _CACHES = 3  # so many times the second cache are the sets together
-
-
-@dataclass(frozen=True)
-class KernelOptions:
-    """What to measure. None: every operator, every backend that may run on the device; "auto": bfloat16 on a card and
-    float32 on a CPU, full shapes on a card and small ones on a CPU."""
-
-    ops: Sequence[str] | None = None
-    backends: Sequence[str] | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    repetitions: int = 7
-    scale: str = "auto"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One backend on one operator and shape.
-
-    Attributes:
-        num_bytes, flops: the least that the operator moves and computes.
-        reason: why the backend did not run; the figures are then None.
-        timing: "graph" (replayed on a card), "launches" (on a card, one by one), "clock" (on a CPU) or "interpreted",
-            of which the times mean nothing.
-        microseconds: of one call, median over samples, fastest and slowest beside it.
-        gb_per_second, tflops: num_bytes (10⁹) and flops (10¹²) over that time; None for no operations to speak of.
-        bound: "bytes" or "operations", whichever takes longer at the ceilings. roofline_share: of that limit.
-    """
-
-    op: str
-    shape: str
-    backend: str
-    num_bytes: int
-    flops: int
-    bound: str
-    reason: str | None = None
-    timing: str | None = None
-    microseconds: float | None = None
-    microseconds_low: float | None = None
-    microseconds_high: float | None = None
-    microseconds_samples: Sequence[float] = ()
-    gb_per_second: float | None = None
-    tflops: float | None = None
-    roofline_share: float | None = None
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """All that a run found. complete: whether it was not interrupted."""
-
-    environment: dict[str, Any]
-    settings: dict[str, Any]
-    rows: list[KernelRow]
-    complete: bool
-
-    def to_json(self) -> str:
-        """One object with the keys kind, environment, settings, rows, complete; ends with a newline."""
-        return (
-            json.dumps({"kind": "kernels"} | asdict(self), indent=1, allow_nan=False, ensure_ascii=False)
-            + "\n"
-        )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The options with nothing left open."""
-
-    ops: tuple[str, ...]
-    backends: tuple[str, ...]
-    dtype: torch.dtype
-    device: torch.device
-    repetitions: int
-    scale: Scale
-    seed: int
-
-
-def plan(options: KernelOptions) -> _Plan:
-    """Raises ConfigError for the first option that cannot be."""
-    _check_names("op", options.ops, OPS)
-    _check_names("backend", options.backends, BACKENDS)
-    if not 1 <= options.repetitions <= MOST_REPETITIONS:
-        raise ConfigError(
-            f"--repetitions is {options.repetitions}; it must be an integer from 1 to {MOST_REPETITIONS:,}"
-        )
-    device = resolve_device(options.device)
-    on_card = device.type == "cuda"
-    name = DTYPE_ALIASES.get(options.dtype, options.dtype)
-    name = ("bfloat16" if on_card else "float32") if name == "auto" else name
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype is '{options.dtype}'; choose one of: auto, {', '.join(DTYPES)}")
-    scale = ("full" if on_card else "small") if options.scale == "auto" else options.scale
-    if scale not in SIZES:
-        raise ConfigError(f"--scale is '{options.scale}'; choose one of: auto, {', '.join(SIZES)}")
-    default = BACKENDS if on_card else ("torch", "triton") if _interpreted() else ("torch",)
-    return _Plan(
-        tuple(options.ops or OPS),
-        tuple(options.backends or default),
-        resolve_dtype(name, "auto", None),
-        device,
-        options.repetitions,
-        scale,
-        options.seed,
-    )
-
-
-def _check_names(what: str, names: Sequence[str] | None, known: Sequence[str]) -> None:
-    if names is None:
-        return
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{what} '{name}' is not known; choose from: {', '.join(known)}")
-        if list(names).count(name) > 1:
-            raise ConfigError(f"{what} '{name}' is named twice; name each once")
-    if not names:
-        raise ConfigError(f"no {what} is named; choose from: {', '.join(known)}")
+# What an output may differ from the reference by, as a share of the largest value in it.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_LEGEND = (
+    "of roofline: the least time that every input read once, every output written once or the operations take at the "
+    "ceilings measured here, over the median time. error: to the reference, over its largest value. interpreted: in "
+    "Python, where times mean nothing. On a CPU small shapes stay in its caches."
+)
 
 
 def _interpreted() -> bool:
@@ -177,76 +63,60 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
-def select_backend(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Backend:
+def select_backend(name: str, case: KernelCase, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend called `name` for a case. Raises ConfigError, with the reason, where it cannot run."""
     if name in _ATTENTION_ONLY:
-        if case.op not in ATTENTION_OPS:
-            raise ConfigError("it has attention alone")
-        return _select_attention(name, case, device, dtype)
+        from sleb.kernels.attention.select import select_attention
+
+        kernels, chosen = torch_gpu_kernels(), "flash" if name == "flash" else "torch"
+        found = select_attention(chosen, kernels, device, dtype, case.head_dim)
+        if name == "varlen" and "varlen" not in found.name:
+            raise ConfigError("torch has no varlen attention over pages here")
+        return Backend(name, kernels, found.function, found.page_multiple, found.capturable)
     if name == "torch":
         kernels = torch_gpu_kernels()
         return Backend(name, kernels, kernels.attention, capturable=case.op not in TORCH_NOT_CAPTURABLE)
     kernels = triton_gpu_kernels()
     if device.type != "cuda" and not _interpreted():
-        raise ConfigError("it needs a CUDA card, or TRITON_INTERPRET=1 in the environment")
+        raise ConfigError("it needs a CUDA GPU, or TRITON_INTERPRET=1 in the environment")
     return Backend(name, kernels, kernels.attention)
-
-
-def _select_attention(name: str, case: Case, device: torch.device, dtype: torch.dtype) -> Backend:
-    from sleb.kernels.attention.select import select_attention
-
-    kernels = torch_gpu_kernels()
-    found = select_attention("flash" if name == "flash" else "torch", kernels, device, dtype, case.head_dim)
-    if name == "varlen" and "varlen" not in found.name:
-        raise ConfigError("torch has no varlen attention over pages here")
-    return Backend(name, kernels, found.function, found.page_multiple, found.capturable)
 
 
 class _Subject:
     """A backend on a case, called once and ready to be timed."""
 
-    def __init__(self, case: Case, backend: Backend, sets: Sequence[Inputs], device: torch.device) -> None:
+    def __init__(
+        self, case: KernelCase, backend: Backend, sets: Sequence[Inputs], device: torch.device
+    ) -> None:
         self._device = device
         # Outputs are kept, so that each set has memory of its own for them.
         self._outputs: list[Tensor | None] = [None] * len(sets)
         once = [partial(self._call, case, backend, index, inputs) for index, inputs in enumerate(sets)]
-        with _tuning(backend):
+        with backend.kernels.tuning(None):
             once[0]()
-        seconds = seconds_of_calls(once, device)
-        seconds = min(seconds, seconds_of_calls(once, device))
+        seconds = min(seconds_of_calls(once, device) for _ in range(2))
         self._calls = once * _num_passes(len(once), seconds)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.timing = "interpreted" if backend.name == "triton" and _interpreted() else "clock"
         if device.type == "cuda" and self.timing == "clock":
-            self.timing = "launches"
             if backend.capturable and seconds < _GRAPH_SECONDS:
                 self._graph = _captured(self._calls)
-                self.timing = "launches" if self._graph is None else "graph"
+            self.timing = "launches" if self._graph is None else "graph"
 
-    def _call(self, case: Case, backend: Backend, index: int, inputs: Inputs) -> None:
+    def _call(self, case: KernelCase, backend: Backend, index: int, inputs: Inputs) -> None:
         self._outputs[index] = case.call(backend, inputs)
 
-    def seconds(self) -> float:
-        """Of one call."""
+    def sample(self, turn: int) -> Sample:
+        """Microseconds of one call."""
         if self._graph is None:
-            return seconds_of_calls(self._calls, self._device)
-        return seconds_of_calls([self._graph.replay], self._device) / len(self._calls)
-
-
-def _tuning(backend: Backend) -> AbstractContextManager[None]:
-    if backend.name != "triton":
-        return nullcontext()
-    from sleb.kernels.triton.tuning import tuning
-
-    return tuning()
+            return {METRIC: 1e6 * seconds_of_calls(self._calls, self._device)}
+        return {METRIC: 1e6 * seconds_of_calls([self._graph.replay], self._device) / len(self._calls)}
 
 
 def _num_passes(num_sets: int, seconds: float) -> int:
     """Times that a sample goes through all sets."""
-    launches = min(
-        max(_SAMPLE_SECONDS / seconds, _MIN_LAUNCHES if seconds < _GRAPH_SECONDS else 1), _MAX_LAUNCHES
-    )
-    return max(1, round(launches / num_sets))
+    least = _MIN_LAUNCHES if seconds < _GRAPH_SECONDS else 1
+    return max(1, round(min(max(_SAMPLE_SECONDS / seconds, least), _MAX_LAUNCHES) / num_sets))
 
 
 def _captured(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph | None:
@@ -263,126 +133,138 @@ def _captured(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph | Non
     return graph
 
 
-def num_sets(case: Case, device: torch.device) -> int:
-    """Sets of inputs and outputs that exceed the card's second cache; one on a CPU."""
+def num_sets(case: KernelCase, device: torch.device) -> int:
+    """Sets of inputs and outputs that exceed the GPU's second cache; one on a CPU."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    if case.num_bytes >= 8 * cache:
-        return 1
-    return min(_MAX_SETS, 1 + -(-_CACHES * cache // case.num_bytes))
+    return 1 if case.num_bytes >= 8 * cache else min(_MAX_SETS, 1 + -(-_CACHES * cache // case.num_bytes))
+
+
+class _CannotRunError(Exception):
+    pass
+
+
+def _cannot_run(problem: Exception, turn: int) -> Sample:
+    text = " ".join(str(problem).split()) or "no message"
+    raise _CannotRunError(
+        text if isinstance(problem, ConfigError) else f"{type(problem).__name__}: {text[:200]}"
+    )
+
+
+class KernelsBench:
+    """The options with nothing left open. Raises ConfigError for one that cannot be."""
+
+    def __init__(self, options: KernelsOptions) -> None:
+        options.check()
+        self.options = options
+        self.device = resolve_device(options.device)
+        on_gpu = self.device.type == "cuda"
+        default = "bfloat16" if on_gpu else "float32"
+        self.dtype = resolve_dtype(default if options.dtype == "auto" else options.dtype, "auto", None)
+        scale = ("full" if on_gpu else "small") if options.scale == "auto" else options.scale
+        self.cases = make_cases(scale, self.dtype, options.ops or OPS)
+        runnable = BACKENDS if on_gpu else ("torch", "triton") if _interpreted() else ("torch",)
+        self.backends = tuple(options.backends or runnable)
+
+    def measure(self, case: KernelCase, ceilings: Ceilings, seconds: float = 0.0) -> Turns:
+        """The backends in turns, in at most so many seconds; those that cannot run have the reason."""
+        runs: dict[str, Run] = {}
+        facts: dict[str, dict[str, Any]] = {}
+        sets: dict[int, list[Inputs]] = {}
+        operations = case.flops / ceilings.matrix_flops_per_second
+        bound = "operations" if operations > case.num_bytes / ceilings.copy_bytes_per_second else "bytes"
+        for name in self.backends:
+            if name in _ATTENTION_ONLY and case.op not in ATTENTION_OPS:
+                continue
+            try:
+                backend = select_backend(name, case, self.device, self.dtype)
+                page_size = max(_PAGE_SIZE, backend.page_multiple)
+                error = self._error(case, backend, page_size)
+                if page_size not in sets:
+                    maker = Maker(self.device, self.dtype, self.options.seed)
+                    count = num_sets(case, self.device)
+                    sets[page_size] = [case.build(maker, page_size) for _ in range(count)]
+                subject = _Subject(case, backend, sets[page_size], self.device)
+                runs[name] = subject.sample
+                known = {"num_bytes": case.num_bytes, "num_operations": case.flops}
+                facts[name] = {"bound": bound, "timing": subject.timing, "error": error, **known}
+            except Exception as problem:  # whatever it is that a backend lacks here, the others go on
+                runs[name] = partial(_cannot_run, problem)
+        baseline = "torch" if "torch" in facts else None
+        options = replace(self.options, time_budget=seconds)
+        return measure([Case(str(case), runs, baseline, facts=facts)], options, failing=(_CannotRunError,))
+
+    def _error(self, case: KernelCase, backend: Backend, page_size: int) -> float | None:
+        """What the output differs from the reference's by, over its largest value; of token ids, the share of rows.
+
+        Both get inputs of their own, for some operators write into them; None for the reference itself.
+        """
+        if backend.name == "torch":
+            return None
+        kernels, maker = torch_gpu_kernels(), partial(Maker, self.device, self.dtype, self.options.seed)
+        wanted = case.call(Backend("torch", kernels, kernels.attention), case.build(maker(), page_size))
+        with backend.kernels.tuning(None):
+            found = case.call(backend, case.build(maker(), page_size))
+        if not wanted.is_floating_point():
+            return float((wanted != found).double().mean())
+        scale = wanted.double().abs().max().clamp(min=1e-12)
+        return float((wanted.double() - found.double()).abs().max() / scale)
+
+    def notes(self, measurements: Sequence[Measurement]) -> list[str]:
+        """What the columns are, and outputs that differ from the reference by more than their dtype accounts for."""
+        off = [
+            f"{each.case}, {each.subject}: {each.facts['error']:.2g}"
+            for each in measurements
+            if (each.facts.get("error") or 0) > _TOLERANCE[self.dtype]
+        ]
+        return [_LEGEND, *([f"WRONG beside the reference: {'; '.join(off)}."] if off else [])]
+
+
+def with_rates(each: Measurement, ceilings: Ceilings) -> Measurement:
+    """The measurement with its rates and its share of the ceilings, unless its time means nothing."""
+    if each.value is None or each.facts["timing"] == "interpreted":
+        return replace(each, metric=METRIC, ratio=None)
+    seconds, num_bytes, flops = each.value / 1e6, each.facts["num_bytes"], each.facts["num_operations"]
+    rates = {
+        "GB/s": num_bytes / seconds / 1e9,
+        "TFLOP/s": flops / seconds / 1e12 if flops else None,
+        "roofline_share": ceilings.floor_seconds(num_bytes, flops) / seconds,
+    }
+    return replace(each, facts={**each.facts, **rates})
 
 
 def run_kernels(
-    options: KernelOptions,
+    options: KernelsOptions,
     command: Sequence[str] = (),
     *,
-    on_progress: Callable[[int, int, str], None] | None = None,
-) -> KernelReport:
-    """Measures, and reports; interrupted, it reports the cases that are complete.
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_case: Callable[[str], None] = lambda line: None,
+) -> Result:
+    """Measures every case; interrupted, the result holds the cases that are complete.
 
-    command: to record, without paths. on_progress: called with cases done, of how many, and the next one. Raises
-    ConfigError before anything is measured.
+    command: to record. on_progress: cases done, of how many, and the next one; on_case: what was found, in a line.
     """
-    planned = plan(options)
-    environment = describe_machine(planned.device, planned.dtype, ", ".join(planned.backends), command)
-    ceilings = measure_ceilings(planned.device, planned.dtype)
+    bench = KernelsBench(options)
+    environment = describe_machine(
+        bench.device, bench.dtype, ", ".join(bench.backends), shown_command(command)
+    )
+    ceilings = measure_ceilings(bench.device, bench.dtype)
     environment["ceilings"] = asdict(ceilings)
-    settings = {
-        "repetitions": planned.repetitions,
-        "scale": planned.scale,
-        "seed": planned.seed,
-        "ops": list(planned.ops),
-        "backends": list(planned.backends),
-    }
-    cases = make_cases(planned.scale, planned.dtype, planned.ops)
-    rows: list[KernelRow] = []
-    complete = True
+    measurements: list[Measurement] = []
+    complete, ends = True, time.monotonic() + options.time_budget
     try:
         with torch.inference_mode():
-            for index, case in enumerate(cases):
-                if on_progress is not None:
-                    on_progress(index, len(cases), f"{case.op}, {case.shape}")
-                rows += measure_case(case, planned, ceilings)
+            for place, case in enumerate(bench.cases):
+                on_progress(Progress(place, len(bench.cases), str(case)))
+                left = max(1e-3, (ends - time.monotonic()) / (len(bench.cases) - place))
+                turns = bench.measure(case, ceilings, left if options.time_budget else 0.0)
+                if not turns.complete:
+                    raise KeyboardInterrupt
+                measurements += [with_rates(each, ceilings) for each in turns.measurements()]
+                if turns.samples:
+                    on_case(turns.line(turns.cases[0]))
     except KeyboardInterrupt:
         complete = False
-    return KernelReport(environment, settings, rows, complete)
-
-
-def measure_case(case: Case, planned: _Plan, ceilings: Ceilings) -> list[KernelRow]:
-    """A row a backend, in turns; those that cannot run have the reason."""
-    subjects: dict[str, _Subject] = {}
-    reasons: dict[str, str] = {}
-    sets: dict[int, list[Inputs]] = {}
-    for name in planned.backends:
-        if name in _ATTENTION_ONLY and case.op not in ATTENTION_OPS:
-            continue
-        try:
-            backend = select_backend(name, case, planned.device, planned.dtype)
-            page_size = max(_PAGE_SIZE, backend.page_multiple)
-            if page_size not in sets:
-                maker = Maker(planned.device, planned.dtype, planned.seed)
-                sets[page_size] = [
-                    case.build(maker, page_size) for _ in range(num_sets(case, planned.device))
-                ]
-            subjects[name] = _Subject(case, backend, sets[page_size], planned.device)
-        except Exception as error:  # whatever it is that a backend lacks here, the others go on
-            reasons[name] = _reason(error)
-    samples: dict[str, list[float]] = {name: [] for name in subjects}
-    names = list(subjects)
-    for order in alternated_orders(range(len(names)), planned.repetitions, random.Random(planned.seed)):
-        for index in order:
-            samples[names[index]].append(subjects[names[index]].seconds())
-    return list(_rows(case, planned.backends, subjects, samples, reasons, ceilings))
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text[:200]}"
-
-
-def _rows(
-    case: Case,
-    backends: Sequence[str],
-    subjects: dict[str, _Subject],
-    samples: dict[str, list[float]],
-    reasons: dict[str, str],
-    ceilings: Ceilings,
-) -> Iterator[KernelRow]:
-    for name in backends:
-        if name in reasons:
-            yield KernelRow(**_facts(case, ceilings), backend=name, reason=reasons[name])
-        elif name in subjects:
-            yield make_kernel_row(case, name, subjects[name].timing, samples[name], ceilings)
-
-
-def _facts(case: Case, ceilings: Ceilings) -> dict[str, Any]:
-    floors = (case.num_bytes / ceilings.copy_bytes_per_second, case.flops / ceilings.matrix_flops_per_second)
-    bound = "operations" if floors[1] > floors[0] else "bytes"
-    return {
-        "op": case.op,
-        "shape": case.shape,
-        "num_bytes": case.num_bytes,
-        "flops": case.flops,
-        "bound": bound,
-    }
-
-
-def make_kernel_row(
-    case: Case, backend: str, timing: str, seconds: Sequence[float], ceilings: Ceilings
-) -> KernelRow:
-    """The statistics of samples of seconds a call."""
-    middle = median(seconds)
-    floor = ceilings.floor_seconds(case.num_bytes, case.flops)
-    return KernelRow(
-        **_facts(case, ceilings),
-        backend=backend,
-        timing=timing,
-        microseconds=middle * 1e6,
-        microseconds_low=min(seconds) * 1e6,
-        microseconds_high=max(seconds) * 1e6,
-        microseconds_samples=[each * 1e6 for each in seconds],
-        gb_per_second=None if timing == "interpreted" else case.num_bytes / middle / 1e9,
-        tflops=None if timing == "interpreted" or not case.flops else case.flops / middle / 1e12,
-        roofline_share=None if timing == "interpreted" else floor / middle,
-    )
+    settings = {"repetitions": options.repetitions, "seed": options.seed, "backends": list(bench.backends)}
+    return Result("kernels", environment, settings, measurements, bench.notes(measurements), complete)

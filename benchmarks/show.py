@@ -25,7 +25,19 @@ Table = tuple[list[str], list[list[str]]]
 
 # Facts that are for scripts: what case, subject, value and ratio say already. So is every name with an underscore
 # but those that have a heading.
-_FOR_SCRIPTS = {"test", "depth", "depths", "batch", "variant", "seconds", "speedup", "perplexity", "removed"}
+_FOR_SCRIPTS = {
+    "test",
+    "depth",
+    "depths",
+    "batch",
+    "variant",
+    "seconds",
+    "speedup",
+    "perplexity",
+    "removed",
+    "repetitions",
+    "stopped",
+}
 _HEADINGS = {"ideal_speedup": "ideal ×", "roofline_share": "of roofline", "goodput": "goodput, requests/s"}
 # Of an environment: what changes from run to run, and is no reason for a difference.
 _PASSING = {"date", "load_average", "command"}

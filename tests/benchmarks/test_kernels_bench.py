@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from typer.testing import CliRunner
 from sleb.benchmarks import ceilings as ceilings_module
 from sleb.benchmarks import kernels as kernels_module
 from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, seconds_of_calls
-from sleb.benchmarks.kernel_cases import OPS, Case, Maker, make_cases
-from sleb.benchmarks.kernels import KernelOptions, make_kernel_row, plan, run_kernels
-from sleb.benchmarks.report import kernel_notes
+from sleb.benchmarks.kernel_cases import KernelCase, Maker, make_cases
+from sleb.benchmarks.kernel_options import BACKENDS, OPS, KernelsOptions
+from sleb.benchmarks.kernels import KernelsBench, run_kernels, with_rates
+from sleb.benchmarks.record import Measurement, Result
 from sleb.cli.bench import app
 from sleb.errors import ConfigError
 from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.registry import torch_gpu_kernels
 
 CEILINGS = Ceilings(1e9, 1e12, [1e9], [1e12], "float32")
 
@@ -34,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_module, "_num_passes", lambda num_sets, seconds: 1)
 
 
-def case(op: str, start: str) -> Case:
+def case(op: str, start: str) -> KernelCase:
     """The full case of `op` whose shape begins so, in bfloat16."""
     [found] = [each for each in make_cases("full", torch.bfloat16, (op,)) if each.shape.startswith(start)]
     return found
@@ -99,24 +102,18 @@ def test_the_bytes_are_those_of_inputs_and_outputs(op: str) -> None:
 
 
 def test_the_share_is_of_the_limit_that_takes_longer() -> None:
-    def made(num_bytes: int, flops: int) -> Case:
-        return Case(
-            "linear", "x", num_bytes, flops, lambda maker, size: (), lambda backend, inputs: inputs[0]
-        )
+    """1,000 bytes take 1 µs at a ceiling of 1 GB/s, 10⁶ operations 1 µs at one of 1 TFLOP/s."""
 
-    # 1,000 bytes take 1 µs at a ceiling of 1 GB/s, 10⁶ operations 1 µs at one of 1 TFLOP/s.
-    row = make_kernel_row(made(1000, 500_000), "torch", "clock", [2e-6, 4e-6, 5e-6], CEILINGS)
-    assert (row.bound, row.microseconds) == ("bytes", pytest.approx(4))
-    assert (row.microseconds_low, row.microseconds_high) == (pytest.approx(2), pytest.approx(5))
-    assert row.roofline_share == pytest.approx(0.25)
-    assert row.gb_per_second == pytest.approx(0.25)
-    assert row.tflops == pytest.approx(0.125)
-    row = make_kernel_row(made(1000, 3_000_000), "torch", "clock", [4e-6], CEILINGS)
-    assert (row.bound, row.roofline_share) == ("operations", pytest.approx(0.75))
-    row = make_kernel_row(made(1000, 0), "torch", "clock", [4e-6], CEILINGS)
-    assert row.tflops is None
-    row = make_kernel_row(made(1000, 1), "triton", "interpreted", [4e-6], CEILINGS)
-    assert (row.roofline_share, row.gb_per_second, row.tflops) == (None, None, None)
+    def rated(num_bytes: int, flops: int, timing: str = "clock") -> Measurement:
+        facts = {"num_bytes": num_bytes, "num_operations": flops, "timing": timing}
+        return with_rates(Measurement("linear x", "torch", "µs", 4.0, facts=facts), CEILINGS)
+
+    facts = rated(1000, 500_000).facts
+    assert facts["roofline_share"] == facts["GB/s"] == pytest.approx(0.25)
+    assert facts["TFLOP/s"] == pytest.approx(0.125)
+    assert rated(1000, 3_000_000).facts["roofline_share"] == pytest.approx(0.75)
+    assert rated(1000, 0).facts["TFLOP/s"] is None
+    assert "roofline_share" not in rated(1000, 1, "interpreted").facts
 
 
 def test_ceilings_count_what_is_read_and_written() -> None:
@@ -137,39 +134,38 @@ def test_a_call_is_timed_as_the_mean_of_several(monkeypatch: pytest.MonkeyPatch)
     assert made == [1, 2, 3]
 
 
+def run(**options: Any) -> Result:
+    return run_kernels(KernelsOptions(**{"device": "cpu", "repetitions": 1, "max_repetitions": 1} | options))
+
+
 def test_every_operator_runs_on_a_cpu() -> None:
-    report = run_kernels(KernelOptions(backends=("torch",), device="cpu", repetitions=2))
-    assert report.complete
-    assert tuple(dict.fromkeys(row.op for row in report.rows)) == OPS
-    for row in report.rows:
-        assert (row.backend, row.timing, row.reason) == ("torch", "clock", None)
-        assert len(row.microseconds_samples) == 2 and row.roofline_share is not None
-    assert report.settings["scale"] == "small"
-    assert report.environment["dtype"] == "float32"
+    result = run(backends=("torch",), repetitions=2, max_repetitions=2)
+    assert result.complete and result.environment["dtype"] == "float32"
+    assert tuple(dict.fromkeys(each.case.split()[0] for each in result.measurements)) == OPS
+    for each in result.measurements:
+        assert (each.subject, each.metric, each.facts["timing"]) == ("torch", "µs", "clock")
+        assert len(each.facts["samples"]) == 2 and each.facts["roofline_share"] is not None
 
 
 def test_backends_that_cannot_run_are_rows_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_module, "_interpreted", lambda: False)
-    options = KernelOptions(
-        ops=("decode_attention", "greedy"), backends=kernels_module.BACKENDS, device="cpu", repetitions=1
-    )
-    report = run_kernels(options)
-    by_backend: dict[str, list[Any]] = {}
-    for row in report.rows:
-        by_backend.setdefault(row.backend, []).append(row)
-    assert {row.op for row in by_backend["flash"]} == {row.op for row in by_backend["varlen"]}
-    assert {row.op for row in by_backend["flash"]} == {"decode_attention"}  # they have nothing else
+    result = run(ops=("decode_attention", "greedy"), backends=BACKENDS)
+    by_backend: dict[str, list[Measurement]] = {}
+    for each in result.measurements:
+        by_backend.setdefault(each.subject, []).append(each)
+    for name in ("flash", "varlen"):  # they have nothing else
+        assert {each.case.split()[0] for each in by_backend[name]} == {"decode_attention"}
     for name, word in (("triton", "CUDA"), ("flash", "CUDA"), ("varlen", "varlen")):
-        assert all(row.microseconds is None and word in str(row.reason) for row in by_backend[name])
-    assert all(row.reason is None for row in by_backend["torch"])
-    json.loads(report.to_json())
+        assert all(each.value is None and word in each.facts["failed"] for each in by_backend[name])
+        assert {each.metric for each in by_backend[name]} == {"µs"}
+    assert all(each.value is not None for each in by_backend["torch"])
+    json.dumps(result.document(), allow_nan=False)
 
 
 def test_default_backends_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_module, "_interpreted", lambda: False)
-    assert plan(KernelOptions(device="cpu")).backends == ("torch",)
-    monkeypatch.setattr(kernels_module, "_interpreted", lambda: True)
-    assert plan(KernelOptions(device="cpu")).backends == ("torch", "triton")
+    for interpreted, wanted in ((False, ("torch",)), (True, ("torch", "triton"))):
+        monkeypatch.setattr(kernels_module, "_interpreted", lambda interpreted=interpreted: interpreted)
+        assert KernelsBench(KernelsOptions(device="cpu")).backends == wanted
 
 
 def test_an_operator_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,39 +173,56 @@ def test_an_operator_that_fails_does_not_stop_the_others(monkeypatch: pytest.Mon
         raise RuntimeError("no such\ninstruction")
 
     monkeypatch.setattr("sleb.kernels.reference.ops.greedy", broken)
-    report = run_kernels(
-        KernelOptions(ops=("greedy", "sample"), backends=("torch",), device="cpu", repetitions=1)
-    )
-    assert [(row.op, row.reason) for row in report.rows] == [
+    found = run(ops=("greedy", "sample"), backends=("torch",)).measurements
+    assert [(each.case.split()[0], each.facts.get("failed")) for each in found] == [
         ("greedy", "RuntimeError: no such instruction"),
         ("sample", None),
     ]
 
 
-def test_an_interrupted_run_reports_complete_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_case, num_cases = kernels_module.measure_case, 0
+def test_an_output_that_differs_from_the_reference_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend whose activation is off by a tenth of its largest value."""
+    kernels = torch_gpu_kernels()
 
-    def interrupted(*arguments: Any) -> Any:
+    def off(rows: torch.Tensor, name: str, count: torch.Tensor) -> torch.Tensor:
+        found = kernels.activate(rows, name, count)
+        return found + found.abs().max() / 10
+
+    monkeypatch.setattr(kernels_module, "_interpreted", lambda: True)
+    monkeypatch.setattr(kernels_module, "triton_gpu_kernels", lambda: replace(kernels, activate=off))
+    result = run(ops=("activate", "gated_activate", "greedy"), backends=("torch", "triton"))
+    errors = {
+        each.case.split()[0]: each.facts["error"] for each in result.measurements if each.subject == "triton"
+    }
+    assert errors == {"activate": pytest.approx(0.1, rel=1e-3), "gated_activate": 0.0, "greedy": 0.0}
+    assert "WRONG beside the reference: activate gelu 4 × 128, triton: 0.1" in result.notes[1]
+
+
+def test_an_interrupted_run_reports_complete_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, num_cases = kernels_module.measure, 0
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         nonlocal num_cases
         num_cases += 1
         if num_cases > 2:
             raise KeyboardInterrupt
-        return measure_case(*arguments)
+        return measure(*arguments, **options)
 
-    monkeypatch.setattr(kernels_module, "measure_case", interrupted)
-    report = run_kernels(KernelOptions(backends=("torch",), device="cpu", repetitions=1))
-    assert not report.complete
-    assert [row.shape for row in report.rows] == ["rms 4 × 64", "layer 4 × 64"]
-    assert "Interrupted" in kernel_notes(report)[0]
+    monkeypatch.setattr(kernels_module, "measure", interrupted)
+    result = run(backends=("torch",))
+    assert not result.complete
+    assert [each.case for each in result.measurements] == ["add_norm rms 4 × 64", "add_norm layer 4 × 64"]
 
 
 def test_interpreted_kernels_are_marked() -> None:
     """In a process of its own: Triton decides when a kernel is defined."""
     pytest.importorskip("triton")
     program = (
-        "from sleb.benchmarks.kernels import KernelOptions, run_kernels\n"
-        "report = run_kernels(KernelOptions(ops=('activate',), device='cpu', repetitions=1))\n"
-        "print(*(f'{row.backend}:{row.timing}:{row.roofline_share is None}' for row in report.rows))"
+        "from sleb.benchmarks.kernels import KernelsOptions, run_kernels\n"
+        "options = KernelsOptions(ops=('activate',), device='cpu', repetitions=1, max_repetitions=1)\n"
+        "for each in run_kernels(options).measurements:\n"
+        "    error = (each.facts['error'] or 0) < 1e-5\n"
+        "    print(f\"{each.subject}:{each.facts['timing']}:{each.facts.get('roofline_share') is None}:{error}\")"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -219,42 +232,44 @@ def test_interpreted_kernels_are_marked() -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["torch:clock:False", "triton:interpreted:True"] * 2
+    assert done.stdout.split() == ["torch:clock:False:True", "triton:interpreted:True:True"] * 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("words", "complaint"),
     [
-        ({"ops": ("softmax",)}, "op 'softmax' is not known; choose from: add_norm, rope_store"),
-        ({"ops": ()}, "no op is named"),
-        ({"ops": ("greedy", "greedy")}, "op 'greedy' is named twice"),
-        ({"backends": ("cudnn",)}, "backend 'cudnn' is not known; choose from: torch, triton, flash, varlen"),
-        ({"repetitions": 0}, "--repetitions is 0"),
-        ({"repetitions": 10_001}, "--repetitions is 10001; it must be an integer from 1 to 10,000"),
-        ({"dtype": "float8"}, "--dtype is 'float8'"),
-        ({"scale": "huge"}, "--scale is 'huge'; choose one of: auto, full, small"),
-        ({"device": "abacus"}, "abacus"),
+        (["--ops", "softmax"], "--ops 'softmax' is not known; choose one of: add_norm, rope_store"),
+        (["--ops", "greedy,greedy"], "--ops names one twice"),
+        (
+            ["--backends", "cudnn"],
+            "--backends 'cudnn' is not known; choose one of: torch, triton, flash, varlen",
+        ),
+        (["--repetitions", "0"], "--repetitions is 0"),
+        (["--repetitions", "10001"], "--repetitions is 10001; it must be an integer from 1 to 10000"),
+        (["--dtype", "float8"], "--dtype 'float8' is not known"),
+        (["--scale", "huge"], "--scale 'huge' is not known; choose one of: auto, full, small"),
+        (["--device", "abacus"], "abacus"),
     ],
 )
-def test_what_cannot_be_measured_is_an_error_with_a_remedy(changes: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        plan(KernelOptions(**changes))
-    assert complaint in str(caught.value)
+def test_what_cannot_be_measured_is_told_before_torch(
+    words: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sleb.benchmarks.kernels", None)  # type: ignore[arg-type]
+    done = CliRunner().invoke(app, ["kernels", *words])
+    assert isinstance(done.exception, ConfigError), done.output
+    assert complaint in str(done.exception)
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
     words = ["kernels", "--ops", "greedy,linear", "--device", "cpu", "--repetitions", "1", "--dtype", "bf16"]
-    done = CliRunner().invoke(app, [*words, "--backends", "torch,flash", "--json", str(output)])
+    words += ["--max-repetitions", "1", "--backends", "torch,flash", "--json", str(output)]
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    for text in ("bfloat16", "greedy", "int4, 4 rows, 64 → 96", "of limit", "GB/s"):
+    for text in ("bfloat16", "greedy", "of roofline", "GB/s"):
         assert text in done.stdout
+    assert "linear int4, 4 rows, 64 → 96, turn 1: torch " in done.stderr
     result = json.loads(output.read_text())
-    assert list(result) == ["kind", "environment", "settings", "rows", "complete"]
     assert set(result["environment"]["ceilings"]) >= {"copy_bytes_per_second", "matrix_flops_per_second"}
+    assert {row["metric"] for row in result["rows"]} == {"µs"}
     assert str(tmp_path) not in output.read_text()
-
-
-def test_the_command_names_a_wrong_option() -> None:
-    done = CliRunner().invoke(app, ["kernels", "--ops", "softmax"])
-    assert isinstance(done.exception, ConfigError)

@@ -85,10 +85,14 @@ class Shown:
 
     def turn(self, turns: Turns, case: Case) -> None:
         """What a turn found, and the ratios so far."""
+        self.line(turns.line(case))
+
+    def line(self, text: str) -> None:
+        """A line above the bar."""
         if self._bar is None:
-            typer.echo(turns.line(case), err=True)
+            typer.echo(text, err=True)
         else:
-            self._bar.console.print(turns.line(case), markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False)
 
     def _draw(self, completed: int, total: int, description: str | None = None) -> None:
         if self._bar is not None and self._task is not None:
