@@ -1,113 +1,18 @@
-"""Architectures as data: what a decoder computes and how its checkpoint names the tensors.
-
-A `Family` holds what all checkpoints of an architecture share; `resolve_spec` joins it with the numbers of one
-checkpoint's config into a `DecoderSpec`, which is all that the decoder and the weight loader look at.
+"""A checkpoint's decoder as data: `resolve_spec` joins its family (`sleb.models.families`) with the numbers of its
+config into a `DecoderSpec`, which is all that the decoder and the weight loader look at.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sleb.errors import ModelError
 from sleb.kernels.reference.ops import ACTIVATIONS
-from sleb.layer_map.layer_map import model_fingerprint
-
-Flag = bool | Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class TensorNames:
-    """Checkpoint names of an architecture's modules; `.weight` and `.bias` are appended.
-
-    `qkv` and `up` list the modules that are stacked, in order, into one fused matrix; a checkpoint that stores
-    them fused lists one module.
-    """
-
-    embed: str = "model.embed_tokens"
-    block: str = "model.layers.{block}"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    position_embed: str | None = None
-    project_in: str | None = None
-    project_out: str | None = None
-    attention_norm: str = "input_layernorm"
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    attention_out: str = "self_attn.o_proj"
-    query_norm: str = "self_attn.q_norm"
-    key_norm: str = "self_attn.k_norm"
-    mlp_norm: str = "post_attention_layernorm"
-    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str = "mlp.down_proj"
-
-
-@dataclass(frozen=True)
-class Family:
-    """What every checkpoint of an architecture shares. A callable flag is decided by the checkpoint's config."""
-
-    model_types: tuple[str, ...]
-    norm: Literal["rms", "layer"] = "rms"
-    position: Literal["rope", "learned"] = "rope"
-    gated: bool = True
-    qk_norm: bool = False
-    qkv_bias: Flag = False
-    out_bias: Flag = False
-    mlp_bias: Flag = False
-    names: TensorNames = field(default_factory=TensorNames)
-
-
-def _attention_bias(config: Any) -> bool:
-    return bool(getattr(config, "attention_bias", False))
-
-
-def _mlp_bias(config: Any) -> bool:
-    return bool(getattr(config, "mlp_bias", False))
-
-
-def _enable_bias(config: Any) -> bool:
-    return bool(config.enable_bias)
-
-
-_PHI3_NAMES = TensorNames(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))
-_OPT_NAMES = TensorNames(
-    embed="model.decoder.embed_tokens",
-    block="model.decoder.layers.{block}",
-    final_norm="model.decoder.final_layer_norm",
-    position_embed="model.decoder.embed_positions",
-    project_in="model.decoder.project_in",
-    project_out="model.decoder.project_out",
-    attention_norm="self_attn_layer_norm",
-    attention_out="self_attn.out_proj",
-    mlp_norm="final_layer_norm",
-    up=("fc1",),
-    down="fc2",
-)
-
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        ("llama",), qkv_bias=_attention_bias, out_bias=_attention_bias, mlp_bias=_mlp_bias
-    ),
-    "MistralForCausalLM": Family(("mistral",)),
-    "Qwen2ForCausalLM": Family(("qwen2",), qkv_bias=True),
-    "Qwen3ForCausalLM": Family(("qwen3",), qk_norm=True, qkv_bias=_attention_bias, out_bias=_attention_bias),
-    "SmolLM3ForCausalLM": Family(
-        ("smollm3",), qkv_bias=_attention_bias, out_bias=_attention_bias, mlp_bias=_mlp_bias
-    ),
-    "Phi3ForCausalLM": Family(("phi3",), names=_PHI3_NAMES),
-    "OPTForCausalLM": Family(
-        ("opt",),
-        norm="layer",
-        position="learned",
-        gated=False,
-        qkv_bias=_enable_bias,
-        out_bias=_enable_bias,
-        mlp_bias=_enable_bias,
-        names=_OPT_NAMES,
-    ),
-}
+from sleb.models.families import FAMILIES, Family, TensorNames, model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -189,43 +94,42 @@ def resolve_spec(path: Path) -> DecoderSpec:
     family = FAMILIES[architecture]
     config = _parse_config(path, architecture)
     num_heads, num_blocks = int(config.num_attention_heads), int(config.num_hidden_layers)
-    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+    num_kv_heads = int(_read(config, family, "num_key_value_heads") or num_heads)
+    head_dim = int(_read(config, family, "head_dim") or config.hidden_size // num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(f"{path}: {num_heads} heads cannot share {num_kv_heads} key-value heads evenly")
-    learned = family.position == "learned"
-    activation = config.activation_function if learned else config.hidden_act
+    activation = getattr(config, family.activation)
     if activation not in ACTIVATIONS:
         raise ModelError(
             f"{path}: activation '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}"
         )
-    norm_first = bool(getattr(config, "do_layer_norm_before", True))
+    norm_first = bool(_read(config, family, "do_layer_norm_before", True))
     return DecoderSpec(
         architecture=architecture,
         num_blocks=num_blocks,
         hidden_size=int(config.hidden_size),
-        embed_size=int(getattr(config, "word_embed_proj_dim", config.hidden_size)),
-        intermediate_size=int(config.ffn_dim if learned else config.intermediate_size),
+        embed_size=int(_read(config, family, "word_embed_proj_dim", config.hidden_size)),
+        intermediate_size=int(getattr(config, family.intermediate_size)),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=int(config.vocab_size),
         max_positions=int(config.max_position_embeddings),
         norm=family.norm,
-        norm_eps=1e-5 if learned else float(config.rms_norm_eps),
-        norm_affine=bool(getattr(config, "layer_norm_elementwise_affine", True)),
+        norm_eps=float(_value(family.norm_eps, config)),
+        norm_affine=bool(_read(config, family, "layer_norm_elementwise_affine", True)),
         norm_first=norm_first,
-        final_norm=norm_first and not getattr(config, "_remove_final_layer_norm", False),
+        final_norm=norm_first and not _read(config, family, "_remove_final_layer_norm", False),
         activation=activation,
         gated=family.gated,
         position=family.position,
-        position_offset=2 if learned else 0,
+        position_offset=family.position_offset,
         rotary_blocks=_rotary_blocks(config, family, num_blocks),
-        windows=_windows(config, num_blocks),
+        windows=_windows(config, family, num_blocks),
         qk_norm=family.qk_norm,
-        qkv_bias=_decide(family.qkv_bias, config),
-        out_bias=_decide(family.out_bias, config),
-        mlp_bias=_decide(family.mlp_bias, config),
+        qkv_bias=bool(_value(family.qkv_bias, config)),
+        out_bias=bool(_value(family.out_bias, config)),
+        mlp_bias=bool(_value(family.mlp_bias, config)),
         tied_embeddings=bool(config.tie_word_embeddings),
         names=family.names,
         fingerprint=model_fingerprint(raw),
@@ -241,7 +145,7 @@ def _architecture(raw: Mapping[str, Any], path: Path) -> str:
             return str(architecture)
     if not named:
         for architecture, family in FAMILIES.items():
-            if raw.get("model_type") in family.model_types:
+            if raw.get("model_type") == family.model_type:
                 return architecture
     found = ", ".join(map(str, named)) or raw.get("model_type") or "none named"
     raise ModelError(f"{path}: architecture {found} is not supported; sleb runs {', '.join(FAMILIES)}")
@@ -255,25 +159,31 @@ def _parse_config(path: Path, architecture: str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{path}/config.json is not a valid {architecture} config: {error}") from error
-    if config.model_type not in FAMILIES[architecture].model_types:
+    if config.model_type != FAMILIES[architecture].model_type:
         raise ModelError(f"{path}/config.json names {architecture} but model_type {config.model_type}")
     return config
 
 
-def _decide(flag: Flag, config: Any) -> bool:
-    return flag(config) if callable(flag) else flag
+def _read(config: Any, family: Family, name: str, default: Any = None) -> Any:
+    """A field that not every config has; one that the family does not name counts as absent."""
+    return getattr(config, name, default) if name in family.reads else default
+
+
+def _value(value: float | str, config: Any) -> Any:
+    """What a family says itself, or leaves to a field of the config."""
+    return getattr(config, value, False) if isinstance(value, str) else value
 
 
 def _rotary_blocks(config: Any, family: Family, num_blocks: int) -> tuple[bool, ...]:
     if family.position != "rope":
         return (False,) * num_blocks
-    pattern = getattr(config, "no_rope_layers", None)  # named for its zeros: 1 means "rotate"
+    pattern = _read(config, family, "no_rope_layers")  # named for its zeros: 1 means "rotate"
     return tuple(bool(value) for value in pattern) if pattern else (True,) * num_blocks
 
 
-def _windows(config: Any, num_blocks: int) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
+def _windows(config: Any, family: Family, num_blocks: int) -> tuple[int | None, ...]:
+    window = _read(config, family, "sliding_window")
+    if window is None or _read(config, family, "use_sliding_window", True) is False:
         return (None,) * num_blocks
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_blocks
+    kinds = _read(config, family, "layer_types") or ["sliding_attention"] * num_blocks
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

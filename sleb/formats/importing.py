@@ -16,8 +16,9 @@ from sleb.formats.llm_drop import is_llm_drop, read_llm_drop
 from sleb.formats.mergekit import is_mergekit, parse_yaml, read_mergekit
 from sleb.formats.removal import Imported
 from sleb.formats.removal_list import read_removal_list, read_sleb_result
-from sleb.layer_map.layer_map import LayerMap, Unit, model_fingerprint
+from sleb.layer_map.layer_map import LayerMap, Unit
 from sleb.layer_map.units import is_int
+from sleb.models.families import model_fingerprint
 
 Note = Callable[[str], None]
 

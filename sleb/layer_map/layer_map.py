@@ -28,7 +28,6 @@ from typing import cast
 
 from sleb.errors import LayerMapError
 from sleb.files import replacement
-from sleb.layer_map.fingerprint import model_fingerprint
 from sleb.layer_map.json_form import dump_document, parse_document
 from sleb.layer_map.units import CalibrationRecord, Part, SearchRecord, Sublayer, Unit, is_int
 
@@ -38,7 +37,6 @@ __all__ = [
     "Part",
     "SearchRecord",
     "Unit",
-    "model_fingerprint",
     "shipped_maps",
 ]
 

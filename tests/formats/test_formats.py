@@ -20,8 +20,8 @@ from sleb.formats.exporting import export_model, parse_size
 from sleb.formats.importing import import_map
 from sleb.formats.mergekit import write_mergekit
 from sleb.formats.removal import Removal
-from sleb.layer_map.fingerprint import model_fingerprint
 from sleb.layer_map.layer_map import LayerMap, Unit, shipped_maps
+from sleb.models.families import model_fingerprint
 
 NUM_BLOCKS = 5
 

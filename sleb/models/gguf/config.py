@@ -1,10 +1,9 @@
-"""Hugging Face configuration files from a GGUF file's metadata: one table of architectures, one function a file."""
+"""Names of tensors and Hugging Face configuration files from a GGUF file's metadata."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sleb.errors import ModelError
+from sleb.models.families import FAMILIES, Family
 
 Floats = npt.NDArray[np.float32]
 
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_FUSED = {
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a GGUF architecture reads as a Hugging Face model class.
-
-    `tensors`: a block's tensor names, here and there. `interleaved`: the rows of q and k are stored in the order
-    of llama.cpp's rotation, pair by pair. `biased`: names that always have a bias; `may_be_biased`: groups that
-    have one on every member or on none, with the configuration's switch.
-    """
-
-    class_name: str
-    model_type: str
-    tensors: Mapping[str, str]
-    interleaved: bool = False
-    biased: tuple[str, ...] = ()
-    may_be_biased: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-
-_BIAS_SWITCH = (("attention_bias", tuple(_ATTENTION)),)
-_LLAMA_BIAS = (*_BIAS_SWITCH, ("mlp_bias", tuple(_MLP)))
-_LLAMA = {**_NORMS, **_ATTENTION, **_MLP}
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "llama", _LLAMA, interleaved=True, may_be_biased=_LLAMA_BIAS),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _LLAMA, biased=("attn_q", "attn_k", "attn_v")),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", {**_LLAMA, **_HEAD_NORMS}, may_be_biased=_BIAS_SWITCH),
-    "smollm3": Architecture(
-        "SmolLM3ForCausalLM", "smollm3", _LLAMA, interleaved=True, may_be_biased=_LLAMA_BIAS
-    ),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3", {**_NORMS, **_FUSED}),
-}
-
+ARCHITECTURES = {family.gguf.name: family for family in FAMILIES.values() if family.gguf}
 # Tokens that end a turn of a chat although the file may name another as the end of the text.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
 _SAMPLING = {
@@ -73,8 +27,8 @@ _SAMPLING = {
 }
 
 
-def architecture_of(metadata: Mapping[str, Any], source: Path) -> Architecture:
-    """The entry of ARCHITECTURES for `metadata`. Raises ModelError when there is none, or for mixtures of experts."""
+def architecture_of(metadata: Mapping[str, Any], source: Path) -> Family:
+    """The family that `metadata` names. Raises ModelError when there is none, or for mixtures of experts."""
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(
@@ -90,6 +44,36 @@ def architecture_of(metadata: Mapping[str, Any], source: Path) -> Architecture:
     return ARCHITECTURES[name]
 
 
+def outer_tensors(family: Family) -> dict[str, str]:
+    """Names of the tensors outside the blocks, in the file and in the checkpoint."""
+    names = family.names
+    return {"token_embd": names.embed, "output_norm": names.final_norm, "output": names.head}
+
+
+def block_tensors(family: Family) -> dict[str, str]:
+    """Names of a block's tensors, in the file and in the checkpoint."""
+    names = family.names
+    norms = {"attn_norm": names.attention_norm, "ffn_norm": names.mlp_norm}
+    if family.qk_norm:
+        norms |= {"attn_q_norm": names.query_norm, "attn_k_norm": names.key_norm}
+    inputs = [*zip(_qkv(family), names.qkv, strict=True), *zip(_up(family), names.up, strict=True)]
+    return {**norms, **dict(inputs), "attn_output": names.attention_out, "ffn_down": names.down}
+
+
+def bias_flags(family: Family) -> dict[str, bool | str]:
+    """For each of a block's matrices in the file whether it has a bias, or the config's field that says so."""
+    attention = {**dict.fromkeys(_qkv(family), family.qkv_bias), "attn_output": family.out_bias}
+    return attention | dict.fromkeys((*_up(family), "ffn_down"), family.mlp_bias)
+
+
+def _qkv(family: Family) -> tuple[str, ...]:
+    return ("attn_qkv",) if len(family.names.qkv) == 1 else ("attn_q", "attn_k", "attn_v")
+
+
+def _up(family: Family) -> tuple[str, ...]:
+    return ("ffn_up",) if len(family.names.up) == 1 else ("ffn_gate", "ffn_up")
+
+
 def model_config(
     metadata: Mapping[str, Any],
     vocabulary_size: int,
@@ -103,14 +87,14 @@ def model_config(
     `names`: the file's tensors. `rope_factors`: its tensors that scale rotation frequencies, by name. Raises
     ModelError for a missing key or a shape that the architecture's Hugging Face class cannot express.
     """
-    architecture = architecture_of(metadata, source)
+    family = architecture_of(metadata, source)
     read = _Reader(metadata, source)
     num_heads = int(read("attention.head_count"))
     hidden_size = int(read("embedding_length"))
     head_dim = int(read("attention.key_length", hidden_size // num_heads))
     config: dict[str, Any] = {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": vocabulary_size,
         "hidden_size": hidden_size,
         "intermediate_size": int(read("feed_forward_length")),
@@ -126,11 +110,12 @@ def model_config(
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": dtype,
     }
-    for switch, members in architecture.may_be_biased:
-        config[switch] = any(f"blk.0.{member}.bias" in names for member in members)
+    biases = bias_flags(family)
+    for switch in dict.fromkeys(flag for flag in biases.values() if isinstance(flag, str)):
+        config[switch] = any(f"blk.0.{each}.bias" in names for each, flag in biases.items() if flag == switch)
     config |= _rotation(read, head_dim, rope_factors)
     window = int(read("attention.sliding_window", 0))
-    if architecture.model_type == "phi3":  # the other classes want a switch of their own and do without here
+    if family.model_type == "phi3":  # the other classes want a switch of their own and do without here
         config["sliding_window"] = window if 0 < window < config["max_position_embeddings"] else None
     return config | _token_ids(metadata)
 

@@ -19,7 +19,15 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from sleb.errors import ModelError
-from sleb.models.gguf.config import Architecture, architecture_of, generation_config, model_config
+from sleb.models.families import Family
+from sleb.models.gguf.config import (
+    architecture_of,
+    bias_flags,
+    block_tensors,
+    generation_config,
+    model_config,
+    outer_tensors,
+)
 from sleb.models.gguf.tokenizer import write_tokenizer
 
 Dtype = Literal["bfloat16", "float32"]
@@ -29,11 +37,6 @@ SHARD_BYTES = 5_000_000_000
 _CHUNK_ELEMENTS = 1 << 22
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 _SAFETENSORS_NAME = {"bfloat16": "BF16", "float32": "F32"}
-_OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -65,14 +68,14 @@ def convert_gguf(
     ModelError for a file that is damaged or not supported, OSError when the folder cannot be written.
     """
     metadata, tensors = read_gguf(source)
-    architecture = architecture_of(metadata, source)
+    family = architecture_of(metadata, source)
     embedding = tensors.get("token_embd.weight")
     if embedding is None or "tokenizer.ggml.tokens" not in metadata:
         raise ModelError(f"{source} holds no language model (token_embd.weight or its vocabulary is missing)")
     factors = {name: _values(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
     vocabulary_size = int(embedding.shape[-1])
     config = model_config(metadata, vocabulary_size, frozenset(tensors), factors, source, dtype)
-    plan = _plan(tensors, architecture, config, source)
+    plan = _plan(tensors, family, config, source)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config(metadata))
     write_tokenizer(metadata, source, folder, config["max_position_embeddings"])
@@ -96,18 +99,18 @@ def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _plan(
-    tensors: Mapping[str, Any], architecture: Architecture, config: Mapping[str, Any], source: Path
+    tensors: Mapping[str, Any], family: Family, config: Mapping[str, Any], source: Path
 ) -> list[_Planned]:
     """Every tensor of the model in the file's order. Raises ModelError if the file has others than the model."""
-    renamed = _renamed(architecture, config)
+    renamed = _renamed(family, config)
     present = set(tensors) - set(_ROPE_FACTORS)
     if missing := sorted(set(renamed) - present):
         raise ModelError(
-            f"{source} lacks {len(missing)} tensors of a {architecture.model_type} model: {_few(missing)}"
+            f"{source} lacks {len(missing)} tensors of a {family.model_type} model: {_few(missing)}"
         )
     if extra := sorted(present - set(renamed)):
         raise ModelError(
-            f"{source} has {len(extra)} tensors that a {architecture.model_type} model has no place for: {_few(extra)}"
+            f"{source} has {len(extra)} tensors that a {family.model_type} model has no place for: {_few(extra)}"
         )
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     plan = []
@@ -115,7 +118,7 @@ def _plan(
         if name not in renamed:
             continue
         part = name.split(".")[-2]
-        num_heads = heads.get(part, 0) if architecture.interleaved else 0
+        num_heads = heads.get(part, 0) if family.gguf and family.gguf.interleaved else 0
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if num_heads and shape[0] != num_heads * config["head_dim"]:
             raise ModelError(
@@ -125,18 +128,18 @@ def _plan(
     return plan
 
 
-def _renamed(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, str]:
+def _renamed(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
     """The names of all tensors that the model must have, in the file and in the folder."""
-    names = dict(_OUTSIDE)
+    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in outer_tensors(family).items()}
     if config["tie_word_embeddings"]:
         del names["output.weight"]
-    biased = set(architecture.biased)
-    for switch, members in architecture.may_be_biased:
-        biased |= set(members) if config[switch] else set()
+    flags = bias_flags(family)
+    biased = {each for each, flag in flags.items() if (config[flag] if isinstance(flag, str) else flag)}
     for block in range(config["num_hidden_layers"]):
-        for theirs, ours in architecture.tensors.items():
+        prefix = family.names.block.format(block=block)
+        for theirs, ours in block_tensors(family).items():
             for kind in ("weight", "bias") if theirs in biased else ("weight",):
-                names[f"blk.{block}.{theirs}.{kind}"] = f"model.layers.{block}.{ours}.{kind}"
+                names[f"blk.{block}.{theirs}.{kind}"] = f"{prefix}.{ours}.{kind}"
     return names
 
 

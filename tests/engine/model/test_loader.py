@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sleb.engine.model import loader
-from sleb.engine.model.architecture import FAMILIES, resolve_spec
+from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ModelError
 from sleb.layer_map.layer_map import Unit
+from sleb.models.families import FAMILIES
 
 CPU = torch.device("cpu")
 FILE = "model.safetensors"
