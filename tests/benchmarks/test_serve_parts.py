@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from sleb.benchmarks.load.events import EventSplitter, Outcome
-from sleb.benchmarks.load.load import arrival_times
-from sleb.benchmarks.load_dataset import DatasetPrompts
-from sleb.benchmarks.load_prompts import Lengths, Vocabulary, calibrate
-from sleb.benchmarks.serving_metrics import (
-    describe,
-    failures,
-    is_good,
-    measure,
-    peak_concurrency,
-    raw_samples,
-)
-from sleb.benchmarks.serving_options import (
-    Level,
-    ServeOptions,
-    make_levels,
-    parse_goodput,
-    shown_url,
-    side_options,
-)
+from sleb.benchmarks.load.load import LoadResult, arrival_times
+from sleb.benchmarks.load.metrics import describe, failures, is_good, measure, peak_concurrency, raw_samples
+from sleb.benchmarks.load.options import Level, ServeLoadOptions, make_levels, parse_goodput
+from sleb.benchmarks.load.server import public_text, shown_url
+from sleb.benchmarks.prompts import DatasetPrompts, TokenPrompts, Vocabulary, calibrate
+from sleb.benchmarks.serve import level_notes
+from sleb.cli.bench import app
+from sleb.client.connection import base_url
 from sleb.errors import ConfigError
+
+URL = "http://127.0.0.1:1/v1"
+TWO = (URL, "http://127.0.0.1:2/v1")
 
 
 def outcome(
@@ -127,11 +122,11 @@ def test_arrivals_are_a_poisson_process() -> None:
 def test_calibration_of_common_words_takes_five_requests() -> None:
     asked: list[str] = []
 
-    def count(text: str) -> int:
+    async def count(text: str) -> int:
         asked.append(text)
         return 11 + sum(3 if word == "government" else 1 for word in text.split())
 
-    vocabulary = calibrate(count)
+    vocabulary = asyncio.run(calibrate(count))
     assert vocabulary is not None
     assert len(asked) == 5 and vocabulary.overhead == 12
     assert set(vocabulary.costs.values()) == {1} and "government" not in vocabulary.costs
@@ -141,16 +136,19 @@ def test_calibration_of_common_words_takes_five_requests() -> None:
 def test_words_of_several_tokens_add_up() -> None:
     vocabulary = Vocabulary({"x": 3, "yy": 5, "zzz": 4}, 0)
     for num_tokens in (3, 7, 8, 50, 51, 52):
-        words = vocabulary.draw(num_tokens, Random(num_tokens))
+        words = vocabulary.sample(num_tokens, Random(num_tokens))
         assert sum(vocabulary.costs[word] for word in words) == num_tokens
-    assert vocabulary.draw(2, Random(0)) == []
+    assert vocabulary.sample(2, Random(0)) == []
     even = Vocabulary({"x": 2, "yy": 4}, 0)
-    assert sum(even.costs[word] for word in even.draw(9, Random(1))) == 8
+    assert sum(even.costs[word] for word in even.sample(9, Random(1))) == 8
 
 
-def test_a_server_without_counts_cannot_be_calibrated() -> None:
-    assert calibrate(lambda text: None) is None
-    assert calibrate(lambda text: 0) is None
+@pytest.mark.parametrize("told", [None, 0])
+def test_a_server_without_counts_cannot_be_calibrated(told: int | None) -> None:
+    async def count(text: str) -> int | None:
+        return told
+
+    assert asyncio.run(calibrate(count)) is None
 
 
 def test_events_come_in_any_pieces() -> None:
@@ -217,6 +215,13 @@ def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -
         DatasetPrompts(path, "chat", 9)
 
 
+def test_half_a_character_in_a_dataset_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "\\ud83d\\ude00"}\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(ConfigError, match="line 2: prompt holds half of a pair"):
+        DatasetPrompts(path, "chat", 9)
+
+
 def test_other_wrong_datasets(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -250,13 +255,20 @@ def test_levels() -> None:
     [
         (("1", "2", None), "both given"),
         (("0", None, None), "--concurrency is '0'"),
+        (("1e19", None, None), "--concurrency is '1e19'; it must be whole numbers from 1 to 10,000"),
+        (("10001", None, None), "--concurrency is '10001'"),
+        (
+            (None, "1e308", None),
+            "--rate is '1e308'; it must be requests a second from 0.001 to 100,000, or inf",
+        ),
+        ((None, "1e-9", None), "--rate is '1e-9'"),
+        (("8,8", None, None), "each once"),
         (("1.5", None, None), "--concurrency is '1.5'"),
         (("inf", None, None), "--concurrency is 'inf'"),
         (("x", None, None), "--concurrency is 'x'"),
         ((None, "-1", None), "--rate is '-1'"),
         ((None, "nan", None), "--rate is 'nan'"),
         ((None, ",", None), "--rate is ','"),
-        ((None, "2", 0), "--max-concurrency is 0"),
         (("2", None, 4), "--max-concurrency bounds"),
     ],
 )
@@ -271,39 +283,181 @@ def test_goodput_in_vllms_ways() -> None:
         == parse_goodput(["ttft:200", "tpot:50"])
         == {"ttft": 200, "tpot": 50}
     )
+    assert parse_goodput(["ttft:200 tpot:50"]) == {"ttft": 200, "tpot": 50}
     for wrong in ("ttft", "ttft:x", "itl:3", "ttft:-1", "ttft:nan"):
         with pytest.raises(ConfigError, match="--goodput has"):
             parse_goodput([wrong])
 
 
+def refused(**changes: Any) -> ServeLoadOptions:
+    options = ServeLoadOptions(**{"url": None if "compare" in changes else URL, **changes})
+    options.check()
+    return options
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"endpoint": "embeddings"}, "--endpoint is 'embeddings'"),
-        ({"num_requests": 0}, "--num-requests is 0"),
+        ({"endpoint": "embeddings"}, "endpoint 'embeddings' is not known; choose one of: chat, completions"),
+        ({"num_requests": 0}, "num_requests is 0; it must be an integer from 1 to"),
+        ({"num_requests": 10**9}, "num_requests is 1000000000"),
         ({"num_requests": 3, "duration": 3.0}, "both given"),
-        ({"duration": 0.0}, "--duration is 0"),
-        ({"timeout": math.inf}, "--timeout is inf"),
-        ({"lengths": Lengths(0, 1)}, "--prompt-tokens is 0"),
-        ({"lengths": Lengths(1, 1, 1.0)}, "--length-spread is 1"),
-        ({"urls": ["http://a/v1", "http://b/v1"], "models": ["x", "y", "z"]}, "--compare takes one model"),
-        ({"urls": ["http://a/v1", "http://b/v1"], "duration": 3.0}, "--compare sends both"),
+        ({"duration": 0.0}, "duration is 0"),
+        ({"duration": 1e5}, "duration is 100000"),
+        ({"timeout": math.inf}, "timeout is inf"),
+        ({"timeout": math.nan}, "timeout is nan"),
+        ({"warmup": 10**7}, "warmup is 10000000"),
+        ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"prompt_tokens": 10**12}, "prompt_tokens is"),
+        ({"output_tokens": 10**12}, "output_tokens is"),
+        ({"length_spread": 1.0}, "length_spread is 1"),
+        ({"prefix_tokens": 10**6, "num_prefixes": 10**4}, "--num-prefixes times --prefix-tokens"),
+        ({"num_prefixes": 2}, "--num-prefixes needs --prefix-tokens"),
+        ({"dataset": Path("x"), "prompt_tokens": 64}, "so --prompt-tokens would do nothing"),
+        (
+            {"dataset": Path("x"), "length_spread": 0.0, "prefix_tokens": 0},
+            "--length-spread and --prefix-tok",
+        ),
+        ({"rate": "2,inf", "duration": 10.0}, "--rate inf sends all at once; give --num-requests"),
+        ({"rate": "100000", "duration": 11.0}, "--rate 100000 for --duration 11 are 1,100,000 requests"),
+        ({"rounds": 3}, "--rounds are those of --compare"),
+        ({"compare": TWO, "rounds": 10**9}, "rounds is 1000000000"),
+        ({"compare": TWO, "label": "x"}, "leave --label out"),
+        ({"compare": TWO, "url": URL}, "--url would do nothing"),
+        ({"compare": TWO, "vllm_json": Path("x")}, "--vllm-json"),
+        ({"compare": TWO, "model": ["x", "y", "z"]}, "--compare takes one model"),
+        ({"compare": TWO, "duration": 3.0}, "--compare sends both"),
+        ({"label": "x\udcff"}, r"--label 'x\\udcff' is no text in UTF-8"),
+        ({"model": ["good", "\udcff"]}, r"--model '\\udcff' is no text in UTF-8"),
+        ({"url": "https://user:secret@gw.corp/v1"}, "--api-key"),
     ],
 )
-def test_wrong_options(changes: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ServeOptions(**{"urls": ["http://127.0.0.1:1/v1"], **changes})
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        refused(**changes)
+    assert "\n" not in str(caught.value)
 
 
-def test_sides_of_a_comparison() -> None:
-    asked = ServeOptions(["http://a/v1", "http://b/v1"], models=["x", "y"])
-    assert [(side_options(asked, side).urls, list(side_options(asked, side).models)) for side in (0, 1)] == [
-        (("http://a/v1",), ["x"]),
-        (("http://b/v1",), ["y"]),
-    ]
+def test_the_most_that_is_taken() -> None:
+    most = 1 << 20
+    refused(compare=TWO, rounds=1000, num_requests=1_000_000, prompt_tokens=most, output_tokens=most)
+    refused(concurrency="10000", duration=86_400, timeout=86_400, warmup=0)
+    assert make_levels(None, "0.001,100000,inf", 10_000)[1].default_requests == 1_000_000
 
 
-def test_names_of_machines_are_not_shown() -> None:
-    assert shown_url("http://127.0.0.1:8000/v1") == "http://127.0.0.1:8000/v1"
-    assert shown_url("http://box-17.corp:8000/v1") == "http://server:8000/v1"
-    assert shown_url("https://box-17.corp/v1") == "https://server/v1"
+def test_a_wrong_option_is_told_by_its_flag() -> None:
+    done = CliRunner().invoke(app, ["serve", "--num-requests", "0"])
+    assert isinstance(done.exception, ConfigError) and "--num-requests is 0" in str(done.exception)
+
+
+def test_settings_hold_what_had_an_effect() -> None:
+    found = refused(dataset=Path("/a/rows.jsonl"), api_key="secret", label="a-secret-b", rate="2").settings()
+    assert found["dataset"] == "rows.jsonl" and found["levels"] == ["2 requests/s"] and found["urls"] == [URL]
+    assert "secret" not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "case"),
+    [
+        ({}, "8 at once, 64 → 128"),
+        ({"prefix_tokens": 30, "length_spread": 0.2}, "8 at once, 30 shared + 64 → 128 ± 20%"),
+        ({"dataset": Path("/a/rows.jsonl")}, "8 at once, rows.jsonl → 128"),
+    ],
+)
+def test_a_case_names_its_sizes(changes: dict[str, Any], case: str) -> None:
+    assert refused(concurrency="8", **changes).case(Level(8)) == case
+
+
+@pytest.mark.parametrize(
+    ("max_concurrency", "said"),
+    [(None, "the client itself could not keep up"), (4, "as --max-concurrency were open")],
+)
+def test_who_was_late_is_told(max_concurrency: int | None, said: str) -> None:
+    late = Outcome("m", asked_output=1, due=0.0, start=1.0, chunk_times=[2.0], end=3.0)
+    level = Level(rate=9.0, max_concurrency=max_concurrency)
+    (note,) = level_notes(refused(), level, LoadResult([late], 3.0))
+    assert said in note and "1 s" in note
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secret@gw.corp/v1",
+        "user:secret@gw.corp",
+        "http://secret@gw.corp/v1",
+        "https://user:sec/ret@gw.corp/v1",
+        "https://user:secret@gw.corp:port/v1",
+    ],
+)
+def test_an_address_holds_no_password(url: str) -> None:
+    """It would be in results, and no request under load would send it."""
+    with pytest.raises(ConfigError, match="--api-key") as caught:
+        base_url(url)
+    assert "sec" not in str(caught.value) and "gw.corp" not in str(caught.value)
+
+
+def test_an_at_sign_in_a_path_is_no_password() -> None:
+    assert base_url("http://gw.corp/@cf/v1") == "http://gw.corp/@cf/v1"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+        ("http://box-17.corp:8000/v1", "http://server:8000/v1"),
+        ("https://box-17.corp/v1", "https://server/v1"),
+        ("http://[2001:db8::1]/v1", "http://server/v1"),
+        ("http://[2001:db8::1]:8000/v1", "http://server:8000/v1"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+        ("https://user:secret@gw.corp:8443/a/v1", "https://server:8443/a/v1"),
+    ],
+)
+def test_names_of_machines_are_not_shown(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no server at http://user:secret@host:8000/v1 (why)", "no server at http://server:8000/v1 (why)"),
+        ("(http://host:80), 'http://host'.", "(http://server:80), 'http://server'."),
+        ("Connect call failed ('10.0.0.7', 8000)", "Connect call failed (server:8000)"),
+        ("Connect call failed ('fe80::1', 8000, 0, 0)", "Connect call failed (server:8000)"),
+        ("there is no file /a/b/c.gguf; see /d", "there is no file c.gguf; see d"),
+        ("llamacpp=/b/bin:bf16=/c/x.gguf,q8_0=/c/y.gguf", "llamacpp=bin:bf16=x.gguf,q8_0=y.gguf"),
+        ("vllm=/a/python:/b/m", "vllm=python:m"),
+    ],
+)
+def test_what_is_published_names_no_place_and_no_password(text: str, shown: str) -> None:
+    assert public_text(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("size", "special"),
+    [
+        (128_256, range(128_000, 128_256)),  # Llama 3
+        (151_936, range(151_643, 151_665)),  # Qwen2.5; no token has the ids behind them
+        (201_088, range(199_998, 201_088)),  # gpt-oss
+        (102_400, range(100_000, 100_016)),  # DeepSeek
+    ],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_prompts_hold_ordinary_tokens(tmp_path: Path, size: int, special: range, told: bool) -> None:
+    """Where no tokenizer tells of special tokens, a margin leaves out those of most models."""
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    if told:
+        added = [{"id": each, "content": f"<{each}>"} for each in (5, 2000, *special)]
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    prompts = TokenPrompts(tmp_path, 0)
+    (ids,) = prompts.make(1, 200_000, 1)
+    assert min(ids) >= 1000
+    if told or size - special.start < 1024:
+        assert max(ids) < special.start
+    assert not told or 2000 not in ids
+    assert len(set(ids)) > size // 2
+    assert prompts.make(2, 9, 1) == TokenPrompts(tmp_path, 0).make(2, 9, 1) != prompts.make(2, 9, 2)
+
+
+def test_token_prompts_need_a_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        TokenPrompts(tmp_path, 0)

@@ -17,35 +17,16 @@ import numpy as np
 
 from sleb.benchmarks.load.events import Outcome
 
-METRICS = ("ttft", "tpot", "itl", "e2el")
 PERCENTILES = (90, 99)
-# Keys of a row that vLLM's files have too.
-VLLM_KEYS = (
-    *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate"),
-    *("burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens"),
-    *(
-        "total_output_tokens",
-        "request_throughput",
-        "request_goodput",
-        "output_throughput",
-        "total_token_throughput",
-    ),
-    *("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "errors"),
-    *("max_output_tokens_per_s", "max_concurrent_requests"),
-    *(
-        f"{statistic}_{metric}_ms"
-        for metric in METRICS
-        for statistic in ("mean", "median", "std", *(f"p{percentile}" for percentile in PERCENTILES))
-    ),
-)
 
 
-def measure(outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, float]) -> dict[str, Any]:
+def measure(
+    outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Counts, rates and latencies of all requests together. goodput: limits in milliseconds; none: null."""
     whole = [outcome for outcome in outcomes if not outcome.error]
     num_input = sum(outcome.num_prompt_tokens for outcome in whole)
     num_output = sum(outcome.num_output_tokens for outcome in whole)
-    num_good = sum(is_good(outcome, goodput) for outcome in whole)
     measured: dict[str, Any] = {
         "duration": duration,
         "completed": len(whole),
@@ -53,21 +34,27 @@ def measure(outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, 
         "total_input_tokens": num_input,
         "total_output_tokens": num_output,
         "request_throughput": len(whole) / duration,
-        "request_goodput": num_good / duration if goodput else None,
+        "request_goodput": sum(is_good(each, goodput) for each in whole) / duration if goodput else None,
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
         "max_output_tokens_per_s": max(peak_rate(whole), num_output / duration),
         "max_concurrent_requests": peak_concurrency(outcomes),
     }
-    for metric, seconds in _samples(whole).items():
+    samples = {
+        "ttft": [outcome.first_seconds for outcome in whole],
+        "tpot": [each.token_seconds for each in whole if each.token_seconds is not None],
+        "itl": [gap for outcome in whole for gap in outcome.gaps],
+        "e2el": [outcome.seconds for outcome in whole],
+    }
+    for metric, seconds in samples.items():
         measured |= describe(metric, seconds)
     return measured
 
 
 def raw_samples(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """A value a request, in seconds; of a failed one 0 or an empty list, as in vLLM's files."""
-    good = [not outcome.error for outcome in outcomes]
-    pairs = list(zip(outcomes, good, strict=True))
+    """A value a request, in seconds to the nanosecond; of a failed one 0 or an empty list, as in vLLM's files."""
+    whole = [not outcome.error for outcome in outcomes]
+    pairs = list(zip(outcomes, whole, strict=True))
     return {
         "input_lens": [outcome.num_prompt_tokens for outcome in outcomes],
         "output_lens": [outcome.num_output_tokens if is_whole else 0 for outcome, is_whole in pairs],
@@ -75,14 +62,13 @@ def raw_samples(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "itls": [_rounded(outcome.gaps) if is_whole else [] for outcome, is_whole in pairs],
         "latencies": _rounded(outcome.seconds if is_whole else 0.0 for outcome, is_whole in pairs),
         "start_times": _rounded(outcome.start for outcome in outcomes),
-        "queue_times": _rounded(max(0.0, outcome.start - outcome.due) for outcome in outcomes),
+        "queue_times": _rounded(outcome.start - outcome.due for outcome in outcomes),
         "errors": [outcome.error for outcome in outcomes],
     }
 
 
 def _rounded(seconds: Iterable[float]) -> list[float]:
-    """To the nanosecond: the clock tells no more, and a file of many answers is much shorter."""
-    return [round(value, 9) for value in seconds]
+    return [round(max(0.0, value), 9) for value in seconds]
 
 
 def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -92,22 +78,9 @@ def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 def is_good(outcome: Outcome, goodput: Mapping[str, float]) -> bool:
     """Whether an answer that came whole keeps to all limits, in milliseconds."""
-    seconds = {
-        "ttft": outcome.first_seconds,
-        "tpot": outcome.token_seconds or 0.0,
-        "e2el": outcome.seconds,
-    }
+    tpot = outcome.token_seconds or 0.0
+    seconds = {"ttft": outcome.first_seconds, "tpot": tpot, "e2el": outcome.seconds}
     return all(seconds[name] * 1000 <= limit for name, limit in goodput.items())
-
-
-def _samples(whole: Sequence[Outcome]) -> dict[str, list[float]]:
-    tokens = [outcome.token_seconds for outcome in whole]
-    return {
-        "ttft": [outcome.first_seconds for outcome in whole],
-        "tpot": [seconds for seconds in tokens if seconds is not None],
-        "itl": [gap for outcome in whole for gap in outcome.gaps],
-        "e2el": [outcome.seconds for outcome in whole],
-    }
 
 
 def describe(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
@@ -116,10 +89,8 @@ def describe(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
     values: list[float | None] = [None] * len(names)
     if seconds:
         found = np.asarray(seconds, dtype=np.float64) * 1000
-        values = [
-            float(value)
-            for value in (found.mean(), np.median(found), found.std(), *np.percentile(found, PERCENTILES))
-        ]
+        numbers = (found.mean(), np.median(found), found.std(), *np.percentile(found, PERCENTILES))
+        values = [float(value) for value in numbers]
     return {f"{name}_{metric}_ms": value for name, value in zip(names, values, strict=True)}
 
 
@@ -134,7 +105,6 @@ def peak_rate(whole: Sequence[Outcome]) -> float:
     start = min((outcome.start for outcome in whole), default=0.0)
     tokens: dict[int, float] = defaultdict(float)
     for outcome in whole:
-        share = outcome.num_output_tokens / len(outcome.chunk_times)
         for time in outcome.chunk_times:
-            tokens[int(time - start)] += share
+            tokens[int(time - start)] += outcome.num_output_tokens / len(outcome.chunk_times)
     return max(tokens.values(), default=0.0)

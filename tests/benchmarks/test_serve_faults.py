@@ -11,21 +11,14 @@ from typing import Any
 
 import pytest
 import sleb_tests_scripted_server as scripted
-import typer
 from typer.testing import CliRunner
 
-from sleb.benchmarks import serving_report
-from sleb.benchmarks.load.events import MAX_EVENT, Outcome
-from sleb.benchmarks.load_prompts import Lengths
-from sleb.benchmarks.serving import run_serving
-from sleb.benchmarks.serving_compare import run_comparison
-from sleb.benchmarks.serving_options import Level, ServeOptions
-from sleb.benchmarks.serving_report import printable
-from sleb.benchmarks.serving_rows import row_notices
-from sleb.benchmarks.serving_server import MAX_REPLY
-from sleb.cli.bench.serve import serve
+from sleb.benchmarks.load.events import MAX_EVENT
+from sleb.benchmarks.load.options import ServeLoadOptions
+from sleb.benchmarks.record import Result
+from sleb.benchmarks.serve import describe_client, run_serve
+from sleb.cli.bench import app
 from sleb.client.connection import ClientError
-from sleb.errors import ConfigError
 
 KEY = "c2vjcmv0=="
 WHOLE = [
@@ -81,15 +74,19 @@ def start() -> Iterator[Callable[..., Any]]:
         server.close()
 
 
-def options(server: Any, *levels: Level, **changes: Any) -> ServeOptions:
-    given = {"lengths": Lengths(32, 6), "warmup": 0, "num_requests": 3} | changes
-    return ServeOptions([server.url], levels=levels or [Level(1)], **given)
+def options(server: Any, concurrency: str | None = "1", **changes: Any) -> ServeLoadOptions:
+    given = {"prompt_tokens": 32, "output_tokens": 6, "warmup": 0, "num_requests": 3}
+    return ServeLoadOptions(**{"url": server.url, "concurrency": concurrency, **given, **changes})
+
+
+def failures(result: Result) -> dict[str, int]:
+    """Of the only level."""
+    (rate,) = (each for each in result.measurements if each.metric == "tokens/s")
+    return rate.facts["failures"]
 
 
 def run_cli(*arguments: object) -> Any:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(serve)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def under_load(pieces: list[bytes]) -> Callable[[int], list[bytes] | None]:
@@ -97,8 +94,8 @@ def under_load(pieces: list[bytes]) -> Callable[[int], list[bytes] | None]:
     return lambda number: pieces if number else None
 
 
-def notices_of(result: dict[str, Any]) -> str:
-    return "\n".join(result["conditions"]["notices"])
+def notices_of(result: Result) -> str:
+    return "\n".join(result.notes)
 
 
 @pytest.mark.parametrize(
@@ -118,25 +115,24 @@ def notices_of(result: dict[str, Any]) -> str:
 def test_odd_answers_are_failures(start, event: bytes, error: str) -> None:
     """And told as such before the load, if they come then."""
     server = start(under_load([event]))
-    (row,) = run_serving(options(server, timeout=60))["rows"]
-    assert row["failed"] == 3 and row["duration"] < 30
-    assert all(each.startswith(error) for each in row["errors"])
+    ((reason, number),) = failures(run_serve(options(server, timeout=60), {})).items()
+    assert number == 3 and reason.startswith(error)
     early = start(lambda number: [event])
     with pytest.raises(ClientError, match=f"small gives no whole answer.*{error}"):
-        run_serving(options(early, timeout=60))
+        run_serve(options(early, timeout=60), {})
 
 
 def test_a_server_that_drips_is_given_up_before_the_load(start) -> None:
     """A byte after the other comes soon, and the whole answer in a minute."""
     server = start(lambda number: [b":"] * 1000, pause=0.06)
     with pytest.raises(ClientError, match=r"no whole answer within 1 s.*--timeout"):
-        run_serving(options(server, timeout=1.0))
+        run_serve(options(server, timeout=1.0), {})
 
 
 def test_an_endless_answer_is_given_up_before_the_load(start) -> None:
-    server = start(lambda number: [b": a comment that nobody reads\n" * 4096] * 100)
-    with pytest.raises(ClientError, match=f"more than {MAX_REPLY >> 20} MiB"):
-        run_serving(options(server))
+    server = start(lambda number: [b": a comment that nobody reads\n" * 4096] * 10_000, pause=0.001)
+    with pytest.raises(ClientError, match="no whole answer within 1 s"):
+        run_serve(options(server, timeout=1.0), {})
 
 
 @pytest.mark.parametrize(
@@ -158,14 +154,14 @@ def test_remedies_of_a_list_of_models(start, models: tuple[int, dict], message: 
     """They are this command's: a chat has others."""
     server = start(models=models)
     with pytest.raises(ClientError, match=message) as caught:
-        run_serving(options(server, api_key=KEY))
+        run_serve(options(server, api_key=KEY), {})
     assert "/retry" not in str(caught.value) and KEY not in str(caught.value)
 
 
 def test_counts_that_are_none_are_not_taken(start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OddServer, "_usage", lambda self, body, number: {"prompt_tokens": 12.5})
     server = start(under_load(WHOLE), usage="whole", context=10**6)
-    assert "counts no tokens" in notices_of(run_serving(options(server)))
+    assert "counts no tokens" in notices_of(run_serve(options(server), {}))
 
 
 @pytest.mark.parametrize("given", [["--api-key", KEY], [f"--api-key={KEY}"], ["--label", f"a-{KEY}-b"]])
@@ -174,83 +170,69 @@ def test_a_key_is_nowhere_in_a_result(start, given: list[str]) -> None:
     told = json.dumps({"error": {"message": f"the key {KEY} is worn out"}}).encode()
     server = start(under_load([b"data: " + told + b"\n\n"]), key=KEY)
     server.models = (200, {"data": [{"id": "small", "owned_by": f"owner of {KEY}"}]})
-    result = run_serving(options(server, api_key=KEY), ["sleb", "bench", "serve", *given])
-    assert KEY.rstrip("=") not in json.dumps(result)
-    assert result["rows"][0]["errors"] == ["error in the stream: the key … is worn out"] * 3
+    asked = options(server, api_key=KEY, label=f"a-{KEY}-b")
+    result = run_serve(asked, describe_client(asked, ["sleb", "bench", "serve", *given]))
+    assert KEY.rstrip("=") not in json.dumps(result.document())
+    assert failures(result) == {"error in the stream: the key … is worn out": 3}
     assert "the key … is worn out" in notices_of(result)
-    assert result["environment"]["command"].endswith(given[-1].replace(KEY, "…"))
+    assert result.environment["command"].endswith(given[-1].replace(KEY, "…"))
 
 
 def test_a_server_that_answers_no_more_ends_the_sweep(start, tmp_path: Path) -> None:
     """The first level and its warm-up are answered, and nothing after them."""
     server = start(fail=lambda number: "hang" if number > 3 else None)
     path = tmp_path / "result.json"
-    load = [
-        "--concurrency",
-        "1,2,4,8",
-        "--num-requests",
-        2,
-        "--warmup",
-        1,
-        "--timeout",
-        1,
-        "--output-tokens",
-        6,
-    ]
-    done = run_cli("--url", server.url, *load, "--json", path)
+    load = ["--concurrency", "1,2,4,8", "--num-requests", 2, "--warmup", 1, "--timeout", 1]
+    done = run_cli("--url", server.url, *load, "--output-tokens", 6, "--json", path)
     assert done.exit_code == 1, done.output
     result = json.loads(path.read_text())
-    assert [row["completed"] for row in result["rows"]] == [2] and result["complete"] is False
+    rates = [row for row in result["rows"] if row["metric"] == "tokens/s"]
+    assert [row["completed"] for row in rates] == [2] and result["complete"] is False
     said = "2 at once: warming up: 1 of 1 requests had no whole answer within 1 s"
-    assert result["problem"].startswith(said) and said in notices_of(result)
-    assert f"error: {said}" in done.output and "Interrupted" not in done.output
+    assert result["settings"]["problem"].startswith(said)
+    assert f"error: {said}" in done.output
     assert len(server.seen) == 5
 
 
 def test_a_level_without_answers_is_kept_and_ends_the_sweep(start) -> None:
     server = start(fail=lambda number: "hang" if number else None)
-    result = run_serving(options(server, Level(3), Level(8), timeout=1.0))
-    assert [(row["completed"], row["failed"]) for row in result["rows"]] == [(0, 3)]
-    assert "3 at once: 3 of 3 requests had no whole answer" in result["problem"]
+    result = run_serve(options(server, "3,8", timeout=1.0), {})
+    (rate,) = (each for each in result.measurements if each.metric == "tokens/s")
+    assert (rate.facts["completed"], rate.facts["failed"]) == (0, 3)
+    assert "3 at once: 3 of 3 requests had no whole answer" in result.settings["problem"]
 
 
-def test_a_comparison_keeps_rounds_before_a_server_answers_no_more(start) -> None:
+def test_a_comparison_keeps_turns_before_a_server_answers_no_more(start) -> None:
     good, bad = start(gap=0.002), start(gap=0.002, fail=lambda number: "hang" if number > 2 else None)
-    asked = ServeOptions(
-        [good.url, bad.url], levels=[Level(1), Level(2)], lengths=Lengths(24, 5), num_requests=1, timeout=1.0
+    asked = ServeLoadOptions(
+        compare=(good.url, bad.url),
+        concurrency="1",
+        prompt_tokens=24,
+        output_tokens=5,
+        num_requests=1,
+        timeout=1.0,
     )
-    result = run_comparison(asked)
-    assert [row["completed"] for row in result["rows"]] == [1, 1] and len(result["comparisons"]) == 4
-    assert result["complete"] is False and "1 at once: B, round 2 of 6" in result["problem"]
+    result = run_serve(asked, {})
+    assert {(each.subject, each.facts["repetitions"]) for each in result.measurements} == {
+        ("A", 1),
+        ("B", 1),
+    }
+    assert result.complete is False and "1 at once: B, turn 2" in result.settings["problem"]
 
 
 def test_a_load_in_which_nothing_comes_due(start) -> None:
     server = start()
     done = run_cli("--url", server.url, "--rate", "0.001", "--duration", "0.01", "--output-tokens", 6)
     assert done.exit_code == 1
-    assert "error: no request came due in 0.01 s; give a longer --duration or a higher --rate" in done.output
+    assert "no request came due in 0.01 s; give a longer --duration or a higher --rate" in done.output
 
 
 def test_requests_that_were_not_sent_are_told(start) -> None:
     server = start(first=0.2)
-    asked = options(server, Level(rate=1000.0, max_concurrency=1), num_requests=None, duration=0.3)
-    result = run_serving(asked)
-    (row,) = result["rows"]
-    assert row["num_prompts"] < 10
+    asked = options(server, None, rate="1000", max_concurrency=1, num_requests=None, duration=0.3)
+    result = run_serve(asked, {})
+    assert len(server.seen) < 10
     assert "requests were not sent, as --max-concurrency were open until --duration" in notices_of(result)
-
-
-@pytest.mark.parametrize(
-    ("max_concurrency", "said"),
-    [(None, "the client itself could not keep up"), (4, "as --max-concurrency were open")],
-)
-def test_who_was_late_is_told(max_concurrency: int | None, said: str) -> None:
-    row = {
-        "label": None, "level": "9 requests/s", "failures": {}, "cached_tokens": 0, "client_cpu_share": 0.1,
-        "queue_times": [1.0], "latencies": [2.0], "request_rate": 9.0, "max_concurrency": max_concurrency,
-    }  # fmt: skip
-    (notice,) = row_notices(row, [Outcome("m", asked_output=1, chunk_times=[1.0], end=2.0)])
-    assert said in notice and "1 s" in notice
 
 
 def test_names_in_brackets_are_shown_and_written(start, tmp_path: Path) -> None:
@@ -261,13 +243,9 @@ def test_names_in_brackets_are_shown_and_written(start, tmp_path: Path) -> None:
     arguments = ["--concurrency", 1, "--num-requests", 4, "--output-tokens", 6, "--json", path]
     done = run_cli("--url", server.url, "--model", "tiny[fp8],big[/b]:rocket:", "--label", "[/x]", *arguments)
     assert done.exit_code == 0, done.output
-    for name in ("tiny[fp8]", "big[/b]:rocket:", "[/x]: 1 at once"):
+    for name in ("tiny[fp8]", "big[/b]:rocket:", "[/x]"):
         assert name in done.output
-    assert json.loads(path.read_text())["rows"][0]["label"] == "[/x]"
-
-
-def test_what_moves_a_cursor_is_escaped() -> None:
-    assert printable("größe [b] \x1b[2J\udcff\n") == "größe [b] \\x1b[2J\\udcff\\n"
+    assert json.loads(path.read_text())["rows"][0]["subject"] == "[/x]"
 
 
 def test_names_that_are_no_utf8(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,31 +260,3 @@ def test_names_that_are_no_utf8(start, tmp_path: Path, monkeypatch: pytest.Monke
     result = json.loads(path.read_text())
     assert result["settings"]["dataset"] == "d\udcff.jsonl"
     assert result["environment"]["command"].endswith("--dataset d\udcff.jsonl --json r\udcff.json")
-    assert "prompts of d\\udcff.jsonl" in done.output
-
-
-def test_files_are_written_before_the_tables_are_shown(
-    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(result: Any, console: Any) -> None:
-        raise RuntimeError("it cannot be shown")
-
-    server, path, folder = start(), tmp_path / "result.json", tmp_path / "vllm"
-    monkeypatch.setattr(serving_report, "print_serving", fail)
-    arguments = ["--url", server.url, "--concurrency", 1, "--num-requests", 1, "--output-tokens", 6]
-    done = run_cli(*arguments, "--json", path, "--vllm-json", folder)
-    assert str(done.exception) == "it cannot be shown"
-    assert json.loads(path.read_text())["complete"] is True and len(list(folder.iterdir())) == 1
-
-
-def test_tables_are_shown_where_a_file_cannot_be_written(
-    start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(path: Path, text: str) -> None:
-        raise ConfigError("the disk is full")
-
-    server = start()
-    monkeypatch.setattr("sleb.benchmarks.command.write_text", fail)
-    arguments = ["--url", server.url, "--concurrency", 1, "--num-requests", 1, "--output-tokens", 6]
-    done = run_cli(*arguments, "--json", tmp_path / "result.json")
-    assert str(done.exception) == "the disk is full" and "1 at once" in done.output

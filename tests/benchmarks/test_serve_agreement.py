@@ -23,9 +23,9 @@ from urllib.request import Request, urlopen
 import pytest
 import sleb_tests_scripted_server as scripted
 
-from sleb.benchmarks.load_prompts import Lengths, Prompt, RandomPrompts, calibrate
-from sleb.benchmarks.serving import run_serving
-from sleb.benchmarks.serving_options import Level, ServeOptions
+from sleb.benchmarks.load.options import ServeLoadOptions
+from sleb.benchmarks.prompts import Lengths, Prompt, RandomPrompts, calibrate
+from sleb.benchmarks.serve import run_serve
 
 
 class PlainConnection:
@@ -92,7 +92,7 @@ def plain_body(model: str, text: str, num_tokens: int) -> dict:
 def equal_prompts(url: str, model: str, shape: Shape, seed: int) -> list[Prompt]:
     """As long as ours, and answers too, but of other words: a prefix cache would know the same ones."""
 
-    def count_tokens(text: str) -> int:
+    async def count_tokens(text: str) -> int:
         body = plain_body(model, text, 1) | {"stream": False, "stream_options": None}
         request = Request(
             f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -100,7 +100,7 @@ def equal_prompts(url: str, model: str, shape: Shape, seed: int) -> list[Prompt]
         with urlopen(request, timeout=30) as answer:
             return json.load(answer)["usage"]["prompt_tokens"]
 
-    source = RandomPrompts(shape.lengths, calibrate(count_tokens), seed, salt="plain")
+    source = RandomPrompts(shape.lengths, asyncio.run(calibrate(count_tokens)), seed, salt="plain")
     return [source.make(number) for number in range(shape.num_requests)]
 
 
@@ -125,18 +125,20 @@ async def plain_load(url: str, model: str, shape: Shape, prompts: list[Prompt]) 
 
 
 def our_load(url: str, model: str, shape: Shape, seed: int) -> dict:
-    options = ServeOptions(
-        [url],
-        models=[model],
-        levels=[Level(shape.concurrency)],
+    options = ServeLoadOptions(
+        url=url,
+        model=[model],
+        concurrency=str(shape.concurrency),
         num_requests=shape.num_requests,
-        lengths=shape.lengths,
+        prompt_tokens=shape.prompt_tokens,
+        output_tokens=shape.tokens,
+        length_spread=shape.spread,
         warmup=0,
         seed=seed,
     )
-    (row,) = run_serving(options)["rows"]
-    assert row["failed"] == 0
-    return {"rate": row["output_throughput"], "ttft": row["median_ttft_ms"] / 1000}
+    found = {each.metric: each for each in run_serve(options, {}).measurements}
+    assert found["tokens/s"].facts["failed"] == 0
+    return {"rate": found["tokens/s"].value, "ttft": found["TTFT p50 ms"].value / 1000}
 
 
 def both_loads(url: str, model: str, shape: Shape, rounds: int) -> list[tuple[dict, dict]]:
@@ -205,13 +207,20 @@ def sleb_server(*arguments: object) -> Iterator[str]:
 def test_on_sleb_itself(tiny_model_dir: Path) -> None:
     """Bytes are tokens there, so a word is five or so."""
     with sleb_server(tiny_model_dir, "--dtype", "float32", "--kv-cache-memory", "0.01") as url:
-        asked = ServeOptions(
-            [url], levels=[Level(2)], num_requests=4, lengths=Lengths(130, 8, 0.2), warmup=0, seed=9
+        asked = ServeLoadOptions(
+            url=url,
+            concurrency="2",
+            num_requests=4,
+            prompt_tokens=130,
+            output_tokens=8,
+            length_spread=0.2,
+            warmup=0,
+            seed=9,
         )
-        result = run_serving(asked)
-    (row,) = result["rows"]
-    assert row["completed"] == 4 and not any("length" in each for each in result["conditions"]["notices"])
-    assert result["server"]["owned_by"] == "sleb" and result["model"]["name"] == "tiny-llama"
+        result = run_serve(asked, {})
+    rate = next(each for each in result.measurements if each.metric == "tokens/s")
+    assert rate.facts["completed"] == 4 and not any("length" in each for each in result.notes)
+    assert result.settings["servers"]["software"] == "sleb" and rate.subject == "tiny-llama"
 
 
 @pytest.mark.slow
