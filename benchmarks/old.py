@@ -21,7 +21,6 @@ _SIGNS = {
     "quality": ("depth", "perplexity", "generation"),
     "search": ("summary", "runs"),
     "prune": ("losses", "removed", "calibration"),
-    "transformers": ("ours", "transformers"),
     "mixed": ("depths", "streams", "ratio"),
     "http-overhead": ("streams", "ratio"),
 }
@@ -210,13 +209,6 @@ def _http(document: Document) -> Iterator[Measurement]:
     yield Measurement(case, "over HTTP", "tokens/s", rates["http"], None, _ratio(document, "ratio"))
 
 
-def _transformers(document: Document) -> Iterator[Measurement]:
-    for subject in ("transformers", "ours"):
-        row = document[subject]
-        ratio = _ratio(document, "ratio") if subject == "ours" else None
-        yield Measurement("generate", subject, "tokens/s", row["tokens_per_second"], None, ratio)
-
-
 def _formats(document: Document) -> Iterator[Measurement]:
     settings = document["settings"]
     for row in document["rows"]:
@@ -275,16 +267,6 @@ def _prune(document: Document) -> Iterator[Measurement]:
         yield Measurement(calibration["source"], f"depth {depth}", "perplexity", math.exp(loss / num_tokens))
 
 
-def _kernels(document: Document) -> Iterator[Measurement]:
-    for row in document["rows"]:
-        facts = {
-            name: row[key] for name, key in (("GB/s", "gb_per_second"), ("failed", "reason")) if row.get(key)
-        }
-        facts["roofline_share"] = row.get("roofline_share")
-        case, value = f"{row['op']} {row['shape']}", row["microseconds"]
-        yield Measurement(case, row["backend"], "µs", value, _spread(row, "microseconds"), None, facts)
-
-
 _READERS: Mapping[str, Callable[[Document], Iterator[Measurement]]] = {
     "throughput": _throughput,
     "serve": _serve,
@@ -292,12 +274,10 @@ _READERS: Mapping[str, Callable[[Document], Iterator[Measurement]]] = {
     "quality": _quality,
     "mixed": _mixed,
     "http-overhead": _http,
-    "transformers": _transformers,
     "weight-formats": _formats,
     "fronts": _fronts,
     "methods": _methods,
     "method-speed": _method_speed,
     "search": _search,
     "prune": _prune,
-    "kernels": _kernels,
 }

@@ -26,21 +26,12 @@ Table = tuple[list[str], list[list[str]]]
 # Facts that are for scripts: what case, subject, value and ratio say already. So is every name with an underscore
 # but those that have a heading.
 _FOR_SCRIPTS = {
-    "test",
-    "depth",
-    "depths",
-    "batch",
-    "variant",
-    "seconds",
-    "speedup",
-    "perplexity",
-    "removed",
-    "repetitions",
-    "stopped",
+    *("test", "depth", "depths", "batch", "variant", "seconds", "speedup", "perplexity", "removed", "level"),
+    *("concurrency", "repetitions", "stopped"),
 }
 _HEADINGS = {"ideal_speedup": "ideal ×", "roofline_share": "of roofline", "goodput": "goodput, requests/s"}
 # Of an environment: what changes from run to run, and is no reason for a difference.
-_PASSING = {"date", "load_average", "command"}
+_PASSING = {"date", "load average", "command", "ceilings", "conditions", "memory bytes"}
 _MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long as it needs to be
 
 
@@ -62,7 +53,7 @@ def _ratio(ratio: Ratio) -> str:
 
 def _cells(each: Measurement) -> Mapping[str, str]:
     value = "failed" if each.value is None else number(each.value)
-    if each.spread is not None:
+    if each.spread is not None and each.spread[0] < each.spread[1]:
         value += f" ({number(each.spread[0])}–{number(each.spread[1])})"
     return {each.metric: value} | ({} if each.ratio is None else {f"{each.metric} ×": _ratio(each.ratio)})
 
@@ -286,7 +277,7 @@ def diff(old: Result, new: Result) -> Result:
     for label, names in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
         if names:
             shown = "; ".join(" / ".join(name) for name in sorted(names)[:5])
-            notes.append(f"only in the {label} one: {len(names)} figures, as {shown}")
+            notes.append(f"figures only in the {label} one: {len(names)}, as {shown}")
     return Result("diff", new.environment, new.settings, changes, notes)
 
 
@@ -308,14 +299,14 @@ def _overlap(old: Measurement, new: Measurement) -> bool | None:
 
 
 def _differences(old: Result, new: Result) -> list[tuple[str, str, str]]:
-    """Facts of the environment and settings that both tell and that differ."""
+    """Facts of the environment and settings that both tell and that differ; what was measured along is none."""
     found = []
     for before, after in ((old.environment, new.environment), (old.settings, new.settings)):
         before, after = _flat(before), _flat(after)
         found += [
-            (name.replace("_", " "), str(before[name]), str(after[name]))
-            for name in before.keys() & after.keys() - _PASSING
-            if not _same(before[name], after[name])
+            (name, str(before[name]), str(after[name]))
+            for name in before.keys() & after.keys()
+            if not _same(before[name], after[name]) and not isinstance(before[name], float)
         ]
     return sorted(found)
 
@@ -328,11 +319,11 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested facts under names with a blank between."""
+    """Nested facts under names with a blank between, without what passes."""
     found: dict[str, Any] = {}
-    for name, fact in facts.items():
-        if isinstance(fact, Mapping):
+    for name, fact in ((key.replace("_", " "), fact) for key, fact in facts.items()):
+        if isinstance(fact, Mapping) and name not in _PASSING:
             found |= {f"{name} {inner}": value for inner, value in _flat(fact).items()}
-        else:
+        elif name not in _PASSING:
             found[name] = fact
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -175,10 +174,9 @@ def test_of_times_and_perplexities_less_is_better() -> None:
     b = formats()
     b["rows"][1]["perplexity"] *= 1.25
     assert ratios(formats(), b)["64 tokens in windows of 8, sleb int8, perplexity"] == pytest.approx(0.8)
-    row = {"op": "add", "shape": "4", "backend": "torch", "microseconds": 10.0}
-    kernels = {"kind": "kernels", "rows": [row]}
-    faster = copy.deepcopy(kernels) | {"rows": [row | {"microseconds": 8.0}]}
-    assert ratios(kernels, faster) == {"add 4, torch, µs": pytest.approx(1.25)}
+    kernels = Result("kernels", {}, {}, [Measurement("add 4", "torch", "µs", 10.0)])
+    faster = Result("kernels", {}, {}, [Measurement("add 4", "torch", "µs", 8.0)])
+    assert ratios(kernels.document(), faster.document()) == {"add 4, torch, µs": pytest.approx(1.25)}
 
 
 def test_what_differs_around_it_is_told() -> None:
@@ -193,8 +191,8 @@ def test_rows_of_one_alone_are_listed_and_do_not_fail(run: Callable[..., Outcome
     b["rows"][0] |= {"batch": 77}
     done = run(old(), b, "--fail-below", "0.99")
     assert done.exit_code == 0
-    assert "only in the old one: 1 figures, as prompt 1 × 2048 / depth 0 / tokens/s" in done.output
-    assert "only in the new one: 1 figures, as prompt 77 × 2048 / depth 0 / tokens/s" in done.output
+    assert "figures only in the old one: 1, as prompt 1 × 2048 / depth 0 / tokens/s" in done.output
+    assert "figures only in the new one: 1, as prompt 77 × 2048 / depth 0 / tokens/s" in done.output
 
 
 def test_what_does_not_compare_is_an_error(run: Callable[..., Outcome]) -> None:
