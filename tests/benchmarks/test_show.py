@@ -32,7 +32,7 @@ def speed(name: str = "tiny", depths: tuple[int, ...] = (0, 3, 6)) -> Result:
             1000.0 + 10 * depth,
             (900.0, 1100.0),
             Ratio(1 + depth / 100, 1 + depth / 200, 1 + depth / 50) if depth else None,
-            {"depth": depth, "batch": 8, "ideal_speedup": 1 + depth / 90, "repetitions": 7},
+            {"depth": depth, "batch": 8, "ideal_speedup": 1 + depth / 90, "weight": 7},
         )
         for case in ("prompt 1 × 2048", "generate 8 × 128 after 64")
         for depth in depths
@@ -67,7 +67,7 @@ class Page(HTMLParser):
 
 def test_a_row_a_subject_a_column_a_metric() -> None:
     heads, rows = show.table(speed().measurements)
-    assert heads == ["case", "", "tokens/s", "tokens/s ×", "ideal ×", "repetitions"]
+    assert heads == ["case", "", "tokens/s", "tokens/s ×", "ideal ×", "weight"]
     assert rows[0] == ["prompt 1 × 2048", "depth 0", "1,000 (900–1,100)", "", "1", "7"]
     assert rows[2] == ["", "depth 6", "1,060 (900–1,100)", "1.06 (1.03–1.12)", "1.067", "7"]
     assert rows[3][0] == "generate 8 × 128 after 64"
