@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from typing import Any, Concatenate, ParamSpec
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,35 +14,11 @@ from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.engine.outputs import Choice, Output, StepOutput
 from sleb.engine.requests.sampling_params import SamplingParams
-from sleb.errors import ConfigError, RequestError
+from sleb.errors import RequestError
+from sleb.options import takes_options
 
 Prompt = str | Sequence[int]
-_Arguments = ParamSpec("_Arguments")
 _RENAMED = {"num_threads": "threads", "enable_prefix_caching": "prefix_caching"}
-
-
-def _takes(
-    kind: Callable[_Arguments, EngineConfig],
-) -> Callable[[Callable[[LLM, EngineConfig], None]], Callable[Concatenate[LLM, _Arguments], None]]:
-    """Lets a constructor of LLM take the arguments of `kind`, for type checkers and `help()` as well."""
-
-    def decorate(init: Callable[[LLM, EngineConfig], None]) -> Callable[Concatenate[LLM, _Arguments], None]:
-        def takes_arguments(self: LLM, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
-            known = [each.name for each in fields(EngineConfig)]
-            for name in kwargs:
-                if name in _RENAMED:
-                    raise ConfigError(f"option '{name}' is called '{_RENAMED[name]}' now")
-                if name not in known:
-                    raise ConfigError(f"option '{name}' does not exist; options: {', '.join(known)}")
-            init(self, kind(*args, **kwargs))
-
-        of_kind = inspect.signature(kind).parameters.values()
-        takes_arguments.__signature__ = inspect.signature(init).replace(  # type: ignore[attr-defined]
-            parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *of_kind]
-        )
-        return takes_arguments
-
-    return decorate
 
 
 class LLM:
@@ -58,7 +33,7 @@ class LLM:
     Raises ConfigError, ModelError or LayerMapError.
     """
 
-    @_takes(EngineConfig)
+    @takes_options(EngineConfig, first="self", renamed=_RENAMED)
     def __init__(self, config: EngineConfig) -> None:
         self.engine = Engine(config)
         self._ids = itertools.count()

@@ -7,6 +7,8 @@ in a method `check`, which begins with `check_values`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import numbers
 import operator
 import types
@@ -14,10 +16,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sleb.errors import ConfigError
 
+_Arguments = ParamSpec("_Arguments")
+_Options = TypeVar("_Options")
+_Self = TypeVar("_Self")
+_Result = TypeVar("_Result")
 _NAMES: dict[type, tuple[str, str]] = {
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),
@@ -194,3 +200,39 @@ def _fits(value: Any, kind: type, about: Option) -> bool:
         and (about.maximum is None or number <= about.maximum)
         and (about.above is None or number > about.above)
     )
+
+
+def takes_options(
+    kind: Callable[_Arguments, _Options],
+    *,
+    first: str,
+    renamed: Mapping[str, str] = types.MappingProxyType({}),
+) -> Callable[[Callable[[_Self, _Options], _Result]], Callable[Concatenate[_Self, _Arguments], _Result]]:
+    """Makes a function of `first` and options one of `first` and the arguments of the options' dataclass.
+
+    Type checkers and `help()` see them too. renamed: former names and what is their name now. The function raises
+    ConfigError for a name that is not known.
+    """
+
+    def decorate(
+        function: Callable[[_Self, _Options], _Result],
+    ) -> Callable[Concatenate[_Self, _Arguments], _Result]:
+        signature = inspect.signature(kind)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> _Result:
+            before = kwargs.pop(first) if first in kwargs and not args else args[0]
+            for name in kwargs:
+                if name in renamed:
+                    raise ConfigError(f"option '{name}' is called '{renamed[name]}' now")
+                if name not in signature.parameters:
+                    known = ", ".join(signature.parameters)
+                    raise ConfigError(f"option '{name}' does not exist; options: {known}")
+            return function(before, kind(*args[1:], **kwargs))
+
+        before = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = [before, *signature.parameters.values()]
+        call.__signature__ = inspect.signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
+        return typing.cast("Callable[Concatenate[_Self, _Arguments], _Result]", call)
+
+    return decorate

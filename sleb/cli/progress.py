@@ -1,9 +1,48 @@
-"""The progress of loading a model, on standard error."""
+"""Progress on standard error."""
 
 from __future__ import annotations
 
+from typing import Self
+
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+
+class Bar:
+    """One bar that appears with the first report: what is done, of how much, under a description."""
+
+    def __init__(
+        self, *columns: ProgressColumn, console: Console | None = None, transient: bool = True
+    ) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            *columns,
+            console=console or Console(stderr=True),
+            transient=transient,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def show(self, description: str, done: float, total: float | None) -> None:
+        """total: None where it is not known."""
+        if self._task is None:
+            self._task = self._progress.add_task(description)
+            self._progress.start()
+        self._progress.update(self._task, description=description, completed=done, total=total)
 
 
 class LoadingBar:

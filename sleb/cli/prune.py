@@ -3,125 +3,51 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from sleb.layer_map.layer_map import LayerMap
-from sleb.pruning.options import PruneOptions, set_threads
-from sleb.pruning.run import PruneReport, run_pruning
-from sleb.pruning.search import Margin, SearchProgress
+from sleb.cli.options import Model, with_options
+from sleb.cli.progress import Bar
+from sleb.options import option, option_of
+from sleb.pruning.options import PruneOptions
+
+if TYPE_CHECKING:
+    from sleb.layer_map.layer_map import LayerMap
+    from sleb.pruning.run import PruneReport
+    from sleb.pruning.search import Margin, SearchProgress
 
 _MIN_WIDTH = 120  # where standard output is no terminal, a line may be as long as it needs to be
 
 
+@dataclass(frozen=True)
+class PruneCommand(PruneOptions):
+    """As in Python, but speedups are predicted and drawn unless one says otherwise."""
+
+    speedup: bool = option_of(PruneOptions, "speedup", True)
+    plot: bool = option(True, "Draw the front beside the map, as PNG and SVG.")
+
+
+@with_options
 def prune(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).")],
-    remove: Annotated[
-        str | None,
-        typer.Option(
-            help="How many units: 6, or a share like 20%.",
-            show_default="20%; with a target, as many as it needs",
-        ),
-    ] = None,
-    target_speedup: Annotated[
-        float | None,
-        typer.Option(help="Recommend the shallowest depth that is so many times as fast, as 1.25."),
-    ] = None,
-    max_perplexity_increase: Annotated[
-        str | None, typer.Option(help="Recommend no depth that raises the perplexity by more, as 5%.")
-    ] = None,
-    held_out: Annotated[
-        str | None,
-        typer.Option(help="A second text: its loss is told too, since the calibration text flatters."),
-    ] = None,
-    units: Annotated[
-        str, typer.Option(help="blocks; sublayers (attention and MLP apart); attention (alone).")
-    ] = "blocks",
-    mode: Annotated[
-        str, typer.Option(help="exact: the paper's algorithm; fast: fewer candidates.")
-    ] = "exact",
-    screen: Annotated[str, typer.Option(help="How fast finds them: race or gradient.")] = "race",
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="wikitext2, c4, a text file, a column of texts or conversations (data.jsonl:text, "
-            "data.parquet:messages), self (the model writes it), or a mix with weights (wiki.txt=0.7,self=0.3)."
-        ),
-    ] = "wikitext2",
-    sampler: Annotated[
-        str, typer.Option(help="packed: the text cut into windows; rows: the paper's.")
-    ] = "packed",
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens a window.", show_default="2048, or the model's context")
-    ] = None,
-    windows: Annotated[int | None, typer.Option(help="Number of windows.", show_default="up to 128")] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Shuffle the windows, or the rows.", show_default="not shuffled; rows, self: 0"),
-    ] = None,
-    cost: Annotated[
-        str | None,
-        typer.Option(
-            help="Weigh the added loss by what a removal saves: params, latency or kv.",
-            show_default="not weighed",
-        ),
-    ] = None,
-    speedup: Annotated[
-        bool, typer.Option(help="Measure this machine and predict the speedup of every depth.")
-    ] = True,
-    speedup_batch: Annotated[int, typer.Option(help="Requests at once, for the predicted speedup.")] = 1,
-    plot: Annotated[bool, typer.Option(help="Draw the front beside the map, as PNG and SVG.")] = True,
-    depth: Annotated[
-        int | None, typer.Option(help="Depth that the map recommends.", show_default="all removed")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's choice")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the map in --output.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the map in --output.")] = False,
+    model: Model,
+    options: PruneCommand,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).", metavar="FILE")
+    ],
 ) -> None:
     """Find the blocks, or parts of blocks, that a model can do without, and write them to a layer map.
 
     Ctrl-C keeps what is decided; the same command with --resume goes on from there.
     """
-    options = PruneOptions(
-        remove=remove,
-        calibration=calibration,
-        output=output,
-        depth=depth,
-        sampler=sampler,
-        seqlen=seqlen,
-        windows=windows,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        target_speedup=target_speedup,
-        max_perplexity_increase=max_perplexity_increase,
-        held_out=held_out,
-        cost=cost,
-        speedup=speedup,
-        speedup_batch=speedup_batch,
-        units=units,
-        mode=mode,
-        screen=screen,
-        resume=resume,
-        force=force,
-    )
-    set_threads(threads)
+    from sleb.pruning.run import run_pruning
+
     console = Console(stderr=True)
     decided: LayerMap | None = None
 
@@ -130,21 +56,21 @@ def prune(
         decided = layer_map
 
     try:
-        with _ProgressBar(console) as bar:
+        with _SearchBar(console) as bar:
             report = run_pruning(
                 model,
                 options,
-                progress=bar.update,
+                progress=bar.show_search,
                 on_round=keep,
-                on_fit=bar.show_fit,
-                on_generate=bar.show_generated,
+                on_fit=lambda share: bar.show("measuring this machine", share, 1),
+                on_generate=lambda share: bar.show("the model writes its text", share, 1),
                 note=lambda message: console.print(message, markup=False, highlight=False, soft_wrap=True),
             )
     except KeyboardInterrupt:
         console.print(interrupted_message(decided, output), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     print_report(report, output, Console())
-    if plot and report.layer_map.max_depth:
+    if options.plot and report.layer_map.max_depth:
         draw_front(report, output, console)
 
 
@@ -171,7 +97,7 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
     )
     margins = dict(zip(range(layer_map.max_depth, 0, -1), reversed(report.result.margins), strict=False))
     with_speed, with_held_out = report.cost_model is not None, layer_map.held_out is not None
-    headings = ["depth", "removed", "loss", "perplexity", "change", "next best"]
+    headings = ["depth", "removed", "nats a token", "perplexity", "change", "next best"]
     headings += ["held-out perplexity", "change"] * with_held_out + ["speedup"] * with_speed
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH)
@@ -183,7 +109,7 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
         table.add_row(
             str(number),
             unit,
-            f"{loss:.2f}",
+            f"{loss / num_tokens:.4f}",
             f"{perplexity(loss, num_tokens):.3f}",
             f"{change:+.1%}" if number else "",
             margin_text(margins[number], num_tokens) if number in margins else "",
@@ -256,39 +182,19 @@ def perplexity(loss: float, num_tokens: int) -> float:
         return math.inf
 
 
-class _ProgressBar:
-    """The share that is done, the round, the best candidate so far; appears with the first report."""
+class _SearchBar(Bar):
+    """The share that is done, the round, the best candidate so far."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+        columns = (
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
         )
-        self._task = self._progress.add_task("", total=1)
+        super().__init__(*columns, console=console, transient=False)
 
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def show_fit(self, share: float) -> None:
-        """Shows how much of the machine's measurement is done."""
-        self._show(share, "measuring this machine")
-
-    def show_generated(self, share: float) -> None:
-        """Shows how much of a text the model has written."""
-        self._show(share, "the model writes its text")
-
-    def update(self, at: SearchProgress) -> None:
-        best = "none yet" if at.best is None else f"{at.best} (loss {at.best_loss:.4f} a token)"
-        self._show(at.share, f"round {at.round}/{at.num_rounds}, best {best}")
-
-    def _show(self, share: float, description: str) -> None:
-        self._progress.start()  # does nothing once it is started
-        self._progress.update(self._task, completed=share, description=description)
+    def show_search(self, at: SearchProgress) -> None:
+        best = "none yet" if at.best is None else f"{at.best} ({at.best_loss:.4f} nats a token)"
+        self.show(f"round {at.round}/{at.num_rounds}, best {best}", at.share, 1)

@@ -1,4 +1,4 @@
-"""What `prune` can be asked, and what is wrong with it before any work is done."""
+"""What `prune` can be asked, and what is wrong with it before any work is done: importing this takes no torch."""
 
 from __future__ import annotations
 
@@ -8,107 +8,134 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from pathlib import Path
 
-import torch
-
+from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
-from sleb.pruning.calibration import check_options
-from sleb.pruning.search import check_units
+from sleb.options import check_values, option, option_of
 
 DTYPES = ("float32", "bfloat16", "float16")
-PRUNE_MODES = ("exact", "fast")
-SCREENS = ("race", "gradient")
-COSTS = ("params", "latency", "kv")
 DEFAULT_REMOVE = "20%"
+_WHAT, _TEXT, _HOW, _COMPUTE = "What to remove", "Calibration", "Search", "Compute"
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """What to search for, on what, and where it goes.
+    """What to search for, on what, and where it goes: the arguments of `prune`, and of `sleb prune`.
 
     Attributes:
-        remove: a number of units, or a share of them like "20%"; None: what the targets need, or 20% without any.
-        target_speedup: recommend the shallowest depth whose predicted speedup is at least that (`cost_model`).
-        max_perplexity_increase: recommend the deepest depth, up to the target, that raises the perplexity (of the
-            held-out text, if there is one) by no more than that: "5%" or 0.05.
-        calibration: "wikitext2", "c4", a text file, a column of a table ("data.jsonl:text"), "self" (text that the
-            model writes), or a mix ("wiki.txt=0.7,self=0.3"); `sampler` is "packed" or "rows" (`calibration`).
         output: file that gets the map after each round; None: nowhere.
-        depth: the depth that the map recommends; None: all that `remove` asks for.
-        seqlen: tokens a window; None: 2,048, or the model's context if that is shorter.
-        windows: how many windows; None: up to 128. seed: shuffles them; 0 for the rows sampler and "self".
-        dtype, device: of the model while searching.
-        held_out: a source, as `calibration`, that takes no part in the search; its loss is told for every depth.
-        cost: weigh the loss that a removal adds by what it saves: "params", "latency" or "kv"; None: not at all.
-        speedup: whether to predict the speedup of each depth also where nothing depends on it.
-        speedup_batch: requests at once in the steps that the cost model is fitted to.
-        units: "blocks", "sublayers" or "attention"; what `remove` counts.
-        mode: "exact" is the paper's algorithm; "fast" looks at fewer candidates.
-        screen: how a fast search finds them: "race" or "gradient".
         batch_windows: windows that run at once; None: as many as fit the search's memory bound.
-        resume: continue the map in `output`. force: replace it.
     """
 
-    remove: int | str | None = None
-    calibration: str | Path = "wikitext2"
+    remove: int | str | None = option(
+        None,
+        "How many units: 6, or a share like 20%.",
+        unset="20%; with a target, as many as it needs",
+        metavar="N",
+        group=_WHAT,
+    )
+    calibration: str | Path = option(
+        "wikitext2",
+        "wikitext2, c4, a text file, a column of texts or conversations (data.jsonl:text, data.parquet:messages), self "
+        "(the model writes it), or a mix with weights (wiki.txt=0.7,self=0.3).",
+        group=_TEXT,
+    )
     output: str | os.PathLike[str] | None = None
-    depth: int | None = None
-    sampler: str = "packed"
-    seqlen: int | None = None
-    windows: int | None = None
-    seed: int | None = None
-    dtype: str = "float32"
-    device: str = "auto"
-    held_out: str | Path | None = None
-    target_speedup: float | None = None
-    max_perplexity_increase: float | str | None = None
-    cost: str | None = None
-    speedup: bool = False
-    speedup_batch: int = 1
-    units: str = "blocks"
-    mode: str = "exact"
-    screen: str = "race"
+    depth: int | None = option(
+        None, "Depth that the map recommends.", unset="all removed", minimum=0, group=_WHAT
+    )
+    sampler: str = option(
+        "packed",
+        "packed: the text cut into windows; rows: the paper's.",
+        choices=("packed", "rows"),
+        group=_TEXT,
+    )
+    seqlen: int | None = option(
+        None, "Tokens a window.", unset="2048, or the model's context", minimum=2, group=_TEXT
+    )
+    windows: int | None = option(None, "Number of windows.", unset="up to 128", minimum=1, group=_TEXT)
+    seed: int | None = option(
+        None,
+        "Shuffle the windows, or the rows.",
+        unset="not shuffled; rows, self: 0",
+        minimum=0,
+        group=_TEXT,
+    )
+    dtype: str = option_of(
+        EngineConfig, "dtype", "float32", help="Of the search.", choices=DTYPES, aliases=(), group=_COMPUTE
+    )
+    device: str = option_of(EngineConfig, "device", group=_COMPUTE)
+    held_out: str | Path | None = option(
+        None,
+        "A second text: its loss is told too, since the calibration text flatters.",
+        unset="none",
+        group=_TEXT,
+    )
+    target_speedup: float | None = option(
+        None,
+        "Recommend the shallowest depth that is predicted to be so many times as fast, as 1.25.",
+        unset="none",
+        above=1,
+        group=_WHAT,
+    )
+    max_perplexity_increase: float | str | None = option(
+        None,
+        "Recommend the deepest depth, up to the target, that raises the perplexity (of the held-out text, if there is "
+        "one) by no more than 5% or 0.05.",
+        unset="any",
+        metavar="X",
+        group=_WHAT,
+    )
+    cost: str | None = option(
+        None,
+        "Weigh the added loss by what a removal saves.",
+        choices=("params", "latency", "kv"),
+        unset="not weighed",
+        group=_HOW,
+    )
+    speedup: bool = option(False, "Measure this machine and predict the speedup of every depth.", group=_HOW)
+    speedup_batch: int = option(1, "Requests at once, for the predicted speedup.", minimum=1, group=_HOW)
+    units: str = option(
+        "blocks",
+        "sublayers: attention and MLP apart; attention: alone.",
+        choices=("blocks", "sublayers", "attention"),
+        group=_WHAT,
+    )
+    mode: str = option(
+        "exact",
+        "exact: the paper's algorithm; fast: fewer candidates.",
+        choices=("exact", "fast"),
+        group=_HOW,
+    )
+    screen: str = option("race", "How fast finds its candidates.", choices=("race", "gradient"), group=_HOW)
     batch_windows: int | None = None
-    resume: bool = False
-    force: bool = False
+    resume: bool = option(False, "Go on with the map in --output.")
+    force: bool = option(False, "Replace the map in --output.")
+    threads: int | None = option_of(EngineConfig, "threads", unset="torch's choice", group=_COMPUTE)
 
     def check(self) -> None:
         """ConfigError for what can be seen without the model: a slip must not cost the time to load it."""
+        check_values(self)
+        EngineConfig("", device=self.device).check()
         if self.remove is not None:
             parse_remove(self.remove, 10**6)
-        check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
-        if self.held_out is not None:
-            check_options(self.held_out, "packed", self.seqlen, None, None)
-        check_units(self.units)
-        self._check_targets()
-        if self.cost is not None and self.cost not in COSTS:
+        if self.max_perplexity_increase is not None:
+            parse_increase(self.max_perplexity_increase)
+        if self.depth is not None and self.has_target:
             raise ConfigError(
-                f"cost {self.cost!r} does not exist: choose {', '.join(COSTS)}, or leave it out"
+                "a depth to recommend and a target (speedup, perplexity) contradict each other: leave one out"
             )
         if self.cost == "kv" and self.units == "sublayers":
             raise ConfigError(
                 "cost kv weighs by the KV cache, of which an MLP has none: "
                 "take --units blocks or attention, or --cost latency"
             )
-        for name, value, allowed in (("mode", self.mode, PRUNE_MODES), ("screen", self.screen, SCREENS)):
-            if value not in allowed:
-                raise ConfigError(f"{name} {value!r} does not exist: choose {' or '.join(allowed)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} does not exist: choose {', '.join(DTYPES)}")
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output file that it continues")
+        from sleb.pruning.calibration import check_options  # imports torch: last
 
-    def _check_targets(self) -> None:
-        speedup = self.target_speedup
-        if speedup is not None and not (math.isfinite(speedup) and speedup > 1):
-            raise ConfigError(f"target speedup {speedup} must be a number above 1, like 1.25")
-        if self.max_perplexity_increase is not None:
-            parse_increase(self.max_perplexity_increase)
-        if self.speedup_batch < 1:
-            raise ConfigError(f"speedup batch {self.speedup_batch} must be 1 or more")
-        if self.depth is not None and self.has_target:
-            raise ConfigError(
-                "a depth to recommend and a target (speedup, perplexity) contradict each other: leave one out"
-            )
+        check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
+        if self.held_out is not None:
+            check_options(self.held_out, "packed", self.seqlen, None, None)
 
     @property
     def has_target(self) -> bool:
@@ -164,6 +191,6 @@ def parse_increase(increase: float | str) -> float:
 def set_threads(num_threads: int | None) -> None:
     """Let torch use `num_threads` threads (None: its own choice)."""
     if num_threads is not None:
-        if num_threads < 1:
-            raise ConfigError(f"threads {num_threads} must be 1 or more")
+        import torch
+
         torch.set_num_threads(num_threads)

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap, SearchRecord, Unit
+from sleb.options import takes_options
 from sleb.pruning.calibration import Calibration
 from sleb.pruning.cost_model import CostModel, fit_cost_model
-from sleb.pruning.options import DEFAULT_REMOVE, PruneOptions, parse_increase, parse_remove
+from sleb.pruning.options import DEFAULT_REMOVE, PruneOptions, parse_increase, parse_remove, set_threads
 from sleb.pruning.resume import check_output, check_resume
 from sleb.pruning.search import (
     ScoringModel,
@@ -56,18 +57,14 @@ class PruneReport:
     cost_model: CostModel | None
 
 
-def prune(
-    model: str | os.PathLike[str] | PrunableModel,
-    remove: int | str | None = None,
-    calibration: str | Path = "wikitext2",
-    **options: Any,
-) -> LayerMap:
+@takes_options(PruneOptions, first="model")
+def prune(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) -> LayerMap:
     """Search for the blocks that `model` misses least (Algorithm 1 of SLEB); the map recommends all of them.
 
     `model` is what the engine loads (a folder, hub id, .gguf file or alias) or a loaded model; the other
-    options are the fields of `PruneOptions`. Raises ConfigError, ModelError, LayerMapError or SlebError.
+    arguments are the fields of `PruneOptions`. Raises ConfigError, ModelError, LayerMapError or SlebError.
     """
-    return run_pruning(model, PruneOptions(remove, calibration, **options)).layer_map
+    return run_pruning(model, options).layer_map
 
 
 def run_pruning(
@@ -87,6 +84,7 @@ def run_pruning(
     search, the output file holds the rounds that were completed, or is as it was before the first.
     """
     options.check()
+    set_threads(options.threads)
     path = None if options.output is None else Path(options.output)
     earlier = None if path is None else check_output(path, resume=options.resume, force=options.force)
     scorer = _load(model, options)

@@ -167,8 +167,8 @@ def test_slips_are_found_before_the_model_is_loaded(
         (tmp_path, {}, "is a folder"),
         (tmp_path / "none" / "map.json", {}, "cannot be written"),
         (tmp_path / "a.json", {"remove": "lots"}, "remove 'lots'"),
-        (tmp_path / "a.json", {"dtype": "int8"}, "choose float32, bfloat16, float16"),
-        (tmp_path / "a.json", {"sampler": "best"}, "choose packed or rows"),
+        (tmp_path / "a.json", {"dtype": "int8"}, "choose one of: float32, bfloat16, float16"),
+        (tmp_path / "a.json", {"sampler": "best"}, "choose one of: packed, rows"),
         (tmp_path / "a.json", {"calibration": "nowhere.txt"}, "nowhere.txt"),
         (there, {"resume": True}, "there.json: it is not JSON"),
     ]
@@ -194,7 +194,7 @@ def test_an_interrupted_command_keeps_what_is_decided_and_goes_on(
     whole = prune(StubModel(), 5, text_file)
     path = tmp_path / "map.json"
     stub["stop_after"] = stop_after
-    arguments = ("m", "--remove", 5, "--calibration", text_file, "-o", path)
+    arguments = ("owner/m", "--remove", 5, "--calibration", text_file, "-o", path)
     first = run_command(*arguments)
     assert first.exit_code == 130, first.output
     if path.exists():
@@ -279,7 +279,7 @@ def test_a_forced_search_replaces_the_file_only_when_it_has_something(
 ) -> None:
     path = tmp_path / "map.json"
     path.write_text("an older one")
-    arguments = ("m", "--remove", 2, "--calibration", text_file, "-o", path, "--force")
+    arguments = ("owner/m", "--remove", 2, "--calibration", text_file, "-o", path, "--force")
     stub["stop_after"] = 3
     assert run_command(*arguments).exit_code == 130
     assert path.read_text() == "an older one"
@@ -293,13 +293,14 @@ def test_the_command_reports_rounds_passes_and_place(
 ) -> None:
     path = tmp_path / "map.json"
     done = run_command(
-        "m", "--remove", "20%", "--calibration", text_file, "--seqlen", 8, "--windows", 3,
+        "owner/m", "--remove", "20%", "--calibration", text_file, "--seqlen", 8, "--windows", 3,
         "--dtype", "bfloat16", "--device", "cpu", "-o", path,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert stub["loaded"] == [("m", "bfloat16", "cpu")]
+    assert stub["loaded"] == [("owner/m", "bfloat16", "cpu")]
     layer_map = LayerMap.load(path)
     assert layer_map.losses is not None
+    assert f"{layer_map.losses[2] / 24:.4f}" in done.output  # nats a token
     assert f"{math.exp(layer_map.losses[2] / 24):.3f}" in done.output
     # 10 and 9 blocks alive: 72 + 56 passes of the other 9 and 8.
     assert "block passes and" in done.output and "takes 128 block passes and 15 heads" in done.output

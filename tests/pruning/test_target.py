@@ -189,16 +189,16 @@ def test_a_perplexity_target_ends_the_search_and_keeps_the_front(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_speedup": 1.0}, "target speedup 1.0 must be a number above 1"),
+        ({"target_speedup": 1.0}, "target_speedup is 1.0; it must be a number above 1"),
         ({"target_speedup": 1.2, "depth": 3}, "contradict"),
         ({"max_perplexity_increase": "-1%"}, "share of 0 or more"),
         ({"cost": "energy"}, "'energy'.*params, latency, kv"),
         ({"cost": "kv", "units": "sublayers"}, "kv.*--units blocks or attention"),
         ({"units": "heads"}, "'heads'"),
-        ({"mode": "slow"}, "'slow'.*exact or fast"),
-        ({"screen": "none"}, "'none'.*race or gradient"),
+        ({"mode": "slow"}, "'slow'.*exact, fast"),
+        ({"screen": "none"}, "'none'.*race, gradient"),
         ({"held_out": "nowhere.txt"}, "nowhere.txt"),
-        ({"speedup_batch": 0}, "speedup batch 0"),
+        ({"speedup_batch": 0}, "speedup_batch is 0"),
     ],
 )
 def test_options_that_are_no_use(options: dict[str, Any], message: str, texts: tuple[Path, Path]) -> None:
