@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,30 +10,75 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sleb.cli.options import with_options
 from sleb.errors import LayerMapError
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
+from sleb.models.resolve import ALIAS, check_model, resolve_config, shipped_map
+from sleb.options import option
 
 _STRIP_BLOCKS = 16  # blocks a line: 16 columns of 4 fit a terminal of 80
 
 
+@dataclass(frozen=True)
+class ShowOptions:
+    """What is drawn of a map."""
+
+    layer_map: str | None = option(
+        None,
+        "The map of MODEL: a file, or the name of a shipped map.",
+        unset="the one shipped with it",
+        metavar="FILE",
+    )
+    depth: int | None = option(None, "Depth to draw.", unset="the recommended one", minimum=0)
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in (ALIAS, *shipped_maps()) if name.startswith(incomplete)]
+
+
+@with_options
 def show(
-    layer_map: Annotated[str, typer.Argument(help="A map file, or the name of a shipped map.")],
-    depth: Annotated[
-        int | None, typer.Option(help="Depth to draw.", show_default="the recommended one")
-    ] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A map file, the name of a shipped map, or a model, as in every command.",
+            autocompletion=_complete,
+        ),
+    ],
+    options: ShowOptions,
 ) -> None:
-    """Show what a layer map removes and keeps."""
-    print_map(find_map(layer_map), depth, Console())
+    """Show what a layer map removes and keeps, and what each removal costs."""
+    if options.layer_map is None:
+        layer_map = find_map(model)
+    else:
+        check_model(model)
+        layer_map = find_map(options.layer_map)
+        from sleb.engine.model.architecture import resolve_spec  # imports torch
+
+        resolved = resolve_config(model)
+        spec = resolve_spec(resolved.path)
+        layer_map.check_model(num_blocks=spec.num_blocks, fingerprint=spec.fingerprint, model=resolved.name)
+    print_map(layer_map, options.depth, Console())
 
 
 def find_map(name: str) -> LayerMap:
-    """The map in a file of that name, else the shipped one; LayerMapError lists the shipped ones."""
-    shipped = shipped_maps()
-    if not Path(name).exists() and name in shipped:
+    """The map in a file of that name, else the shipped one of that name or of that model's alias.
+
+    Raises LayerMapError: it lists the shipped ones, or tells how a model gets a map.
+    """
+    path, shipped = Path(name), shipped_maps()
+    if name == ALIAS and (own := shipped_map(name)) is not None:
+        return LayerMap.load(own)
+    if not path.exists() and name in shipped:
         return LayerMap.load(shipped[name])
-    if not Path(name).exists():
+    if path.is_dir() or path.suffix == ".gguf":
         raise LayerMapError(
-            f"layer map {name} is neither a file nor shipped; shipped are: {', '.join(shipped)}"
+            f"{name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
+        )
+    if not path.exists():
+        raise LayerMapError(
+            f"layer map {name} is neither a file nor shipped; shipped are: {', '.join((ALIAS, *shipped))}"
         )
     return LayerMap.load(name)
 
@@ -74,8 +119,8 @@ def _known(record: CalibrationRecord | SearchRecord | None) -> str:
     )
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def kept_blocks(layer_map: LayerMap, depth: int) -> float:
@@ -107,17 +152,26 @@ def _has_parts(layer_map: LayerMap) -> bool:
 
 
 def _table(layer_map: LayerMap) -> Table:
+    """Losses in nats a token; sums over the text, as the file has them, where the number of tokens is not known."""
     losses, held_out = layer_map.losses, layer_map.held_out_losses
+    known = layer_map.token_loss(0) is not None
     table = Table()
-    headings = (("loss", "perplexity") if losses else ()) + (("held-out perplexity",) if held_out else ())
+    headings: tuple[str, ...] = ()
+    if losses:
+        headings = ("nats a token", "perplexity") if known else ("loss (sum over the text)",)
+    if held_out:
+        headings += ("held-out nats a token", "held-out perplexity")
     for heading in ("depth", "removed", *headings):
         table.add_column(heading, justify="right")
     table.add_column("")
     for depth in range(layer_map.max_depth + 1):
         cells = [str(depth), str(layer_map.removed[depth - 1]) if depth else "none"]
-        if losses:
-            cells += [f"{losses[depth]:.2f}", _number(layer_map.perplexity(depth))]
+        if losses and known:
+            cells += [_number(layer_map.token_loss(depth), 4), _number(layer_map.perplexity(depth))]
+        elif losses:
+            cells.append(f"{losses[depth]:.2f}")
         if held_out:
+            cells.append(_number(layer_map.token_loss(depth, held_out=True), 4))
             cells.append(_number(layer_map.perplexity(depth, held_out=True)))
         table.add_row(*cells, "recommended" if depth == layer_map.depth else "")
     return table

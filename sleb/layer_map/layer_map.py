@@ -170,8 +170,8 @@ class LayerMap:
             depth=depth,
         )
 
-    def perplexity(self, depth: int, *, held_out: bool = False) -> float | None:
-        """Perplexity at `depth` on the calibration text, or on the held-out one; None where that is not known.
+    def token_loss(self, depth: int, *, held_out: bool = False) -> float | None:
+        """Mean cross-entropy in nats a token at `depth` on the calibration text, or the held-out one; None: not known.
 
         A loss is the sum over windows of mean cross-entropy × window length.
         """
@@ -180,8 +180,13 @@ class LayerMap:
         )
         if losses is None or record is None or not (record.windows and record.seqlen):
             return None
+        return losses[self._depth(depth)] / (record.windows * record.seqlen)
+
+    def perplexity(self, depth: int, *, held_out: bool = False) -> float | None:
+        """Perplexity at `depth`, exp of `token_loss`; None where that is not known."""
+        loss = self.token_loss(depth, held_out=held_out)
         try:
-            return math.exp(losses[self._depth(depth)] / (record.windows * record.seqlen))
+            return None if loss is None else math.exp(loss)
         except OverflowError:
             return math.inf
 

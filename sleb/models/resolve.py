@@ -60,8 +60,7 @@ def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
     bar on standard error.
     """
     if model == ALIAS:
-        shipped = _SHIPPED_MAP if _SHIPPED_MAP.is_file() else None
-        return ResolvedModel(fetch_smollm2(progress=progress), ALIAS, shipped, alias=True)
+        return ResolvedModel(fetch_smollm2(progress=progress), ALIAS, shipped_map(model), alias=True)
     path = _path(model)
     name = path.name or path.resolve().name
     if path.is_dir():
@@ -73,6 +72,11 @@ def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
         return ResolvedModel(_convert(path, None, progress), path.stem)
     return ResolvedModel(snapshot(_hub_id(model), progress=progress), name)
+
+
+def shipped_map(model: str) -> Path | None:
+    """The layer map that comes with the package for MODEL: of the alias only."""
+    return _SHIPPED_MAP if model == ALIAS and _SHIPPED_MAP.is_file() else None
 
 
 def check_model(model: str) -> None:

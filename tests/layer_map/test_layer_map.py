@@ -343,7 +343,10 @@ def test_show_draws_what_is_kept() -> None:
     assert "4.5 of 6 blocks kept" in shown(layer_map, 2)
     assert strip(layer_map, 2)[1] == "  ▉▉   m  ▉▉  ░░  ▉▉  ▉▉"
     (recommended,) = [line for line in text.splitlines() if "recommended" in line]
-    assert "11.00" in recommended and f"{math.exp(11 / 16):.3f}" in recommended
+    assert f"{11 / 16:.4f}" in recommended and f"{math.exp(11 / 16):.3f}" in recommended
+    assert "nats a token" in text
+    unknown = shown(LayerMap.from_json(json.dumps({**GOOD, "calibration": None})))
+    assert "loss (sum over the text)" in unknown and "11.00" in unknown and "perplexity" not in unknown
     assert "calibration: source text.txt, seqlen 8, windows 2, token hash sha256:cd" in text
 
 
