@@ -27,7 +27,7 @@ import torch
 
 if (
     not torch.cuda.is_available()
-):  # Triton chooses when a kernel is defined: without a card it can only interpret
+):  # Triton chooses when a kernel is defined: without a GPU it can only interpret
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
