@@ -8,8 +8,10 @@ import logging
 import pkgutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Security
+from fastapi.security import HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sleb.server import api
@@ -17,7 +19,7 @@ from sleb.server.api import docs, health
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
-from sleb.server.routing import Route
+from sleb.server.routing import OpenRoute, Route, errors
 from sleb.version import __version__
 
 logger = logging.getLogger("sleb.server")
@@ -48,8 +50,12 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     app.state.context = context
     routers = find_routers()
+    key = Security(HTTPBearer(scheme_name="key", auto_error=False))  # described only: see ApiKeys
+    guarded: dict[str, Any] = (
+        {"dependencies": [key], "responses": errors(401)} if context.options.keys else {}
+    )
     for router in routers:
-        app.include_router(router)
+        app.include_router(router, **({} if issubclass(router.route_class, OpenRoute) else guarded))
     install_handlers(app)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     docs.install(app, routes)

@@ -13,13 +13,12 @@ from sleb.errors import ConfigError, RequestError
 from sleb.server.answer.token_text import TokenTexts
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.engine_thread.metrics import ServerMetrics
+from sleb.server.errors import shorten
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
     from sleb.engine.requests.tier import Tier
-
-_MAX_NAME = 200  # characters of a model's name that an error repeats
 
 
 @dataclass
@@ -63,9 +62,8 @@ class ServerContext:
         for known, tier in self.names.items():
             if known.lower() == name.lower():
                 return tier
-        shown = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "..."
         raise RequestError(
-            f"the model '{shown}' does not exist; served models: {', '.join(self.names)}",
+            f"the model {shorten(name)} does not exist; served models: {', '.join(self.names)}",
             param="model",
             code="model_not_found",
         )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from fastapi import Request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from typing_extensions import TypeAliasType
 
 from sleb.engine.requests.sampling_params import (
@@ -32,7 +33,6 @@ from sleb.server.message.tools import MAX_TOOLS, Function, FunctionName, NamedTo
 
 logger = logging.getLogger("sleb.server")
 
-MAX_TOP_LOGPROBS = 20
 MAX_PROMPTS = 2048
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
@@ -212,14 +212,10 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[
         int | None, _in_range("logprobs", "More than 0 needs logprobs to be true."), WHOLE
     ] = None
-    tools: Annotated[
-        list[Any] | None, described_as(Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None)
-    ] = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    functions: Annotated[
-        list[Any] | None, described_as(Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None)
-    ] = None
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
     modalities: Annotated[list[str] | None, described_as(list[Literal["text"]] | None)] = None
     audio: Annotated[Any, described_as(None)] = None
@@ -346,16 +342,27 @@ def parse_body(data: bytes, model: type[Model], unknown_fields: Counter[str]) ->
 
 
 def _type_error(error: ValidationError) -> RequestError:
-    """The first bad field; the reasons of all members of a union are one message."""
+    """The first bad field, an object in a list by its number; the reasons of all members of a union are one message."""
     found = error.errors(include_url=False, include_context=False)
     field = found[0]["loc"][0]
     same = [each for each in found if each["loc"][0] == field]
-    reasons = list(dict.fromkeys(each["msg"][0].lower() + each["msg"][1:] for each in same))
-    if same[0]["type"] == "missing":
+    if same[0]["loc"] == (field,) and same[0]["type"] == "missing":
         return RequestError(f"'{field}' is missing", param=str(field))
-    value = same[0]["input"]
+    value, place, kind = same[0]["input"], same[0]["loc"], same[0]["type"]
+    is_object = len(place) > 1 and isinstance(place[1], int) and (len(place) > 2 or kind == "model_type")
+    name = f"{field}[{place[1]}]" if is_object else str(field)
+    inside = [str(each) for each in place[2:] if is_object and kind != "missing"]
+    reasons = " or ".join(dict.fromkeys(map(_reason, same)))
     shown = "" if isinstance(value, list | dict) else f" {shorten(value)}"
-    return RequestError(f"bad value{shown} for '{field}': {' or '.join(reasons)[:300]}", param=str(field))
+    return RequestError(f"bad value{shown} for '{'.'.join([name, *inside])}': {reasons[:300]}", param=name)
+
+
+def _reason(error: ErrorDetails) -> str:
+    if error["type"] == "missing":
+        return f"'{error['loc'][-1]}' is missing"
+    if error["type"] == "model_type":  # pydantic would name the class
+        return "input should be an object"
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _count_unknown_fields(body: Body, counts: Counter[str]) -> None:

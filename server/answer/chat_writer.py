@@ -85,23 +85,10 @@ class ChatWriter(AnswerWriter):
         head = {"id": _call_id(), "type": "function"} if delta.kind == "call" else {}
         return {"tool_calls": [{"index": delta.index} | head | {"function": function}]}
 
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
-        choice = {
-            "index": piece.choice,
-            "message": self._message(piece.deltas),
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if self.body.return_token_ids:
-            choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
-            choice["token_ids"] = piece.token_ids
-        return choice
-
-    def _message(self, deltas: list[Delta]) -> dict[str, Any]:
+    def content(self, piece: Piece) -> dict[str, Any]:
         calls: list[dict[str, Any]] = []
         texts = {"content": "", "reasoning": ""}
-        for delta in deltas:
+        for delta in piece.deltas:
             if delta.kind == "call":
                 calls.append({"name": delta.text, "arguments": ""})
             elif delta.kind == "arguments":
@@ -118,7 +105,7 @@ class ChatWriter(AnswerWriter):
             message["tool_calls"] = [
                 {"id": _call_id(), "type": "function", "function": call} for call in calls
             ]
-        return message
+        return {"message": message}
 
 
 def _call_id() -> str:

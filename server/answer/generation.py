@@ -191,13 +191,12 @@ class Generation:
         self._log()
 
     def _log(self) -> None:
-        usage, timings = self.usage(), self.timings()
-        reasons = sorted({output.finish_reason or "" for output in self._last.values()})
+        usage = self.usage()
         first_tokens = [
             each for output in self._last.values() if (each := output.timings.first_token) is not None
         ]
         first = f"{(min(first_tokens) - self._arrival) * 1e3:.0f} ms" if first_tokens else "none"
-        reason = "+".join(reasons) if self.finished else self._outcome
+        reasons = sorted({output.finish_reason or "" for output in self._last.values()})
         facts = {
             "request": self.request_id,
             "model": self.tier.id,
@@ -205,18 +204,12 @@ class Generation:
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "generated_tokens": usage["completion_tokens"],
             "first_token_ms": round((min(first_tokens) - self._arrival) * 1e3, 3) if first_tokens else None,
-            "tokens_per_second": round(timings["predicted_per_second"], 3),
-            "reason": reason,
+            "tokens_per_second": round(self.timings()["predicted_per_second"], 3),
+            "reason": "+".join(reasons) if self.finished else self._outcome,
         }
         logger.info(
-            "request %s: model %s, prompt %d tokens (%d cached), generated %d, first token %s, %.1f tokens/s, %s",
-            self.request_id,
-            self.tier.id,
-            usage["prompt_tokens"],
-            usage["prompt_tokens_details"]["cached_tokens"],
-            usage["completion_tokens"],
-            first,
-            timings["predicted_per_second"],
-            reason,
+            "request %(request)s: model %(model)s, prompt %(prompt_tokens)d tokens (%(cached_tokens)d cached), "
+            f"generated %(generated_tokens)d, first token {first}, %(tokens_per_second).1f tokens/s, %(reason)s",
+            facts,
             extra={"facts": facts},
         )

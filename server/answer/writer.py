@@ -81,8 +81,21 @@ class AnswerWriter(ABC):
         """The `choices` entries by which a stream tells a piece, one a chunk; the last one tells the end."""
 
     @abstractmethod
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
-        """The `choices` entry of a whole answer."""
+    def content(self, piece: Piece) -> dict[str, Any]:
+        """What a choice of a whole answer says, as a field."""
+
+    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
+        choice = {
+            "index": piece.choice,
+            **self.content(piece),
+            "logprobs": piece.logprobs,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+        if self.body.return_token_ids:
+            choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
+            choice["token_ids"] = piece.token_ids
+        return choice
 
     async def answer(self, request: Request) -> Response:
         """Starts the generation and answers, as a stream or whole; aborts when the client leaves."""
@@ -113,7 +126,7 @@ class AnswerWriter(ABC):
                     choices[piece.choice].append(piece)
                 else:
                     choices[piece.choice] = piece
-        written = [self.whole_choice(choices[choice]) for choice in sorted(choices)]
+        written = [self._whole_choice(choices[choice]) for choice in sorted(choices)]
         whole = self._envelope | {"choices": written, "usage": self.generation.usage()}
         return whole | {"timings": self.generation.timings(), "metrics": self.generation.metrics()}
 

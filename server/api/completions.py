@@ -190,15 +190,5 @@ class CompletionWriter(AnswerWriter):
             choices.append(empty | {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason})
         return choices
 
-    def whole_choice(self, piece: Piece) -> dict[str, Any]:
-        choice = {
-            "index": piece.choice,
-            "text": piece.text,
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if self.body.return_token_ids:
-            choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
-            choice["token_ids"] = piece.token_ids
-        return choice
+    def content(self, piece: Piece) -> dict[str, Any]:
+        return {"text": piece.text}

@@ -13,9 +13,8 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 
-from sleb.server.answer_models import Error
 from sleb.server.context import ServerContext
-from sleb.server.routing import REFERENCE, Route, errors
+from sleb.server.routing import REFERENCE, Route
 
 router = APIRouter(route_class=Route, include_in_schema=False)
 
@@ -60,23 +59,20 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
                     route.body_model is not None
                 ):  # as pydantic says it: FastAPI makes floats of integer bounds
                     _place(TypeAdapter(route.body_model).json_schema(ref_template=REFERENCE), document)
-            _complete(document, app.state.context, {route.path for route in routes if route.is_open})
+            _complete(document, app.state.context)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _complete(document: dict[str, Any], context: ServerContext, open_paths: set[str]) -> None:
-    """Keys where there are some, token ids that the model has, events in place, and no answer that is never given."""
+def _complete(document: dict[str, Any], context: ServerContext) -> None:
+    """Events in their place, the token ids that the model has, and no answer that is never given."""
     schemas = document["components"]["schemas"]
-    for path, methods in document["paths"].items():
+    for methods in document["paths"].values():
         for operation in methods.values():
             responses = operation["responses"]
             responses.pop("422", None)  # FastAPI's own, which `errors.install_handlers` replaces
-            if context.options.keys and path not in open_paths:
-                operation["security"] = [{"key": []}]
-                responses["401"] = _error(401)
             stream = responses.get("200", {}).get("content", {}).get("text/event-stream")
             if stream is not None:
                 stream["itemSchema"] = _place(stream["itemSchema"], document)
@@ -87,21 +83,12 @@ def _complete(document: dict[str, Any], context: ServerContext, open_paths: set[
     known = vocab_size if engine.tokenizer is None else engine.tokenizer.get_vocab_size()
     schemas["TokenId"]["maximum"], schemas["KnownTokenId"]["maximum"] = vocab_size - 1, known - 1
     document["components"]["schemas"] = dict(sorted(schemas.items()))
-    if context.options.keys:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
 
 
 def _place(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     """Puts a model's schema among the document's, with those that it refers to; returns a reference to it."""
     document["components"]["schemas"] |= schema.pop("$defs", {}) | {schema["title"]: schema}
     return {"$ref": REFERENCE.format(model=schema["title"])}
-
-
-def _error(status: int) -> dict[str, Any]:
-    response = errors(status)[status]
-    del response["model"]
-    schema = {"$ref": REFERENCE.format(model=Error.__name__)}
-    return response | {"content": {"application/json": {"schema": schema}}}
 
 
 @router.get("/docs")

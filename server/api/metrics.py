@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from typing_extensions import TypedDict
 
@@ -13,6 +12,7 @@ from sleb.server.routing import Route, success
 from sleb.version import __version__
 
 router = APIRouter(route_class=Route)
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class Version(TypedDict):
@@ -25,7 +25,8 @@ async def version() -> Response:
     return json_response({"version": __version__})
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=success())
+# A Response of no type: FastAPI would take that of the text for the errors' too.
+@router.get("/metrics", response_class=Response, responses={200: success()[200] | {"content": _TEXT}})
 async def metrics(request: Request) -> Response:
     """Counters and histograms in Prometheus' text format.
 

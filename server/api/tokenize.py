@@ -129,14 +129,7 @@ async def tokenizer_info(request: Request) -> Response:
         "model_max_length": context.engine.engine.max_model_len,
         "vocab_size": tokenizer.get_vocab_size(),
         "added_tokens_decoder": {
-            str(token_id): {
-                "content": token.content,
-                "lstrip": token.lstrip,
-                "normalized": token.normalized,
-                "rstrip": token.rstrip,
-                "single_word": token.single_word,
-                "special": token.special,
-            }
+            str(token_id): {name: getattr(token, name) for name in AddedToken.__annotations__}
             for token_id, token in added.items()
         },
     }

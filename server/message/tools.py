@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
@@ -34,9 +35,23 @@ class Parameters(BaseModel):
 
 
 class Function(BaseModel):
+    """A function that can be called; `given` is all that was said of it, in its order, as the model shall see it."""
+
     name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
     description: str | None = None
     parameters: Parameters | None = None
+    _given: dict[str, Any] = PrivateAttr()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, handler: ModelWrapValidatorHandler[Function]) -> Function:
+        function = handler(value)
+        function._given = value
+        return function
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return self._given
 
 
 class Tool(BaseModel):
@@ -132,12 +147,10 @@ class ToolUse:
 def read_tools(body: ChatBody) -> ToolUse | None:
     """What the request says about tools, in today's fields or the old ones; None if there are none to be called.
 
-    Raises RequestError for a tool that is malformed and for a choice that is none.
+    Raises RequestError for two tools of one name, and for a choice that is none of them.
     """
-    tools = _check_tools(body.tools or [], "tools")
-    functions = _check_tools(
-        [{"type": "function", "function": each} for each in body.functions or ()], "functions"
-    )
+    tools = _as_tools([tool.function for tool in body.tools or ()], "tools")
+    functions = _as_tools(body.functions or (), "functions")
     if tools and functions:
         raise RequestError("tools and functions exclude each other; leave one out", param="functions")
     named_tool = body.tool_choice.function if isinstance(body.tool_choice, NamedTool) else body.tool_choice
@@ -154,37 +167,12 @@ def read_tools(body: ChatBody) -> ToolUse | None:
     )
 
 
-def _check_tools(given: list[Any], field: str) -> list[dict[str, Any]]:
-    if len(given) > MAX_TOOLS:
-        raise RequestError(f"there are {len(given)} {field}; send at most {MAX_TOOLS}", param=field)
-    tools = [_check_tool(tool, f"{field}[{index}]") for index, tool in enumerate(given)]
-    names = [tool["function"]["name"] for tool in tools]
+def _as_tools(functions: Sequence[Function], field: str) -> list[dict[str, Any]]:
+    names = [function.name for function in functions]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RequestError(f"two {field} are named '{twice}'", param=field)
-    return tools
-
-
-def _check_tool(tool: Any, where: str) -> dict[str, Any]:
-    function = tool.get("function") if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or tool.get("type", "function") != "function":
-        raise RequestError(
-            f"{where} must be an object with type 'function' and the function under 'function'", param=where
-        )
-    name = function.get("name")
-    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
-        raise RequestError(
-            f"the name of {where} is {shorten(name)}; it must be 1 to 64 letters, digits, '_', '-' and '.'",
-            param=where,
-        )
-    if not isinstance(function.get("description", ""), str | None):
-        raise RequestError(f"the description of {where} must be a string", param=where)
-    parameters = function.get("parameters")
-    if parameters is not None and (
-        not isinstance(parameters, dict) or parameters.get("type", "object") != "object"
-    ):
-        raise RequestError(f"the parameters of {where} must be a JSON schema of type 'object'", param=where)
-    return {"type": "function", "function": function}
+    return [{"type": "function", "function": function.given} for function in functions]
 
 
 def _check_choice(
