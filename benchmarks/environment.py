@@ -199,14 +199,12 @@ class Conditions:
         self,
         device: torch.device | None = None,
         roots: Callable[[], Iterable[int]] = lambda: (),
-        pace: Callable[[], float] | None = None,
+        look: Callable[[], float] | None = None,
         proc: Path = PROC,
     ) -> None:
         self._device, self._roots, self._proc = device, roots, proc
-        self._pace = pace or Pace().measure
-        self._paces: list[float] = []
-        self._megahertz: list[float] = []
-        self._shares: list[float] = []
+        self._pace = look or pace
+        self._paces, self._megahertz, self._shares = list[float](), list[float](), list[float]()
         self._num_disturbed = 0
 
     def begin_turn(self) -> None:
@@ -215,9 +213,7 @@ class Conditions:
         if self._device is not None and self._device.type == "cuda":
             try:
                 self._megahertz.append(float(torch.cuda.clock_rate(self._device)))
-            except (
-                Exception
-            ):  # nvidia-ml-py may be missing, or the driver may refuse: nothing should end by it
+            except Exception:  # nvidia-ml-py may be missing, or the driver may refuse: nothing ends by it
                 self._device = None
 
     @contextmanager
@@ -283,30 +279,15 @@ def drift(looks: Sequence[float]) -> float | None:
     return (max(ends) - min(ends)) / median(looks)
 
 
-class Pace:
-    """How fast this thread computes: pieces of work a second, of a fixed size that the first look settles.
+def pace() -> float:
+    """How often a second this thread hashes 2 MiB, half of a first cache at a time; about 1.5 ms.
 
-    A piece hashes half of a first cache for about 1.5 ms. The best of three counts: others may interrupt one.
+    The best of three counts: others may interrupt one.
     """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock, self._rounds = clock, 8
-        while self._seconds() < 0.0015 and self._rounds < 1 << 20:
-            self._rounds *= 2
-
-    def measure(self) -> float:
-        """Pieces of work a second."""
-        return 1 / self._seconds()
-
-    def _seconds(self) -> float:
-        found = []
-        for _ in range(3):
-            started = self._clock()
-            self._work()
-            found.append(max(self._clock() - started, 1e-9))
-        return min(found)
-
-    def _work(self) -> None:
-        digest, piece = hashlib.sha256(), bytes(16 << 10)
-        for _ in range(self._rounds):
+    piece, seconds = bytes(16 << 10), []
+    for _ in range(3):
+        started, digest = time.perf_counter(), hashlib.sha256()
+        for _ in range(128):
             digest.update(piece)
+        seconds.append(time.perf_counter() - started)
+    return 1 / max(min(seconds), 1e-9)

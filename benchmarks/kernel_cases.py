@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sleb.benchmarks.kernel_options import OPS
 from sleb.kernels.batch import BatchTensors, PagedBatch
-from sleb.kernels.quantization import Int4Weight, Int8Weight, Weight
+from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.registry import Attention, GpuKernels
 
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
@@ -52,8 +52,7 @@ class Maker:
 
     def permutation(self, count: int) -> Tensor:
         """The integers below `count`, shuffled: [count] int32."""
-        shuffled = torch.randperm(count, generator=self.generator, device=self.device)
-        return shuffled.to(torch.int32)
+        return torch.randperm(count, generator=self.generator, device=self.device).to(torch.int32)
 
     def count(self, number: int) -> Tensor:
         """[1] int32, as operators read their row counts."""
@@ -65,148 +64,112 @@ class KernelCase:
     """An operator on a shape.
 
     Attributes:
-        num_bytes, flops: the least that it moves and computes; flops 0: too few to matter.
-        build: makes a set of inputs for a page size. call: runs a backend on it. head_dim: of attention.
+        num_bytes: the least that it moves. build: makes a set of inputs for a page size.
+        flops: the least that it computes; 0: too few to matter. head_dim: of attention.
     """
 
     op: str
     shape: str
     num_bytes: int
-    flops: int
     build: Callable[[Maker, int], Inputs]
-    call: Callable[[Backend, Inputs], Tensor]
+    flops: int = 0
     head_dim: int = 0
 
     def __str__(self) -> str:
         return f"{self.op} {self.shape}"
 
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """`batch` sequences of `new` tokens each after `before` others."""
-
-    batch: int
-    new: int
-    before: int
-    num_heads: int
-    num_kv: int
-    head_dim: int
-
-    @property
-    def context(self) -> int:
-        return self.before + self.new
+    def call(self, backend: Backend, inputs: Inputs) -> Tensor:
+        """Runs a backend on a set of inputs."""
+        name = "sample_packed" if self.op == "sample" else self.op
+        run = backend.attention if self.op in ATTENTION_OPS else getattr(backend.kernels, name)
+        found: Tensor = run(*inputs)
+        return found
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of a scale; `rows` are tokens of a step, `linears` inputs and outputs."""
+    """Shapes of a scale.
+
+    rows: tokens of a step. linears: inputs and outputs. decode, prefill: sequences, new tokens of each, tokens before
+    them, H, K, D.
+    """
 
     hidden: int
-    num_heads: int
-    num_kv: int
-    head_dim: int
+    heads: tuple[int, int, int]
     gated: int
     plain: int
     vocab: int
     rows: tuple[int, ...]
     sampled: int
-    decode: tuple[AttentionShape, ...]
-    prefill: tuple[AttentionShape, ...]
+    decode: tuple[tuple[int, ...], ...]
+    prefill: tuple[tuple[int, ...], ...]
     linears: tuple[tuple[int, int], ...]
     linear_rows: tuple[int, ...]
 
 
-SIZES: dict[str, Sizes] = {
+SIZES = {
     # Llama 3.1 8B's, and the heads of LLaMA 2 7B; 64 rows are a decode step, 4,096 a step of prompts.
     "full": Sizes(
-        hidden=4096,
-        num_heads=32,
-        num_kv=8,
-        head_dim=128,
-        gated=14336,
-        plain=16384,
-        vocab=128256,
-        rows=(64, 4096),
-        sampled=64,
-        decode=(
-            AttentionShape(64, 1, 2047, 32, 8, 128),
-            AttentionShape(64, 1, 2047, 32, 32, 128),
-            AttentionShape(1, 1, 8191, 32, 8, 128),
-        ),
-        prefill=(AttentionShape(1, 2048, 0, 32, 8, 128), AttentionShape(1, 512, 4096, 32, 8, 128)),
-        linears=((4096, 4096), (4096, 2 * 14336), (14336, 4096)),
-        linear_rows=(1, 16, 64),
+        hidden=4096, heads=(32, 8, 128), gated=14336, plain=16384, vocab=128256, rows=(64, 4096), sampled=64,
+        decode=((64, 1, 2047, 32, 8, 128), (64, 1, 2047, 32, 32, 128), (1, 1, 8191, 32, 8, 128)),
+        prefill=((1, 2048, 0, 32, 8, 128), (1, 512, 4096, 32, 8, 128)),
+        linears=((4096, 4096), (4096, 2 * 14336), (14336, 4096)), linear_rows=(1, 16, 64),
     ),
     "small": Sizes(
-        hidden=64,
-        num_heads=4,
-        num_kv=2,
-        head_dim=16,
-        gated=96,
-        plain=128,
-        vocab=300,
-        rows=(4,),
-        sampled=3,
-        decode=(AttentionShape(3, 1, 39, 4, 2, 16), AttentionShape(3, 1, 39, 4, 4, 16)),
-        prefill=(AttentionShape(1, 24, 0, 4, 2, 16), AttentionShape(1, 8, 20, 4, 2, 16)),
-        linears=((64, 96),),
-        linear_rows=(1, 4),
+        hidden=64, heads=(4, 2, 16), gated=96, plain=128, vocab=300, rows=(4,), sampled=3,
+        decode=((3, 1, 39, 4, 2, 16), (3, 1, 39, 4, 4, 16)), prefill=((1, 24, 0, 4, 2, 16), (1, 8, 20, 4, 2, 16)),
+        linears=((64, 96),), linear_rows=(1, 4),
     ),
-}
+}  # fmt: skip
 
 
 def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list[KernelCase]:
     """The cases of `ops`, in the order of OPS."""
     sizes, itemsize = SIZES[scale], dtype.itemsize
-    made: dict[str, Iterator[KernelCase]] = {
-        "add_norm": (
-            _add_norm(kind, rows, sizes, itemsize) for rows in sizes.rows for kind in ("rms", "layer")
-        ),
-        "rope_store": (
-            _rope_store(rows, normed, sizes, itemsize) for rows in sizes.rows for normed in (False, True)
-        ),
-        "gated_activate": (_gated(rows, sizes.gated, itemsize) for rows in sizes.rows),
-        "activate": (
-            _activate(name, rows, sizes.plain, itemsize) for rows in sizes.rows for name in ("gelu", "relu")
-        ),
-        "decode_attention": (_attention("decode_attention", shape, itemsize) for shape in sizes.decode),
-        "prefill_attention": (_attention("prefill_attention", shape, itemsize) for shape in sizes.prefill),
-        "greedy": iter([_greedy(sizes, itemsize)]),
-        "log_softmax_gather": iter([_gather(sizes, itemsize)]),
-        "sample": iter([_sample(sizes, itemsize)]),
-        "linear": (
+    cases = [
+        *_on_rows(sizes, itemsize),
+        *(_attention("decode_attention", *shape, itemsize=itemsize) for shape in sizes.decode),
+        *(_attention("prefill_attention", *shape, itemsize=itemsize) for shape in sizes.prefill),
+        *_on_logits(sizes.sampled, sizes.vocab, itemsize),
+        *(
             _linear(kind, rows, *shape, dtype)
             for shape in sizes.linears
             for kind in ("plain", "int8", "int4")
             for rows in sizes.linear_rows
         ),
-    }
-    return [case for op in OPS if op in ops for case in made[op]]
+    ]
+    return [case for op in OPS if op in ops for case in cases if case.op == op]
 
 
-def _add_norm(kind: str, rows: int, sizes: Sizes, itemsize: int) -> KernelCase:
-    size, num_vectors = sizes.hidden, 2 if kind == "layer" else 1
+def _on_rows(sizes: Sizes, itemsize: int) -> Iterator[KernelCase]:
+    for rows in sizes.rows:
+        yield from (_add_norm(kind, rows, sizes.hidden, itemsize) for kind in ("rms", "layer"))
+        yield from (_rope_store(rows, normed, *sizes.heads, itemsize=itemsize) for normed in (False, True))
+        yield _activation("gated_activate", "silu", rows, sizes.gated, itemsize)
+        yield from (_activation("activate", name, rows, sizes.plain, itemsize) for name in ("gelu", "relu"))
+
+
+def _activation(op: str, name: str, rows: int, size: int, itemsize: int) -> KernelCase:
+    factor, width = (2, f"2 · {size}") if op == "gated_activate" else (1, str(size))
 
     def build(maker: Maker, page_size: int) -> Inputs:
+        return maker.normal(rows, factor * size), name, maker.count(rows)
+
+    return KernelCase(op, f"{name} {rows} × {width}", (factor + 1) * rows * size * itemsize, build)
+
+
+def _add_norm(kind: str, rows: int, size: int, itemsize: int) -> KernelCase:
+    def build(maker: Maker, page_size: int) -> Inputs:
         bias = maker.normal(size) if kind == "layer" else None
-        rows_tensors = (maker.normal(rows, size), maker.normal(rows, size))
-        return (*rows_tensors, maker.normal(size), bias, _EPS, kind, maker.count(rows), maker.count(rows))
+        residual, delta = maker.normal(rows, size), maker.normal(rows, size)
+        return residual, delta, maker.normal(size), bias, _EPS, kind, maker.count(rows), maker.count(rows)
 
     # Residual and delta are read, residual and norm written.
-    num_bytes = (4 * rows + num_vectors) * size * itemsize
-    return KernelCase(
-        "add_norm",
-        f"{kind} {rows} × {size}",
-        num_bytes,
-        0,
-        build,
-        lambda backend, inputs: backend.kernels.add_norm(*inputs),
-    )
+    num_bytes = (4 * rows + (2 if kind == "layer" else 1)) * size * itemsize
+    return KernelCase("add_norm", f"{kind} {rows} × {size}", num_bytes, build)
 
 
-def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> KernelCase:
-    heads, num_kv, dim = sizes.num_heads, sizes.num_kv, sizes.head_dim
-
+def _rope_store(rows: int, normed: bool, heads: int, num_kv: int, dim: int, *, itemsize: int) -> KernelCase:
     def build(maker: Maker, page_size: int) -> Inputs:
         rotation = tuple(maker.normal(rows, dim // 2, dtype=torch.float32) for _ in range(2))
         norms = (maker.normal(dim), maker.normal(dim)) if normed else (None, None)
@@ -218,140 +181,76 @@ def _rope_store(rows: int, normed: bool, sizes: Sizes, itemsize: int) -> KernelC
     # Heads are read and written elsewhere; a token has half a head of cosines and sines, a position and a slot.
     num_bytes = rows * (2 * (heads + 2 * num_kv) * dim * itemsize + dim * 4 + 8)
     num_bytes += 2 * dim * itemsize if normed else 0
-    return KernelCase(
-        "rope_store",
-        f"{rows} × ({heads} + 2 · {num_kv}) × {dim}" + (", q/k norm" if normed else ""),
-        num_bytes,
-        0,
-        build,
-        lambda backend, inputs: backend.kernels.rope_store(*inputs),
-    )
+    shape = f"{rows} × ({heads} + 2 · {num_kv}) × {dim}" + (", q/k norm" if normed else "")
+    return KernelCase("rope_store", shape, num_bytes, build)
 
 
-def _gated(rows: int, size: int, itemsize: int) -> KernelCase:
-    return KernelCase(
-        "gated_activate",
-        f"silu {rows} × 2 · {size}",
-        3 * rows * size * itemsize,
-        0,
-        lambda maker, page_size: (maker.normal(rows, 2 * size), "silu", maker.count(rows)),
-        lambda backend, inputs: backend.kernels.gated_activate(*inputs),
-    )
-
-
-def _activate(name: str, rows: int, size: int, itemsize: int) -> KernelCase:
-    return KernelCase(
-        "activate",
-        f"{name} {rows} × {size}",
-        2 * rows * size * itemsize,
-        0,
-        lambda maker, page_size: (maker.normal(rows, size), name, maker.count(rows)),
-        lambda backend, inputs: backend.kernels.activate(*inputs),
-    )
-
-
-def _attention(op: str, shape: AttentionShape, itemsize: int) -> KernelCase:
-    num_tokens, width = shape.batch * shape.new, shape.num_heads * shape.head_dim
+def _attention(
+    op: str, batch: int, new: int, before: int, num_heads: int, num_kv: int, head_dim: int, *, itemsize: int
+) -> KernelCase:
+    """`batch` sequences of `new` tokens each after `before` others."""
+    context, num_tokens = before + new, batch * new
 
     def build(maker: Maker, page_size: int) -> Inputs:
-        pages = -(-shape.context // page_size)
-        table = maker.permutation(shape.batch * pages).view(shape.batch, pages)
-        caches = tuple(
-            maker.normal(shape.batch * pages * page_size, shape.num_kv, shape.head_dim) for _ in range(2)
-        )
-        batch = PagedBatch(
-            (shape.new,) * shape.batch, (shape.context,) * shape.batch, table.long(), page_size
-        )
-        query = maker.normal(num_tokens, shape.num_heads, shape.head_dim)
-        return (query, *caches, BatchTensors.of(batch, maker.device), shape.head_dim**-0.5, None)
+        pages = -(-context // page_size)
+        table = maker.permutation(batch * pages).view(batch, pages).long()
+        caches = tuple(maker.normal(batch * pages * page_size, num_kv, head_dim) for _ in range(2))
+        paged = PagedBatch((new,) * batch, (context,) * batch, table, page_size)
+        query = maker.normal(num_tokens, num_heads, head_dim)
+        return (query, *caches, BatchTensors.of(paged, maker.device), head_dim**-0.5, None)
 
-    kv_bytes = 2 * shape.batch * shape.context * shape.num_kv * shape.head_dim * itemsize
+    kv_bytes = 2 * batch * context * num_kv * head_dim * itemsize
     # A query sees the context up to itself: scores and values are a product each.
-    attended = sum(range(shape.before + 1, shape.context + 1))
-    heads = f"heads {shape.num_heads}/{shape.num_kv} × {shape.head_dim}"
-    name = f"batch {shape.batch}, context {shape.context}, {heads}"
+    flops = 4 * batch * num_heads * head_dim * sum(range(before + 1, context + 1))
+    heads = f"heads {num_heads}/{num_kv} × {head_dim}"
+    shape = f"batch {batch}, context {context}, {heads}"
     if op == "prefill_attention":
-        name = f"{shape.new} tokens" + (f" after {shape.before}" if shape.before else "") + f", {heads}"
-    return KernelCase(
-        op,
-        name,
-        2 * num_tokens * width * itemsize + kv_bytes,
-        4 * shape.batch * width * attended,
-        build,
-        lambda backend, inputs: backend.attention(*inputs),
-        shape.head_dim,
-    )
+        shape = f"{new} tokens" + (f" after {before}" if before else "") + f", {heads}"
+    num_bytes = 2 * num_tokens * num_heads * head_dim * itemsize + kv_bytes
+    return KernelCase(op, shape, num_bytes, build, flops, head_dim)
 
 
-def _greedy(sizes: Sizes, itemsize: int) -> KernelCase:
-    rows, vocab = sizes.sampled, sizes.vocab
-    return KernelCase(
-        "greedy",
-        f"{rows} × {vocab}",
-        rows * (vocab * itemsize + 8),
-        0,
-        lambda maker, page_size: (maker.normal(rows, vocab, deviation=3.0),),
-        lambda backend, inputs: backend.kernels.greedy(*inputs),
-    )
+def _on_logits(rows: int, vocab: int, itemsize: int) -> Iterator[KernelCase]:
+    def logits(maker: Maker) -> Tensor:
+        return maker.normal(rows, vocab, deviation=3.0)
 
-
-def _gather(sizes: Sizes, itemsize: int) -> KernelCase:
-    rows, vocab = sizes.sampled, sizes.vocab
-
-    def build(maker: Maker, page_size: int) -> Inputs:
-        return maker.normal(rows, vocab, deviation=3.0), maker.permutation(vocab)[:rows].long()
-
-    return KernelCase(
-        "log_softmax_gather",
-        f"{rows} × {vocab}",
-        rows * (vocab * itemsize + 8 + 4),
-        0,
-        build,
-        lambda backend, inputs: backend.kernels.log_softmax_gather(*inputs),
-    )
-
-
-def _sample(sizes: Sizes, itemsize: int) -> KernelCase:
-    """As an ordinary request asks: temperature 0.8, top-k 50, top-p 0.95."""
-    rows, vocab = sizes.sampled, sizes.vocab
-
-    def build(maker: Maker, page_size: int) -> Inputs:
+    def sample(maker: Maker, page_size: int) -> Inputs:
+        """As an ordinary request asks: temperature 0.8, top-k 50, top-p 0.95."""
         points = [(row + 0.5) / rows for row in range(rows)]
         numbers = [[0.8] * rows, [50.0] * rows, [0.95] * rows, [0.0] * rows, points]
-        on_device = torch.tensor(numbers, dtype=torch.float64, device=maker.device)
-        return maker.normal(rows, vocab, deviation=3.0), on_device
+        return logits(maker), torch.tensor(numbers, dtype=torch.float64, device=maker.device)
 
-    return KernelCase(
-        "sample",
-        f"{rows} × {vocab}, top-k and top-p",
-        rows * (vocab * itemsize + 5 * 8 + 8),
-        0,
-        build,
-        lambda backend, inputs: backend.kernels.sample_packed(*inputs),
-    )
+    def gather(maker: Maker, page_size: int) -> Inputs:
+        return logits(maker), maker.permutation(vocab)[:rows].long()
+
+    shape, row_bytes = f"{rows} × {vocab}", vocab * itemsize
+    yield KernelCase("greedy", shape, rows * (row_bytes + 8), lambda maker, page_size: (logits(maker),))
+    yield KernelCase("log_softmax_gather", shape, rows * (row_bytes + 8 + 4), gather)
+    yield KernelCase("sample", f"{shape}, top-k and top-p", rows * (row_bytes + 5 * 8 + 8), sample)
 
 
 def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> KernelCase:
+    formats: dict[str, type[Int8Weight] | type[Int4Weight]] = {"int8": Int8Weight, "int4": Int4Weight}
+    quantised = formats.get(kind)
+
     def build(maker: Maker, page_size: int) -> Inputs:
-        weight: Weight
-        if kind == "plain":
-            weight = maker.normal(num_outputs, num_inputs, deviation=_DEVIATION)
-        else:
-            format_ = Int8Weight if kind == "int8" else Int4Weight
-            weight = format_.empty(num_outputs, num_inputs, maker.device)
-            weight.fill_random(_DEVIATION, maker.generator)
+        if quantised is None:
+            return (
+                maker.normal(rows, num_inputs),
+                maker.normal(num_outputs, num_inputs, deviation=_DEVIATION),
+                None,
+            )
+        weight = quantised.empty(num_outputs, num_inputs, maker.device)
+        weight.fill_random(_DEVIATION, maker.generator)
         return maker.normal(rows, num_inputs), weight, None
 
-    meta = torch.device("meta")
     weight_bytes = num_inputs * num_outputs * dtype.itemsize
-    if kind != "plain":
-        format_ = Int8Weight if kind == "int8" else Int4Weight
-        weight_bytes = format_.empty(num_outputs, num_inputs, meta).num_bytes
+    if quantised is not None:
+        weight_bytes = quantised.empty(num_outputs, num_inputs, torch.device("meta")).num_bytes
     return KernelCase(
         "linear",
         f"{kind}, {rows} rows, {num_inputs} → {num_outputs}",
         weight_bytes + rows * (num_inputs + num_outputs) * dtype.itemsize,
-        2 * rows * num_inputs * num_outputs,
         build,
-        lambda backend, inputs: backend.kernels.linear(*inputs),
+        2 * rows * num_inputs * num_outputs,
     )

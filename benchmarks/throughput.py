@@ -60,7 +60,8 @@ _LEGEND = (
     "tokens/s: median of the turns (least–greatest); prompt counts the prompt's tokens, generate new tokens over the "
     "whole run, decode those after each request's first. ×: over the baseline, estimate and 95 % interval of the "
     "ratios within a turn (Hodges–Lehmann, Wilcoxon); of mixed, over its depths alone. ideal ×: by operations for "
-    "prompts, else by bytes of weights and KV. of roofline: the least time at the ceilings measured here over the time."
+    "prompts, else by bytes of weights and KV. of roofline: the least time at the measured ceilings over the time, "
+    "above 1 where torch's matrix product, the ceiling, is slower than these kernels."
 )
 _PAPER = "paper: LLaMA-2-70B on two A100, as printed in arXiv 2402.09025; nothing of it was measured here."
 

@@ -11,15 +11,15 @@ from statistics import median
 
 import pytest
 
-from sleb.benchmarks.stats import (
-    LEAST_FOR_LEVEL,
-    RatioInterval,
-    interval_rank,
-    ratio_interval,
-    signed_rank_counts,
-    verdict,
-    walsh_averages,
-)
+from sleb.benchmarks.record import Ratio
+from sleb.benchmarks.stats import interval_rank, paired_ratio, signed_rank_counts, walsh_averages
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """The estimate and the ends of its interval."""
+    found = paired_ratio(ratios)
+    assert found.low is not None and found.high is not None
+    return found.estimate, found.low, found.high
 
 
 def signed_rank(values: list[float], centre: float) -> int:
@@ -49,7 +49,6 @@ def test_ranks_of_the_printed_tables() -> None:
     printed = {6: 0, 7: 2, 8: 3, 9: 5, 10: 8, 12: 13, 15: 25, 20: 52, 25: 89, 30: 137}
     assert {n: (interval_rank(n) or 0) - 1 for n in printed} == printed
     assert [interval_rank(n) for n in range(1, 6)] == [None] * 5
-    assert LEAST_FOR_LEVEL == 6
 
 
 @pytest.mark.parametrize("num_values", [6, 7, 9, 10])
@@ -58,7 +57,7 @@ def test_the_interval_is_where_the_test_does_not_reject(num_values: int) -> None
     rng = random.Random(num_values)
     ratios = [math.exp(rng.gauss(0.1, 0.05)) for _ in range(num_values)]
     logs = [math.log(ratio) for ratio in ratios]
-    found = ratio_interval(ratios)
+    _, low, high = interval(ratios)
     sums = [
         sum(rank for rank, sign in enumerate(signs, 1) if sign)
         for signs in itertools.product((0, 1), repeat=num_values)
@@ -67,40 +66,39 @@ def test_the_interval_is_where_the_test_does_not_reject(num_values: int) -> None
         centre = step / 1000 + 1e-7
         statistic = signed_rank(logs, centre)
         tail = min(sum(total <= statistic for total in sums), sum(total >= statistic for total in sums))
-        inside = math.log(found.low) <= centre <= math.log(found.high)
+        inside = math.log(low) <= centre <= math.log(high)
         assert inside is (2 * tail / len(sums) > 0.05), centre
 
 
 def test_the_estimate_by_hand() -> None:
     """Walsh averages of 0, 1, 5 are 0, ½, 1, 2½, 3, 5: their median is 1¾."""
     assert walsh_averages([5.0, 0.0, 1.0]) == [0.0, 0.5, 1.0, 2.5, 3.0, 5.0]
-    found = ratio_interval([math.exp(value) for value in (5.0, 0.0, 1.0)])
+    found = paired_ratio([math.exp(value) for value in (5.0, 0.0, 1.0)])
     assert found.estimate == pytest.approx(math.exp(1.75))
-    assert (found.low, found.high) == pytest.approx((1.0, math.exp(5)))
-    assert found.level is None and found.half_width == math.inf
+    assert (found.low, found.high, found.half_width) == (None, None, math.inf)
 
 
 def test_one_over_the_ratios_is_one_over_the_interval() -> None:
     ratios = [1.2, 1.1, 1.25, 1.19, 1.3, 1.22, 1.21]
-    found, inverse = ratio_interval(ratios), ratio_interval([1 / ratio for ratio in ratios])
-    assert inverse.estimate == pytest.approx(1 / found.estimate)
-    assert (inverse.low, inverse.high) == pytest.approx((1 / found.high, 1 / found.low))
-    assert (verdict(found), verdict(inverse)) == ("faster", "slower")
+    found, inverse = paired_ratio(ratios), paired_ratio([1 / ratio for ratio in ratios])
+    estimate, low, high = interval(ratios)
+    assert interval([1 / ratio for ratio in ratios]) == pytest.approx((1 / estimate, 1 / high, 1 / low))
+    assert (found.verdict, inverse.verdict) == ("faster", "slower")
 
 
 def test_verdicts() -> None:
-    assert verdict(RatioInterval(1.1, 1.001, 1.2, 0.95)) == "faster"
-    assert verdict(RatioInterval(0.9, 0.8, 0.999, 0.95)) == "slower"
-    assert verdict(RatioInterval(1.1, 1.0, 1.2, 0.95)) == "no difference"
-    assert verdict(RatioInterval(1.1, 1.05, 1.2, None)) == "no difference"  # too few repetitions to tell
-    assert verdict(ratio_interval([1.0] * 8)) == "no difference"
+    assert Ratio(1.1, 1.001, 1.2).verdict == "faster"
+    assert Ratio(0.9, 0.8, 0.999).verdict == "slower"
+    assert Ratio(1.1, 1.0, 1.2).verdict == "no difference"
+    assert Ratio(1.1).verdict == "no difference"  # too few turns to tell
+    assert paired_ratio([1.0] * 8).verdict == "no difference"
 
 
 def test_one_slow_repetition_of_twelve_does_not_move_it() -> None:
     steady = [1.19, 1.2, 1.21, 1.2, 1.19, 1.21, 1.2, 1.2, 1.21, 1.19, 1.2]
-    found = ratio_interval([*steady, 3.0])
-    assert found.estimate == pytest.approx(1.2, rel=0.01)
-    assert found.high < 1.22
+    estimate, _, high = interval([*steady, 3.0])
+    assert estimate == pytest.approx(1.2, rel=0.01)
+    assert high < 1.22
 
 
 def gaussian(rng: random.Random) -> float:
@@ -125,9 +123,9 @@ def test_coverage(noise: Callable[[random.Random], float], num_values: int) -> N
     runs = 1500
     estimates = []
     for _ in range(runs):
-        found = ratio_interval([true * math.exp(noise(rng)) for _ in range(num_values)])
-        covered += found.low <= true <= found.high
-        estimates.append(found.estimate)
+        estimate, low, high = interval([true * math.exp(noise(rng)) for _ in range(num_values)])
+        covered += low <= true <= high
+        estimates.append(estimate)
     assert covered / runs >= 0.95 - 0.017
     assert median(estimates) == pytest.approx(true, rel=0.002)
 
@@ -142,10 +140,10 @@ def test_coverage_when_repeated_until_it_is_narrow(
         ratios: list[float] = []
         while len(ratios) < 30:
             ratios += [math.exp(noise(rng)) for _ in range(2)]
-            if len(ratios) >= 6 and ratio_interval(ratios).half_width <= 0.01:
+            if len(ratios) >= 6 and paired_ratio(ratios).half_width <= 0.01:
                 break
-        found = ratio_interval(ratios)
-        covered += found.low <= 1 <= found.high
+        _, low, high = interval(ratios)
+        covered += low <= 1 <= high
     assert covered / runs >= at_least
 
 
@@ -167,18 +165,15 @@ def test_above_a_hundred_averages_are_counted(num_values: int, grain: float) -> 
     logs = [grain * round(rng.gauss(0.1, 0.05) / grain) for _ in range(num_values)]
     averages, rank = walsh_averages(logs), interval_rank(num_values)
     assert rank is not None
-    found = ratio_interval([math.exp(value) for value in logs])
-    ends = [math.exp(averages[rank - 1]), math.exp(averages[-rank])]
-    assert [found.low, found.high] == pytest.approx(ends, rel=1e-12)
-    assert found.estimate == pytest.approx(math.exp(median(averages)), rel=1e-12)
-    assert found.level == 0.95
+    wanted = [math.exp(value) for value in (median(averages), averages[rank - 1], averages[-rank])]
+    assert interval([math.exp(value) for value in logs]) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_thousands_of_ratios_have_an_interval() -> None:
     """2¹⁰²⁴ is past what a float holds."""
     rng = random.Random(7)
     ratios = [1.19 * math.exp(rng.gauss(0, 0.02)) for _ in range(2000)]
-    found = ratio_interval(ratios)
-    assert 1.185 < found.low < 1.19 < found.high < 1.195
-    assert verdict(ratio_interval([1.0] * 1024)) == "no difference"
+    _, low, high = interval(ratios)
+    assert 1.185 < low < 1.19 < high < 1.195
+    assert paired_ratio([1.0] * 1024).verdict == "no difference"
     assert interval_rank(10_000) is not None

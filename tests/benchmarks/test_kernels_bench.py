@@ -26,7 +26,7 @@ from sleb.errors import ConfigError
 from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.registry import torch_gpu_kernels
 
-CEILINGS = Ceilings(1e9, 1e12, [1e9], [1e12], "float32")
+CEILINGS = Ceilings(1e9, 1e12, "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +116,13 @@ def test_the_share_is_of_the_limit_that_takes_longer() -> None:
     assert "roofline_share" not in rated(1000, 1, "interpreted").facts
 
 
-def test_ceilings_count_what_is_read_and_written() -> None:
-    found = measure_ceilings(torch.device("cpu"), torch.bfloat16, repetitions=3)
-    assert len(found.copy_samples) == len(found.matrix_samples) == 3
-    assert min(found.copy_samples) <= found.copy_bytes_per_second <= max(found.copy_samples)
+def test_ceilings() -> None:
+    found = measure_ceilings(torch.device("cpu"), torch.bfloat16)
+    assert found.copy_bytes_per_second > 0 and found.matrix_flops_per_second > 0
     assert found.dtype == "bfloat16"
     assert CEILINGS.floor_seconds(2e9) == 2.0
     assert CEILINGS.floor_seconds(1e9, 3e12) == 3.0
+    assert replace(CEILINGS, read_bytes_per_second=2e9).floor_seconds(2e9) == 1.0
 
 
 def test_a_call_is_timed_as_the_mean_of_several(monkeypatch: pytest.MonkeyPatch) -> None:

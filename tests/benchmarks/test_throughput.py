@@ -33,6 +33,7 @@ from sleb.engine.llm import LLM
 from sleb.errors import ConfigError, LayerMapError, ModelError, SlebError
 from sleb.layer_map.layer_map import LayerMap
 from sleb.models.shapes import shape_folder
+from sleb.server.bench_result import BenchResult
 
 Calls = list[tuple[list[list[int]], Any, Any]]
 
@@ -294,7 +295,7 @@ def test_decode_counts_what_follows_the_first_tokens(options: ThroughputOptions)
 
 def test_roofline_shares(options: ThroughputOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """At ceilings of 10⁶ bytes and 4·10⁷ operations a second, against sums by hand."""
-    ceilings = Ceilings(1e6, 4e7, [], [], "float32")
+    ceilings = Ceilings(1e6, 4e7, "float32")
     bench = ThroughputBench(replace(options, tests=("prompt", "generate", "decode"), depths=(0,)))
     cost = DepthCost.of(bench.engine, 0)
     cases = bench.cases(ceilings)
@@ -546,6 +547,10 @@ def test_the_command_prints_a_table_and_writes_json_and_a_report(
     required |= {"speedup_low", "speedup_high", "ideal_speedup", "weight_bytes", "kv_bytes"}
     assert len(result["rows"]) == 4
     assert all(required <= set(row) for row in result["rows"])
+    # `sleb serve --bench-result` reads it.
+    served = BenchResult.load(str(output)).speedup(3)
+    assert served is not None and served["value"] == result["rows"][3]["speedup"]
+    assert [each["test"] for each in served["measured"]] == ["generate", "prompt"]
     assert {"report.md", "report.html"} <= set(os.listdir(tmp_path / "report"))
     assert "generate 2 × 3 after 8" in (tmp_path / "report" / "report.md").read_text()
 

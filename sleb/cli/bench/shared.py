@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,14 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from sleb.benchmarks.record import Result, write_result
-from sleb.benchmarks.turns import Case, Turns
-from sleb.benchmarks.turns import Progress as Runs
-from sleb.errors import ConfigError
+from sleb.benchmarks.turns import Case, Progress, Turns
 from sleb.files import check_writable
 from sleb.options import option
-
-if TYPE_CHECKING:
-    from sleb.benchmarks.harness import Progress
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Shown:
         """How much of the model is loaded, in percent."""
         self._draw(100 * num_done // max(1, num_weights), 100)
 
-    def run(self, runs: Runs) -> None:
+    def run(self, runs: Progress) -> None:
         """What has been done, and what runs next."""
         self._draw(runs.num_done, runs.num_runs, runs.next_run)
 
@@ -118,100 +112,3 @@ def shown(description: str) -> Iterator[Shown]:
         found = Shown(bar, description)
         bar.refresh()
         yield found
-
-
-JsonPath = Annotated[
-    Path | None,
-    typer.Option("--json", help="Write environment, samples and results here.", show_default=False),
-]
-ReportFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--report", help="Write a report for people, with plots, to this folder.", show_default=False
-    ),
-]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where a result goes: the file of --json, the folder of --report, both or none."""
-
-    json_path: Path | None
-    report: Path | None
-
-    def check(self) -> None:
-        """ConfigError, before anything is measured, for what cannot be written."""
-        if self.json_path is not None:
-            from sleb.files import check_writable
-
-            check_writable(self.json_path)
-        if self.report is not None:
-            from sleb.benchmarks.show import check_report
-
-            check_report(self.report)
-
-    def write(self, result: Mapping[str, Any], console: Console) -> None:
-        """Writes a result that has rows: an early Ctrl-C must not replace an older one by nothing."""
-        if not result.get("rows") and not result.get("runs"):
-            return
-        if self.json_path is not None:
-            from sleb.benchmarks.command import write_result
-
-            write_result(self.json_path, result)
-        if self.report is not None:
-            from sleb.benchmarks.old import read_result
-            from sleb.benchmarks.show import write_report
-
-            write_report(self.report, [read_result(result, "the result")])
-
-
-def parse_names(text: str) -> list[str]:
-    """The words in a list like "prompt,generate"."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def parse_integers(option: str, text: str) -> list[int]:
-    """The integers in a list like "0,6". Raises ConfigError naming `option`."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} is '{text}'; it must be integers with commas between, as 0,6") from None
-
-
-class RunsBar:
-    """Runs done of all, on standard error.
-
-    It is drawn between runs only: a thread that redraws it would take its time from the runs.
-    """
-
-    def __init__(self, description: str = "loading the model") -> None:
-        self._bar = Bar(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=Console(stderr=True),
-            auto_refresh=False,
-            transient=True,
-        )
-        self._task = self._bar.add_task(description, total=None)
-
-    def __enter__(self) -> RunsBar:
-        self._bar.start()
-        self._bar.refresh()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def show_loading(self, num_done: int, num_weights: int) -> None:
-        """Shows how much of the model is loaded, in percent."""
-        self._bar.update(self._task, total=100, completed=100 * num_done // num_weights, refresh=True)
-
-    def update(self, progress: Progress) -> None:
-        """Shows what has been done and what runs next."""
-        self.show(progress.num_done, progress.num_runs, progress.next_run)
-
-    def show(self, num_done: int, num_runs: int, next_run: str) -> None:
-        """As `update`."""
-        self._bar.update(self._task, total=num_runs, completed=num_done, description=next_run, refresh=True)
