@@ -114,7 +114,7 @@ def _root(
 
 def build() -> Any:
     """The click command of the whole tree."""
-    return typer.main.get_group(app)
+    return typer.main.get_command(app)  # which, other than get_group, completes in a shell
 
 
 def main() -> None:

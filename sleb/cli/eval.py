@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from sleb.benchmarks.quality.options import EvalOptions
-from sleb.cli.options import with_options
+from sleb.cli.options import Model, with_options
 from sleb.errors import ConfigError, SlebError
 from sleb.files import check_writable
 
 
 @with_options
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf file, or smollm2.")],
+    model: Model,
     options: EvalOptions,
     json_path: Annotated[
         Path | None,
