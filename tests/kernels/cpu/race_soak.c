@@ -161,7 +161,7 @@ int main(int argc, char **argv) {
     if (isa == NULL) return fprintf(stderr, "no level %s\n", argv[1]), 2;
     int32_t format = atoi(argv[2]), threads = atoi(argv[3]), steps = atoi(argv[4]);
     state = argc > 5 ? (uint64_t)atoll(argv[5]) : 88172645463325252u;
-    /* 20 µs of patience: threads both spin and sleep between steps. */
+    /* 20 µs of spinning: threads both spin and sleep between steps. */
     sleb_pool *pool = must(sleb_pool_create(threads, NULL, 20000));
     sleb_unit units[2 * BLOCKS] = {0};
     int32_t kv_format = format > SLEB_BF16 ? SLEB_BF16 : format;

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sleb.kernels.cpu import library as native
-from sleb.kernels.cpu import records
+from sleb.kernels.cpu import library, records
 from sleb.kernels.cpu.features import cpu_features
 from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.reference import ops as reference
@@ -20,8 +19,8 @@ from sleb.kernels.reference import ops as reference
 LEVELS = {
     "none": [],
     "avx512": ["avx512"],
-    "avx512bf16": ["avx512", "avx512bf16", native.EMULATED],
-    "amx": ["avx512", "avx512bf16", "amx", native.EMULATED],
+    "avx512bf16": ["avx512", "avx512bf16", library.EMULATED],
+    "amx": ["avx512", "avx512bf16", "amx", library.EMULATED],
 }[cpu_features().level]
 STORE, ADD, ACTIVATE = range(3)
 GROUP = 32
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 w
 
 @pytest.fixture(scope="module", params=LEVELS)
 def kernels(request):
-    return native.CpuKernels.load(num_threads=3, level=request.param)
+    return library.CpuKernels.load(num_threads=3, level=request.param)
 
 
 class Rig:
@@ -127,7 +126,7 @@ def test_linear(kernels, kind):
             torch.testing.assert_close(out.double(), 2 * expected, atol=2 * atol, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", native.ACTIVATIONS)
+@pytest.mark.parametrize("name", library.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_activation(kernels, name, gated):
     with Rig(kernels) as rig:
@@ -138,7 +137,7 @@ def test_activation(kernels, name, gated):
             expected = (reference.gated_activate if gated else reference.activate)(hidden, name)
             packed = kernels.pack(weight, bias, gated=gated)
             out = torch.zeros(rows, features)
-            activation = native.ACTIVATIONS[name]
+            activation = library.ACTIVATIONS[name]
             kernels.isa.linear(
                 rig.model, None, packed, x.data_ptr(), rows, ACTIVATE, activation, out.data_ptr()
             )
@@ -148,7 +147,7 @@ def test_activation(kernels, name, gated):
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("affine", [True, False])
 def test_norm_before_a_product(kernels, norm, affine):
-    with Rig(kernels, norm_kind=native.NORMS[norm], widest=600) as rig:
+    with Rig(kernels, norm_kind=library.NORMS[norm], widest=600) as rig:
         for rows, k in [(1, 16), (2, 33), (5, 576), (70, 600)]:
             weight, x = torch.eye(k), 3 * randn(rows, k, seed=k) + 1
             scale, shift = (randn(k, seed=1), randn(k, seed=2)) if affine else (None, None)
@@ -186,7 +185,7 @@ def test_norm_and_activation_around_a_product_of_every_format(kernels, kind, gat
             expected = (reference.gated_activate if gated else reference.activate)(hidden, "silu")
             record, packed = records.Norm(kernels.keep(scale), None), kernels.pack(stored, gated=gated)
             out = torch.full((rows, features), torch.nan)
-            address = x.data_ptr(), rows, ACTIVATE, native.ACTIVATIONS["silu"], out.data_ptr()
+            address = x.data_ptr(), rows, ACTIVATE, library.ACTIVATIONS["silu"], out.data_ptr()
             kernels.isa.linear(rig.model, record, packed, *address)
             tolerance = 2e-4 if kind in ("float32", "float16") else 3e-2
             torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
@@ -340,8 +339,8 @@ class Sequences:
         hidden = seen > own
         if self.window:
             hidden |= seen <= own - self.window
-        shares = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        return torch.einsum("hqk,khd->qhd", shares, value).reshape(end - start, -1)
+        probs = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        return torch.einsum("hqk,khd->qhd", probs, value).reshape(end - start, -1)
 
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -351,7 +350,7 @@ def run(kernels, dtype, lengths, steps, **options):
     sequences = Sequences(kernels, dtype, lengths, **options)
     with Rig(
         kernels, num_heads=sequences.heads, num_kv_heads=sequences.kv_heads, head_dim=sequences.dim,
-        page_size=sequences.page_size, kv_format=native.FORMATS[dtype], rotary_half=sequences.rotary,
+        page_size=sequences.page_size, kv_format=library.FORMATS[dtype], rotary_half=sequences.rotary,
         max_tokens=2048, widest=sequences.heads * sequences.dim,
     ) as rig:  # fmt: skip
         for new in steps:
@@ -368,7 +367,7 @@ MIXED = [[40, 7, 1, 0, 100], [1, 1, 1, 1, 1], [1, 0, 30, 1, 17], [3, 9, 1, 1, 1]
 
 class TestAttention:
     @DTYPES
-    @pytest.mark.parametrize("page_size", native.PAGE_SIZES)
+    @pytest.mark.parametrize("page_size", library.PAGE_SIZES)
     def test_chunks_and_single_tokens_in_one_step(self, kernels, dtype, page_size):
         run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, page_size=page_size)
 
@@ -397,7 +396,7 @@ class TestAttention:
         run(kernels, dtype, [819, 503], steps, heads=2, kv_heads=1, window=window)
         run(kernels, dtype, [601], [[600], [1]], heads=20, kv_heads=1, window=window)
 
-    @pytest.mark.parametrize("page_size", native.PAGE_SIZES)
+    @pytest.mark.parametrize("page_size", library.PAGE_SIZES)
     @pytest.mark.parametrize("window", [0, 20, 300])
     def test_tiles_of_keys_and_values(self, kernels, page_size, window):
         """Heads of 32 features and more and groups of five and more: what AMX computes, where there is AMX."""
@@ -414,7 +413,7 @@ class TestAttention:
     @pytest.mark.parametrize("num_threads", [1, 2, 5])
     def test_any_number_of_threads(self, num_threads):
         """Five are more than the cores of many machines; each number splits contexts in its own way."""
-        kernels = native.CpuKernels.load(num_threads=num_threads, level=LEVELS[-1])
+        kernels = library.CpuKernels.load(num_threads=num_threads, level=LEVELS[-1])
         for dtype in TOLERANCES:
             run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, qk_norm=True, rotary=4)
             run(kernels, dtype, [1103, 3], [[1100, 1], [1, 1], [1, 0], [1, 1]], heads=5, kv_heads=1, dim=32)
@@ -431,7 +430,7 @@ class TestAttention:
             sequences.qkv[2][:] = poison
             with Rig(
                 kernels, num_heads=8, num_kv_heads=1, head_dim=dim, page_size=page_size, rotary_half=4,
-                kv_format=native.FORMATS[dtype], widest=8 * dim,
+                kv_format=library.FORMATS[dtype], widest=8 * dim,
             ) as rig:  # fmt: skip
                 outputs.append([sequences.step(rig, new)[0] for new in MIXED])
         for clean, dirty in zip(*outputs, strict=True):
@@ -439,9 +438,9 @@ class TestAttention:
             assert 2 not in dirty or not dirty[2].isfinite().any()
 
     def test_a_page_that_was_another_sequence_s_is_used_again(self, kernels):
-        """Its values are NaN: they must be gone before a share of zero meets them."""
+        """Its values are NaN: they must be gone before a probability of zero meets them."""
         first = Sequences(kernels, torch.bfloat16, [40])
-        with Rig(kernels, num_heads=4, num_kv_heads=2, kv_format=native.BF16) as rig:
+        with Rig(kernels, num_heads=4, num_kv_heads=2, kv_format=library.BF16) as rig:
             first.qkv[0][:] = torch.nan
             first.step(rig, [40])
             first.qkv, first.done = [randn(21, 8 * 16, seed=5)], [0]
@@ -455,7 +454,7 @@ def test_any_number_of_threads_gives_the_same_sums(num_threads):
     x, weight = randn(50, 200, seed=1), randn(300, 200, seed=2).bfloat16()
     outputs = []
     for count in (1, num_threads):
-        kernels = native.CpuKernels.load(num_threads=count)
+        kernels = library.CpuKernels.load(num_threads=count)
         assert kernels.num_threads == count
         packed, out = kernels.pack(weight), torch.zeros(50, 300)
         with Rig(kernels, widest=300) as rig:
@@ -466,7 +465,7 @@ def test_any_number_of_threads_gives_the_same_sums(num_threads):
 
 
 def test_bandwidth_is_a_plausible_number():
-    assert 0.1 < native.CpuKernels.load().read_bandwidth(8 << 20) < 10_000
+    assert 0.1 < library.CpuKernels.load().read_bandwidth(8 << 20) < 10_000
 
 
 @pytest.mark.parametrize(
@@ -477,7 +476,7 @@ def test_default_number_of_threads(quota, cores, cpus, expected, tmp_path, monke
     file = tmp_path / "cpu.max"
     if quota:
         file.write_text(quota)
-    monkeypatch.setattr(native, "CGROUP_QUOTA", file)
-    monkeypatch.setattr(native, "num_usable_cpus", lambda: cpus)
-    monkeypatch.setattr(native, "cpu_features", lambda: type(cpu_features())("x86_64", "test", cores))
-    assert native.default_num_threads() == expected
+    monkeypatch.setattr(library, "CGROUP_QUOTA", file)
+    monkeypatch.setattr(library, "num_usable_cpus", lambda: cpus)
+    monkeypatch.setattr(library, "cpu_features", lambda: type(cpu_features())("x86_64", "test", cores))
+    assert library.default_num_threads() == expected

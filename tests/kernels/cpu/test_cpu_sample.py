@@ -1,4 +1,4 @@
-"""Drawing of tokens in C, at every instruction set that this machine can run, against the reference that sorts.
+"""Sampling of tokens in C, at every instruction set that this machine can run, against the reference that sorts.
 
 Where a random number or a share of top-p comes within EDGE of a boundary, either neighbour is right.
 """
@@ -15,15 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleb.kernels.cpu import library as native
+from sleb.kernels.cpu import library
 from sleb.kernels.cpu.features import cpu_features
 from sleb.kernels.reference import ops as reference
 
 LEVELS = {
     "none": [],
     "avx512": ["avx512"],
-    "avx512bf16": ["avx512", "avx512bf16", native.EMULATED],
-    "amx": ["avx512", "avx512bf16", "amx", native.EMULATED],
+    "avx512bf16": ["avx512", "avx512bf16", library.EMULATED],
+    "amx": ["avx512", "avx512bf16", "amx", library.EMULATED],
 }[cpu_features().level]
 EDGE = 1e-8
 HIGHEST_POINT = 1.0 - 2**-53
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 w
 
 @pytest.fixture(scope="module", params=LEVELS)
 def kernels(request):
-    return native.CpuKernels.load(num_threads=3, level=request.param)
+    return library.CpuKernels.load(num_threads=3, level=request.param)
 
 
 def normal(*shape, seed=0, spread=3.0):
@@ -223,7 +223,7 @@ def test_rows_without_a_distribution(values, expected, filters, kernels):
     ids=str,
 )
 def test_frequencies_pass_a_chi_square_test(filters, kernels):
-    """20,000 draws against probabilities by hand; six standard deviations of chi-square."""
+    """20,000 samples against probabilities by hand; six standard deviations of chi-square."""
     count, logits = 20_000, normal(20, seed=4, spread=1.0)
     order = sorted(range(20), key=lambda token: -float(logits[token]))
     weights = {token: math.exp(float(logits[token]) / filters.get("temperature", 1.0)) for token in order}
