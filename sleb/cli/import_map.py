@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sleb.cli.options import with_options
 from sleb.formats import IMPORT_FORMATS
-from sleb.formats.importing import import_map
-from sleb.formats.output import check_file
+from sleb.options import option
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the foreign file is, and of what."""
+
+    format: str = option("auto", "Of the file.", choices=tuple(IMPORT_FORMATS))
+    model: str | None = option(
+        None,
+        "The model it is about: folder, hub id, .gguf file.",
+        unset="what the file says",
+        metavar="MODEL",
+    )
+    num_blocks: int | None = option(
+        None, "How many blocks the model has.", unset="what the file says", minimum=1
+    )
+    force: bool = option(False, "Replace the map in --output.")
+
+
+@with_options
 def import_file(
-    file: Annotated[Path, typer.Argument(help="The foreign file, or a model folder with a config.json.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).")],
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(IMPORT_FORMATS)}.")] = "auto",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The model it is about: folder, hub id, .gguf file.", show_default="what the file says"
-        ),
-    ] = None,
-    num_blocks: Annotated[
-        int | None, typer.Option(help="How many blocks the model has.", show_default="what the file says")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the map in --output.")] = False,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The foreign file, or a model folder with a config.json.")
+    ],
+    options: ImportOptions,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the layer map goes (JSON).")
+    ],
 ) -> None:
     """Turn another tool's list of removed blocks, attentions or MLPs into a layer map.
 
     Where the notation has an order, the map has the same; its losses are not known.
     """
-    check_file(output, force=force)
+    from sleb.formats.importing import import_map  # torch: not for help
+    from sleb.formats.output import check_file
+
+    check_file(output, force=options.force)
     layer_map = import_map(
         file,
-        format,
-        model=model,
-        num_blocks=num_blocks,
+        options.format,
+        model=options.model,
+        num_blocks=options.num_blocks,
         note=lambda message: typer.echo(f"note: {message}", err=True),
     )
     layer_map.save(output)

@@ -67,6 +67,35 @@ def test_help_imports_no_command() -> None:
     assert done.stderr.split() == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "prune --help",
+        "serve --help",
+        "prune smollm2 -o x --dtype float64",
+        "prune smollm3 -o x",
+        "serve smollm2 --tiers 0,x",
+        "serve smollm2 --tiers 0,0",
+        "serve smollm2 --device tpu",
+        "serve smollm3",
+        "eval smollm3",
+        "export smollm2 --format x",
+        "show smollm2",
+        "show smollm3",
+    ],
+)
+def test_help_and_what_is_wrong_take_no_torch(arguments: str) -> None:
+    program = (
+        f"import sys\nsys.argv = ['sleb', *{arguments.split()!r}]\nfrom sleb.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch'"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    is_right = "--help" in arguments or arguments == "show smollm2"
+    assert done.returncode == (0 if is_right else 2), done.stderr
+    assert done.stderr.count("\n") == (0 if is_right else 1), done.stderr
+
+
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_loads_and_has_help(name: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "--help") == 0
