@@ -27,12 +27,12 @@ Table = tuple[list[str], list[list[str]]]
 # but those that have a heading.
 _FOR_SCRIPTS = {
     *("test", "depth", "depths", "batch", "variant", "seconds", "speedup", "perplexity", "removed", "level"),
-    *("concurrency", "repetitions", "stopped"),
+    *("concurrency", "repetitions", "stopped", "completed", "duration"),
 }
 _HEADINGS = {"ideal_speedup": "ideal ×", "roofline_share": "of roofline", "goodput": "goodput, requests/s"}
 # Of an environment: what changes from run to run, and is no reason for a difference.
 _PASSING = {"date", "load average", "command", "ceilings", "conditions", "memory bytes"}
-_MIN_WIDTH = 160  # where standard output is no terminal, a line may be as long as it needs to be
+_MIN_WIDTH = 220  # where standard output is no terminal, a line may be as long as it needs to be
 
 
 def number(value: Any) -> str:
