@@ -84,8 +84,7 @@ class Runner:
         self.dtype = resolve_dtype(config.dtype, config.weights, spec.checkpoint_dtype)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        # Before minutes are spent on loading.
-        backends = select_backends(config, self.device, self.dtype, spec.head_dim)
+        backends = select_backends(config, spec, self.device, self.dtype)
         keep = self.kept_sublayers(min(depths))
         weight_format = resolve_weight_format(config.weights)
         weights = load_weights(
@@ -103,7 +102,7 @@ class Runner:
         self._weight_sizes = _weight_sizes(weights)
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size
         built = build_executor(config, spec, weights, backends, self._plan(keep), depths)
-        self.executor, self._why_slower = built.executor, built.why_slower
+        self.executor, self._why_slower = built.executor, backends.kernels.why_slower
         self.max_model_len, self.num_pages = built.max_model_len, built.num_pages
         self._eos_token_ids = eos_token_ids
         self._sampler = Sampler(backends.kernels, eos_token_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,42 +28,52 @@ from sleb.kernels.registry import Kernels, select_kernels
 
 @dataclass(frozen=True)
 class Backends:
-    """What computes on a device: the kernels, and on a GPU the attention; None: the kernels bring their own."""
+    """What computes on a device.
+
+    Attributes:
+        attention: on a GPU; None: the kernels bring their own.
+        page_size: tokens in a KV page, as suits both.
+    """
 
     device: torch.device
     kernels: Kernels
     attention: AttentionBackend | None
+    page_size: int
 
 
 def select_backends(
-    config: EngineConfig, device: torch.device, dtype: torch.dtype, head_dim: int
+    config: EngineConfig, spec: DecoderSpec, device: torch.device, dtype: torch.dtype
 ) -> Backends:
-    """What `config` asks for, checked before minutes are spent on loading. Raises ConfigError if it cannot be had."""
+    """The fastest that can be had of what `config` asks for; known before minutes are spent on loading.
+
+    Raises ConfigError for kernels, an attention or a page size that was asked for and cannot be had.
+    """
     kernels = select_kernels(config.kernels, device, config.threads, config.cpu_affinity)
     if kernels.gpu is not None:
-        attention = select_attention(config.attention, kernels.gpu, device, dtype, head_dim)
-        return Backends(device, kernels, attention)
+        attention = select_attention(config.attention, kernels.gpu, device, dtype, spec.head_dim)
+        return Backends(device, kernels, attention, choose_page_size(config.page_size, attention))
     if config.attention not in ("auto", "torch"):
         raise ConfigError(
             f"attention '{config.attention}' goes with kernels triton, and here kernels {kernels.name} compute; "
             "use attention auto"
         )
-    return Backends(device, kernels, None)
+    page_size = config.page_size or DEFAULT_PAGE_SIZE
+    lacking = unsupported_feature(spec, page_size) if kernels.cpu is not None else None
+    if lacking is not None:
+        if config.kernels == kernels.name:
+            raise ConfigError(f"kernels '{kernels.name}' do not run {lacking}; use kernels auto or torch")
+        # They still sample: that needs nothing of the model.
+        kernels = replace(kernels, name="torch", cpu=None, why_slower=f"they lack {lacking}")
+    return Backends(device, kernels, None, page_size)
 
 
 @dataclass(frozen=True)
 class BuiltExecutor:
-    """An executor and its cache.
-
-    Attributes:
-        max_model_len: tokens that one request may have; num_pages pages hold at least that many.
-        why_slower: why nothing faster computes; "" where there is nothing.
-    """
+    """An executor and its cache: num_pages pages hold a request of max_model_len tokens, the most that one may have."""
 
     executor: Executor
     max_model_len: int
     num_pages: int
-    why_slower: str
 
 
 def build_executor(
@@ -74,30 +84,21 @@ def build_executor(
     plan: tuple[PlannedSublayer, ...],
     depths: Sequence[int],
 ) -> BuiltExecutor:
-    """The fastest executor that `backends` allow, over as large a KV cache as `config` gives.
+    """The executor for `backends`, over as large a KV cache as `config` gives.
 
-    plan: the sublayers that any of `depths` runs, in order. Raises ConfigError for a page size that does not suit, for
-    kernels that were asked for and lack something, and for too little memory.
+    plan: the sublayers that any of `depths` runs, in order. Raises ConfigError for too little memory.
     """
-    device, kernels, attention = backends.device, backends.kernels, backends.attention
-    page_size = config.page_size or DEFAULT_PAGE_SIZE
-    setup, reserve, why_slower = None, 0, kernels.why_slower
-    if attention is not None:
-        assert kernels.gpu is not None
-        page_size = choose_page_size(config.page_size, attention)
+    device, kernels, page_size = backends.device, backends.kernels, backends.page_size
+    setup = None
+    if kernels.gpu is not None and backends.attention is not None:
         setup = GpuSetup(
-            config, spec, weights, kernels, kernels.gpu, attention, plan, depths, page_size, device
+            *(config, spec, weights, kernels, kernels.gpu, backends.attention),
+            *(plan, depths, page_size, device),
         )
-        reserve = setup.reserve()
-    lacking = unsupported_feature(spec, page_size) if kernels.cpu is not None else None
-    if lacking is not None:
-        if config.kernels == kernels.name:
-            raise ConfigError(f"kernels '{kernels.name}' do not run {lacking}; use kernels auto or torch")
-        why_slower = f"they lack {lacking}"
-        kernels = select_kernels("torch", device)
     blocks = [block for block, part in (planned.sublayer for planned in plan) if part == "attention"]
     max_model_len, num_pages = size_cache(
-        config, spec, len(blocks), page_size, weights.dtype, device, reserve
+        *(config, spec, len(blocks), page_size, weights.dtype, device),
+        reserve=0 if setup is None else setup.reserve(),
     )
     executor: Executor
     if setup is not None:
@@ -118,4 +119,4 @@ def build_executor(
         decoder = Decoder(spec, weights, kernels, max_model_len, device)
         cache = PagedKVCache(spec, blocks, num_pages, page_size, weights.dtype, device)
         executor = EagerExecutor(decoder, cache, plan, page_size)
-    return BuiltExecutor(executor, max_model_len, num_pages, why_slower)
+    return BuiltExecutor(executor, max_model_len, num_pages)

@@ -87,8 +87,8 @@ class StepArrays:
                 token_ids.append(request.tokens[start])
                 positions.append(start)
             else:
-                token_ids.extend(request.tokens[start : start + num_tokens])
-                positions.extend(range(start, start + num_tokens))
+                token_ids.extend(array("i", request.tokens[start : start + num_tokens]))
+                positions.frombytes(np.arange(start, start + num_tokens, dtype=np.int32).tobytes())
             query_starts.append(len(token_ids))
             context_lens.append(start + num_tokens)
             page_starts.append(len(pages))
