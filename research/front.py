@@ -27,11 +27,12 @@ from sleb.benchmarks.throughput import decode_seconds, greedy_params, plain_toke
 from sleb.benchmarks.turns import Case, Run, TurnOptions, Turns, measure
 from sleb.cli.bench.shared import OutputOptions
 from sleb.cli.options import Model
+from sleb.engine.config import EngineConfig
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
-from sleb.options import option
+from sleb.options import option, option_of
 from sleb.pruning.cost_model import CostModel, fit_cost_model
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 64, 64
@@ -44,8 +45,8 @@ class Options:
     maps: Sequence[Path] = option(MISSING, "Layer maps that sleb prune wrote.", commas=True, metavar="FILE")
     batch: int = option(1, "Requests of a decoding step.", minimum=1)
     measure: int = option(3, "Depths of each map that are measured; 0: none.", minimum=0)
-    dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16.")
-    device: str = option("auto", "Where it runs: auto, cpu or cuda.")
+    dtype: str = option_of(EngineConfig, "dtype")
+    device: str = option_of(EngineConfig, "device")
     plot: Path | None = option(None, "Draw to this name with .png and .svg.")
 
 

@@ -26,11 +26,10 @@ from sleb.cli.options import Model
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
 from sleb.layer_map.units import Unit
-from sleb.options import option
+from sleb.options import option, option_of
 from sleb.pruning.options import PruneOptions, set_threads
 from sleb.pruning.search import (
     MODES,
-    UNIT_KINDS,
     ScoringModel,
     SearchResult,
     SearchSettings,
@@ -44,18 +43,18 @@ from sleb.pruning.search import (
 class Options:
     """What to search for, as sleb prune, and in how many draws of the windows."""
 
-    calibration: str = option("wikitext2", "As for sleb prune.")
+    calibration: str = option_of(PruneOptions, "calibration")
     remove: int = option(6, "How many units.", minimum=1)
-    units: str = option("blocks", "What is removed.", choices=UNIT_KINDS)
-    seqlen: int = option(1024, "Tokens a window.", minimum=2)
-    windows: int = option(8, "Windows of a draw.", minimum=1)
+    units: str = option_of(PruneOptions, "units")
+    seqlen: int = option_of(PruneOptions, "seqlen", 1024)
+    windows: int = option_of(PruneOptions, "windows", 8)
     draws: int = option(5, "Draws of the windows, each searched exactly and fast.", minimum=1)
     reference_draws: int = option(
         1, "In how many of them the authors' algorithm runs beside (blocks only).", minimum=0
     )
-    dtype: str = option("float32", "Of the losses.", choices=("float32", "bfloat16", "float16"))
-    device: str = option("auto", "Where it runs: auto, cpu or cuda.")
-    threads: int | None = option(None, "CPU threads.", unset="torch's choice", minimum=1)
+    dtype: str = option_of(PruneOptions, "dtype")
+    device: str = option_of(PruneOptions, "device")
+    threads: int | None = option_of(PruneOptions, "threads")
     seed: int = option(0, "Of the first draw, and of the order of the runs.")
 
     def pruning(self, draw: int) -> PruneOptions:

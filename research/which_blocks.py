@@ -43,7 +43,7 @@ from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.units import Unit
-from sleb.options import option
+from sleb.options import option, option_of
 from sleb.pruning.options import PruneOptions
 from sleb.pruning.search import check_num_remove, search, total_loss
 
@@ -52,16 +52,16 @@ from sleb.pruning.search import check_num_remove, search, total_loss
 class Options:
     """What to compare."""
 
-    calibration: str = option(MISSING, "The text that every rule sees; as for sleb prune.")
-    held_out: str = option(MISSING, "A second text, that none sees.")
+    held_out: str = option(MISSING, "A second text, that no rule sees.", group="Calibration")
+    calibration: str = option_of(PruneOptions, "calibration")
     counts: Sequence[int] = option((3, 6), "Blocks to remove.", minimum=1)
     layer_map: Path | None = option(None, "SLEB's order.", unset="searched for on the calibration text")
-    seqlen: int = option(1024, "Tokens a window.", minimum=2)
-    windows: int = option(8, "Windows of each text.", minimum=1)
+    seqlen: int = option_of(PruneOptions, "seqlen", 1024)
+    windows: int = option_of(PruneOptions, "windows", 8)
     random_seeds: int = option(3, "Draws of the random rule.", minimum=1)
     answer_tokens: int = option(64, "Tokens of an answer; 0: compare no answers.", minimum=0)
-    dtype: str = option("float32", "Of the losses.", choices=("float32", "bfloat16", "float16"))
-    device: str = option("auto", "Where it runs: auto, cpu or cuda.")
+    dtype: str = option_of(PruneOptions, "dtype")
+    device: str = option_of(PruneOptions, "device")
 
     def pruning(self) -> PruneOptions:
         """The search as `sleb prune` would be asked for it."""
