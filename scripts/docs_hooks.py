@@ -10,6 +10,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
+from sleb.cli.reference import options_page
+
 ROOT = Path(__file__).resolve().parent.parent
 _copy = tempfile.TemporaryDirectory(prefix="sleb-docs-")
 
@@ -28,5 +30,5 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the page that is made of the options' own dataclasses."""
-    files.append(File.generated(config, "reference/options.md", content="# Options"))
+    files.append(File.generated(config, "reference/options.md", content=options_page()))
     return files
