@@ -28,11 +28,10 @@ from sleb.benchmarks.engines import (
     PeerError,
     PeerTest,
     Program,
-    ServerEngine,
     WorkerEngine,
     vllm_environment,
-    wait_for_server,
 )
+from sleb.benchmarks.http_engine import ServerEngine, wait_for_server
 from sleb.benchmarks.installs import INSTALLS
 from sleb.benchmarks.load.options import API_KEY_VARIABLES
 from sleb.benchmarks.load.server import public_command, public_text
@@ -374,6 +373,8 @@ def run_peers(
 
     try:
         entrants.start()
+        ours = next(each for name, each in entrants.engines.items() if name.startswith("sleb "))
+        environment |= {"threads": options.num_threads, "kernels": ours.facts.get("kernels")}
         settings["engines"] = {name: dict(engine.facts) for name, engine in entrants.engines.items()}
         turns = measure(
             list(entrants.cases()),

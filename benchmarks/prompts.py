@@ -31,8 +31,6 @@ VARIED_WORDS = ("a", "i", "at", "in", "and", "the", "time", "hand", "water", "pl
 _CHUNK = 16
 _LEAST_WORDS = 32
 OPENING = "A"  # templates may strip a text's first space, so the first word is always this one
-MAX_ROWS = 100_000
-MAX_LINE = 1 << 20  # characters
 # ShareGPT's names of who speaks, and the API's.
 _ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}
 _KNOWN_ROLES = ("system", "user", "assistant")
@@ -212,19 +210,9 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str | Messages]]:
     """Line numbers and contents. Raises ConfigError with the number of a line that is wrong."""
     try:
         with open(path, encoding="utf-8") as file:
-            num_rows = 0
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
-                where = f"{path}, line {number}"
-                if len(line) > MAX_LINE:
-                    raise ConfigError(f"{where}: longer than {MAX_LINE:,} characters; leave it out")
-                if not line.strip():
-                    continue
-                num_rows += 1
-                if num_rows > MAX_ROWS:
-                    raise ConfigError(
-                        f"{path} has more than {MAX_ROWS:,} rows; take a part of it, as by head"
-                    )
-                yield number, _read_row(line, where)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _read_row(line, f"{path}, line {number}")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines") from None
     except UnicodeDecodeError:

@@ -179,7 +179,7 @@ class ServeLoadOptions:
     def check(self) -> None:
         """Raises ConfigError for what cannot be, or would have no effect: every level ends, and in one way."""
         check_values(self)
-        _ = self.urls, self.limits
+        _ = self.urls, self.limits, self.levels
         for level in self.levels if self.duration is not None else ():
             if level.concurrency is None and math.isinf(level.rate):
                 raise ConfigError("--rate inf sends all at once; give --num-requests instead of --duration")

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from sleb.benchmarks import engines
 from sleb.benchmarks.adapters import Transformers
-from sleb.benchmarks.engines import LlamaCpp, PeerError, PeerTest, ServerEngine, WorkerEngine
+from sleb.benchmarks.engines import LlamaCpp, PeerError, PeerTest, WorkerEngine
+from sleb.benchmarks.http_engine import ServerEngine
 from sleb.benchmarks.installs import INSTALLS, advice
 from sleb.benchmarks.peers import PeersOptions, parse_peer, parse_server, run_peers
 from sleb.benchmarks.prompts import TokenPrompts
