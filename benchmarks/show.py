@@ -27,7 +27,7 @@ Table = tuple[list[str], list[list[str]]]
 # but those that have a heading.
 _FOR_SCRIPTS = {
     *("test", "depth", "depths", "batch", "variant", "seconds", "speedup", "perplexity", "removed", "level"),
-    *("concurrency", "repetitions", "stopped", "completed", "duration"),
+    *("concurrency", "repetitions", "stopped", "verdict", "completed", "duration"),
 }
 _HEADINGS = {"ideal_speedup": "ideal ×", "roofline_share": "of roofline", "goodput": "goodput, requests/s"}
 # Of an environment: what changes from run to run, and is no reason for a difference.
