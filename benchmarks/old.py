@@ -12,17 +12,13 @@ from sleb.errors import ConfigError
 
 Document = Mapping[str, Any]
 
-# Kind -> keys of a file, or of one of its rows, by which a file is known that does not say its kind.
+# Kinds by a key of a file, or of its settings, that only they have: those files do not say their kind.
 _SIGNS = {
-    "peers": ("weight_format", "peer_rate"),
-    "serve": ("output_throughput",),
-    "throughput": ("tokens_per_second", "prompt_tokens", "speedup"),
-    "weight-formats": ("implementation", "weights"),
-    "quality": ("depth", "perplexity", "generation"),
-    "search": ("summary", "runs"),
-    "prune": ("losses", "removed", "calibration"),
-    "mixed": ("depths", "streams", "ratio"),
-    "http-overhead": ("streams", "ratio"),
+    "losses": "prune",
+    "summary": "search",
+    "depths": "mixed",
+    "streams": "http-overhead",
+    "window": "weight-formats",
 }
 _SERVE = {
     "tokens/s": "output_throughput",
@@ -53,60 +49,39 @@ def load(path: Path) -> Result:
 def read_result(document: Document, name: str) -> Result:
     """The result in a JSON object of either form. Raises ConfigError for what is neither, with `name`."""
     try:
-        if isinstance(document.get("notes"), list):  # which no old form has
-            return _checked(Result.of_document(document))
-        kind = document.get("kind") or _kind_of(document)
-        settings = dict(document.get("settings") or {})
-        if document.get("model"):
-            settings["model"] = document["model"]
-        return _checked(
-            Result(
-                "eval" if kind == "quality" else kind,
-                dict(document.get("environment") or {}),
-                settings,
-                list(_READERS[kind](document)),
-                _notes(document),
-                bool(document.get("complete", True)),
-            )
-        )
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        StopIteration,
-    ) as error:
+        result = Result.of_document(document) if isinstance(document.get("notes"), list) else _old(document)
+        figures = [m.value for m in result.measurements]
+        figures += [end for m in result.measurements for end in m.spread or ()]
+        ratios = [m.ratio for m in result.measurements if m.ratio is not None]
+        figures += [part for ratio in ratios for part in (ratio.estimate, ratio.low, ratio.high)]
+        keys = {m.key for m in result.measurements}
+        if not all(math.isfinite(figure) for figure in figures if figure is not None):
+            raise ValueError("a figure is not finite")
+        if not all(isinstance(part, str) for key in keys for part in key):
+            raise TypeError("a name is none")
+        if len(keys) < len(result.measurements):
+            raise ValueError("a figure is there twice")
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise ConfigError(
             f"{name} is no result of sleb; give a file that `sleb bench --json` or `sleb eval --json` wrote"
         ) from error
-
-
-def _checked(result: Result) -> Result:
-    """The result, whose figures are numbers and each there once; ValueError or TypeError if not."""
-    for each in result.measurements:
-        ratio = each.ratio or Ratio(1.0)
-        figures = (each.value, *(each.spread or ()), ratio.estimate, ratio.low, ratio.high)
-        if not all(math.isfinite(figure) for figure in figures if figure is not None):
-            raise ValueError(f"{each.key} has a figure that is no finite number")
-        if not all(isinstance(part, str) for part in each.key):
-            raise TypeError(f"{each.key} is no name")
-    if len({each.key for each in result.measurements}) < len(result.measurements):
-        raise ValueError("a figure is there twice")
     return result
 
 
-def _notes(document: Document) -> list[str]:
+def _old(document: Document) -> Result:
+    settings = dict(document.get("settings") or {})
+    kind = document.get("kind") or next(
+        kind for key, kind in _SIGNS.items() if key in document or key in settings
+    )
+    if document.get("model"):
+        settings["model"] = document["model"]
     servers = document.get("servers") or {}
-    told = [f"{name}: {server['owned_by']} {server['version']}" for name, server in servers.items()]
-    return [*told, *(str(note) for note in (document.get("conditions") or {}).get("notices", ()))]
-
-
-def _kind_of(document: Document) -> str:
-    rows = document.get("rows") or [{}]
-    known = {*document, *rows[0], *(document.get("settings") or {})}
-    return next(kind for kind, signs in _SIGNS.items() if known.issuperset(signs))
+    notes = [f"{name}: {server['owned_by']} {server['version']}" for name, server in servers.items()]
+    notes += (document.get("conditions") or {}).get("notices", ())
+    kept = list(_READERS[kind](document))
+    environment = dict(document.get("environment") or {})
+    complete = bool(document.get("complete", True))
+    return Result("eval" if kind == "quality" else kind, environment, settings, kept, notes, complete)
 
 
 def _ratio(row: Document, name: str) -> Ratio | None:
@@ -117,24 +92,19 @@ def _ratio(row: Document, name: str) -> Ratio | None:
 
 
 def _spread(row: Document, name: str) -> tuple[float, float] | None:
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    low, high = row.get(f"{name}_interval") or (row.get(f"{name}_low"), row.get(f"{name}_high"))
     return None if low is None or high is None else (low, high)
 
 
-def _interval(row: Document, name: str) -> tuple[float, float] | None:
-    found = row.get(f"{name}_interval")
-    return None if found is None else (found[0], found[1])
-
-
 def _throughput(document: Document) -> Iterator[Measurement]:
-    kept = ("test", "depth", "batch", "prompt_tokens", "output_tokens", "ideal_speedup", "roofline_share")
     for row in document["rows"]:
         work = f"{row['output_tokens']} after {row['prompt_tokens']}"
         case = f"{row['test']} {row['batch']} × {row['prompt_tokens'] if row['test'] == 'prompt' else work}"
         subject = row.get("variant") or f"depth {row['depth']}"
-        facts = {name: row[name] for name in kept if row.get(name) is not None}
-        value, spread = row["tokens_per_second"], _spread(row, "tokens_per_second")
-        yield Measurement(case, subject, "tokens/s", value, spread, _ratio(row, "speedup"), facts)
+        names = ("ideal_speedup", "roofline_share")
+        facts = {name: row[name] for name in names if row.get(name) is not None}
+        rate, spread = row["tokens_per_second"], _spread(row, "tokens_per_second")
+        yield Measurement(case, subject, "tokens/s", rate, spread, _ratio(row, "speedup"), facts)
 
 
 def _serve(document: Document) -> Iterator[Measurement]:
@@ -145,11 +115,10 @@ def _serve(document: Document) -> Iterator[Measurement]:
     )
     for row in document["rows"]:
         subject = row.get("label") or row.get("model_id") or "server"
+        facts = {"failed": row["failed"]} if row.get("failed") else {}
         for metric, key in _SERVE.items():
             if row.get(key) is not None:
-                pair = pairs.get((row["level"], key), {}) if row.get("label") == "B" else {}
-                facts = {"failed": row["failed"]} if row.get("failed") else {}
-                ratio = _ratio(pair, "speedup")
+                ratio = _ratio(pairs.get((row["level"], key), {}), "speedup") if subject == "B" else None
                 yield Measurement(row["level"] + sizes, subject, metric, row[key], None, ratio, facts)
 
 
@@ -163,8 +132,7 @@ def _peers(document: Document) -> Iterator[Measurement]:
         if case not in told:
             yield Measurement(case, row["peer"], "tokens/s", row["peer_rate"], _spread(row, "peer_rate"))
             told.add(case)
-        name, _, depth = row["weight_format"].removesuffix("-http").partition(":")
-        subject = f"sleb {name}" + (f" depth {depth}" if depth else "")
+        subject = "sleb " + row["weight_format"].removesuffix("-http").replace(":", " depth ")
         yield Measurement(case, subject, "tokens/s", row["rate"], _spread(row, "rate"), _ratio(row, "ratio"))
     for subject, memory in (document.get("memory") or {}).items():
         yield Measurement("peak memory", subject.replace("sleb-", "sleb "), "MiB", memory["peak_rss"] / 2**20)
@@ -173,19 +141,15 @@ def _peers(document: Document) -> Iterator[Measurement]:
 def _quality(document: Document) -> Iterator[Measurement]:
     case = str(document["settings"].get("dataset"))
     for row in document["rows"]:
-        subject = f"depth {row['depth']}"
+        subject, answers = f"depth {row['depth']}", row.get("generation") or {}
         if row.get("perplexity") is not None:
-            ends = _interval(row, "ratio")
-            ratio = None if row.get("ratio") is None else Ratio(1 / row["ratio"])
-            if ratio is not None and ends is not None:
-                ratio = Ratio(ratio.estimate, 1 / ends[1], 1 / ends[0])
-            spread = _interval(row, "perplexity")
+            low, high = row.get("ratio_interval") or (None, None)
+            ratio = row.get("ratio") and Ratio(1 / row["ratio"], high and 1 / high, low and 1 / low)
+            spread = _spread(row, "perplexity")
             yield Measurement(case, subject, "perplexity", row["perplexity"], spread, ratio)
         for metric, key in _TEXTS.items():
             if row.get(key) is not None:
-                yield Measurement(case, subject, metric, row[key], _interval(row, key))
-    for row in document["rows"]:
-        subject, answers = f"depth {row['depth']}", row.get("generation") or {}
+                yield Measurement(case, subject, metric, row[key], _spread(row, key))
         for key, value in answers.items():
             if key not in ("answers", "example") and value is not None:
                 yield Measurement(f"{answers['answers']} answers", subject, key.replace("_", " "), value)
@@ -194,53 +158,40 @@ def _quality(document: Document) -> Iterator[Measurement]:
                 yield Measurement(task, subject, metric.replace("_", " "), score["value"])
 
 
-def _mixed(document: Document) -> Iterator[Measurement]:
+def _streams(document: Document) -> Iterator[Measurement]:
+    """Depths alone and mixed, or one process and HTTP; the last has a ratio."""
     settings, rates = document["settings"], document["tokens_per_second"]
     case = f"generate {settings['streams']} × {settings['output_tokens']} after {settings['prompt_tokens']}"
-    for depth, rate in rates["alone"].items():
-        yield Measurement(case, f"depth {depth}", "tokens/s", rate)
-    yield Measurement(case, "mixed", "tokens/s", rates["mixed"], None, _ratio(document, "ratio"))
-
-
-def _http(document: Document) -> Iterator[Measurement]:
-    settings, rates = document["settings"], document["tokens_per_second"]
-    case = f"generate {settings['streams']} × {settings['output_tokens']} after {settings['prompt_tokens']}"
-    yield Measurement(case, "in one process", "tokens/s", rates["direct"])
-    yield Measurement(case, "over HTTP", "tokens/s", rates["http"], None, _ratio(document, "ratio"))
+    last, ratio = "over HTTP" if "http" in rates else "mixed", _ratio(document, "ratio")
+    alone = {f"depth {depth}": rate for depth, rate in rates.get("alone", {}).items()}
+    for subject, rate in (alone or {"in one process": rates["direct"]}).items():
+        yield Measurement(case, subject, "tokens/s", rate)
+    yield Measurement(case, last, "tokens/s", rates["http" if "http" in rates else "mixed"], None, ratio)
 
 
 def _formats(document: Document) -> Iterator[Measurement]:
-    settings = document["settings"]
+    case = "{num_tokens} tokens in windows of {window}".format(**document["settings"])
     for row in document["rows"]:
         ratio = None if row.get("ratio") in (None, 1) else Ratio(1 / row["ratio"])
         subject = f"{row['implementation']} {row['weights']}"
-        case = f"{settings['num_tokens']} tokens in windows of {settings['window']}"
         yield Measurement(case, subject, "perplexity", row["perplexity"], None, ratio)
 
 
 def _fronts(document: Document) -> Iterator[Measurement]:
     for row in document["rows"]:
-        names = {
-            "predicted ×": "predicted_speedup",
-            "measured ×": "measured_speedup",
-            "of KV removed": "kv_removed",
-        }
-        facts = {name: row[key] for name, key in names.items()}
-        value = row["held_out_perplexity"]
-        yield Measurement(
-            row["map"], f"depth {row['depth']}", "held-out perplexity", value, None, None, facts
-        )
+        facts = {f"{word} ×": row[f"{word}_speedup"] for word in ("predicted", "measured")}
+        facts["of KV removed"] = row["kv_removed"]
+        case, value = f"depth {row['depth']}", row["held_out_perplexity"]
+        yield Measurement(row["map"], case, "held-out perplexity", value, facts=facts)
 
 
 def _methods(document: Document) -> Iterator[Measurement]:
     for row in document["rows"]:
         subject = row["method"] + ("" if row["seed"] is None else f" {row['seed']}")
-        facts = {
-            "calibration text": row["perplexity"],
-            "answers looped": (row["answers"] or {}).get("looped"),
-        }
+        looped = (row["answers"] or {}).get("looped")
+        facts = {"calibration text": row["perplexity"], "answers looped": looped}
         value = row["held_out_perplexity"]
-        yield Measurement(f"{row['count']} blocks", subject, "held-out perplexity", value, None, None, facts)
+        yield Measurement(f"{row['count']} blocks", subject, "held-out perplexity", value, facts=facts)
 
 
 def _method_speed(document: Document) -> Iterator[Measurement]:
@@ -252,10 +203,8 @@ def _method_speed(document: Document) -> Iterator[Measurement]:
 def _search(document: Document) -> Iterator[Measurement]:
     for mode, found in document["summary"].items():
         over = found.get("speedup_over_reference") or {}
-        ratio = None
-        if over and mode != "reference":
-            ends = (over["low"], over["high"]) if over["low"] < over["high"] else (None, None)
-            ratio = Ratio(over["median"], *ends)
+        ends = (over["low"], over["high"]) if over and over["low"] < over["high"] else ()
+        ratio = Ratio(over["median"], *ends) if over and mode != "reference" else None
         facts = {"same blocks": (found.get("agreement") or {}).get("same_set")}
         yield Measurement("search", mode, "seconds", found["seconds"], None, ratio, facts)
 
@@ -272,8 +221,8 @@ _READERS: Mapping[str, Callable[[Document], Iterator[Measurement]]] = {
     "serve": _serve,
     "peers": _peers,
     "quality": _quality,
-    "mixed": _mixed,
-    "http-overhead": _http,
+    "mixed": _streams,
+    "http-overhead": _streams,
     "weight-formats": _formats,
     "fronts": _fronts,
     "methods": _methods,

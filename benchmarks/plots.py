@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,33 +15,44 @@ from sleb.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito 2008, "Color Universal Design"; each with a marker and a dash of its own, for prints without colour.
+# Okabe & Ito 2008, "Color Universal Design"; each with a marker of its own, for prints without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 _GREY = "#444444"
 
-Point = tuple[float, float]
-_Point = tuple[float, float, Sequence[float] | None]
+Point = tuple[float, float | None, tuple[float, float] | None]
 """x, y, and the ends of the interval around y, if there is one."""
 
 
-@contextmanager
-def panels(
-    stem: Path,
-    title: str,
-    names: Sequence[str],
-    size: tuple[float, float],
-    *,
-    columns: int = 2,
-    share_x: bool = False,
-    share_y: bool = False,
-    suffixes: Sequence[str] = (".png",),
-) -> Iterator[list[Axes]]:
-    """Axes for each of `names`; at the end they are written to `stem` with each suffix. Raises ConfigError if not.
+@dataclass(frozen=True)
+class Line:
+    """dashed: one that is modelled, or goes with another of its `number`, which is its colour and marker."""
 
-    size: inches of one panel.
-    """
+    name: str
+    points: Sequence[Point]
+    number: int = 0
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one x. ticks: names of x = 0, 1, …; empty: numbers. bottom, top: of y; None: as the lines need."""
+
+    title: str
+    y_label: str
+    lines: Sequence[Line]
+    x_label: str = "depth (units removed)"
+    ticks: Sequence[str] = ()
+    bottom: float | None = None
+    top: float | None = None
+
+
+@contextmanager
+def _figure(
+    stem: Path, title: str, names: Sequence[str], size: tuple[float, float], columns: int,
+    suffixes: Sequence[str], share_y: bool,
+) -> Iterator[list[Axes]]:  # fmt: skip
+    """Axes for each of `names`, `size` inches; at the end they are written. Raises ConfigError if they cannot be."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -50,64 +62,84 @@ def panels(
     rows = -(-len(names) // columns)
     inches = (max(5.6, size[0] * columns), size[1] * rows + 0.8)  # as wide as a heading
     # A fixed salt and no date: the same figures are the same bytes. Names of models are no formulas.
-    with pyplot.rc_context(
-        {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
-    ):
+    look = {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
+    look |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    with pyplot.rc_context(look):
         drawn, grid = pyplot.subplots(
-            rows, columns, figsize=inches, layout="constrained", squeeze=False, sharex=share_x, sharey=share_y
+            rows, columns, figsize=inches, layout="constrained", squeeze=False, sharey=share_y
         )
         try:
             drawn.suptitle(title, fontsize=11)
             for axes, name in zip(grid.flat, names, strict=False):
                 axes.set_title(name, fontsize=9.5)
                 axes.grid(alpha=0.25)
-                axes.set_axisbelow(True)
-                axes.spines[["top", "right"]].set_visible(False)
             for axes in grid.flat[len(names) :]:
                 axes.remove()
             yield list(grid.flat[: len(names)])
             for suffix in suffixes:
                 path = stem.with_name(stem.name + suffix)
-                try:
-                    drawn.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-                except OSError as error:
-                    raise ConfigError(f"plot {path} cannot be written: {error.strerror}") from None
+                drawn.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+        except OSError as error:
+            raise ConfigError(f"plot {stem} cannot be written: {error.strerror}") from None
         finally:
             pyplot.close(drawn)
 
 
-def style(number: int) -> dict[str, Any]:
-    """Colour, marker and dash of the n-th line."""
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": DASHES[number % len(DASHES)],
-        "markersize": 4.5,
-        "linewidth": 1.6,
-    }
+def draw_lines(
+    stem: Path,
+    title: str,
+    panels: Sequence[Panel],
+    *,
+    columns: int = 3,
+    size: tuple[float, float] = (3.3, 2.9),
+    suffixes: Sequence[str] = (".png",),
+    share_y: bool = False,
+    recommended: int | None = None,
+    log: bool = False,
+) -> None:
+    """Panels of lines with intervals, written to `stem` with each suffix. Raises ConfigError.
 
-
-def _legend(axes: Axes, others: Sequence[Axes] = (), columns: int = 3) -> None:
-    """The names of the lines below all panels: where lines leave room is not known, below there always is."""
+    share_y: one range of y for all. recommended: a depth with a line of its own. log: of y.
+    """
     named: dict[str, Any] = {}
-    for each in (axes, *others):
-        handles, labels = each.get_legend_handles_labels()
-        named |= dict(zip(map(str, labels), handles, strict=True))
-    axes.figure.legend(
-        list(named.values()), list(named), frameon=False, loc="outside lower center",
-        ncols=min(columns, len(named)), fontsize=9,
+    with _figure(stem, title, [each.title for each in panels], size, columns, suffixes, share_y) as grid:
+        for axes, panel in zip(grid, panels, strict=True):
+            for line in panel.lines:
+                _draw_line(axes, line)
+            if recommended is not None:
+                label = f"recommended: {recommended}"
+                axes.axvline(recommended, color=_GREY, linewidth=1, linestyle=":", label=label)
+            if panel.ticks:
+                axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+                axes.margins(x=0.08)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+            if panel.bottom is not None:
+                axes.set_ylim(panel.bottom, panel.top)
+            if log:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("{x:g}")
+            handles, labels = axes.get_legend_handles_labels()
+            named |= dict(zip(map(str, labels), handles, strict=True))
+        grid[0].figure.legend(  # below all panels: where lines leave room is not known
+            list(named.values()), list(named), frameon=False, loc="outside lower center",
+            ncols=min(2, len(named)),
+        )  # fmt: skip
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    x, y, ends = zip(*((x, y, ends or (y, y)) for x, y, ends in line.points if y is not None), strict=True)
+    number = line.number % len(COLOURS)
+    if line.dashed:
+        axes.plot(x, y, linewidth=1.2, linestyle="--", color=COLOURS[number], label=line.name)
+        return
+    label = line.name + (", 95 % interval" if any(each for *_, each in line.points) else "")
+    below = [max(0.0, value - low) for value, (low, _) in zip(y, ends, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(y, ends, strict=True)]
+    axes.errorbar(
+        x, y, yerr=[below, above], elinewidth=1.2, linewidth=1.6, markersize=4.5, color=COLOURS[number],
+        marker=MARKERS[number], label=label,
     )  # fmt: skip
-
-
-def _whiskers(axes: Axes, found: Sequence[_Point], name: str, number: int) -> None:
-    """A line through (x, y, ends of the interval or None)."""
-    x, y = [each[0] for each in found], [each[1] for each in found]
-    below = [max(0.0, value - (ends[0] if ends else value)) for _, value, ends in found]
-    above = [max(0.0, (ends[1] if ends else value) - value) for _, value, ends in found]
-    axes.errorbar(x, y, yerr=[below, above], capsize=2.5, elinewidth=1, label=name, **style(number))
-
-
-# Of results.
 
 
 def draw_result(result: Result, stem: Path) -> list[Path]:
@@ -115,30 +147,28 @@ def draw_result(result: Result, stem: Path) -> list[Path]:
 
     Speed by depth, quality by depth, load by level, ratios to other engines. Raises ConfigError.
     """
-    drawn = []
-    for name, draw in (
-        ("speed", draw_speed),
-        ("quality", draw_quality),
-        ("load", _load),
-        ("ratios", _ratios),
-    ):
-        path = stem.with_name(f"{stem.name}-{name}")
-        if draw(result, path):
-            drawn.append(path.with_name(f"{path.name}.png"))
-    return drawn
+    kinds: Mapping[str, Callable[[Result, Path], bool]] = {
+        "speed": draw_speed,
+        "quality": draw_quality,
+        "load": _draw_load,
+        "ratios": _draw_ratios,
+    }
+    stems = {stem.with_name(f"{stem.name}-{name}"): draw for name, draw in kinds.items()}
+    return [path.with_name(f"{path.name}.png") for path, draw in stems.items() if draw(result, path)]
 
 
-def _by_case(found: Sequence[Measurement]) -> dict[str, list[Measurement]]:
-    cases: dict[str, list[Measurement]] = {}
-    for each in found:
-        cases.setdefault(each.case, []).append(each)
+def _depths(result: Result, metric: str) -> dict[str, list[tuple[int, Measurement]]]:
+    """Figures of depths by case, with the depth: subjects are "depth 6"."""
+    cases: dict[str, list[tuple[int, Measurement]]] = {}
+    for each in result.measurements:
+        depth = re.fullmatch(r"depth (\d+)", each.subject)
+        if depth and each.metric == metric and each.value is not None:
+            cases.setdefault(each.case, []).append((int(depth[1]), each))
     return cases
 
 
-def depth_of(subject: str) -> int | None:
-    """The depth in "depth 6"; None for another subject."""
-    found = re.fullmatch(r"depth (\d+)", subject)
-    return None if found is None else int(found[1])
+def _ends(ratio: Ratio) -> tuple[float, float] | None:
+    return None if ratio.low is None or ratio.high is None else (ratio.low, ratio.high)
 
 
 def _heading(result: Result) -> str:
@@ -149,49 +179,21 @@ def _heading(result: Result) -> str:
 
 
 def draw_speed(result: Result, stem: Path) -> bool:
-    """Speedup by depth with intervals, a panel a case; the modelled ideal as a line."""
-    found = [m for m in result.measurements if m.metric == "tokens/s" and m.value is not None]
-    cases = _by_case([m for m in found if depth_of(m.subject) is not None])
-    cases = {case: found for case, found in cases.items() if any(m.ratio is not None for m in found)}
-    if not cases:
-        return False
-    title = f"Speed by depth: {_heading(result)}"
-    with panels(stem, title, list(cases), (3.6, 2.4), share_x=True, share_y=True) as grid:
-        for axes, found in zip(grid, cases.values(), strict=True):
-            points: list[_Point] = []
-            ideal: list[Point] = []
-            for each in found:
-                depth, ratio = depth_of(each.subject) or 0, each.ratio
-                if ratio is None:
-                    points.append((depth, 1.0, None))
-                else:
-                    ends = None if ratio.low is None or ratio.high is None else (ratio.low, ratio.high)
-                    points.append((depth, ratio.estimate, ends))
-                if each.facts.get("ideal_speedup") is not None:
-                    ideal.append((depth, each.facts["ideal_speedup"]))
-            if ideal:
-                axes.plot(
-                    *zip(*ideal, strict=True),
-                    color=_GREY,
-                    linewidth=1.2,
-                    linestyle="--",
-                    label="ideal (modelled)",
-                )
-            _whiskers(axes, points, "measured, 95 % interval", 0)
-            axes.locator_params(axis="x", integer=True)
-        _label(grid, 2, "depth (units removed)", "times as fast as depth 0")
-        _legend(grid[0])
-    return True
-
-
-def _label(grid: Sequence[Axes], columns: int, x: str, y: str) -> None:
-    """Labels below the lowest panels and beside those on the left."""
-    for place, axes in enumerate(grid):
-        if place % columns == 0:
-            axes.set_ylabel(y)
-        if place + columns >= len(grid):
-            axes.set_xlabel(x)
-            axes.tick_params(axis="x", labelbottom=True)
+    """Speedup by depth with intervals, a panel a case; the modelled ideal as a line. False where there is none."""
+    panels = []
+    for case, found in _depths(result, "tokens/s").items():
+        if any(each.ratio for _, each in found):
+            ratios = [(depth, each.ratio or Ratio(1.0)) for depth, each in found]
+            measured = [(depth, ratio.estimate, _ends(ratio)) for depth, ratio in ratios]
+            ideal = [(depth, each.facts.get("ideal_speedup"), None) for depth, each in found]
+            lines = [Line("measured", measured)]
+            if any(y is not None for _, y, _ in ideal):
+                lines.append(Line("ideal (modelled)", ideal, 6, dashed=True))
+            panels.append(Panel(case, "times as fast as depth 0", lines))
+    if panels:
+        title = f"Speed by depth: {_heading(result)}"
+        draw_lines(stem, title, panels, columns=2, size=(3.6, 2.4), share_y=True)
+    return bool(panels)
 
 
 _QUALITY = {
@@ -203,67 +205,47 @@ _QUALITY = {
 
 def draw_quality(result: Result, stem: Path, suffixes: Sequence[str] = (".png",)) -> bool:
     """Perplexity, agreement and divergence by depth with intervals, a line a text; False where there are none."""
-    depths = [m for m in result.measurements if m.value is not None and depth_of(m.subject) is not None]
-    found = {metric: [m for m in depths if m.metric == metric] for metric in _QUALITY}
-    found = {metric: each for metric, each in found.items() if each}
-    if len({m.subject for m in found.get("perplexity", ())}) < 2:
+    panels = []
+    for metric, label in _QUALITY.items():
+        lines = [
+            Line(
+                f"{case}, 95 % interval", [(depth, each.value, each.spread) for depth, each in found], number
+            )
+            for number, (case, found) in enumerate(_depths(result, metric).items())
+        ]
+        panels.append(Panel(metric, label, lines, bottom=0, top=1 if metric == "same token" else None))
+    if all(len(line.points) < 2 for line in panels[0].lines):
         return False
-    with panels(
-        stem, f"Quality by depth: {_heading(result)}", list(found), (3.3, 2.9), columns=3, suffixes=suffixes
-    ) as grid:
-        for axes, (metric, each) in zip(grid, found.items(), strict=True):
-            for number, (case, those) in enumerate(_by_case(each).items()):
-                points = [(depth_of(m.subject) or 0, m.value or 0.0, m.spread) for m in those]
-                _whiskers(axes, points, f"{case}, 95 % interval", number)
-            axes.set_ylabel(_QUALITY[metric])
-            axes.set_ylim(0, 1 if metric == "same token" else None)
-            axes.locator_params(axis="x", integer=True)
-            axes.set_xlabel("depth (units removed)")
-        _legend(grid[0], grid[1:])
+    panels = [panel for panel in panels if panel.lines]
+    draw_lines(stem, f"Quality by depth: {_heading(result)}", panels, suffixes=suffixes)
     return True
 
 
-_LOAD = {
-    "tokens/s": ("tokens/s",),
-    "TTFT, ms": ("TTFT p50 ms", "TTFT p99 ms"),
-    "TPOT, ms": ("TPOT p50 ms", "TPOT p99 ms"),
-}
-
-
-def _load(result: Result, stem: Path) -> bool:
+def _draw_load(result: Result, stem: Path) -> bool:
     """Throughput, time to first token and time per token by level of load, a line a server."""
-    measured = [m for m in result.measurements if m.value is not None]
-    levels = list(_by_case(measured))
-    names = {
-        name: [m for m in metrics if any(each.metric == m for each in measured)]
-        for name, metrics in _LOAD.items()
-    }
-    if len(levels) < 2 or not names["TTFT, ms"]:
+    values = {each.key: each.value for each in result.measurements if each.value is not None}
+    levels, subjects, metrics = (list(dict.fromkeys(key[place] for key in values)) for place in range(3))
+    if len(levels) < 2 or "TTFT p50 ms" not in metrics:
         return False
-    subjects = list(dict.fromkeys(m.subject for m in measured))
-    values = {m.key: m.value for m in measured}
-    with panels(stem, f"By level of load: {_heading(result)}", list(names), (3.3, 2.9), columns=3) as grid:
-        for axes, metrics in zip(grid, names.values(), strict=True):
-            for number, subject in enumerate(subjects):
-                for metric in metrics:
-                    upper = "p99" in metric
-                    drawn = style(number) | {
-                        "linestyle": "--" if upper else "-",
-                        "alpha": 0.55 if upper else 1,
-                    }
+    panels = []
+    for name, label in (("tokens/s", "tokens/s"), ("TTFT {} ms", "TTFT, ms"), ("TPOT {} ms", "TPOT, ms")):
+        lines = []
+        for number, subject in enumerate(subjects):
+            for percentile in ("p50", "p99"):
+                metric, dashed = name.format(percentile), percentile == "p99"
+                if metric in metrics and not (dashed and metric == name):
                     points = [
-                        (place, values.get((level, subject, metric))) for place, level in enumerate(levels)
+                        (at, values.get((level, subject, metric)), None) for at, level in enumerate(levels)
                     ]
-                    part = ", 99th percentile" if upper else ", median"
-                    axes.plot(*zip(*points, strict=True), label=subject + part, **drawn)
-            axes.set_xticks(range(len(levels)), [level.partition(",")[0] for level in levels])
-            axes.margins(x=0.08)
-            axes.set_ylim(bottom=0)
-        _legend(grid[1], columns=2)
+                    part = "99th percentile" if dashed else "median"
+                    lines.append(Line(f"{subject}, {part}", points, number, dashed))
+        ticks = [level.partition(",")[0] for level in levels]
+        panels.append(Panel(label, "", lines, "", ticks, bottom=0))
+    draw_lines(stem, f"By level of load: {_heading(result)}", panels)
     return True
 
 
-def _ratios(result: Result, stem: Path) -> bool:
+def _draw_ratios(result: Result, stem: Path) -> bool:
     """How many times as fast as another engine, bars with intervals, a panel a test; a line at 1.
 
     The cases are "TEST beside PEER".
@@ -278,19 +260,14 @@ def _ratios(result: Result, stem: Path) -> bool:
         return False
     size = (2.7 if len(tests) > 1 else 5.5, 0.5 + 0.24 * len(names))
     title = f"Times the tokens/s of other engines: {_heading(result)}"
-    with panels(stem, title, list(tests), size, columns=len(tests), share_y=True) as grid:
+    with _figure(stem, title, list(tests), size, len(tests), (".png",), True) as grid:
         for axes, bars in zip(grid, tests.values(), strict=True):
             for name, ratio in bars:
-                place, end = names.index(name), ratio.estimate
+                place, (low, high) = names.index(name), _ends(ratio) or (ratio.estimate, ratio.estimate)
                 colour = COLOURS[0 if ratio.estimate >= 1 else 1]
                 axes.barh(place, ratio.estimate, height=0.65, color=colour, alpha=0.75)
-                if ratio.low is not None and ratio.high is not None:
-                    axes.plot([ratio.low, ratio.high], [place, place], color=_GREY, linewidth=1.2)
-                    end = max(end, ratio.high)
-                label = f"{ratio.estimate:.2f}"
-                axes.annotate(
-                    label, (end, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5
-                )
+                axes.plot([low, high], [place, place], color=_GREY, linewidth=1.2)
+                axes.text(high, place, f" {ratio.estimate:.2f}", va="center", fontsize=7.5)
             axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
             axes.grid(visible=False, axis="y")
             axes.tick_params(axis="y", length=0)
@@ -302,63 +279,17 @@ def _ratios(result: Result, stem: Path) -> bool:
     return True
 
 
-# Of others.
-
-
-def plot_lines(
+def draw_front(
     stem: Path,
-    lines: Mapping[str, Sequence[Point]],
-    *,
     title: str,
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-    marked: Sequence[Point] = (),
-) -> None:
-    """One line a name, as PNG and SVG; `marked` points get a ring. Raises ConfigError."""
-    with panels(stem, title, [""], (6.4, 3.6), suffixes=(".png", ".svg")) as [axes]:
-        for number, (name, points) in enumerate(lines.items()):
-            axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style(number))
-        for x, y in marked:
-            axes.plot([x], [y], marker="o", markersize=12, fillstyle="none", color=_GREY, linestyle="none")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if log_y:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, position: f"{value:g}")
-        if len(lines) > 1:
-            _legend(axes)
-
-
-def plot_front(
-    stem: Path,
     perplexities: Mapping[str, Sequence[Point]],
     speedups: Sequence[Point],
     recommended: int,
-    title: str,
 ) -> None:
-    """Perplexity (left, by name of the text) and speedup (right) against depth; the recommended depth is a line.
-
-    As PNG and SVG. Raises ConfigError.
-    """
-    with panels(stem, title, [""], (6.4, 3.6), suffixes=(".png", ".svg")) as [axes]:
-        number = 0
-        for name, points in perplexities.items():
-            axes.plot(*zip(*points, strict=True), label=f"perplexity, {name}", **style(number))
-            number += 1
-        axes.set_xlabel("depth (units removed)")
-        axes.set_ylabel("perplexity (lower is better)")
-        axes.set_ylim(bottom=0)
-        axes.axvline(
-            recommended, color=_GREY, linewidth=1, linestyle=":", label=f"recommended: {recommended}"
-        )
-        axes.locator_params(axis="x", integer=True)
-        right = []
-        if speedups:
-            right = [axes.twinx()]
-            right[0].plot(*zip(*speedups, strict=True), label="speedup, predicted", **style(number))
-            right[0].set_ylabel("speedup (times as fast)")
-            right[0].set_ylim(bottom=1)
-            right[0].spines["top"].set_visible(False)
-        _legend(axes, right, columns=2)
+    """Perplexity, by name of the text, and the predicted speedup by depth, as PNG and SVG. Raises ConfigError."""
+    lines = [Line(name, points, number) for number, (name, points) in enumerate(perplexities.items())]
+    panels = [Panel("perplexity", "perplexity (lower is better)", lines, bottom=0)]
+    if speedups:
+        speed = Line("speedup, predicted", speedups, len(lines))
+        panels.append(Panel("speedup", "times as fast as depth 0", [speed], bottom=1))
+    draw_lines(stem, title, panels, suffixes=(".png", ".svg"), recommended=recommended)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,16 +154,6 @@ class Result:
             list(document["notes"]),
             bool(document["complete"]),
         )
-
-
-def best_first(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Those of one metric, the best first; failed ones last."""
-
-    def rank(each: Measurement) -> tuple[bool, float]:
-        value = each.value if each.value is not None else math.nan
-        return each.value is None, value if each.less_is_better else -value
-
-    return sorted(measurements, key=rank)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ All of it is generic: a row a case and subject, a column a metric, its ratio to 
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.errors import ConfigError
-from sleb.files import write_text
+from sleb.files import check_writable, write_text
 
 Table = tuple[list[str], list[list[str]]]
 """Headings, and rows of as many cells; the first two columns are the case and the subject."""
@@ -37,66 +37,53 @@ _MIN_WIDTH = 220  # where standard output is no terminal, a line may be as long 
 
 def number(value: Any) -> str:
     """A cell: four digits, or all before the point; empty for None."""
-    if value is None:
-        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
+    return "" if value is None else str(value)
 
 
-def _ratio(ratio: Ratio) -> str:
-    ends = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f}–{ratio.high:.2f})"
-    return f"{ratio.estimate:.2f}{ends}"
-
-
-def _cells(each: Measurement) -> Mapping[str, str]:
-    value = "failed" if each.value is None else number(each.value)
+def _cells(each: Measurement) -> dict[str, str]:
+    value, ratio = "failed" if each.value is None else number(each.value), each.ratio
     if each.spread is not None and each.spread[0] < each.spread[1]:
         value += f" ({number(each.spread[0])}–{number(each.spread[1])})"
-    return {each.metric: value} | ({} if each.ratio is None else {f"{each.metric} ×": _ratio(each.ratio)})
-
-
-def _shown_facts(facts: Mapping[str, Any]) -> Mapping[str, str]:
-    return {
-        _HEADINGS.get(name, name): number(fact)
-        for name, fact in facts.items()
-        if name in _HEADINGS or (name not in _FOR_SCRIPTS and "_" not in name)
-        if not isinstance(fact, list | dict)
-    }
+    if ratio is None:
+        return {each.metric: value}
+    ends = "" if ratio.low is None or ratio.high is None else f" ({ratio.low:.2f}–{ratio.high:.2f})"
+    return {each.metric: value, f"{each.metric} ×": f"{ratio.estimate:.2f}{ends}"}
 
 
 def table(measurements: Iterable[Measurement]) -> Table:
     """One table of all; a case that goes on is named once."""
-    rows: dict[tuple[str, str], tuple[dict[str, str], dict[str, str]]] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    metrics: dict[str, None] = {}
+    facts: dict[str, None] = {}
     for each in measurements:
-        values, facts = rows.setdefault((each.case, each.subject), ({}, {}))
-        values |= _cells(each)
-        facts |= _shown_facts(each.facts)
-    metrics, facts_shown = (
-        dict.fromkeys(name for parts in rows.values() for name in parts[place]) for place in range(2)
-    )
-    ordered = [name for metric in metrics if not metric.endswith(" ×") for name in (metric, f"{metric} ×")]
-    columns = [name for name in ordered if name in metrics]
-    columns += [name for name in facts_shown if any(facts.get(name) for _, facts in rows.values())]
-    lines: list[list[str]] = []
-    last = None
-    for (case, subject), (values, facts) in rows.items():
-        lines.append(["" if case == last else case, subject])
-        lines[-1] += [(facts | values).get(column, "") for column in columns]
-        last = case
+        shown = {
+            _HEADINGS.get(name, name): number(fact)
+            for name, fact in each.facts.items()
+            if name in _HEADINGS or (name not in _FOR_SCRIPTS and "_" not in name)
+            if not isinstance(fact, list | dict)
+        }
+        row = rows.setdefault((each.case, each.subject), {})
+        row |= shown | _cells(each)
+        metrics |= dict.fromkeys((each.metric, f"{each.metric} ×"))
+        facts |= dict.fromkeys(shown)
+    columns = [name for name in metrics | facts if any(row.get(name) for row in rows.values())]
+    lines = [[*key, *(row.get(column, "") for column in columns)] for key, row in rows.items()]
+    for before, line in reversed(list(pairwise(lines))):
+        line[0] = "" if line[0] == before[0] else line[0]
     return ["case", "", *columns], lines
 
 
-def tables(measurements: Iterable[Measurement]) -> list[Table]:
+def tables(measurements: Sequence[Measurement]) -> list[Table]:
     """Tables that are not sparse: cases of the same metrics share one."""
-    found = list(measurements)
     metrics: dict[str, dict[str, None]] = {}
-    for each in found:
+    for each in measurements:
         metrics.setdefault(each.case, {})[each.metric] = None
     groups: dict[tuple[str, ...], list[Measurement]] = {}
-    for each in found:
+    for each in measurements:
         groups.setdefault(tuple(metrics[each.case]), []).append(each)
     return [table(group) for group in groups.values()]
 
@@ -104,15 +91,14 @@ def tables(measurements: Iterable[Measurement]) -> list[Table]:
 def facts_line(result: Result) -> str:
     """What was measured on what: model, dtype, weights, processor, threads, version, day."""
     environment, settings = result.environment, result.settings
-    model = settings.get("model")
-    weights = settings.get("weights")
+    model, weights = settings.get("model"), settings.get("weights")
     threads = environment.get("threads") if not environment.get("gpu") else None
     facts = (
         model.get("name") if isinstance(model, Mapping) else model,
         environment.get("dtype"),
         None if weights in (None, "auto", environment.get("dtype")) else f"{weights} weights",
         environment.get("gpu") or environment.get("cpu") or environment.get("system"),
-        None if threads is None else f"threads: {threads}",
+        threads and f"threads: {threads}",
         environment.get("sleb") and f"sleb {environment['sleb']}",
         str(environment.get("date") or "")[:10],
     )
@@ -123,19 +109,12 @@ def _notes(result: Result) -> list[str]:
     return [*([] if result.complete else ["Interrupted: only what was complete is here."]), *result.notes]
 
 
-# In a terminal.
-
-
 def print_result(result: Result, console: Console | None = None, *, below: float | None = None) -> None:
     """Tables and notes on `console` (None: standard output); rows with a ratio under `below` are red."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-    say(facts_line(result))
+    console.print(Text(facts_line(result)), soft_wrap=True)
     low = {
         (each.case, each.subject)
         for each in result.measurements
@@ -151,19 +130,14 @@ def print_result(result: Result, console: Console | None = None, *, below: float
             drawn.add_row(*map(Text, row), style="red" if (case, row[1]) in low else None)
         console.print(drawn)
     for note in _notes(result):
-        say(note)
-
-
-# In files.
+        console.print(Text(note), soft_wrap=True)
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
-
-    return line(heads) + line(["---", "---", *["---:"] * (len(heads) - 2)]) + "".join(map(line, rows))
+    lines = (heads, ["---", "---", *["---:"] * (len(heads) - 2)], *rows)
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 _PAGE = """<!doctype html>
@@ -192,13 +166,9 @@ def check_report(folder: Path) -> None:
     """Makes the folder of a report. Raises ConfigError, before hours are spent, where nothing can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".sleb-probe"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"report folder {folder} cannot be written ({error.strerror}); name another"
-        ) from None
+        raise ConfigError(f"report folder {folder} cannot be made ({error.strerror}); name another") from None
+    check_writable(folder / "report.md")
 
 
 def write_report(folder: Path, results: Sequence[Result], title: str = "Measured with sleb") -> list[Path]:
@@ -213,40 +183,31 @@ def write_report(folder: Path, results: Sequence[Result], title: str = "Measured
     check_report(folder)
     sections: list[dict[str, Any]] = []
     written: list[Path] = []
-    kinds = [result.kind for result in results]
+    text, kinds = f"# {title}\n", [result.kind for result in results]
     for place, result in enumerate(results):
-        again = kinds[:place].count(result.kind) + 1
-        name = result.kind if kinds.count(result.kind) == 1 else f"{result.kind}-{again}"
+        several = kinds.count(result.kind) > 1
+        name = f"{result.kind}-{kinds[: place + 1].count(result.kind)}" if several else result.kind
         plots = draw_result(result, folder / name)
-        written += plots
-        sections.append(
-            {
-                "title": name.replace("-", " "),
-                "facts": facts_line(result),
-                "command": result.environment.get("command"),
-                "tables": tables(result.measurements),
-                "plots": plots,
-                "notes": _notes(result),
-            }
-        )
-    text = f"# {title}\n"
-    for section in sections:
+        section = {
+            "title": name.replace("-", " "),
+            "facts": facts_line(result),
+            "command": result.environment.get("command"),
+            "tables": tables(result.measurements),
+            "plots": [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in plots],
+            "notes": _notes(result),
+        }
         text += f"\n## {section['title']}\n\n{section['facts']}\n"
         text += f"\n    {section['command']}\n" if section["command"] else ""
-        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in section["plots"])
+        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
         text += "".join("\n" + markdown(*each) for each in section["tables"])
         text += "\n" + "".join(f"- {note}\n" for note in section["notes"]) if section["notes"] else ""
-        section["plots"] = [
-            (path.stem, base64.b64encode(path.read_bytes()).decode()) for path in section["plots"]
-        ]
+        sections.append(section)
+        written += plots
     page = Environment(autoescape=True).from_string(_PAGE).render(title=title, sections=sections)
     for path, content in ((folder / "report.md", text), (folder / "report.html", page)):
         write_text(path, content)
         written.append(path)
     return written
-
-
-# What changed.
 
 
 def diff(old: Result, new: Result) -> Result:
@@ -258,8 +219,7 @@ def diff(old: Result, new: Result) -> Result:
         raise ConfigError(
             f"the first result is of `{old.kind}` and the second of `{new.kind}`; give two of one kind"
         )
-    before = {each.key: each for each in old.measurements}
-    after = {each.key: each for each in new.measurements}
+    before, after = ({each.key: each for each in result.measurements} for result in (old, new))
     if not before.keys() & after.keys():
         named = [" / ".join(next(iter(each), ("nothing",))) for each in (before, after)]
         raise ConfigError(
@@ -269,11 +229,20 @@ def diff(old: Result, new: Result) -> Result:
     changes = []
     for key, now in after.items():
         if key in before:
-            was = before[key]
-            facts = {"old": was.value, "intervals overlap": _overlap(was, now)}
-            subject = f"{now.subject}, {now.metric}"
+            was, subject = before[key], f"{now.subject}, {now.metric}"
+            overlap = None
+            if was.spread is not None and now.spread is not None:
+                overlap = was.spread[0] <= now.spread[1] and now.spread[0] <= was.spread[1]
+            facts = {"old": was.value, "intervals overlap": overlap}
             changes.append(Measurement(now.case, subject, "new", now.value, None, _change(was, now), facts))
-    notes = [f"{name}: {one}, now {other}" for name, one, other in _differences(old, new)]
+    notes: list[str] = []
+    for one, other in ((old.environment, new.environment), (old.settings, new.settings)):
+        one, other = _flat(one), _flat(other)
+        common = (name for name in one.keys() & other.keys() if not isinstance(one[name], float))
+        notes += [
+            f"{name}: {one[name]}, now {other[name]}" for name in common if not _same(one[name], other[name])
+        ]
+    notes.sort()
     for label, names in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
         if names:
             shown = "; ".join(" / ".join(name) for name in sorted(names)[:5])
@@ -285,30 +254,8 @@ def _change(old: Measurement, new: Measurement) -> Ratio | None:
     """Above 1 where new is better; None where one failed, or it would be over 0."""
     if old.value is None or new.value is None:
         return None
-    if old.value == new.value:
-        return Ratio(1.0)
     better, worse = (old.value, new.value) if old.less_is_better else (new.value, old.value)
-    ratio = better / worse if worse else math.inf
-    return Ratio(ratio) if math.isfinite(ratio) else None
-
-
-def _overlap(old: Measurement, new: Measurement) -> bool | None:
-    if old.spread is None or new.spread is None:
-        return None
-    return old.spread[0] <= new.spread[1] and new.spread[0] <= old.spread[1]
-
-
-def _differences(old: Result, new: Result) -> list[tuple[str, str, str]]:
-    """Facts of the environment and settings that both tell and that differ; what was measured along is none."""
-    found = []
-    for before, after in ((old.environment, new.environment), (old.settings, new.settings)):
-        before, after = _flat(before), _flat(after)
-        found += [
-            (name, str(before[name]), str(after[name]))
-            for name in before.keys() & after.keys()
-            if not _same(before[name], after[name]) and not isinstance(before[name], float)
-        ]
-    return sorted(found)
+    return Ratio(better / worse) if worse else Ratio(1.0) if better == worse else None
 
 
 def _same(one: Any, other: Any) -> bool:

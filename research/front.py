@@ -21,7 +21,7 @@ from typing import Any
 from common import run, say
 
 from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.plots import plot_lines
+from sleb.benchmarks.plots import Line, Panel, Point, draw_lines
 from sleb.benchmarks.record import Measurement, Result
 from sleb.benchmarks.throughput import decode_seconds, greedy_params, plain_token_ids
 from sleb.benchmarks.turns import Case, Run, TurnOptions, Turns, measure
@@ -110,18 +110,17 @@ def measure_speed(llm: LLM, name: str, options: Options, turns: TurnOptions, dep
 
 def draw(result: Result, stem: Path) -> None:
     """Perplexity against the predicted speedup, one line a map."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[Point]] = {}
     for each in result.measurements:
-        if each.metric.endswith("perplexity") and each.value is not None:
-            lines.setdefault(each.case, []).append((each.facts["predicted ×"], each.value))
-    plot_lines(
-        stem,
-        lines,
-        title=f"{result.settings['model']}: what to remove for a speedup",
-        x_label="speedup of a decoding step, predicted (higher is better)",
-        y_label="perplexity (log, lower is better)",
-        log_y=True,
+        if each.metric.endswith("perplexity"):
+            lines.setdefault(each.case, []).append((each.facts["predicted ×"], each.value, None))
+    panel = Panel(
+        f"{result.settings['model']}: what to remove for a speedup",
+        "perplexity (log, lower is better)",
+        [Line(name, points, number) for number, (name, points) in enumerate(lines.items())],
+        "speedup of a decoding step, predicted (higher is better)",
     )
+    draw_lines(stem, "", [panel], size=(6.4, 3.6), suffixes=(".png", ".svg"), log=True)
 
 
 def main(model: Model, options: Options, turns: TurnOptions, output: OutputOptions) -> None:

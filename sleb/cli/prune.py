@@ -138,18 +138,19 @@ def held_out_cells(report: PruneReport, depth: int) -> list[str]:
 
 def draw_front(report: PruneReport, output: Path, console: Console) -> None:
     """The front as PNG and SVG beside the map; says where, in words."""
-    from sleb.benchmarks.plots import plot_front
+    from sleb.benchmarks import plots
 
     layer_map, points = report.layer_map, report.front
-    texts: dict[str, list[tuple[float, float]]] = {}
+    texts: dict[str, list[plots.Point]] = {}
     for record, name in ((layer_map.held_out, "held_out_perplexity"), (layer_map.calibration, "perplexity")):
-        values = [(float(point.depth), getattr(point, name)) for point in points]
-        if record is not None and all(value is not None and math.isfinite(value) for _, value in values):
+        values = [(point.depth, getattr(point, name), None) for point in points]
+        if record is not None and all(value is not None and math.isfinite(value) for _, value, _ in values):
             kind = "held out" if name == "held_out_perplexity" else "calibration"
-            texts[f"{record.source} ({kind})"] = values
-    speedups = [(float(point.depth), point.speedup) for point in points if point.speedup is not None]
+            texts[f"perplexity, {record.source} ({kind})"] = values
+    speedups = [(point.depth, point.speedup, None) for point in points if point.speedup is not None]
     stem = output.with_suffix("")
-    plot_front(stem, texts, speedups, layer_map.depth, f"{layer_map.model}: quality and speed by depth")
+    title = f"{layer_map.model}: quality and speed by depth"
+    plots.draw_front(stem, title, texts, speedups, layer_map.depth)
     console.print(f"Plotted to {stem}.png and {stem}.svg.", markup=False, highlight=False, soft_wrap=True)
 
 

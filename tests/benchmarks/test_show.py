@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sleb.benchmarks import show
 from sleb.benchmarks.old import load
-from sleb.benchmarks.plots import draw_result, plot_front
+from sleb.benchmarks.plots import draw_front, draw_result
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.cli.bench.report import report
 from sleb.errors import ConfigError
@@ -174,13 +174,14 @@ def test_a_plot_shows_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     draw_result(speed(), tmp_path / "x")
     assert len(drawn) == 2
     x, y, (below, above) = drawn[0]
-    assert (x, y) == ([0, 3, 6], [1.0, 1.03, 1.06])
+    assert (list(x), list(y)) == ([0, 3, 6], [1.0, 1.03, 1.06])
     assert below == pytest.approx([0, 0.015, 0.03])
     assert above == pytest.approx([0, 0.03, 0.06])
 
 
 def test_a_front_is_a_png_and_an_svg_whose_names_are_no_formulas(tmp_path: Path) -> None:
-    plot_front(tmp_path / "front", {"a $x_1$ text": [(0, 20.0), (1, 22.0)]}, [(0, 1.0), (1, 1.1)], 1, "t")
+    texts = {"a $x_1$ text": [(0, 20.0, None), (1, 22.0, None)]}
+    draw_front(tmp_path / "front", "t", texts, [(0, 1.0, None), (1, 1.1, None)], 1)
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "a $x_1$ text" in (tmp_path / "front.svg").read_text("utf-8")
 
