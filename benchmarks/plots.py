@@ -62,7 +62,7 @@ def _figure(
     rows = -(-len(names) // columns)
     inches = (max(5.6, size[0] * columns), size[1] * rows + 0.8)  # as wide as a heading
     # A fixed salt and no date: the same figures are the same bytes. Names of models are no formulas.
-    look = {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
+    look: Any = {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
     look |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
     with pyplot.rc_context(look):
         drawn, grid = pyplot.subplots(
@@ -208,9 +208,7 @@ def draw_quality(result: Result, stem: Path, suffixes: Sequence[str] = (".png",)
     panels = []
     for metric, label in _QUALITY.items():
         lines = [
-            Line(
-                f"{case}, 95 % interval", [(depth, each.value, each.spread) for depth, each in found], number
-            )
+            Line(case, [(depth, each.value, each.spread) for depth, each in found], number)
             for number, (case, found) in enumerate(_depths(result, metric).items())
         ]
         panels.append(Panel(metric, label, lines, bottom=0, top=1 if metric == "same token" else None))

@@ -181,14 +181,14 @@ def write_report(folder: Path, results: Sequence[Result], title: str = "Measured
     from sleb.benchmarks.plots import draw_result
 
     check_report(folder)
-    sections: list[dict[str, Any]] = []
+    sections = []
     written: list[Path] = []
     text, kinds = f"# {title}\n", [result.kind for result in results]
     for place, result in enumerate(results):
         several = kinds.count(result.kind) > 1
         name = f"{result.kind}-{kinds[: place + 1].count(result.kind)}" if several else result.kind
         plots = draw_result(result, folder / name)
-        section = {
+        section: dict[str, Any] = {
             "title": name.replace("-", " "),
             "facts": facts_line(result),
             "command": result.environment.get("command"),

@@ -8,10 +8,12 @@ small errors add up: a pruned model's first failure is often an answer that repe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import starmap, takewhile
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from sleb.engine.llm import LLM
 from sleb.engine.outputs import Output
@@ -36,19 +38,8 @@ PROMPTS = (
     "Is a tomato a fruit or a vegetable? Give a reason.",
     "Write a polite email that asks for a day off.",
 )
-NGRAM, NGRAM_LIMIT = 4, 3
 _LOOP_TIMES, _LOOP_TOKENS = 3, 12
 _SHORT = 4  # an answer below this fraction of the dense model's has stopped early
-
-
-@dataclass(frozen=True)
-class Example:
-    """The first prompt whose answer is not the dense model's. common_prefix: tokens that the two begin with."""
-
-    prompt: str
-    dense: str
-    pruned: str
-    common_prefix: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,7 @@ class GenerationQuality:
         empty: share without visible text. unfinished: share cut at the limit of tokens.
         early: share that is empty or has less than a quarter of the dense answer's tokens.
         identical: share with the same tokens. common_prefix: mean number of tokens before the first difference.
+        example: the first prompt whose answer is another one, with both and their common prefix.
     """
 
     answers: int
@@ -70,10 +62,10 @@ class GenerationQuality:
     looped: float
     empty: float
     unfinished: float
-    early: float | None
-    identical: float | None
-    common_prefix: float | None
-    example: Example | None
+    early: float | None = None
+    identical: float | None = None
+    common_prefix: float | None = None
+    example: Mapping[str, Any] | None = None
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
@@ -137,33 +129,31 @@ def summarise(
     """The numbers of one depth; `dense` are the dense model's answers, None if these are."""
     ids = list(map(spoken, answers))
     empty = [not answer.text.strip() for answer in answers]
-    early: float | None = None
-    identical: float | None = None
-    common: float | None = None
-    example: Example | None = None
-    if dense is not None:
-        pairs = list(zip(ids, map(spoken, dense), strict=True))
-        prefixes = [common_prefix(own, other) for own, other in pairs]
-        short = [_SHORT * len(own) < len(other) for own, other in pairs]
-        early = fmean(map(any, zip(empty, short, strict=True)))
-        identical = fmean(own == other for own, other in pairs)
-        common = fmean(prefixes)
-        for place, (own, other) in enumerate(pairs):
-            if own != other:
-                texts = dense[place].text, answers[place].text
-                example = Example(prompts[place], *texts, prefixes[place])
-                break
-    return GenerationQuality(
-        answers=len(answers),
+    found = GenerationQuality(
+        len(answers),
         mean_tokens=fmean(map(len, ids)),
         repeated=fmean(map(is_repetitive, ids)),
         looped=fmean(map(has_looped_tail, ids)),
         empty=fmean(empty),
         unfinished=fmean(answer.finish_reason == "length" for answer in answers),
-        early=early,
-        identical=identical,
-        common_prefix=common,
-        example=example,
+    )
+    if dense is None:
+        return found
+    pairs = list(zip(ids, map(spoken, dense), strict=True))
+    prefixes = list(starmap(common_prefix, pairs))
+    examples = [
+        {"prompt": prompt, "dense": other.text, "pruned": own.text, "common_prefix": prefix}
+        for prompt, own, other, prefix, pair in zip(prompts, answers, dense, prefixes, pairs, strict=True)
+        if pair[0] != pair[1]
+    ]
+    return replace(
+        found,
+        early=fmean(
+            none or _SHORT * len(own) < len(other) for none, (own, other) in zip(empty, pairs, strict=True)
+        ),
+        identical=1 - len(examples) / len(pairs),
+        common_prefix=fmean(prefixes),
+        example=examples[0] if examples else None,
     )
 
 
@@ -174,8 +164,8 @@ def spoken(answer: Output) -> list[int]:
 
 def is_repetitive(token_ids: Sequence[int]) -> bool:
     """Whether some four tokens in a row come more than three times."""
-    grams = Counter(zip(*(token_ids[start:] for start in range(NGRAM)), strict=False))
-    return any(number > NGRAM_LIMIT for number in grams.values())
+    grams = Counter(zip(*(token_ids[start:] for start in range(4)), strict=False))
+    return max(grams.values(), default=0) > 3
 
 
 def has_looped_tail(token_ids: Sequence[int]) -> bool:
@@ -183,16 +173,12 @@ def has_looped_tail(token_ids: Sequence[int]) -> bool:
     length = len(token_ids)
     for period in range(1, length // _LOOP_TIMES + 1):
         num_tail = max(_LOOP_TIMES * period, _LOOP_TOKENS)
-        if num_tail <= length:
-            tail = token_ids[length - num_tail :]
-            if tail[period:] == tail[:-period]:
-                return True
+        tail = token_ids[-num_tail:]
+        if num_tail <= length and tail[period:] == tail[:-period]:
+            return True
     return False
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two answers begin with alike."""
-    return next(
-        (place for place, (first, second) in enumerate(zip(one, other, strict=False)) if first != second),
-        min(len(one), len(other)),
-    )
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))

@@ -16,22 +16,21 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sleb.benchmarks.environment import describe_environment, describe_machine, shown_command
-from sleb.benchmarks.quality.answers import GenerationQuality, generate_answers, read_prompts
+from sleb.benchmarks.quality.answers import generate_answers, read_prompts
 from sleb.benchmarks.quality.interval import Estimate, choose_num_batches, estimate
 from sleb.benchmarks.quality.options import EvalOptions
 from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, score_texts
 from sleb.benchmarks.quality.tasks import DEFAULT_MAX_LENGTH, TaskOptions, find_lm_eval, run_tasks
 from sleb.benchmarks.quality.texts import (
     LM_EVAL_SPARE,
-    Text,
     WindowedText,
     cut_text,
     default_seqlen,
@@ -86,7 +85,7 @@ def run_eval(
     plan, settings = _prepare(options)
     result = Result("eval", {}, settings)
     shown = shown_command(command, options.model)
-    with _keeping_results(result):
+    try:
         if plan.texts:
             _measure_texts(result, options, plan, shown, on_progress)
         if options.generate or options.tasks:
@@ -97,7 +96,13 @@ def run_eval(
             if options.generate:
                 _measure_answers(result, llm, options, plan, on_progress)
             if plan.executable is not None:
-                _measure_tasks(result, llm, options, plan, on_progress)
+                _measure_tasks(result, llm, options, plan, plan.executable, on_progress)
+    except KeyboardInterrupt:
+        result.complete = False
+    except SlebError as error:
+        if not result.measurements:
+            raise
+        result.complete, settings["problem"] = False, str(error)
     return result
 
 
@@ -128,31 +133,13 @@ def _prepare(options: EvalOptions) -> tuple[_Plan, dict[str, Any]]:
             raise ConfigError(
                 f"--seqlen {seqlen} is longer than the context of {resolved.name}: {spec.max_positions} at most"
             )
-        windowed = _cut_texts(options, texts, resolved.path, seqlen)
+        processor = TextProcessor(resolved.path)
+        windowed = [
+            cut_text(each, processor, options.windows_like, seqlen, options.windows) for each in texts
+        ]
         settings |= {"dataset": "+".join(text.name for text in texts), "windows_like": options.windows_like}
         settings["seqlen"] = seqlen
     return _Plan(layer_map, depths, windowed, prompts, executable), settings
-
-
-def _cut_texts(options: EvalOptions, texts: Sequence[Text], path: Path, seqlen: int) -> list[WindowedText]:
-    processor = TextProcessor(path)
-    return [cut_text(text, processor, options.windows_like, seqlen, options.windows) for text in texts]
-
-
-@contextmanager
-def _keeping_results(result: Result) -> Iterator[None]:
-    """What ends the run early ends it with what there is; a failure before there is anything is an error."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        result.complete = False
-    except SlebError as error:
-        if not result.measurements:
-            raise
-        result.complete, result.settings["problem"] = False, str(error)
-
-
-# Texts.
 
 
 def _measure_texts(
@@ -164,88 +151,63 @@ def _measure_texts(
     scorer = DecoderScorer.load(options.model, options.dtype, options.device, options.weights)
     result.environment = describe_machine(scorer.device, scorer.dtype, "torch", command)
     found: list[TextScores] = []
+    chain, told = Chain.of(plan.layer_map, plan.depths), partial(on_progress, "scoring the text")
     try:
-        score_texts(
-            scorer,
-            Chain.of(plan.layer_map, plan.depths),
-            plan.texts,
-            found,
-            lambda done, total: on_progress("scoring the text", done, total),
-        )
+        score_texts(scorer, chain, plan.texts, found, told)
     finally:  # an interrupt loses the windows under way alone
         found = [scores for scores in found if scores.batches]
         if found:
-            measurements, stretches = measure_scores(found, plan.depths)
-            result.measurements += measurements
-            result.settings |= {
-                "dataset": "+".join(scores.text.text.name for scores in found),
-                "windows": [scores.num_windows for scores in found],
-                "interval_stretches": stretches,
-            }
+            result.measurements += measure_scores(found, plan.depths)
+            result.settings["dataset"] = "+".join(scores.text.text.name for scores in found)
+            result.settings["windows"] = [scores.num_windows for scores in found]
             result.notes.append(_OF_TEXTS)
-            if any(each.value is None for each in measurements):
+            if any(each.value is None for each in result.measurements):
                 result.notes.append("A figure that is not a finite number is left out; try --dtype float32.")
 
 
-def measure_scores(found: Sequence[TextScores], depths: Sequence[int]) -> tuple[list[Measurement], int]:
-    """The figures of all texts together, then of each where there are several; and the number of stretches.
+def measure_scores(found: Sequence[TextScores], depths: Sequence[int]) -> list[Measurement]:
+    """The figures of all texts together, then of each where there are several; `depths` are the places, 0 first."""
+    measured = [
+        replace(each, facts={**each.facts, "perplexity": each.value}) if each.metric == "perplexity" else each
+        for each in _figures(found, depths)  # what a server tells of a depth
+    ]
+    for each in found if len(found) > 1 else ():
+        measured += _figures([each], depths)
+    return measured
 
-    found: scores whose places are `depths`, 0 first.
-    """
-    joined = "+".join(scores.text.text.name for scores in found)
-    by_depth = [TokenScores.join([scores.at(place) for scores in found]) for place in range(len(depths))]
+
+def _figures(texts: Sequence[TextScores], depths: Sequence[int]) -> Iterator[Measurement]:
+    case = "+".join(each.text.text.name for each in texts)
+    by_depth = [TokenScores.join([each.at(place) for each in texts]) for place in range(len(depths))]
     dense = by_depth[0].losses.double()
-    stretches = choose_num_batches(by_depth[0].losses)
-    measured: list[Measurement] = []
+    stretches = choose_num_batches(dense)
     for depth, scores in zip(depths, by_depth, strict=True):
-        own = estimate(scores.losses, stretches).exp()
-        ratio = estimate(scores.losses.double() - dense, stretches).exp() if depth else None
-        measured.append(
-            _figure(joined, depth, "perplexity", own, ratio, tokens=len(dense), perplexity=own.value)
-        )
+        losses = scores.losses.double()
+        found = {"perplexity": estimate(losses, stretches).exp()}
         if depth:
-            agreed = estimate(scores.agreed, stretches).clamped(0.0, 1.0)
-            measured.append(_figure(joined, depth, "same token", agreed))
-            divergence = estimate(scores.divergences, stretches).clamped(0.0, math.inf)
-            measured.append(_figure(joined, depth, "KL", divergence))
-        if all(each.is_whole for each in found):  # as lm-eval defines them
-            total = float(scores.losses.double().sum())
-            num_bytes = sum(each.text.text.num_bytes for each in found)
-            num_words = sum(each.text.text.num_words for each in found)
-            measured += [
-                _figure(joined, depth, "word perplexity", Estimate(total / num_words, None).exp()),
-                _figure(joined, depth, "byte perplexity", Estimate(total / num_bytes, None).exp()),
-                _figure(joined, depth, "bits per byte", Estimate(total / num_bytes / math.log(2), None)),
-            ]
-    for text in found if len(found) > 1 else ():
-        first = text.at(0).losses.double()
-        for place, depth in enumerate(depths):
-            losses = text.at(place).losses.double()
-            own = Estimate(float(losses.mean()), None).exp()
-            ratio = Estimate(float((losses - first).mean()), None).exp() if depth else None
-            measured.append(_figure(text.text.text.name, depth, "perplexity", own, ratio, tokens=len(losses)))
-    return measured, stretches
-
-
-def _figure(
-    case: str, depth: int, metric: str, found: Estimate, over_dense: Estimate | None = None, **facts: Any
-) -> Measurement:
-    """A figure of a depth; a number that is not finite stands as None: JSON has none."""
-    facts = {"depth": depth} | {name: fact for name, fact in facts.items() if math.isfinite(fact)}
-    if not math.isfinite(found.value):
-        return Measurement(
-            case, f"depth {depth}", metric, None, facts=facts | {"failed": "not a finite number"}
-        )
-    ends = found.interval
-    ratio = None
-    if over_dense is not None and 0 < over_dense.value < math.inf:
-        low, high = over_dense.interval or (None, None)
-        ratio = Ratio(1 / over_dense.value, 1 / high if high else None, 1 / low if low else None)
-    spread = ends if ends is not None and all(map(math.isfinite, ends)) else None
-    return Measurement(case, f"depth {depth}", metric, found.value, spread, ratio, facts)
-
-
-# Answers and tasks.
+            found["same token"] = estimate(scores.agreed, stretches).clamped(0.0, 1.0)
+            found["KL"] = estimate(scores.divergences, stretches).clamped(0.0, math.inf)
+        if all(each.is_whole for each in texts):  # as lm-eval defines them
+            nats = float(losses.sum())
+            by_byte = nats / sum(each.text.text.num_bytes for each in texts)
+            by_word = nats / sum(each.text.text.num_words for each in texts)
+            found["word perplexity"] = Estimate(by_word, None).exp()
+            found["byte perplexity"] = Estimate(by_byte, None).exp()
+            found["bits per byte"] = Estimate(by_byte / math.log(2), None)
+        for metric, figure in found.items():
+            facts: dict[str, Any] = {"depth": depth}
+            ratio: Ratio | None = None
+            spread = figure.interval if all(map(math.isfinite, figure.interval or ())) else None
+            value = figure.value if math.isfinite(figure.value) else None  # JSON has no other numbers
+            if value is None:
+                facts["failed"] = "not a finite number"
+            if metric == "perplexity":
+                facts |= {"tokens": len(dense), "interval_stretches": stretches}
+            if metric == "perplexity" and depth and value is not None:
+                gain = estimate(dense - losses, stretches).exp()
+                ends = gain.interval or ()
+                ratio = Ratio(gain.value, *(ends if all(map(math.isfinite, ends)) else ()))
+            yield Measurement(case, f"depth {depth}", metric, value, spread, ratio, facts)
 
 
 def _load_engine(options: EvalOptions, plan: _Plan, on_progress: OnProgress) -> LLM:
@@ -253,16 +215,10 @@ def _load_engine(options: EvalOptions, plan: _Plan, on_progress: OnProgress) -> 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what it held would be missing from the KV cache's share
     on_progress("loading the engine", 0, 0)
-    return LLM(
-        options.model,
-        plan.layer_map,
-        plan.depths,
-        dtype=options.dtype,
-        weights=options.weights,
-        device=options.device,
-        threads=options.threads,
-        on_progress=lambda done, total: on_progress("loading the engine", done, total),
-    )
+    names = ("dtype", "weights", "device", "threads")
+    asked: dict[str, Any] = {name: getattr(options, name) for name in names}
+    told = partial(on_progress, "loading the engine")
+    return LLM(options.model, plan.layer_map, plan.depths, on_progress=told, **asked)
 
 
 def _measure_answers(
@@ -271,51 +227,38 @@ def _measure_answers(
     result.settings |= {"prompts": len(plan.prompts), "output_tokens": options.output_tokens}
     result.settings["chat_template"] = llm.engine.text.chat_template is not None
     result.notes.append(_OF_ANSWERS)
-    answers = generate_answers(
-        llm,
-        plan.prompts,
-        plan.depths,
-        options.output_tokens,
-        lambda depth, done, total: on_progress(f"answering at depth {depth}", done, total),
-    )
+
+    def told(depth: int, done: int, total: int) -> None:
+        on_progress(f"answering at depth {depth}", done, total)
+
+    answers = generate_answers(llm, plan.prompts, plan.depths, options.output_tokens, told)
     for depth, quality in zip(plan.depths, answers, strict=True):
-        result.measurements += answer_figures(depth, quality)
-
-
-def answer_figures(depth: int, quality: GenerationQuality) -> Iterator[Measurement]:
-    """The figures of a depth's answers; the first has the example."""
-    found = asdict(quality)
-    facts = {"depth": depth, "example": found.pop("example")}
-    case = f"{found.pop('answers')} answers"
-    for name, value in found.items():
-        if value is not None:
-            yield Measurement(case, f"depth {depth}", name.replace("_", " "), value, facts=facts)
-            facts = {"depth": depth}
+        facts = {"depth": depth, "example": quality.example}
+        for name, value in vars(quality).items():
+            if name not in ("answers", "example") and value is not None:
+                case, metric = f"{quality.answers} answers", name.replace("_", " ")
+                result.measurements.append(Measurement(case, f"depth {depth}", metric, value, facts=facts))
+                facts = {"depth": depth}  # the first alone has the example
 
 
 def _measure_tasks(
-    result: Result, llm: LLM, options: EvalOptions, plan: _Plan, on_progress: OnProgress
+    result: Result, llm: LLM, options: EvalOptions, plan: _Plan, executable: Path, on_progress: OnProgress
 ) -> None:
-    assert plan.executable is not None
     most = DEFAULT_MAX_LENGTH
     if options.windows_like == "lm-eval" and options.seqlen is not None:
         most = options.seqlen + LM_EVAL_SPARE  # then its windows are those of the same text
     most = min(llm.engine.max_model_len, most)
-    asked = TaskOptions(plan.executable, options.tasks, options.limit, options.include_path, most)
+    asked = TaskOptions(executable, options.tasks, options.limit, options.include_path, most)
     result.settings |= {"limit": asked.limit, "lm_eval_max_length": asked.max_length}
-    found = run_tasks(
-        llm,
-        plan.depths,
-        asked,
-        lambda depth: on_progress(f"lm-eval at depth {depth}", plan.depths.index(depth), len(plan.depths)),
-    )
-    for depth, scores in zip(plan.depths, found, strict=True):
+
+    def told(depth: int) -> None:
+        on_progress(f"lm-eval at depth {depth}", plan.depths.index(depth), len(plan.depths))
+
+    for depth, scores in zip(plan.depths, run_tasks(llm, plan.depths, asked, told), strict=True):
         for task, metrics in scores.items():
             for metric, score in metrics.items():
-                error = score.stderr
+                error, name = score.stderr, metric.replace("_", " ")
                 spread = None if error is None else (score.value - 1.96 * error, score.value + 1.96 * error)
                 facts = {"depth": depth, "standard_error": error}
-                name = metric.replace("_", " ")
-                result.measurements.append(
-                    Measurement(task, f"depth {depth}", name, score.value, spread, facts=facts)
-                )
+                found = Measurement(task, f"depth {depth}", name, score.value, spread, facts=facts)
+                result.measurements.append(found)

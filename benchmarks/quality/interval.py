@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEVEL = 0.95
 _BATCHES = (30, 20, 10)
 _MIN_BATCH = 16  # values in a stretch, at least
 _ONE_SIDED_Z = 0.84
@@ -33,35 +32,35 @@ _T = (
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
 )
 
-Interval = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class Estimate:
     """A mean and its 95 % interval; None where there are too few values for one."""
 
     value: float
-    interval: Interval | None
+    interval: tuple[float, float] | None
 
     def exp(self) -> Estimate:
         """The estimate of exp(mean), which is monotonic: the interval's ends are mapped."""
-        interval = self.interval
-        ends = None if interval is None else (_exp(interval[0]), _exp(interval[1]))
-        return Estimate(_exp(self.value), ends)
+        value, *ends = (
+            math.inf if each > 709 else math.exp(each) for each in (self.value, *(self.interval or ()))
+        )
+        return Estimate(value, (ends[0], ends[1]) if ends else None)
 
     def clamped(self, low: float, high: float) -> Estimate:
         """With the interval's ends kept between the least and the greatest value that there can be."""
         if self.interval is None:
             return self
-        first, last = self.interval
-        return Estimate(self.value, (max(first, low), min(last, high)))
+        return Estimate(self.value, (max(self.interval[0], low), min(self.interval[1], high)))
 
 
 def choose_num_batches(values: Tensor) -> int:
     """Into how many stretches values [N] are cut: see the module; 1 where there are too few for an interval."""
     fitting = [number for number in _BATCHES if number * _MIN_BATCH <= len(values)]
     for number in fitting:
-        if _lag_1(batch_means(values, number)) <= _ONE_SIDED_Z / math.sqrt(number):
+        means = batch_means(values, number)
+        means -= means.mean()
+        if means[:-1] @ means[1:] <= _ONE_SIDED_Z / math.sqrt(number) * means.square().sum():
             return number
     return fitting[-1] if fitting else max(1, len(values) // _MIN_BATCH)
 
@@ -79,16 +78,3 @@ def estimate(values: Tensor, num_batches: int) -> Estimate:
     means = batch_means(values, num_batches)
     half = _T[min(num_batches - 1, len(_T)) - 1] * float(means.std()) / math.sqrt(num_batches)
     return Estimate(mean, (mean - half, mean + half))
-
-
-def _lag_1(means: Tensor) -> float:
-    centred = means - means.mean()
-    variance = float(centred.square().sum())
-    return float((centred[:-1] * centred[1:]).sum()) / variance if variance > 0 else 0.0
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf

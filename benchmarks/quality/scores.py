@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sleb.benchmarks.quality.texts import WindowedText, batches
+from sleb.engine.model.scoring import DecoderScorer
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.units import Unit
 
@@ -28,19 +29,7 @@ _BATCH_TOKENS = 2048
 _LOGIT_ENTRIES = 1 << 23
 
 
-class Scorer(Protocol):
-    """What is needed of `DecoderScorer`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    def embed(self, token_ids: Tensor) -> Tensor: ...
-    def run(self, unit: Unit, hidden: Tensor) -> Tensor: ...
-    def head_states(self, hidden: Tensor) -> Tensor: ...
-    def logits(self, states: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class TokenScores:
+class TokenScores(NamedTuple):
     """Of some tokens at one depth: losses in nats, agreed (0 or 1) and divergences in nats, each [T] float32."""
 
     losses: Tensor
@@ -50,11 +39,7 @@ class TokenScores:
     @classmethod
     def join(cls, parts: Sequence[TokenScores]) -> TokenScores:
         """The tokens of all parts, in their order."""
-        return cls(
-            torch.cat([part.losses for part in parts]),
-            torch.cat([part.agreed for part in parts]),
-            torch.cat([part.divergences for part in parts]),
-        )
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,7 @@ class Chain:
         )
         return cls(sublayers, runs, (0, *(min(one - other) for one, other in pairwise(runs))))
 
-    def states(self, scorer: Scorer, token_ids: Tensor) -> Iterator[Tensor]:
+    def states(self, scorer: DecoderScorer, token_ids: Tensor) -> Iterator[Tensor]:
         """Hidden states [W, L, E] at the end, one depth after the other.
 
         The state that a depth goes on from was left by the depth before it, or by an earlier one if that began
@@ -118,7 +103,7 @@ class Chain:
 
 
 def score_texts(
-    scorer: Scorer,
+    scorer: DecoderScorer,
     chain: Chain,
     texts: Sequence[WindowedText],
     found: list[TextScores],
@@ -142,7 +127,7 @@ def score_texts(
             found[-1].batches.append((len(token_ids), scores))
 
 
-def compare(scorer: Scorer, finals: Sequence[Tensor], targets: Tensor) -> list[TokenScores]:
+def compare(scorer: DecoderScorer, finals: Sequence[Tensor], targets: Tensor) -> list[TokenScores]:
     """The scores of targets [T] under head states [T, E] of each depth; the first are the dense model's.
 
     A divergence is right to about 1e-6, by float32 logarithms of the shares.

@@ -16,6 +16,7 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ from sleb.errors import ConfigError, SlebError
 if TYPE_CHECKING:
     from sleb.engine.text import TextProcessor
 
-DATASETS = ("wikitext2", "c4")
 _C4_FILE = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
 _C4_DOCUMENTS = 1100
 _C4_WINDOWS = 256
@@ -70,10 +70,6 @@ class WindowedText:
     windows: tuple[Window, ...]
     is_whole: bool
 
-    @property
-    def num_scored(self) -> int:
-        return sum(window.num_scored for window in self.windows)
-
 
 def read_text(source: str) -> Text:
     """The text file `source`, or the text that the paper evaluates on for "wikitext2" and "c4".
@@ -93,7 +89,7 @@ def read_text(source: str) -> Text:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(
-            f"--text {source} cannot be read as text ({reason}); name a text file, or {' or '.join(DATASETS)}"
+            f"--text {source} cannot be read as text ({reason}); name a text file, or wikitext2 or c4"
         ) from None
 
 
@@ -179,16 +175,7 @@ def batches(windows: Sequence[Window], num_tokens: int) -> Iterator[tuple[Tensor
 
     A batch has about `num_tokens` tokens, and a window at least.
     """
-    start = 0
-    while start < len(windows):
-        shape = _shape(windows[start])
-        most = max(1, num_tokens // shape[0])
-        end = start + 1
-        while end < len(windows) and end - start < most and _shape(windows[end]) == shape:
-            end += 1
-        yield torch.tensor([window.token_ids for window in windows[start:end]]), shape[1]
-        start = end
-
-
-def _shape(window: Window) -> tuple[int, int]:
-    return len(window.token_ids), window.num_scored
+    for (length, num_scored), alike in groupby(windows, lambda each: (len(each.token_ids), each.num_scored)):
+        token_ids = torch.tensor([window.token_ids for window in alike])
+        for batch in token_ids.split(max(1, num_tokens // length)):
+            yield batch, num_scored

@@ -143,11 +143,13 @@ def draw_front(report: PruneReport, output: Path, console: Console) -> None:
     layer_map, points = report.layer_map, report.front
     texts: dict[str, list[plots.Point]] = {}
     for record, name in ((layer_map.held_out, "held_out_perplexity"), (layer_map.calibration, "perplexity")):
-        values = [(point.depth, getattr(point, name), None) for point in points]
+        values: list[plots.Point] = [(point.depth, getattr(point, name), None) for point in points]
         if record is not None and all(value is not None and math.isfinite(value) for _, value, _ in values):
             kind = "held out" if name == "held_out_perplexity" else "calibration"
             texts[f"perplexity, {record.source} ({kind})"] = values
-    speedups = [(point.depth, point.speedup, None) for point in points if point.speedup is not None]
+    speedups: list[plots.Point] = [
+        (point.depth, point.speedup, None) for point in points if point.speedup is not None
+    ]
     stem = output.with_suffix("")
     title = f"{layer_map.model}: quality and speed by depth"
     plots.draw_front(stem, title, texts, speedups, layer_map.depth)

@@ -259,7 +259,7 @@ class TestWhole:
             assert figures(result, depth, "2 answers")["mean tokens"].value > 0
         assert result.settings["model"]["removed"] == ["3", "1", "4.attention"]
         assert result.settings["lm_eval_max_length"] == 62
-        assert result.settings["interval_stretches"] >= 10
+        assert figures(result, 3)["perplexity"].facts["interval_stretches"] >= 10
         assert result.environment["dtype"] == "float32"
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         assert "perplexity" in (tmp_path / "plot.svg").read_text()

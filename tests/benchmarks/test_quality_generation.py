@@ -97,8 +97,7 @@ class TestSummary:
         found = summarise(["a", "b", "c", "d"], pruned, dense)
         assert (found.early, found.identical) == (0.25, 0.25)
         assert found.common_prefix == (40 + 9 + 10 + 1) / 4
-        assert found.example is not None
-        assert vars(found.example) == {"prompt": "b", "dense": "full", "pruned": "short", "common_prefix": 9}
+        assert found.example == {"prompt": "b", "dense": "full", "pruned": "short", "common_prefix": 9}
 
     def test_an_empty_answer_is_an_early_end(self):
         found = summarise(["a"], [answer([3, 3], "  ")], [answer([1, 2], "ab")])

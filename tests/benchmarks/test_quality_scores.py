@@ -200,7 +200,7 @@ class TestRows:
             TextScores(one, [(1, [self.scores([1.0, 2.0, 3.0]), self.scores([2.0, 2.0, 5.0])])]),
             TextScores(other, [(1, [self.scores([4.0]), self.scores([5.0])])]),
         ]
-        measured, _ = measure_scores(found, (0, 2))
+        measured = measure_scores(found, (0, 2))
         by_key = {each.key: each for each in measured}
         dense, pruned = (by_key["a+b", f"depth {depth}", "perplexity"] for depth in (0, 2))
         assert (dense.facts["tokens"], pruned.facts["tokens"]) == (4, 4)
@@ -221,7 +221,7 @@ class TestRows:
         found = [
             TextScores(windowed(()), [(1, [self.scores([1.0] * 40), self.scores([1e30] * 39 + [math.nan])])])
         ]
-        measured, _ = measure_scores(found, (0, 1))
+        measured = measure_scores(found, (0, 1))
         dense, pruned = (each for each in measured if each.metric == "perplexity")
         assert dense.value == pytest.approx(math.e) and dense.spread is not None
         assert pruned.value is None and pruned.ratio is None and "finite" in pruned.facts["failed"]
@@ -242,7 +242,7 @@ class TestRows:
                 ],
             )
         ]
-        measured, _ = measure_scores(found, (0, 1))
+        measured = measure_scores(found, (0, 1))
         [agreement] = [each for each in measured if each.metric == "same token"]
         assert agreement.value == pytest.approx(79 / 80)
         assert agreement.spread[1] == 1.0 and 0.9 < agreement.spread[0] < 79 / 80
