@@ -49,7 +49,7 @@ class ServerEngine:
         self._sources: dict[PeerTest, RandomPrompts] = {}
         try:
             self._client = LoadClient(url, api_key, RUN_SECONDS)
-            self._server = Server(self._client, api_key)
+            self._server = Server(self._client)
             self.facts: Mapping[str, Any] = self._runner.run(self._find(model, depths))
         except BaseException as error:
             self.close()

@@ -8,13 +8,14 @@ many words cost one token each, as common English ones do in nearly every vocabu
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, NamedTuple
+
+import orjson
 
 from sleb.errors import ConfigError
 
@@ -30,10 +31,10 @@ WORDS = tuple(_NOUNS.split())
 VARIED_WORDS = ("a", "i", "at", "in", "and", "the", "time", "hand", "water", "place", "people", "company")
 _CHUNK = 16
 _LEAST_WORDS = 32
+_TRIES = 50
 OPENING = "A"  # templates may strip a text's first space, so the first word is always this one
-# ShareGPT's names of who speaks, and the API's.
+# ShareGPT's names of who speaks, as the API's.
 _ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}
-_KNOWN_ROLES = ("system", "user", "assistant")
 _SHAPES = (
     'each line is to be {"prompt": "…"}, {"messages": [{"role": "user", "content": "…"}, …]} or '
     '{"conversations": [{"from": "human", "value": "…"}, …]}'
@@ -54,27 +55,17 @@ class Vocabulary:
     overhead: int
 
     def sample(self, num_tokens: int, rng: Random) -> list[str]:
-        """Random words of so many tokens in all, or a few less where no words give the number."""
-        costs = tuple(sorted(set(self.costs.values())))
-        if costs == (1,):
+        """Random words of so many tokens in all, or a few less where no words are found that give the number."""
+        if set(self.costs.values()) == {1}:
             return rng.choices(tuple(self.costs), k=num_tokens)
-        possible = _possible_sums(costs, num_tokens)
-        words: list[str] = []
-        left = max(total for total in range(num_tokens + 1) if possible[total])
-        while left:
-            fitting = [word for word, cost in self.costs.items() if cost <= left and possible[left - cost]]
-            words.append(rng.choice(fitting))
-            left -= self.costs[words[-1]]
+        for _ in range(_TRIES):
+            words, left = list[str](), num_tokens
+            while fitting := [word for word, cost in self.costs.items() if cost <= left]:
+                words.append(rng.choice(fitting))
+                left -= self.costs[words[-1]]
+            if not left:
+                break
         return words
-
-
-@lru_cache(maxsize=64)
-def _possible_sums(costs: tuple[int, ...], highest: int) -> list[bool]:
-    """Whether some of `costs`, each as often as needed, add up to 0, 1, … highest."""
-    possible = [True]
-    for total in range(1, highest + 1):
-        possible.append(any(cost <= total and possible[total - cost] for cost in costs))
-    return possible
 
 
 # What is assumed of a server that counts no tokens.
@@ -106,166 +97,109 @@ def join_words(words: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of prompts and answers. spread: both are chosen evenly from (1 ± spread) times what is given.
-
-    prefix_tokens: that come before, one of num_prefixes fixed texts.
-    """
+    """Tokens of prompts and answers. spread: both are chosen evenly from (1 ± spread) times what is given."""
 
     prompt_tokens: int = 64
     output_tokens: int = 128
     spread: float = 0.0
-    prefix_tokens: int = 0
-    num_prefixes: int = 1
 
     def sample(self, rng: Random) -> tuple[int, int]:
-        """Of a prompt without prefix, and of an answer; at least 1."""
+        """Of a prompt and of an answer; at least 1."""
         prompt, output = (
-            rng.randint(max(1, round(number * (1 - self.spread))), max(1, round(number * (1 + self.spread))))
+            rng.randint(max(1, round(number * (1 - self.spread))), round(number * (1 + self.spread)))
             for number in (self.prompt_tokens, self.output_tokens)
         )
         return prompt, output
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What a request asks. num_tokens: as the server is to count them, the template's too; 0: not known.
 
     content: a text, or the messages of a chat.
     """
 
-    content: str | Sequence[Mapping[str, str]]
+    content: str | Messages
     num_tokens: int
     output_tokens: int
 
 
-class PromptSource(Protocol):
-    """Prompts by number."""
-
-    def make(self, number: int) -> Prompt:
-        """The prompt of the request with this number, from 0."""
-
-
 class RandomPrompts:
-    """Prompts of random words: no two alike, but for prefixes that are asked for.
+    """Prompts of random words, no two alike.
 
     salt: of the words alone, so that prompts of the same seed and number have the same lengths but other words. A run
     takes a new one for each server: the words of an earlier run would come from a server's prefix cache.
     """
 
     def __init__(self, lengths: Lengths, vocabulary: Vocabulary, seed: int, salt: str = "") -> None:
-        least = lengths.prompt_tokens * (1 - lengths.spread) + lengths.prefix_tokens
-        if round(least) <= vocabulary.overhead:
+        least = round(lengths.prompt_tokens * (1 - lengths.spread))
+        if least <= vocabulary.overhead:
             raise ConfigError(
-                f"a prompt of {round(least)} tokens leaves no room for a text: the server's template takes "
+                f"a prompt of {least} tokens leaves no room for a text: the server's template takes "
                 f"{vocabulary.overhead}; ask for more with --prompt-tokens, or try --endpoint completions"
             )
-        self._lengths, self._vocabulary, self._seed = lengths, vocabulary, seed
-        self._words_seed = f"{seed} {salt}"
-        # The template comes before the prefix, so it is a part of what is shared.
-        shared = max(0, lengths.prefix_tokens - vocabulary.overhead)
-        self._prefixes = [
-            vocabulary.sample(shared, Random(f"{self._words_seed} prefix {number}"))
-            for number in range(lengths.num_prefixes)
-        ]
+        self._lengths, self._vocabulary, self._seed, self._salt = lengths, vocabulary, seed, salt
 
     def make(self, number: int) -> Prompt:
         """The prompt with this number, from 0: the same at every call, and unlike any other."""
-        rng = Random(f"{self._seed} {number}")
-        prompt_tokens, output_tokens = self._lengths.sample(rng)
-        total = prompt_tokens + self._lengths.prefix_tokens
-        prefix = rng.choice(self._prefixes)
-        costs = self._vocabulary.costs
-        own = total - self._vocabulary.overhead - sum(costs[word] for word in prefix)
-        words = self._vocabulary.sample(own, Random(f"{self._words_seed} {number}"))
-        return Prompt(join_words([*prefix, *words]), total, output_tokens)
+        prompt_tokens, output_tokens = self._lengths.sample(Random(f"{self._seed} {number}"))
+        rng = Random(f"{self._seed} {self._salt} {number}")
+        words = self._vocabulary.sample(prompt_tokens - self._vocabulary.overhead, rng)
+        return Prompt(join_words(words), prompt_tokens, output_tokens)
 
 
 class DatasetPrompts:
     """The rows of a file in their order, again and again, each asked for the same number of tokens.
 
-    A conversation is sent up to the last message that is not the assistant's.
+    A conversation is sent up to the last message that is not the assistant's. Raises ConfigError with the number of
+    the first line that is wrong.
     """
 
     def __init__(self, path: Path, endpoint: str, output_tokens: int) -> None:
         self._output_tokens = output_tokens
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error.strerror}); name a file of JSON lines"
+            ) from None
         self._rows: list[str | Messages] = []
-        for number, content in _read_rows(path):
-            if endpoint == "completions" and not isinstance(content, str):
-                raise ConfigError(
-                    f"{path}, line {number}: a conversation cannot be sent to completions; use --endpoint chat"
-                )
-            self._rows.append(content)
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                self._rows.append(_read_row(orjson.loads(line)))
+            except (ValueError, LookupError, TypeError):
+                raise ConfigError(f"{path}, line {number} holds nothing to ask; {_SHAPES}") from None
+            if endpoint == "completions" and not isinstance(self._rows[-1], str):
+                raise ConfigError(f"{path}, line {number}: completions take no messages; use --endpoint chat")
         if not self._rows:
             raise ConfigError(f"{path} has no rows; {_SHAPES}")
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def make(self, number: int) -> Prompt:
         """The prompt of the request with this number, from 0."""
         return Prompt(self._rows[number % len(self._rows)], 0, self._output_tokens)
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, str | Messages]]:
-    """Line numbers and contents. Raises ConfigError with the number of a line that is wrong."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _read_row(line, f"{path}, line {number}")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no text in UTF-8; name a file of JSON lines") from None
+PromptSource = RandomPrompts | DatasetPrompts
 
 
-def _read_row(line: str, where: str) -> str | Messages:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        if line.lstrip().startswith("["):
-            raise ConfigError(
-                f"{where}: begins a list; write its rows a line each, as `jq -c '.[]'` does"
-            ) from None
-        raise ConfigError(f"{where}: is not JSON; {_SHAPES}") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: is no JSON object; {_SHAPES}")
+def _read_row(row: Any) -> str | Messages:
+    """Raises ValueError, LookupError or TypeError for what is none."""
     if "prompt" in row:
-        return _text(row["prompt"], "prompt", where)
-    if "messages" in row:
-        return _read_messages(row["messages"], "role", "content", where)
-    if "conversations" in row:
-        return _read_messages(row["conversations"], "from", "value", where)
-    raise ConfigError(f"{where}: has neither prompt, messages nor conversations; {_SHAPES}")
-
-
-def _read_messages(entries: Any, role_key: str, text_key: str, where: str) -> Messages:
-    if not isinstance(entries, Sequence) or isinstance(entries, str):
-        raise ConfigError(f"{where}: its messages are no list; {_SHAPES}")
-    messages = []
-    for entry in entries:
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f"{where}: a message is no JSON object; {_SHAPES}")
-        role = _ROLES.get(str(entry.get(role_key)), entry.get(role_key))
-        if role not in _KNOWN_ROLES:
-            raise ConfigError(
-                f"{where}: {role_key} is {json.dumps(role)[:40]}; known are {', '.join((*_KNOWN_ROLES, *_ROLES))}"
-            )
-        messages.append({"role": str(role), "content": _text(entry.get(text_key), text_key, where)})
-    while messages and messages[-1]["role"] == "assistant":
+        return _text(row["prompt"])
+    names = ("role", "content") if "messages" in row else ("from", "value")
+    entries = [
+        [each[name] for name in names] for each in row["messages" if "messages" in row else "conversations"]
+    ]
+    messages = [{"role": _ROLES.get(role, role), "content": _text(text)} for role, text in entries]
+    while messages[-1]["role"] == "assistant":
         messages.pop()
-    if not any(message["role"] == "user" for message in messages):
-        raise ConfigError(f"{where}: nobody asks anything in it; a conversation needs a message of the user")
     return messages
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where}: {name} must be a text, and not empty")
-    if not is_unicode(value):  # JSON can write it, but no request can hold it
-        raise ConfigError(
-            f"{where}: {name} holds half of a pair like \\ud83d\\ude00; mend it or leave the line out"
-        )
+        raise ValueError
     return value
 
 
@@ -277,13 +211,13 @@ class TokenPrompts:
 
     def __init__(self, folder: Path, seed: int) -> None:
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            size = int(config["vocab_size"])
+            size = int(_read_json(folder / "config.json")["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{folder} is no Hugging Face folder ({error}); peers want one, with a config.json"
-            ) from None
-        added = _added_ids(folder)
+            problem = f"{folder} is no Hugging Face folder ({error})"
+            raise ConfigError(f"{problem}; peers want one, with a config.json") from None
+        added: set[int] = set()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a tokenizer need not tell
+            added = {int(token["id"]) for token in _read_json(folder / "tokenizer.json")["added_tokens"]}
         margin = min(_MARGIN, size // 4)
         end = min((each for each in added if each >= size // 2), default=size)
         ordinary = [each for each in range(margin, min(end, size - margin)) if each not in added]
@@ -295,19 +229,5 @@ class TokenPrompts:
         return [rng.choices(self._ids, k=num_tokens) for _ in range(batch)]
 
 
-def _added_ids(folder: Path) -> set[int]:
-    """Of tokens that the tokenizer holds beside its model, special ones above all; empty where it does not tell."""
-    try:
-        tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-        return {int(token["id"]) for token in tokens}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a request can hold `text`: neither bytes of a command line that are no UTF-8, nor halves of a pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _read_json(path: Path) -> Any:
+    return orjson.loads(path.read_bytes())

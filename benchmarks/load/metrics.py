@@ -8,9 +8,8 @@ percentiles are interpolated as numpy does it. What has no value, as the latency
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ def measure(
     whole = [outcome for outcome in outcomes if not outcome.error]
     num_input = sum(outcome.num_prompt_tokens for outcome in whole)
     num_output = sum(outcome.num_output_tokens for outcome in whole)
-    measured: dict[str, Any] = {
+    return {
         "duration": duration,
         "completed": len(whole),
         "failed": len(outcomes) - len(whole),
@@ -37,24 +36,16 @@ def measure(
         "request_goodput": sum(is_good(each, goodput) for each in whole) / duration if goodput else None,
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
-        "max_output_tokens_per_s": max(peak_rate(whole), num_output / duration),
-        "max_concurrent_requests": peak_concurrency(outcomes),
+        **describe("ttft", [outcome.first_seconds for outcome in whole]),
+        **describe("tpot", [each.token_seconds for each in whole if each.token_seconds is not None]),
+        **describe("itl", [gap for outcome in whole for gap in outcome.gaps]),
+        **describe("e2el", [outcome.seconds for outcome in whole]),
     }
-    samples = {
-        "ttft": [outcome.first_seconds for outcome in whole],
-        "tpot": [each.token_seconds for each in whole if each.token_seconds is not None],
-        "itl": [gap for outcome in whole for gap in outcome.gaps],
-        "e2el": [outcome.seconds for outcome in whole],
-    }
-    for metric, seconds in samples.items():
-        measured |= describe(metric, seconds)
-    return measured
 
 
 def raw_samples(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """A value a request, in seconds to the nanosecond; of a failed one 0 or an empty list, as in vLLM's files."""
-    whole = [not outcome.error for outcome in outcomes]
-    pairs = list(zip(outcomes, whole, strict=True))
+    pairs = [(outcome, not outcome.error) for outcome in outcomes]
     return {
         "input_lens": [outcome.num_prompt_tokens for outcome in outcomes],
         "output_lens": [outcome.num_output_tokens if is_whole else 0 for outcome, is_whole in pairs],
@@ -62,13 +53,12 @@ def raw_samples(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "itls": [_rounded(outcome.gaps) if is_whole else [] for outcome, is_whole in pairs],
         "latencies": _rounded(outcome.seconds if is_whole else 0.0 for outcome, is_whole in pairs),
         "start_times": _rounded(outcome.start for outcome in outcomes),
-        "queue_times": _rounded(outcome.start - outcome.due for outcome in outcomes),
         "errors": [outcome.error for outcome in outcomes],
     }
 
 
 def _rounded(seconds: Iterable[float]) -> list[float]:
-    return [round(max(0.0, value), 9) for value in seconds]
+    return [round(value, 9) for value in seconds]
 
 
 def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -92,19 +82,3 @@ def describe(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
         numbers = (found.mean(), np.median(found), found.std(), *np.percentile(found, PERCENTILES))
         values = [float(value) for value in numbers]
     return {f"{name}_{metric}_ms": value for name, value in zip(names, values, strict=True)}
-
-
-def peak_concurrency(outcomes: Sequence[Outcome]) -> int:
-    """The most requests that were open at once; one that ends as another begins does not overlap it."""
-    changes = [(outcome.start, 1) for outcome in outcomes] + [(outcome.end, -1) for outcome in outcomes]
-    return max(accumulate(change for _, change in sorted(changes)), default=0)
-
-
-def peak_rate(whole: Sequence[Outcome]) -> float:
-    """The most tokens in one second, seconds counted from the first sending; a chunk holds its share of the tokens."""
-    start = min((outcome.start for outcome in whole), default=0.0)
-    tokens: dict[int, float] = defaultdict(float)
-    for outcome in whole:
-        for time in outcome.chunk_times:
-            tokens[int(time - start)] += outcome.num_output_tokens / len(outcome.chunk_times)
-    return max(tokens.values(), default=0.0)

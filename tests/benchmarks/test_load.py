@@ -6,48 +6,38 @@ import asyncio
 import errno
 import itertools
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from sleb.benchmarks.load.client import LoadClient, _Exchange
-from sleb.benchmarks.load.events import MAX_EVENT, EventSplitter, Outcome, StreamError, without_key
-from sleb.benchmarks.load.load import Load, LoadRequest, LoadResult, arrival_times
+from sleb.benchmarks.load.client import LoadClient, without_key
+from sleb.benchmarks.load.events import EventSplitter, Outcome
+from sleb.benchmarks.load.load import Load, LoadResult, Request
 from sleb.benchmarks.prompts import Lengths, RandomPrompts, Vocabulary
 
-REQUEST = LoadRequest("completions", "m", b"{}", 8, 4)
+
+def requests(number: int) -> list[Request]:
+    return [("completions", b"{}", Outcome("m", 8, 4)) for _ in range(number)]
 
 
 class FakeClient:
     """Fills in outcomes as `answer(number)` says: "" for a whole one, "timeout", or an error."""
 
-    num_chunks = 0
-
-    def __init__(self, answer: Callable[[int], str] = lambda number: "", seconds: float = 0.0) -> None:
-        self._answer, self._seconds, self._numbers = answer, seconds, itertools.count()
+    def __init__(self, answer: Callable[[int], str]) -> None:
+        self._answer, self._numbers = answer, itertools.count()
 
     async def stream(self, path: str, body: bytes, outcome: Outcome) -> None:
         said = self._answer(next(self._numbers))
         outcome.start = 1.0
-        await asyncio.sleep(self._seconds)
+        await asyncio.sleep(0)
         outcome.error, outcome.timed_out = said, said == "timeout"
         outcome.chunk_times, outcome.end = [2.0], 3.0
 
 
 def run_closed(client: FakeClient, concurrency: int, num_requests: int = 20) -> LoadResult:
     load = Load(client)
-    return asyncio.run(load.closed([REQUEST] * num_requests, concurrency, lambda progress: None))
-
-
-def test_requests_whose_turn_comes_too_late_are_not_sent() -> None:
-    """All are due at once, within the time of the load, but one may be open and takes half of it."""
-    load = Load(FakeClient(seconds=0.15), seconds=0.3)
-    result = asyncio.run(load.open([REQUEST] * 50, arrival_times(1e6, "x"), 1, lambda progress: None))
-    assert 1 <= len(result.outcomes) <= 3
-    assert result.num_unsent == 50 - len(result.outcomes)
-    assert not result.has_stalled and not result.interrupted
+    return asyncio.run(load.closed(requests(num_requests), concurrency, lambda *told: None))
 
 
 def test_a_server_that_stalls_ends_a_closed_load() -> None:
@@ -58,12 +48,6 @@ def test_a_server_that_stalls_ends_a_closed_load() -> None:
     )
     result = run_closed(FakeClient(lambda number: "timeout"), 6, 100)
     assert result.has_stalled and 6 <= len(result.outcomes) < 6 + 6
-
-
-def test_a_server_that_stalls_ends_an_open_load_with_turns() -> None:
-    load = Load(FakeClient(lambda number: "timeout"))
-    result = asyncio.run(load.open([REQUEST] * 50, arrival_times(math.inf, ""), 4, lambda progress: None))
-    assert result.has_stalled and 4 <= len(result.outcomes) < 4 + 4
 
 
 @pytest.mark.parametrize("other", ["", "HTTP 500"])
@@ -100,7 +84,7 @@ def test_a_connection_that_fails_is_told_from_an_answer_that_is_late(
     async def fail(self: LoadClient) -> Any:
         raise raised
 
-    monkeypatch.setattr(LoadClient, "_take_connection", fail)
+    monkeypatch.setattr(LoadClient, "_connect", fail)
     outcome = ask(client_of())
     assert outcome.error.startswith("no connection (") and error in outcome.error
     assert "10.0.0.1" not in outcome.error and outcome.timed_out is timed_out
@@ -110,27 +94,9 @@ def test_an_answer_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     async def wait(self: LoadClient) -> Any:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(LoadClient, "_take_connection", wait)
+    monkeypatch.setattr(LoadClient, "_connect", wait)
     outcome = ask(client_of(timeout=0.01))
     assert outcome.error == "no whole answer within 0.01 s" and outcome.timed_out
-
-
-def test_a_lost_connection_ends_a_request_whatever_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that nothing ends would wait for the whole of --timeout."""
-
-    def fail(self: _Exchange, broken: str) -> str:
-        raise RuntimeError("a bug")
-
-    async def lose() -> Outcome:
-        outcome = Outcome("m")
-        exchange = _Exchange(client_of(), outcome)
-        monkeypatch.setattr(_Exchange, "_problem", fail)
-        with pytest.raises(RuntimeError):
-            exchange.lose(None)
-        assert exchange.finished.done()
-        return outcome
-
-    assert asyncio.run(lose()).error == "the connection closed"
 
 
 @pytest.mark.parametrize(
@@ -144,18 +110,20 @@ def test_a_lost_connection_ends_a_request_whatever_else_fails(monkeypatch: pytes
 def test_heads_of_requests(url: str, path: str, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[bytes] = []
 
-    class Connection:
-        def send(self, request: bytes, exchange: Any) -> None:
+    class Writer:
+        transport = property(lambda self: self)
+
+        def write(self, request: bytes) -> None:
             sent.append(request)
             raise OSError("enough")
 
-        def close(self) -> None:
+        def abort(self) -> None:
             pass
 
     async def connect(self: LoadClient) -> Any:
-        return Connection(), False
+        return None, Writer()
 
-    monkeypatch.setattr(LoadClient, "_take_connection", connect)
+    monkeypatch.setattr(LoadClient, "_connect", connect)
     ask(client_of(url))
     lines = sent[0].split(b"\r\n")
     assert lines[0] == f"POST {path} HTTP/1.1".encode() and lines[1] == f"Host: {host}".encode()
@@ -163,30 +131,21 @@ def test_heads_of_requests(url: str, path: str, host: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("chunk", "error"),
+    "chunk",
     [
-        ({"choices": [{"delta": "hi"}]}, "a choice in an event has no delta"),
-        ({"choices": ["x"]}, "a choice in an event has no delta"),
-        ({"choices": [None]}, "a choice in an event has no delta"),
-        ({"choices": {"delta": {"content": "x"}}}, "the choices in an event are no list"),
-        ({"choices": 3}, "the choices in an event are no list"),
-        ({"choices": [], "usage": "none"}, "the usage in an event holds no counts"),
-        ({"choices": [], "usage": {"completion_tokens": "3"}}, "the usage in an event holds no counts"),
-        ({"choices": [], "usage": {"prompt_tokens": -3}}, "the usage in an event holds no counts"),
-        ({"choices": [], "usage": {"prompt_tokens": True}}, "the usage in an event holds no counts"),
-        ([], "an event is no JSON object"),
+        {"choices": [{"delta": "hi"}]},
+        {"choices": ["x"]},
+        {"choices": [None]},
+        {"choices": {"delta": {"content": "x"}}},
+        {"choices": 3},
+        {"choices": [], "usage": "none"},
+        [],
     ],
 )
-def test_an_event_that_no_server_should_send(chunk: Any, error: str) -> None:
+def test_an_event_that_no_server_should_send(chunk: Any) -> None:
     answer = Outcome("m")
     assert not answer.take(json.dumps(chunk).encode(), 1.0)
-    assert error in answer.error and answer.chunk_times == []
-
-
-def test_an_error_of_a_thousand_levels_is_one_line() -> None:
-    answer = Outcome("m")
-    assert not answer.take(b'{"error": ' + b"[" * 1000 + b"]" * 1000 + b"}", 1.0)
-    assert answer.error.startswith("error in the stream: ") and len(answer.error) < 600
+    assert answer.error.startswith("an event is no chunk of an answer") and answer.chunk_times == []
 
 
 @pytest.mark.parametrize(
@@ -197,24 +156,15 @@ def test_an_error_of_a_thousand_levels_is_one_line() -> None:
         {},
         {"choices": [{"delta": None, "text": ""}], "usage": None},
         {"choices": [], "usage": {"prompt_tokens": None, "prompt_tokens_details": 3}},
+        {"choices": [], "usage": {"completion_tokens": "3"}},
+        {"choices": [], "usage": {"prompt_tokens": -3}},
+        {"choices": [], "usage": {"prompt_tokens": True}},
     ],
 )
 def test_an_event_without_anything_is_none(chunk: Any) -> None:
     answer = Outcome("m", asked_tokens=7)
     assert not answer.take(json.dumps(chunk).encode(), 1.0)
     assert answer.error == "" and answer.num_prompt_tokens == 7 and answer.num_cached_tokens == 0
-
-
-@pytest.mark.parametrize("piece", [b"data: " + b"x" * 65_530, b"x" * 65_536, b"data: x\n" * 8192])
-def test_an_event_without_end_is_given_up(piece: bytes) -> None:
-    def feed() -> None:
-        for _ in range(2 * MAX_EVENT // len(piece)):
-            assert list(splitter.feed(piece)) == []
-
-    splitter = EventSplitter()
-    with pytest.raises(StreamError, match="more than 1 MiB"):
-        feed()
-    assert list(splitter.finish()) == []
 
 
 def test_a_long_event_comes_whole() -> None:
@@ -224,7 +174,7 @@ def test_a_long_event_comes_whole() -> None:
 
 
 def test_keys_are_left_out() -> None:
-    assert without_key("no key sk-123456== in xsk-123456==x", "sk-123456==") == "no key … in x…x"
+    assert without_key("no key sk-123456== in xsk-123456==x", "sk-123456==") == "no key … in xsk-123456==x"
     assert without_key("none of these is nonesuch: none", "none") == "… of these is nonesuch: …"
     assert without_key("nothing", None) == without_key("nothing", "") == "nothing"
 
@@ -233,7 +183,7 @@ def test_salt_is_of_the_words_alone() -> None:
     vocabulary = Vocabulary(
         dict.fromkeys(("time", "year", "day", "hand", "room", "door", "car", "job"), 1), 3
     )
-    lengths = Lengths(40, 10, 0.5, 20, 2)
+    lengths = Lengths(40, 10, 0.5)
 
     def prompts(*salt: str) -> list[Any]:
         source = RandomPrompts(lengths, vocabulary, 5, *salt)
@@ -244,7 +194,4 @@ def test_salt_is_of_the_words_alone() -> None:
     assert [(each.num_tokens, each.output_tokens) for each in plain] == [
         (each.num_tokens, each.output_tokens) for each in salted
     ]
-    prefixes = [[" ".join(each.content.split()[:18]) for each in found] for found in (plain, salted)]
-    assert len(set(prefixes[0])) == len(set(prefixes[1])) == 2 and not set(prefixes[0]) & set(prefixes[1])
-    which = [[found.index(prefix) for prefix in found] for found in prefixes]
-    assert which[0] == which[1]  # requests that share one share one again
+    assert not {each.content for each in plain} & {each.content for each in salted}

@@ -128,12 +128,11 @@ def our_load(url: str, model: str, shape: Shape, seed: int) -> dict:
     options = ServeLoadOptions(
         url=url,
         model=[model],
-        concurrency=str(shape.concurrency),
+        concurrency=[shape.concurrency],
         num_requests=shape.num_requests,
         prompt_tokens=shape.prompt_tokens,
         output_tokens=shape.tokens,
         length_spread=shape.spread,
-        warmup=0,
         seed=seed,
     )
     found = {each.metric: each for each in run_serve(options, {}).measurements}
@@ -209,12 +208,11 @@ def test_on_sleb_itself(tiny_model_dir: Path) -> None:
     with sleb_server(tiny_model_dir, "--dtype", "float32", "--kv-cache-memory", "0.01") as url:
         asked = ServeLoadOptions(
             url=url,
-            concurrency="2",
+            concurrency=[2],
             num_requests=4,
             prompt_tokens=130,
             output_tokens=8,
             length_spread=0.2,
-            warmup=0,
             seed=9,
         )
         result = run_serve(asked, {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import pytest
 import sleb_tests_scripted_server as scripted
 from typer.testing import CliRunner
 
-from sleb.benchmarks.load.events import MAX_EVENT
 from sleb.benchmarks.load.options import ServeLoadOptions
 from sleb.benchmarks.record import Result
 from sleb.benchmarks.serve import describe_client, run_serve
 from sleb.cli.bench import app
 from sleb.client.connection import ClientError
 
+ERROR = "an event is no chunk of an answer"
 KEY = "c2vjcmv0=="
 WHOLE = [
     b'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n',
@@ -74,8 +73,8 @@ def start() -> Iterator[Callable[..., Any]]:
         server.close()
 
 
-def options(server: Any, concurrency: str | None = "1", **changes: Any) -> ServeLoadOptions:
-    given = {"prompt_tokens": 32, "output_tokens": 6, "warmup": 0, "num_requests": 3}
+def options(server: Any, concurrency: tuple[int, ...] = (1,), **changes: Any) -> ServeLoadOptions:
+    given = {"prompt_tokens": 32, "output_tokens": 6, "num_requests": 3}
     return ServeLoadOptions(**{"url": server.url, "concurrency": concurrency, **given, **changes})
 
 
@@ -99,26 +98,22 @@ def notices_of(result: Result) -> str:
 
 
 @pytest.mark.parametrize(
-    ("event", "error"),
+    "event",
     [
-        (b'data: {"choices": [{"delta": "hi"}]}\n\n', "a choice in an event has no delta"),
-        (
-            b'data: {"choices": ["x"]}',
-            "a choice in an event has no delta",
-        ),  # without an end: the connection's is it
-        (b'data: {"choices": 3}\n\n', "the choices in an event are no list"),
-        (b'data: {"usage": 3}\n\n', "the usage in an event holds no counts"),
-        (b"data: " + b"x" * (MAX_EVENT + 9) + b"\n\n", "an event of the stream has more than 1 MiB"),
-        (b"data: " + b"x" * (MAX_EVENT + 9), "an event of the stream has more than 1 MiB"),
+        b'data: {"choices": [{"delta": "hi"}]}\n\n',
+        b'data: {"choices": ["x"]}',  # without an end: the connection's is it
+        b'data: {"choices": 3}\n\n',
+        b'data: {"usage": 3}\n\n',
+        b"data: " + b"x" * (1 << 20) + b"\n\n",
     ],
 )
-def test_odd_answers_are_failures(start, event: bytes, error: str) -> None:
+def test_odd_answers_are_failures(start, event: bytes) -> None:
     """And told as such before the load, if they come then."""
     server = start(under_load([event]))
     ((reason, number),) = failures(run_serve(options(server, timeout=60), {})).items()
-    assert number == 3 and reason.startswith(error)
+    assert number == 3 and reason.startswith(ERROR)
     early = start(lambda number: [event])
-    with pytest.raises(ClientError, match=f"small gives no whole answer.*{error}"):
+    with pytest.raises(ClientError, match=f"small gives no whole streamed answer.*{ERROR}"):
         run_serve(options(early, timeout=60), {})
 
 
@@ -140,11 +135,11 @@ def test_an_endless_answer_is_given_up_before_the_load(start) -> None:
     [
         (
             (503, {"error": {"message": "loading"}}),
-            r"loading \(HTTP 503\); the server is busy: try again in a while",
+            r"loading \(HTTP 503\); the server is busy or in trouble: try again",
         ),
         ((401, {"error": {"message": f"no such key: {KEY}"}}), r"no such key: … \(HTTP 401\); .*--api-key"),
         ((400, {"error": {"message": "what?"}}), r"what\? \(HTTP 400\); is http://.*/v1 right"),
-        ((500, {}), r"HTTP 500\); the server's log"),
+        ((500, {}), r"HTTP 500\); the server is busy or in trouble.*log"),
         ((200, {"models": []}), "is no list of models"),
         ((200, {"data": ["x"]}), "is no list of models"),
         ((200, {"data": [{"id": "\ud800"}]}), "is no list of models"),
@@ -164,13 +159,13 @@ def test_counts_that_are_none_are_not_taken(start, monkeypatch: pytest.MonkeyPat
     assert "counts no tokens" in notices_of(run_serve(options(server), {}))
 
 
-@pytest.mark.parametrize("given", [["--api-key", KEY], [f"--api-key={KEY}"], ["--label", f"a-{KEY}-b"]])
+@pytest.mark.parametrize("given", [["--api-key", KEY], [f"--api-key={KEY}"]])
 def test_a_key_is_nowhere_in_a_result(start, given: list[str]) -> None:
     """A server may repeat it, as in an error."""
     told = json.dumps({"error": {"message": f"the key {KEY} is worn out"}}).encode()
     server = start(under_load([b"data: " + told + b"\n\n"]), key=KEY)
     server.models = (200, {"data": [{"id": "small", "owned_by": f"owner of {KEY}"}]})
-    asked = options(server, api_key=KEY, label=f"a-{KEY}-b")
+    asked = options(server, api_key=KEY)
     result = run_serve(asked, describe_client(asked, ["sleb", "bench", "serve", *given]))
     assert KEY.rstrip("=") not in json.dumps(result.document())
     assert failures(result) == {"error in the stream: the key … is worn out": 3}
@@ -182,31 +177,31 @@ def test_a_server_that_answers_no_more_ends_the_sweep(start, tmp_path: Path) -> 
     """The first level and its warm-up are answered, and nothing after them."""
     server = start(fail=lambda number: "hang" if number > 3 else None)
     path = tmp_path / "result.json"
-    load = ["--concurrency", "1,2,4,8", "--num-requests", 2, "--warmup", 1, "--timeout", 1]
+    load = ["--concurrency", "1,2,4,8", "--num-requests", 2, "--timeout", 1]
     done = run_cli("--url", server.url, *load, "--output-tokens", 6, "--json", path)
     assert done.exit_code == 1, done.output
     result = json.loads(path.read_text())
     rates = [row for row in result["rows"] if row["metric"] == "tokens/s"]
     assert [row["completed"] for row in rates] == [2] and result["complete"] is False
-    said = "2 at once: warming up: 1 of 1 requests had no whole answer within 1 s"
+    said = "2 at once: warming up: the last requests of 1 had no whole answer within 1 s"
     assert result["settings"]["problem"].startswith(said)
     assert f"error: {said}" in done.output
     assert len(server.seen) == 5
 
 
 def test_a_level_without_answers_is_kept_and_ends_the_sweep(start) -> None:
-    server = start(fail=lambda number: "hang" if number else None)
-    result = run_serve(options(server, "3,8", timeout=1.0), {})
+    server = start(fail=lambda number: "hang" if number > 1 else None)
+    result = run_serve(options(server, (3, 8), timeout=1.0), {})
     (rate,) = (each for each in result.measurements if each.metric == "tokens/s")
     assert (rate.facts["completed"], rate.facts["failed"]) == (0, 3)
-    assert "3 at once: 3 of 3 requests had no whole answer" in result.settings["problem"]
+    assert "3 at once: turn 1: the last requests of 3 had no whole answer" in result.settings["problem"]
 
 
 def test_a_comparison_keeps_turns_before_a_server_answers_no_more(start) -> None:
     good, bad = start(gap=0.002), start(gap=0.002, fail=lambda number: "hang" if number > 2 else None)
     asked = ServeLoadOptions(
         compare=(good.url, bad.url),
-        concurrency="1",
+        concurrency=[1],
         prompt_tokens=24,
         output_tokens=5,
         num_requests=1,
@@ -224,15 +219,7 @@ def test_a_load_in_which_nothing_comes_due(start) -> None:
     server = start()
     done = run_cli("--url", server.url, "--rate", "0.001", "--duration", "0.01", "--output-tokens", 6)
     assert done.exit_code == 1
-    assert "no request came due in 0.01 s; give a longer --duration or a higher --rate" in done.output
-
-
-def test_requests_that_were_not_sent_are_told(start) -> None:
-    server = start(first=0.2)
-    asked = options(server, None, rate="1000", max_concurrency=1, num_requests=None, duration=0.3)
-    result = run_serve(asked, {})
-    assert len(server.seen) < 10
-    assert "requests were not sent, as --max-concurrency were open until --duration" in notices_of(result)
+    assert "no request came due; give a longer --duration or a higher --rate" in done.output
 
 
 def test_names_in_brackets_are_shown_and_written(start, tmp_path: Path) -> None:
@@ -241,22 +228,8 @@ def test_names_in_brackets_are_shown_and_written(start, tmp_path: Path) -> None:
     server.script.models = ("tiny[fp8]", "big[/b]:rocket:")
     path = tmp_path / "result.json"
     arguments = ["--concurrency", 1, "--num-requests", 4, "--output-tokens", 6, "--json", path]
-    done = run_cli("--url", server.url, "--model", "tiny[fp8],big[/b]:rocket:", "--label", "[/x]", *arguments)
+    done = run_cli("--url", server.url, "--model", "tiny[fp8],big[/b]:rocket:", *arguments)
     assert done.exit_code == 0, done.output
-    for name in ("tiny[fp8]", "big[/b]:rocket:", "[/x]"):
+    for name in ("tiny[fp8]", "big[/b]:rocket:"):
         assert name in done.output
-    assert json.loads(path.read_text())["rows"][0]["subject"] == "[/x]"
-
-
-def test_names_that_are_no_utf8(start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = start()
-    path, rows = tmp_path / "r\udcff.json", tmp_path / "d\udcff.jsonl"
-    rows.write_text('{"prompt": "x"}')
-    arguments = ["--url", server.url, "--concurrency", "1", "--num-requests", "1", "--output-tokens", "6"]
-    arguments += ["--dataset", str(rows), "--json", str(path)]
-    monkeypatch.setattr(sys, "argv", ["sleb", *arguments])
-    done = run_cli(*arguments)
-    assert done.exit_code == 0, done.exception
-    result = json.loads(path.read_text())
-    assert result["settings"]["dataset"] == "d\udcff.jsonl"
-    assert result["environment"]["command"].endswith("--dataset d\udcff.jsonl --json r\udcff.json")
+    assert json.loads(path.read_text())["rows"][0]["subject"] == "tiny[fp8],big[/b]:rocket:"

@@ -16,7 +16,6 @@ from sleb.cli.options import with_options
 
 if TYPE_CHECKING:
     from sleb.benchmarks.record import Result
-    from sleb.benchmarks.serve import ServeProgress
 
 
 @with_options
@@ -55,7 +54,9 @@ def _exit(result: Result) -> None:
         raise typer.Exit(130)
     if problem is None and not any(each.value for each in rates):
         reasons = sorted({reason for each in rates for reason in each.facts.get("failures", {})})
-        problem = f"all requests failed: {'; '.join(reasons)}" if reasons else "; ".join(result.notes)
+        problem = f"all requests failed: {'; '.join(reasons)}"
+        if not rates:
+            problem = "no request came due; give a longer --duration or a higher --rate"
     if problem is not None:
         typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1)
@@ -88,17 +89,8 @@ class _LoadBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def show(self, progress: ServeProgress) -> None:
+    def show(self, num_done: int, num_requests: int | None, what: str) -> None:
         """What is under way, and how its load stands."""
-        load, text = progress.load, progress.what
-        if load is None:
-            self._bar.reset(self._task)
-            if self._bar.disable:
-                typer.echo(f"{text} …", err=True)
-        else:
-            text += f": {load.num_running} running, {load.tokens_per_second:,.0f} tokens/s"
-            text += "" if load.first_seconds is None else f", TTFT {load.first_seconds * 1000:,.0f} ms"
-            text += f", {load.num_failed} failed" if load.num_failed else ""
-        done = 0 if load is None else load.num_done
-        total = progress.num_requests
-        self._bar.update(self._task, total=total, completed=done, description=text, refresh=True)
+        if num_done == 0 and self._bar.disable:
+            typer.echo(f"{what} …", err=True)
+        self._bar.update(self._task, total=num_requests, completed=num_done, description=what, refresh=True)
