@@ -13,13 +13,7 @@ from sleb.errors import ConfigError
 Document = Mapping[str, Any]
 
 # Kinds by a key of a file, or of its settings, that only they have: those files do not say their kind.
-_SIGNS = {
-    "losses": "prune",
-    "summary": "search",
-    "depths": "mixed",
-    "streams": "http-overhead",
-    "window": "weight-formats",
-}
+_SIGNS = {"losses": "prune", "summary": "search", "depths": "mixed", "streams": "http-overhead"}
 _SERVE = {
     "tokens/s": "output_throughput",
     "requests/s": "request_throughput",
@@ -32,13 +26,6 @@ _SERVE = {
     "latency p99 ms": "p99_e2el_ms",
     "goodput requests/s": "request_goodput",
 }
-_TEXTS = {
-    "same token": "agreement",
-    "KL": "kl",
-    "word perplexity": "word_perplexity",
-    "byte perplexity": "byte_perplexity",
-    "bits per byte": "bits_per_byte",
-}
 
 
 def load(path: Path) -> Result:
@@ -50,18 +37,16 @@ def read_result(document: Document, name: str) -> Result:
     """The result in a JSON object of either form. Raises ConfigError for what is neither, with `name`."""
     try:
         result = Result.of_document(document) if isinstance(document.get("notes"), list) else _old(document)
-        figures = [m.value for m in result.measurements]
-        figures += [end for m in result.measurements for end in m.spread or ()]
-        ratios = [m.ratio for m in result.measurements if m.ratio is not None]
-        figures += [part for ratio in ratios for part in (ratio.estimate, ratio.low, ratio.high)]
-        keys = {m.key for m in result.measurements}
-        if not all(math.isfinite(figure) for figure in figures if figure is not None):
-            raise ValueError("a figure is not finite")
-        if not all(isinstance(part, str) for key in keys for part in key):
-            raise TypeError("a name is none")
-        if len(keys) < len(result.measurements):
-            raise ValueError("a figure is there twice")
-    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        seen = set()
+        for each in result.measurements:
+            ratio = each.ratio or Ratio(1.0)
+            figures = (each.value, *(each.spread or ()), ratio.estimate, ratio.low, ratio.high)
+            if not all(math.isfinite(figure) for figure in figures if figure is not None):
+                raise ValueError("a figure is not finite")
+            if each.key in seen or not all(isinstance(part, str) for part in each.key):
+                raise ValueError("a figure is there twice, or a name is none")
+            seen.add(each.key)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{name} is no result of sleb; give a file that `sleb bench --json` or `sleb eval --json` wrote"
         ) from error
@@ -70,9 +55,8 @@ def read_result(document: Document, name: str) -> Result:
 
 def _old(document: Document) -> Result:
     settings = dict(document.get("settings") or {})
-    kind = document.get("kind") or next(
-        kind for key, kind in _SIGNS.items() if key in document or key in settings
-    )
+    signs = (kind for key, kind in _SIGNS.items() if key in document or key in settings)
+    kind = document.get("kind") or next(signs, "weight-formats")
     if document.get("model"):
         settings["model"] = document["model"]
     servers = document.get("servers") or {}
@@ -147,8 +131,9 @@ def _quality(document: Document) -> Iterator[Measurement]:
             ratio = row.get("ratio") and Ratio(1 / row["ratio"], high and 1 / high, low and 1 / low)
             spread = _spread(row, "perplexity")
             yield Measurement(case, subject, "perplexity", row["perplexity"], spread, ratio)
-        for metric, key in _TEXTS.items():
+        for key in ("agreement", "kl", "word_perplexity", "byte_perplexity", "bits_per_byte"):
             if row.get(key) is not None:
+                metric = {"agreement": "same token", "kl": "KL"}.get(key, key.replace("_", " "))
                 yield Measurement(case, subject, metric, row[key], _spread(row, key))
         for key, value in answers.items():
             if key not in ("answers", "example") and value is not None:

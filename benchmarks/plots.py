@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito 2008, "Color Universal Design"; each with a marker of its own, for prints without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = "os^DvPX*"
 _GREY = "#444444"
 
 Point = tuple[float, float | None, tuple[float, float] | None]
@@ -25,33 +25,26 @@ Point = tuple[float, float | None, tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
-class Line:
-    """dashed: one that is modelled, or goes with another of its `number`, which is its colour and marker."""
-
-    name: str
-    points: Sequence[Point]
-    number: int = 0
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
 class Panel:
-    """Lines over one x. ticks: names of x = 0, 1, …; empty: numbers. bottom, top: of y; None: as the lines need."""
+    """Lines, by name, over one x. ticks: names of x = 0, 1, …; empty: numbers. bottom: of y; None: as they need."""
 
     title: str
     y_label: str
-    lines: Sequence[Line]
+    lines: Mapping[str, Sequence[Point]]
     x_label: str = "depth (units removed)"
     ticks: Sequence[str] = ()
     bottom: float | None = None
-    top: float | None = None
 
 
 @contextmanager
 def _figure(
-    stem: Path, title: str, names: Sequence[str], size: tuple[float, float], columns: int,
-    suffixes: Sequence[str], share_y: bool,
-) -> Iterator[list[Axes]]:  # fmt: skip
+    stem: Path,
+    title: str,
+    names: Sequence[str],
+    columns: int,
+    size: tuple[float, float],
+    suffixes: Sequence[str],
+) -> Iterator[list[Axes]]:
     """Axes for each of `names`, `size` inches; at the end they are written. Raises ConfigError if they cannot be."""
     import matplotlib
 
@@ -63,16 +56,13 @@ def _figure(
     inches = (max(5.6, size[0] * columns), size[1] * rows + 0.8)  # as wide as a heading
     # A fixed salt and no date: the same figures are the same bytes. Names of models are no formulas.
     look: Any = {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
-    look |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    with pyplot.rc_context(look):
-        drawn, grid = pyplot.subplots(
-            rows, columns, figsize=inches, layout="constrained", squeeze=False, sharey=share_y
-        )
+    look |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "grid.alpha": 0.25}
+    with pyplot.rc_context(look | {"axes.grid": True, "axes.axisbelow": True}):
+        drawn, grid = pyplot.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
         try:
             drawn.suptitle(title, fontsize=11)
             for axes, name in zip(grid.flat, names, strict=False):
-                axes.set_title(name, fontsize=9.5)
-                axes.grid(alpha=0.25)
+                axes.set_title(name)
             for axes in grid.flat[len(names) :]:
                 axes.remove()
             yield list(grid.flat[: len(names)])
@@ -85,61 +75,40 @@ def _figure(
             pyplot.close(drawn)
 
 
-def draw_lines(
-    stem: Path,
-    title: str,
-    panels: Sequence[Panel],
-    *,
-    columns: int = 3,
-    size: tuple[float, float] = (3.3, 2.9),
-    suffixes: Sequence[str] = (".png",),
-    share_y: bool = False,
-    recommended: int | None = None,
-    log: bool = False,
-) -> None:
-    """Panels of lines with intervals, written to `stem` with each suffix. Raises ConfigError.
-
-    share_y: one range of y for all. recommended: a depth with a line of its own. log: of y.
-    """
+def draw_lines(stem: Path, title: str, panels: Sequence[Panel], suffixes: Sequence[str] = (".png",)) -> None:
+    """Panels of lines with intervals, written to `stem` with each suffix. Raises ConfigError."""
     named: dict[str, Any] = {}
-    with _figure(stem, title, [each.title for each in panels], size, columns, suffixes, share_y) as grid:
+    names, columns = [panel.title for panel in panels], 2 if len(panels) == 4 else 3
+    with _figure(stem, title, names, columns, (3.3, 2.7), suffixes) as grid:
         for axes, panel in zip(grid, panels, strict=True):
-            for line in panel.lines:
-                _draw_line(axes, line)
-            if recommended is not None:
-                label = f"recommended: {recommended}"
-                axes.axvline(recommended, color=_GREY, linewidth=1, linestyle=":", label=label)
+            for name, points in panel.lines.items():
+                number = list(named).index(name) if name in named else len(named)
+                known = [(x, y, ends or (y, y)) for x, y, ends in points if y is not None]
+                named[name] = axes.errorbar(
+                    [x for x, *_ in known],
+                    [y for _, y, _ in known],
+                    yerr=_whiskers([(y, ends) for _, y, ends in known]),
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=4.5,
+                    zorder=3 - number / 100,  # the first on top
+                )
             if panel.ticks:
                 axes.set_xticks(range(len(panel.ticks)), panel.ticks)
                 axes.margins(x=0.08)
             axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-            if panel.bottom is not None:
-                axes.set_ylim(panel.bottom, panel.top)
-            if log:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("{x:g}")
-            handles, labels = axes.get_legend_handles_labels()
-            named |= dict(zip(map(str, labels), handles, strict=True))
-        grid[0].figure.legend(  # below all panels: where lines leave room is not known
-            list(named.values()), list(named), frameon=False, loc="outside lower center",
-            ncols=min(2, len(named)),
-        )  # fmt: skip
+            axes.set_ylim(bottom=panel.bottom)
+        # Below all panels: where lines leave room is not known.
+        below: Any = {"loc": "outside lower center", "frameon": False, "ncols": min(2, len(named))}
+        grid[0].figure.legend(list(named.values()), list(named), **below)
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
-    x, y, ends = zip(*((x, y, ends or (y, y)) for x, y, ends in line.points if y is not None), strict=True)
-    number = line.number % len(COLOURS)
-    if line.dashed:
-        axes.plot(x, y, linewidth=1.2, linestyle="--", color=COLOURS[number], label=line.name)
-        return
-    label = line.name + (", 95 % interval" if any(each for *_, each in line.points) else "")
-    below = [max(0.0, value - low) for value, (low, _) in zip(y, ends, strict=True)]
-    above = [max(0.0, high - value) for value, (_, high) in zip(y, ends, strict=True)]
-    axes.errorbar(
-        x, y, yerr=[below, above], elinewidth=1.2, linewidth=1.6, markersize=4.5, color=COLOURS[number],
-        marker=MARKERS[number], label=label,
-    )  # fmt: skip
+def _whiskers(found: Sequence[tuple[float, tuple[float, float]]]) -> list[list[float]]:
+    """How far the ends of intervals are below and above their values."""
+    return [
+        [max(0.0, value - low) for value, (low, _) in found],
+        [max(0.0, high - value) for value, (_, high) in found],
+    ]
 
 
 def draw_result(result: Result, stem: Path) -> list[Path]:
@@ -147,12 +116,7 @@ def draw_result(result: Result, stem: Path) -> list[Path]:
 
     Speed by depth, quality by depth, load by level, ratios to other engines. Raises ConfigError.
     """
-    kinds: Mapping[str, Callable[[Result, Path], bool]] = {
-        "speed": draw_speed,
-        "quality": draw_quality,
-        "load": _draw_load,
-        "ratios": _draw_ratios,
-    }
+    kinds = {"speed": draw_speed, "quality": draw_quality, "load": _draw_load, "ratios": _draw_ratios}
     stems = {stem.with_name(f"{stem.name}-{name}"): draw for name, draw in kinds.items()}
     return [path.with_name(f"{path.name}.png") for path, draw in stems.items() if draw(result, path)]
 
@@ -184,15 +148,15 @@ def draw_speed(result: Result, stem: Path) -> bool:
     for case, found in _depths(result, "tokens/s").items():
         if any(each.ratio for _, each in found):
             ratios = [(depth, each.ratio or Ratio(1.0)) for depth, each in found]
-            measured = [(depth, ratio.estimate, _ends(ratio)) for depth, ratio in ratios]
             ideal = [(depth, each.facts.get("ideal_speedup"), None) for depth, each in found]
-            lines = [Line("measured", measured)]
-            if any(y is not None for _, y, _ in ideal):
-                lines.append(Line("ideal (modelled)", ideal, 6, dashed=True))
+            lines: dict[str, list[Point]] = {
+                "measured, 95 % interval": [(depth, each.estimate, _ends(each)) for depth, each in ratios],
+                "ideal (modelled)": [point for point in ideal if point[1] is not None],
+            }
+            lines = {name: points for name, points in lines.items() if points}
             panels.append(Panel(case, "times as fast as depth 0", lines))
     if panels:
-        title = f"Speed by depth: {_heading(result)}"
-        draw_lines(stem, title, panels, columns=2, size=(3.6, 2.4), share_y=True)
+        draw_lines(stem, f"Speed by depth: {_heading(result)}", panels)
     return bool(panels)
 
 
@@ -205,40 +169,36 @@ _QUALITY = {
 
 def draw_quality(result: Result, stem: Path, suffixes: Sequence[str] = (".png",)) -> bool:
     """Perplexity, agreement and divergence by depth with intervals, a line a text; False where there are none."""
-    panels = []
-    for metric, label in _QUALITY.items():
-        lines = [
-            Line(case, [(depth, each.value, each.spread) for depth, each in found], number)
-            for number, (case, found) in enumerate(_depths(result, metric).items())
-        ]
-        panels.append(Panel(metric, label, lines, bottom=0, top=1 if metric == "same token" else None))
-    if all(len(line.points) < 2 for line in panels[0].lines):
+    found = {metric: _depths(result, metric) for metric in _QUALITY}
+    if all(len(each) < 2 for each in found["perplexity"].values()):
         return False
-    panels = [panel for panel in panels if panel.lines]
-    draw_lines(stem, f"Quality by depth: {_heading(result)}", panels, suffixes=suffixes)
+    panels = []
+    for metric, cases in found.items():
+        lines = {case: [(depth, m.value, m.spread) for depth, m in each] for case, each in cases.items()}
+        if lines:
+            panels.append(Panel(metric, _QUALITY[metric], lines, bottom=0))
+    draw_lines(stem, f"Quality by depth, intervals of 95 %: {_heading(result)}", panels, suffixes)
     return True
 
 
 def _draw_load(result: Result, stem: Path) -> bool:
-    """Throughput, time to first token and time per token by level of load, a line a server."""
+    """Throughput, and median times to first token and per token, a line a server, by level of load."""
     values = {each.key: each.value for each in result.measurements if each.value is not None}
     levels, subjects, metrics = (list(dict.fromkeys(key[place] for key in values)) for place in range(3))
     if len(levels) < 2 or "TTFT p50 ms" not in metrics:
         return False
     panels = []
-    for name, label in (("tokens/s", "tokens/s"), ("TTFT {} ms", "TTFT, ms"), ("TPOT {} ms", "TPOT, ms")):
-        lines = []
-        for number, subject in enumerate(subjects):
-            for percentile in ("p50", "p99"):
-                metric, dashed = name.format(percentile), percentile == "p99"
-                if metric in metrics and not (dashed and metric == name):
-                    points = [
-                        (at, values.get((level, subject, metric)), None) for at, level in enumerate(levels)
-                    ]
-                    part = "99th percentile" if dashed else "median"
-                    lines.append(Line(f"{subject}, {part}", points, number, dashed))
+    for metric in ("tokens/s", "TTFT p50 ms", "TPOT p50 ms"):
+        lines: dict[str, list[Point]] = {}
+        for subject in subjects:
+            for place, level in enumerate(levels):
+                value, most = (
+                    values.get((level, subject, name)) for name in (metric, metric.replace("p50", "p99"))
+                )
+                ends = None if value is None or most is None else (value, most)
+                lines.setdefault(subject, []).append((place, value, ends))
         ticks = [level.partition(",")[0] for level in levels]
-        panels.append(Panel(label, "", lines, "", ticks, bottom=0))
+        panels.append(Panel(metric.replace("p50 ms", "p50, up to p99, ms"), "", lines, "", ticks, bottom=0))
     draw_lines(stem, f"By level of load: {_heading(result)}", panels)
     return True
 
@@ -248,46 +208,36 @@ def _draw_ratios(result: Result, stem: Path) -> bool:
 
     The cases are "TEST beside PEER".
     """
-    tests: dict[str, list[tuple[str, Ratio]]] = {}
+    tests: dict[str, dict[str, Ratio]] = {}
     for each in result.measurements:
         test, beside, peer = each.case.partition(" beside ")
         if beside and each.ratio is not None and each.metric == "tokens/s":
-            tests.setdefault(test, []).append((f"{each.subject} to {peer}", each.ratio))
-    names = list(dict.fromkeys(name for bars in tests.values() for name, _ in bars))
-    if not names:
+            tests.setdefault(test, {})[f"{each.subject} to {peer}"] = each.ratio
+    if not tests:
         return False
-    size = (2.7 if len(tests) > 1 else 5.5, 0.5 + 0.24 * len(names))
+    size = (4.3, 0.5 + 0.24 * max(map(len, tests.values())))
     title = f"Times the tokens/s of other engines: {_heading(result)}"
-    with _figure(stem, title, list(tests), size, len(tests), (".png",), True) as grid:
+    with _figure(stem, title, list(tests), 2, size, (".png",)) as grid:
         for axes, bars in zip(grid, tests.values(), strict=True):
-            for name, ratio in bars:
-                place, (low, high) = names.index(name), _ends(ratio) or (ratio.estimate, ratio.estimate)
-                colour = COLOURS[0 if ratio.estimate >= 1 else 1]
-                axes.barh(place, ratio.estimate, height=0.65, color=colour, alpha=0.75)
-                axes.plot([low, high], [place, place], color=_GREY, linewidth=1.2)
-                axes.text(high, place, f" {ratio.estimate:.2f}", va="center", fontsize=7.5)
+            values = [ratio.estimate for ratio in bars.values()]
+            ends = [(each.estimate, _ends(each) or (each.estimate, each.estimate)) for each in bars.values()]
+            colours = [COLOURS[0 if value >= 1 else 1] for value in values]
+            look: Any = {"color": colours, "alpha": 0.75, "ecolor": _GREY, "height": 0.65}
+            drawn = axes.barh(list(bars), values, xerr=_whiskers(ends), **look)
+            axes.bar_label(drawn, fmt=" {:.2f}", fontsize=7.5)
             axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
             axes.grid(visible=False, axis="y")
-            axes.tick_params(axis="y", length=0)
-            axes.set_xlim(0, 1.22 * axes.get_xlim()[1])
-            axes.locator_params(axis="x", nbins=4)
-            axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        grid[0].set_yticks(range(len(names)), names, fontsize=8)
-        grid[0].set_ylim(len(names) - 0.4, -0.6)
+            axes.margins(x=0.15)
+            axes.invert_yaxis()
     return True
 
 
 def draw_front(
-    stem: Path,
-    title: str,
-    perplexities: Mapping[str, Sequence[Point]],
-    speedups: Sequence[Point],
-    recommended: int,
+    stem: Path, title: str, perplexities: Mapping[str, Sequence[Point]], speedups: Sequence[Point]
 ) -> None:
     """Perplexity, by name of the text, and the predicted speedup by depth, as PNG and SVG. Raises ConfigError."""
-    lines = [Line(name, points, number) for number, (name, points) in enumerate(perplexities.items())]
-    panels = [Panel("perplexity", "perplexity (lower is better)", lines, bottom=0)]
+    panels = [Panel("perplexity", "perplexity (lower is better)", perplexities, bottom=0)]
     if speedups:
-        speed = Line("speedup, predicted", speedups, len(lines))
-        panels.append(Panel("speedup", "times as fast as depth 0", [speed], bottom=1))
-    draw_lines(stem, title, panels, suffixes=(".png", ".svg"), recommended=recommended)
+        lines = {"speedup, predicted": speedups}
+        panels.append(Panel("speedup", "times as fast as depth 0", lines, bottom=1))
+    draw_lines(stem, title, panels, (".png", ".svg"))

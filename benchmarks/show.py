@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,25 +110,18 @@ def _notes(result: Result) -> list[str]:
     return [*([] if result.complete else ["Interrupted: only what was complete is here."]), *result.notes]
 
 
-def print_result(result: Result, console: Console | None = None, *, below: float | None = None) -> None:
-    """Tables and notes on `console` (None: standard output); rows with a ratio under `below` are red."""
+def print_result(result: Result, console: Console | None = None) -> None:
+    """Tables and notes on `console`; None: standard output."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH)
     console.print(Text(facts_line(result)), soft_wrap=True)
-    low = {
-        (each.case, each.subject)
-        for each in result.measurements
-        if below is not None and each.ratio is not None and each.ratio.estimate < below
-    }
     for heads, rows in tables(result.measurements):
         drawn = RichTable(box=SIMPLE, pad_edge=False, collapse_padding=True)
         for place, head in enumerate(heads):
             drawn.add_column(Text(head), justify="left" if place < 2 else "right")
-        case = ""
         for row in rows:
-            case = row[0] or case
-            drawn.add_row(*map(Text, row), style="red" if (case, row[1]) in low else None)
+            drawn.add_row(*map(Text, row))
         console.print(drawn)
     for note in _notes(result):
         console.print(Text(note), soft_wrap=True)
@@ -140,26 +134,13 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ title }}</title><style>
-:root { color-scheme: light dark }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1em 0 }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
-img { max-width: 100%; background: white } code { overflow-wrap: anywhere }
-</style></head><body><h1>{{ title }}</h1>
-{% for section in sections %}<h2>{{ section.title }}</h2><p>{{ section.facts }}</p>
-{% if section.command %}<p><code>{{ section.command }}</code></p>{% endif %}
-{% for alt, data in section.plots %}<img alt="{{ alt }}" src="data:image/png;base64,{{ data }}">{% endfor %}
-{% for heads, rows in section.tables %}<div class="wide"><table><thead><tr>
-{% for cell in heads %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endfor %}{% if section.notes %}<ul>{% for note in section.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
-{% endfor %}</body></html>
-"""
+_STYLE = """<style>:root { color-scheme: light dark } body { font: 15px/1.5 system-ui, sans-serif; margin: 2em }
+td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
+td:nth-child(-n+2) { text-align: left } table { font-variant-numeric: tabular-nums } img { max-width: 100% }</style>"""
+
+
+def _html(tag: str, *lines: str) -> str:
+    return "".join(f"<{tag}>{escape(line)}</{tag}>" for line in lines)
 
 
 def check_report(folder: Path) -> None:
@@ -176,34 +157,29 @@ def write_report(folder: Path, results: Sequence[Result], title: str = "Measured
 
     Raises ConfigError for a folder that cannot be written.
     """
-    from jinja2 import Environment
-
     from sleb.benchmarks.plots import draw_result
 
     check_report(folder)
-    sections = []
     written: list[Path] = []
-    text, kinds = f"# {title}\n", [result.kind for result in results]
+    kinds = [result.kind for result in results]
+    text, page = f"# {title}\n", f"<!doctype html><meta charset=utf-8>{_STYLE}" + _html("h1", title)
     for place, result in enumerate(results):
         several = kinds.count(result.kind) > 1
         name = f"{result.kind}-{kinds[: place + 1].count(result.kind)}" if several else result.kind
-        plots = draw_result(result, folder / name)
-        section: dict[str, Any] = {
-            "title": name.replace("-", " "),
-            "facts": facts_line(result),
-            "command": result.environment.get("command"),
-            "tables": tables(result.measurements),
-            "plots": [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in plots],
-            "notes": _notes(result),
-        }
-        text += f"\n## {section['title']}\n\n{section['facts']}\n"
-        text += f"\n    {section['command']}\n" if section["command"] else ""
-        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
-        text += "".join("\n" + markdown(*each) for each in section["tables"])
-        text += "\n" + "".join(f"- {note}\n" for note in section["notes"]) if section["notes"] else ""
-        sections.append(section)
-        written += plots
-    page = Environment(autoescape=True).from_string(_PAGE).render(title=title, sections=sections)
+        heading, facts, notes = name.replace("-", " "), facts_line(result), _notes(result)
+        command = result.environment.get("command")
+        text += f"\n## {heading}\n\n{facts}\n" + (f"\n    {command}\n" if command else "")
+        page += _html("h2", heading) + _html("p", facts) + _html("pre", *([command] if command else ()))
+        for path in draw_result(result, folder / name):
+            written.append(path)
+            text += f"\n![{path.stem}]({path.name})\n"
+            data = base64.b64encode(path.read_bytes()).decode()
+            page += f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
+        for heads, rows in tables(result.measurements):
+            text += "\n" + markdown(heads, rows)
+            page += f"<table>{''.join('<tr>' + _html('td', *row) for row in (heads, *rows))}</table>"
+        text += "\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
+        page += _html("li", *notes)
     for path, content in ((folder / "report.md", text), (folder / "report.html", page)):
         write_text(path, content)
         written.append(path)

@@ -21,7 +21,7 @@ from typing import Any
 from common import run, say
 
 from sleb.benchmarks.environment import describe_environment, shown_command
-from sleb.benchmarks.plots import Line, Panel, Point, draw_lines
+from sleb.benchmarks.plots import Panel, Point, draw_lines
 from sleb.benchmarks.record import Measurement, Result
 from sleb.benchmarks.throughput import decode_seconds, greedy_params, plain_token_ids
 from sleb.benchmarks.turns import Case, Run, TurnOptions, Turns, measure
@@ -116,11 +116,11 @@ def draw(result: Result, stem: Path) -> None:
             lines.setdefault(each.case, []).append((each.facts["predicted ×"], each.value, None))
     panel = Panel(
         f"{result.settings['model']}: what to remove for a speedup",
-        "perplexity (log, lower is better)",
-        [Line(name, points, number) for number, (name, points) in enumerate(lines.items())],
+        "perplexity (lower is better)",
+        lines,
         "speedup of a decoding step, predicted (higher is better)",
     )
-    draw_lines(stem, "", [panel], size=(6.4, 3.6), suffixes=(".png", ".svg"), log=True)
+    draw_lines(stem, "", [panel], (".png", ".svg"))
 
 
 def main(model: Model, options: Options, turns: TurnOptions, output: OutputOptions) -> None:

@@ -128,8 +128,9 @@ def measure(
         layer_map = LayerMap("compared", None, scorer.num_blocks, tuple(units))
         # Choices are not nested, so each has an engine of its own, with the dense model to compare with.
         llm = LLM(model, layer_map, depths, dtype=options.dtype, device=options.device)
-        *_, answers = generate_answers(llm, PROMPTS, depths, options.answer_tokens)
-        facts |= {"answers looped": answers.looped, "early": answers.early, "identical": answers.identical}
+        *_, (answers, _) = generate_answers(llm, PROMPTS, depths, options.answer_tokens)
+        facts |= {"answers looped": answers["looped"], "early": answers.get("early")}
+        facts["identical"] = answers.get("identical")
     if perplexity is None:
         facts["failed"] = "its loss is no finite number"
     return Measurement(f"{len(units)} blocks", chosen.rule, "held-out perplexity", perplexity, facts=facts)

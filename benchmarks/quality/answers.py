@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import starmap, takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sleb.benchmarks.quality.texts import read_file
 from sleb.engine.llm import LLM
 from sleb.engine.outputs import Output
 from sleb.engine.requests.sampling_params import SamplingParams
@@ -39,46 +39,22 @@ PROMPTS = (
     "Write a polite email that asks for a day off.",
 )
 _LOOP_TIMES, _LOOP_TOKENS = 3, 12
-_SHORT = 4  # an answer below this fraction of the dense model's has stopped early
 
+Quality = dict[str, float]
+"""Figures of one depth's greedy answers by metric, those after "unfinished" not for the dense model itself.
 
-@dataclass(frozen=True)
-class GenerationQuality:
-    """Greedy answers of one depth. Those compared with the dense model's are None for the dense model itself.
-
-    Attributes:
-        answers: how many. mean_tokens: of an answer, its end-of-text token not counted.
-        repeated: share in which four tokens in a row come more than three times.
-        looped: share whose end is one piece said three times or more, twelve tokens at least.
-        empty: share without visible text. unfinished: share cut at the limit of tokens.
-        early: share that is empty or has less than a quarter of the dense answer's tokens.
-        identical: share with the same tokens. common_prefix: mean number of tokens before the first difference.
-        example: the first prompt whose answer is another one, with both and their common prefix.
-    """
-
-    answers: int
-    mean_tokens: float
-    repeated: float
-    looped: float
-    empty: float
-    unfinished: float
-    early: float | None = None
-    identical: float | None = None
-    common_prefix: float | None = None
-    example: Mapping[str, Any] | None = None
+mean tokens: of an answer, its end-of-text token not counted. repeated: share in which four tokens in a row come more
+than three times. looped: share whose end is one piece said three times or more, twelve tokens at least. empty: without
+visible text. unfinished: cut at the limit of tokens. early: empty, or below a quarter of the dense answer's tokens.
+identical: of the same tokens. common prefix: mean number of tokens before the first difference.
+"""
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
     """The prompts in a file, one a line, blank lines left out; those built in for None. Raises ConfigError."""
     if path is None:
         return PROMPTS
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(
-            f"--prompts {path} cannot be read ({reason}); name a text file, a prompt a line"
-        ) from None
+    lines = read_file(str(path), "--prompts", "name a text file, a prompt a line").splitlines()
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ConfigError(f"--prompts {path} holds no prompt; write one a line")
@@ -99,7 +75,7 @@ def generate_answers(
     depths: Sequence[int],
     num_tokens: int,
     on_progress: Callable[[int, int, int], None] = lambda depth, done, total: None,
-) -> Iterator[GenerationQuality]:
+) -> Iterator[tuple[Quality, Mapping[str, Any] | None]]:
     """The quality of each depth's answers, in the order of the depths; the first is the dense one.
 
     on_progress: the depth, and how many tokens there are of at most how many. Raises RequestError.
@@ -125,20 +101,22 @@ def generate_answers(
 
 def summarise(
     prompts: Sequence[str], answers: Sequence[Output], dense: Sequence[Output] | None
-) -> GenerationQuality:
-    """The numbers of one depth; `dense` are the dense model's answers, None if these are."""
+) -> tuple[Quality, Mapping[str, Any] | None]:
+    """The figures of one depth, and the first prompt that the dense model answers otherwise, with both answers.
+
+    dense: the dense model's answers, None if these are.
+    """
     ids = list(map(spoken, answers))
     empty = [not answer.text.strip() for answer in answers]
-    found = GenerationQuality(
-        len(answers),
-        mean_tokens=fmean(map(len, ids)),
-        repeated=fmean(map(is_repetitive, ids)),
-        looped=fmean(map(has_looped_tail, ids)),
-        empty=fmean(empty),
-        unfinished=fmean(answer.finish_reason == "length" for answer in answers),
-    )
+    found: Quality = {
+        "mean tokens": fmean(map(len, ids)),
+        "repeated": fmean(map(is_repetitive, ids)),
+        "looped": fmean(map(has_looped_tail, ids)),
+        "empty": fmean(empty),
+        "unfinished": fmean(answer.finish_reason == "length" for answer in answers),
+    }
     if dense is None:
-        return found
+        return found, None
     pairs = list(zip(ids, map(spoken, dense), strict=True))
     prefixes = list(starmap(common_prefix, pairs))
     examples = [
@@ -146,15 +124,10 @@ def summarise(
         for prompt, own, other, prefix, pair in zip(prompts, answers, dense, prefixes, pairs, strict=True)
         if pair[0] != pair[1]
     ]
-    return replace(
-        found,
-        early=fmean(
-            none or _SHORT * len(own) < len(other) for none, (own, other) in zip(empty, pairs, strict=True)
-        ),
-        identical=1 - len(examples) / len(pairs),
-        common_prefix=fmean(prefixes),
-        example=examples[0] if examples else None,
-    )
+    short = [4 * len(own) < len(other) for own, other in pairs]
+    found["early"] = fmean(map(any, zip(empty, short, strict=True)))
+    found |= {"identical": 1 - len(examples) / len(pairs), "common prefix": fmean(prefixes)}
+    return found, examples[0] if examples else None
 
 
 def spoken(answer: Output) -> list[int]:

@@ -16,9 +16,8 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +28,7 @@ from sleb.benchmarks.quality.interval import Estimate, choose_num_batches, estim
 from sleb.benchmarks.quality.options import EvalOptions
 from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, score_texts
 from sleb.benchmarks.quality.tasks import DEFAULT_MAX_LENGTH, TaskOptions, find_lm_eval, run_tasks
-from sleb.benchmarks.quality.texts import (
-    LM_EVAL_SPARE,
-    WindowedText,
-    cut_text,
-    default_seqlen,
-    read_text,
-)
+from sleb.benchmarks.quality.texts import LM_EVAL_SPARE, WindowedText, cut_text, default_seqlen, read_text
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.engine.chain import load_layer_map
 from sleb.engine.llm import LLM
@@ -56,20 +49,8 @@ _OF_TEXTS = (
 )
 _OF_ANSWERS = (
     "repeated: four tokens in a row come more than three times. looped: the end is one piece said three times or more. "
-    "unfinished: cut at the limit of tokens. early: empty, or below a quarter of the dense answer's tokens. common "
-    "prefix: tokens before the first that differs from the dense answer."
+    "early: empty, or below a quarter of the dense answer's tokens. common prefix: tokens before the first difference."
 )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is read and resolved before a model is loaded. executable: lm_eval's, where there are tasks."""
-
-    layer_map: LayerMap
-    depths: tuple[int, ...]
-    texts: list[WindowedText]
-    prompts: tuple[str, ...]
-    executable: Path | None
 
 
 def run_eval(
@@ -82,87 +63,134 @@ def run_eval(
     command: the command line to record. The settings have a "problem" where a later part failed. Raises SlebError
     subclasses while nothing is measured yet.
     """
-    plan, settings = _prepare(options)
-    result = Result("eval", {}, settings)
-    shown = shown_command(command, options.model)
+    evaluation = _Evaluation(options, shown_command(command, options.model), on_progress)
+    result = evaluation.result
     try:
-        if plan.texts:
-            _measure_texts(result, options, plan, shown, on_progress)
+        if evaluation.texts:
+            evaluation.measure_texts()
         if options.generate or options.tasks:
-            llm = _load_engine(options, plan, on_progress)
-            environment = describe_environment(llm.engine, shown)
-            result.environment = result.environment or environment
-            settings["engine_kernels"] = environment["kernels"]
-            if options.generate:
-                _measure_answers(result, llm, options, plan, on_progress)
-            if plan.executable is not None:
-                _measure_tasks(result, llm, options, plan, plan.executable, on_progress)
+            evaluation.measure_served(
+                _load_engine(options, evaluation.layer_map, evaluation.depths, on_progress)
+            )
     except KeyboardInterrupt:
         result.complete = False
     except SlebError as error:
         if not result.measurements:
             raise
-        result.complete, settings["problem"] = False, str(error)
+        result.complete, result.settings["problem"] = False, str(error)
     return result
 
 
-def _prepare(options: EvalOptions) -> tuple[_Plan, dict[str, Any]]:
-    """The plan, and what to record of it. Raises SlebError subclasses."""
-    options.check()
-    texts = [read_text(source) for source in options.text]
-    prompts = read_prompts(options.prompts)
-    executable = find_lm_eval(options.lm_eval) if options.tasks else None
-    resolve_device(options.device)
-    resolved = resolve_model(options.model)
-    spec = resolve_spec(resolved.path)
-    layer_map, shipped = load_layer_map(options.layer_map, resolved, spec)
-    depths = options.chosen_depths(layer_map, resolved.name)
-    model = {
-        "name": resolved.name.lower(),
-        "architecture": spec.architecture,
-        "num_blocks": spec.num_blocks,
-        "layer_map": "shipped" if shipped else "given" if layer_map.max_depth else "none",
-        "fingerprint": spec.fingerprint,
-        "removed": [str(unit) for unit in layer_map.removed[: depths[-1]]],
-    }
-    settings: dict[str, Any] = {"model": model, "dtype": options.dtype, "weights": options.weights}
-    windowed: list[WindowedText] = []
-    if texts:
-        seqlen = options.seqlen or default_seqlen(options.windows_like, spec.max_positions)
-        if seqlen > spec.max_positions:
-            raise ConfigError(
-                f"--seqlen {seqlen} is longer than the context of {resolved.name}: {spec.max_positions} at most"
-            )
-        processor = TextProcessor(resolved.path)
-        windowed = [
-            cut_text(each, processor, options.windows_like, seqlen, options.windows) for each in texts
-        ]
-        settings |= {"dataset": "+".join(text.name for text in texts), "windows_like": options.windows_like}
-        settings["seqlen"] = seqlen
-    return _Plan(layer_map, depths, windowed, prompts, executable), settings
+class _Evaluation:
+    """What is read and resolved before a model is loaded, and the result as far as it is there.
 
+    Raises SlebError subclasses.
+    """
 
-def _measure_texts(
-    result: Result, options: EvalOptions, plan: _Plan, command: Sequence[str], on_progress: OnProgress
-) -> None:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    on_progress("loading the model", 0, 0)
-    scorer = DecoderScorer.load(options.model, options.dtype, options.device, options.weights)
-    result.environment = describe_machine(scorer.device, scorer.dtype, "torch", command)
-    found: list[TextScores] = []
-    chain, told = Chain.of(plan.layer_map, plan.depths), partial(on_progress, "scoring the text")
-    try:
-        score_texts(scorer, chain, plan.texts, found, told)
-    finally:  # an interrupt loses the windows under way alone
-        found = [scores for scores in found if scores.batches]
-        if found:
-            result.measurements += measure_scores(found, plan.depths)
-            result.settings["dataset"] = "+".join(scores.text.text.name for scores in found)
-            result.settings["windows"] = [scores.num_windows for scores in found]
-            result.notes.append(_OF_TEXTS)
-            if any(each.value is None for each in result.measurements):
-                result.notes.append("A figure that is not a finite number is left out; try --dtype float32.")
+    def __init__(self, options: EvalOptions, command: Sequence[str], on_progress: OnProgress) -> None:
+        options.check()
+        self.options, self.command, self.on_progress = options, command, on_progress
+        texts = [read_text(source) for source in options.text]
+        self.prompts = read_prompts(options.prompts)
+        self.executable = find_lm_eval(options.lm_eval) if options.tasks else None
+        resolve_device(options.device)
+        resolved = resolve_model(options.model)
+        spec = resolve_spec(resolved.path)
+        self.layer_map, shipped = load_layer_map(options.layer_map, resolved, spec)
+        self.depths = options.chosen_depths(self.layer_map, resolved.name)
+        model = {
+            "name": resolved.name.lower(),
+            "architecture": spec.architecture,
+            "num_blocks": spec.num_blocks,
+            "layer_map": "shipped" if shipped else "given" if self.layer_map.max_depth else "none",
+            "fingerprint": spec.fingerprint,
+            "removed": [str(unit) for unit in self.layer_map.removed[: self.depths[-1]]],
+        }
+        settings: dict[str, Any] = {"model": model, "dtype": options.dtype, "weights": options.weights}
+        self.texts: list[WindowedText] = []
+        if texts:
+            scheme, most = options.windows_like, spec.max_positions
+            seqlen = options.seqlen or default_seqlen(scheme, most)
+            if seqlen > most:
+                raise ConfigError(
+                    f"--seqlen {seqlen} is longer than the context of {resolved.name}: {most} at most"
+                )
+            processor = TextProcessor(resolved.path)
+            self.texts = [cut_text(text, processor, scheme, seqlen, options.windows) for text in texts]
+            settings |= {"windows_like": scheme, "seqlen": seqlen}
+        self.result = Result("eval", {}, settings)
+
+    def measure_texts(self) -> None:
+        """Adds the figures of the texts' windows, as far as they are complete."""
+        options, result = self.options, self.result
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.on_progress("loading the model", 0, 0)
+        scorer = DecoderScorer.load(options.model, options.dtype, options.device, options.weights)
+        result.environment = describe_machine(scorer.device, scorer.dtype, "torch", self.command)
+        found: list[TextScores] = []
+        chain, told = Chain.of(self.layer_map, self.depths), partial(self.on_progress, "scoring the text")
+        try:
+            score_texts(scorer, chain, self.texts, found, told)
+        finally:  # an interrupt loses the windows under way alone
+            found = [scores for scores in found if scores.batches]
+            if found:
+                result.measurements += measure_scores(found, self.depths)
+                result.settings["dataset"] = "+".join(scores.text.text.name for scores in found)
+                result.settings["windows"] = [scores.num_windows for scores in found]
+                result.notes.append(_OF_TEXTS)
+                if any(each.value is None for each in result.measurements):
+                    result.notes.append("A figure that is no finite number is left out; try --dtype float32.")
+
+    def measure_served(self, llm: LLM) -> None:
+        """Adds the figures of answers, and of lm-eval's tasks, depth by depth."""
+        options, result = self.options, self.result
+        environment = describe_environment(llm.engine, self.command)
+        result.environment = result.environment or environment
+        result.settings["engine_kernels"] = environment["kernels"]
+        if options.generate:
+            result.settings |= {"prompts": len(self.prompts), "output_tokens": options.output_tokens}
+            result.settings["chat_template"] = llm.engine.text.chat_template is not None
+            result.notes.append(_OF_ANSWERS)
+
+            def answering(depth: int, done: int, total: int) -> None:
+                self.on_progress(f"answering at depth {depth}", done, total)
+
+            answers = generate_answers(llm, self.prompts, self.depths, options.output_tokens, answering)
+            for depth, (figures, example) in zip(self.depths, answers, strict=True):
+                for metric, value in figures.items():
+                    facts = {"depth": depth} | ({"example": example} if metric == "mean tokens" else {})
+                    self._add(f"{len(self.prompts)} answers", metric, value, facts)
+        if self.executable is None:
+            return
+        most = min(llm.engine.max_model_len, DEFAULT_MAX_LENGTH)
+        if options.windows_like == "lm-eval" and options.seqlen is not None:
+            most = min(
+                llm.engine.max_model_len, options.seqlen + LM_EVAL_SPARE
+            )  # the windows of the same text
+        asked = TaskOptions(self.executable, options.tasks, options.limit, options.include_path, most)
+        result.settings |= {"limit": asked.limit, "lm_eval_max_length": asked.max_length}
+
+        def asking(depth: int) -> None:
+            self.on_progress(f"lm-eval at depth {depth}", self.depths.index(depth), len(self.depths))
+
+        for depth, scores in zip(self.depths, run_tasks(llm, self.depths, asked, asking), strict=True):
+            for task, metrics in scores.items():
+                for metric, (value, error) in metrics.items():
+                    spread = None if error is None else (value - 1.96 * error, value + 1.96 * error)
+                    facts = {"depth": depth, "standard_error": error}
+                    self._add(task, metric.replace("_", " "), value, facts, spread)
+
+    def _add(
+        self,
+        case: str,
+        metric: str,
+        value: float,
+        facts: dict[str, Any],
+        spread: tuple[float, float] | None = None,
+    ) -> None:
+        subject = f"depth {facts['depth']}"
+        self.result.measurements.append(Measurement(case, subject, metric, value, spread, facts=facts))
 
 
 def measure_scores(found: Sequence[TextScores], depths: Sequence[int]) -> list[Measurement]:
@@ -210,55 +238,15 @@ def _figures(texts: Sequence[TextScores], depths: Sequence[int]) -> Iterator[Mea
             yield Measurement(case, f"depth {depth}", metric, value, spread, ratio, facts)
 
 
-def _load_engine(options: EvalOptions, plan: _Plan, on_progress: OnProgress) -> LLM:
+def _load_engine(
+    options: EvalOptions, layer_map: LayerMap, depths: Sequence[int], on_progress: OnProgress
+) -> LLM:
     gc.collect()  # the scorer's weights
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what it held would be missing from the KV cache's share
     on_progress("loading the engine", 0, 0)
-    names = ("dtype", "weights", "device", "threads")
-    asked: dict[str, Any] = {name: getattr(options, name) for name in names}
+    asked: dict[str, Any] = {
+        name: getattr(options, name) for name in ("dtype", "weights", "device", "threads")
+    }
     told = partial(on_progress, "loading the engine")
-    return LLM(options.model, plan.layer_map, plan.depths, on_progress=told, **asked)
-
-
-def _measure_answers(
-    result: Result, llm: LLM, options: EvalOptions, plan: _Plan, on_progress: OnProgress
-) -> None:
-    result.settings |= {"prompts": len(plan.prompts), "output_tokens": options.output_tokens}
-    result.settings["chat_template"] = llm.engine.text.chat_template is not None
-    result.notes.append(_OF_ANSWERS)
-
-    def told(depth: int, done: int, total: int) -> None:
-        on_progress(f"answering at depth {depth}", done, total)
-
-    answers = generate_answers(llm, plan.prompts, plan.depths, options.output_tokens, told)
-    for depth, quality in zip(plan.depths, answers, strict=True):
-        facts = {"depth": depth, "example": quality.example}
-        for name, value in vars(quality).items():
-            if name not in ("answers", "example") and value is not None:
-                case, metric = f"{quality.answers} answers", name.replace("_", " ")
-                result.measurements.append(Measurement(case, f"depth {depth}", metric, value, facts=facts))
-                facts = {"depth": depth}  # the first alone has the example
-
-
-def _measure_tasks(
-    result: Result, llm: LLM, options: EvalOptions, plan: _Plan, executable: Path, on_progress: OnProgress
-) -> None:
-    most = DEFAULT_MAX_LENGTH
-    if options.windows_like == "lm-eval" and options.seqlen is not None:
-        most = options.seqlen + LM_EVAL_SPARE  # then its windows are those of the same text
-    most = min(llm.engine.max_model_len, most)
-    asked = TaskOptions(executable, options.tasks, options.limit, options.include_path, most)
-    result.settings |= {"limit": asked.limit, "lm_eval_max_length": asked.max_length}
-
-    def told(depth: int) -> None:
-        on_progress(f"lm-eval at depth {depth}", plan.depths.index(depth), len(plan.depths))
-
-    for depth, scores in zip(plan.depths, run_tasks(llm, plan.depths, asked, told), strict=True):
-        for task, metrics in scores.items():
-            for metric, score in metrics.items():
-                error, name = score.stderr, metric.replace("_", " ")
-                spread = None if error is None else (score.value - 1.96 * error, score.value + 1.96 * error)
-                facts = {"depth": depth, "standard_error": error}
-                found = Measurement(task, f"depth {depth}", name, score.value, spread, facts=facts)
-                result.measurements.append(found)
+    return LLM(options.model, layer_map, depths, on_progress=told, **asked)

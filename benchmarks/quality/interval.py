@@ -1,17 +1,14 @@
 """Confidence intervals for means over a text, whose tokens are anything but independent.
 
 Batch means (Schmeiser 1982, "Batch size effects in the analysis of simulation output", Operations Research 30): the
-values, in the order of the text, are cut into k stretches of equal length. Means of long stretches are nearly normal
-and nearly independent, so Student's t with k − 1 degrees of freedom over them gives the interval. Schmeiser shows that
-10 to 30 batches are enough. Here k is 30, and becomes 20 or 10 while neighbouring stretches still seem alike: while
-their lag-1 autocorrelation r, by which Law & Carson 1979 ("A sequential procedure for determining the length of a
-steady-state simulation", Operations Research 27) judge the length of batches, is above 0.84 / √k. That is a test at
-20 %: stretches that are too short cost coverage, stretches that are needlessly long only a little width.
+values, in the order of the text, are cut into k stretches of equal length, whose means are nearly normal and nearly
+independent, so Student's t with k − 1 degrees of freedom gives the interval. Schmeiser shows that 10 to 30 are enough.
+Here k is 30, and becomes 20 or 10 while the stretches' lag-1 autocorrelation, by which Law & Carson 1979 ("A sequential
+procedure for determining the length of a steady-state simulation", Operations Research 27) judge their length, is above
+0.84 / √k, a test at 20 %: stretches that are too short cost coverage, needlessly long ones only a little width.
 
-What is compared with the dense model is compared on the same tokens: the interval is that of the paired differences,
-in which what makes a stretch of text easy or hard for both cancels.
-
-An interval speaks about text like the one that was given. A single article says little about others.
+What is compared with the dense model is so on the same tokens, by paired differences: what makes a stretch of text hard
+for both cancels. An interval speaks about text like the one that was given.
 """
 
 from __future__ import annotations

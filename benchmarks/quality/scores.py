@@ -23,10 +23,8 @@ from sleb.engine.model.scoring import DecoderScorer
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.units import Unit
 
-# Tokens that run at once; a longer window runs alone. What an interrupt loses at most.
-_BATCH_TOKENS = 2048
-# Logits at once: 32 MiB in float32 for each of the two models that are compared.
-_LOGIT_ENTRIES = 1 << 23
+_BATCH_TOKENS = 2048  # that run at once; a longer window runs alone. What an interrupt loses at most
+_LOGIT_ENTRIES = 1 << 23  # at once: 32 MiB in float32 for each of the two models that are compared
 
 
 class TokenScores(NamedTuple):
@@ -44,10 +42,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class TextScores:
-    """The scores of a text's windows as far as they are complete, a batch at a time.
-
-    batches: how many windows, and their tokens' scores at each depth.
-    """
+    """The scores of a text's windows as far as they are complete: of each batch how many, and its tokens' by depth."""
 
     text: WindowedText
     batches: list[tuple[int, list[TokenScores]]] = field(default_factory=list)

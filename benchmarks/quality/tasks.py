@@ -24,22 +24,15 @@ from sleb.engine.llm import LLM
 from sleb.errors import ConfigError, SlebError
 
 DEFAULT_MAX_LENGTH = 2048  # lm-eval's own, for models behind an API
-_CONCURRENT = 8
-_TIMEOUT = 3600  # seconds of one request: a queue of long ones on a CPU takes its time
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """A metric of a task. stderr: its standard error as lm-eval computes it, None where it does not."""
+Scores = dict[str, dict[str, tuple[float, float | None]]]
+"""By task, then by metric: the value, and its standard error where lm-eval computes one.
 
-    value: float
-    stderr: float | None
-
-
-Scores = dict[str, dict[str, TaskScore]]
-"""By task, then by metric; a filter's name follows the metric's where there is one, as in "exact_match,strict"."""
+A filter's name follows the metric's where there is one, as in "exact_match,strict".
+"""
 
 
 @dataclass(frozen=True)
@@ -54,16 +47,11 @@ class TaskOptions:
 
 
 def find_lm_eval(given: str | None) -> Path:
-    """The executable: the one given, else that beside this Python, else that on the PATH. Raises ConfigError."""
-    if given is not None:
-        found = shutil.which(os.path.expanduser(given))
-        if found is None:
-            raise ConfigError(
-                f"--lm-eval {given} is no executable; name the lm_eval of the environment it is in"
-            )
-        return Path(found)
-    beside = shutil.which("lm_eval", path=str(Path(sys.executable).parent))
-    found = beside or shutil.which("lm_eval")
+    """The executable: the one given, else that beside this Python or on the PATH. Raises ConfigError."""
+    places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    found = shutil.which("lm_eval", path=places) if given is None else shutil.which(os.path.expanduser(given))
+    if found is None and given is not None:
+        raise ConfigError(f"--lm-eval {given} is no executable; name the lm_eval of the environment it is in")
     if found is None:
         raise ConfigError(
             "--tasks needs lm-eval, which is not installed: pip install 'lm_eval[api]', or name the executable of "
@@ -143,38 +131,31 @@ def lm_eval_command(options: TaskOptions, url: str, model: str, folder: str) -> 
         "base_url": f"{url}/v1/completions",
         "tokenizer_backend": "remote",
         "max_length": options.max_length,
-        "num_concurrent": _CONCURRENT,
+        "num_concurrent": 8,
         "max_retries": 1,  # an answer that comes only when asked again would be a fault worth seeing
-        "timeout": _TIMEOUT,
+        "timeout": 3600,  # seconds of one request: a queue of long ones on a CPU takes its time
     }
     command = [str(options.executable), "--model", "local-completions", "--model_args"]
     command += [",".join(f"{name}={value}" for name, value in arguments.items())]
     command += ["--tasks", ",".join(options.tasks), "--output_path", folder]
-    if options.limit is not None:
-        command += ["--limit", str(options.limit)]
-    if options.include_path is not None:
-        command += ["--include_path", str(options.include_path)]
+    for flag, value in (("--limit", options.limit), ("--include_path", options.include_path)):
+        command += [] if value is None else [flag, str(value)]
     return command
 
 
 def read_results(content: Mapping[str, Any]) -> Scores:
     """The numbers in a results file of lm-eval: "acc,none" and "acc_stderr,none" become acc."""
     scores: Scores = {}
-    for task, metrics in content["results"].items():
-        found: dict[str, TaskScore] = {}
-        for key, value in metrics.items():
-            metric, _, chosen = key.partition(",")
-            if metric.endswith("_stderr") or not chosen or not _is_number(value):
-                continue
-            error = metrics.get(f"{metric}_stderr,{chosen}")
-            name = metric if chosen == "none" else key
-            found[name] = TaskScore(float(value), float(error) if _is_number(error) else None)
-        scores[task] = found
+    for task, found in content["results"].items():
+        numbers = {
+            key: float(value) for key, value in found.items() if isinstance(value, int | float) and "," in key
+        }
+        scores[task] = {
+            key.removesuffix(",none"): (value, numbers.get(key.replace(",", "_stderr,", 1)))
+            for key, value in numbers.items()
+            if "_stderr," not in key
+        }
     return scores
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _last_line(log: IO[bytes]) -> str:
@@ -185,12 +166,11 @@ def _last_line(log: IO[bytes]) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process that still runs, by force if it does not go, or if we are interrupted once more."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            process.kill()
-            process.wait()
+    process.terminate()
+    try:
+        process.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        process.kill()
+        process.wait()

@@ -28,10 +28,6 @@ from sleb.errors import ConfigError, SlebError
 if TYPE_CHECKING:
     from sleb.engine.text import TextProcessor
 
-_C4_FILE = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-_C4_DOCUMENTS = 1100
-_C4_WINDOWS = 256
-DEFAULT_SEQLEN = 2048
 # lm-eval over HTTP keeps two of its max_length tokens free: one for the prefix, one that the server has to generate.
 LM_EVAL_SPARE = 2
 
@@ -82,26 +78,28 @@ def read_text(source: str) -> Text:
         rows = _load_rows(source, "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
         return Text(source, "\n\n".join(rows))
     if source == "c4":
-        rows = _load_rows(source, "allenai/c4", data_files=_C4_FILE, split="validation")
-        return Text(source, " ".join(rows[:_C4_DOCUMENTS]), _C4_WINDOWS)
+        files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+        rows = _load_rows(source, "allenai/c4", data_files=files, split="validation")
+        return Text(source, " ".join(rows[:1100]), 256)
+    return Text(Path(source).name, read_file(source, "--text", "name a text file, or wikitext2 or c4"))
+
+
+def read_file(path: str, flag: str, remedy: str) -> str:
+    """The text in a file. Raises ConfigError that names the flag, the reason and the remedy."""
     try:
-        return Text(Path(source).name, Path(source).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(
-            f"--text {source} cannot be read as text ({reason}); name a text file, or wikitext2 or c4"
-        ) from None
+        raise ConfigError(f"{flag} {path} cannot be read as text ({reason}); {remedy}") from None
 
 
 def _load_rows(source: str, *path: str, **options: Any) -> Sequence[str]:
     try:
-        load_dataset = importlib.import_module("datasets").load_dataset
+        rows: Sequence[str] = importlib.import_module("datasets").load_dataset(*path, **options)["text"]
     except ImportError:
         raise ConfigError(
             f"--text {source} needs the package datasets: pip install 'sleb[eval]', or name a text file"
         ) from None
-    try:
-        rows: Sequence[str] = load_dataset(*path, **options)["text"]
     except Exception as error:  # the package raises whatever its network and file layers do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SlebError(
@@ -112,7 +110,7 @@ def _load_rows(source: str, *path: str, **options: Any) -> Sequence[str]:
 
 def default_seqlen(scheme: str, max_length: int) -> int:
     """Tokens of a window where none are asked for: 2,048 or the model's context, less what lm-eval keeps free."""
-    return min(DEFAULT_SEQLEN, max_length) - (LM_EVAL_SPARE if scheme == "lm-eval" else 0)
+    return min(2048, max_length) - (LM_EVAL_SPARE if scheme == "lm-eval" else 0)
 
 
 def cut_text(
@@ -127,14 +125,12 @@ def cut_text(
     tokenizer.no_padding()
     token_ids = processor.encode(text.content, add_special_tokens=scheme == "sleb")
     if scheme == "sleb":
-        windows = packed_windows(token_ids, seqlen)
+        windows, least, remedy = packed_windows(token_ids, seqlen), f" of {seqlen}", " or a shorter --seqlen"
     else:
-        windows = rolling_windows(token_ids, prefix_token(processor), seqlen)
+        windows, least, remedy = rolling_windows(token_ids, prefix_token(processor), seqlen), "", ""
     if not windows:
-        least = f"one window of {seqlen}" if scheme == "sleb" else "one"
         raise ConfigError(
-            f"text {text.name} has {len(token_ids)} tokens, fewer than {least}; give a longer text"
-            + (" or a shorter --seqlen" if scheme == "sleb" else "")
+            f"text {text.name} has {len(token_ids)} tokens, fewer than one window{least}; give a longer text{remedy}"
         )
     kept = tuple(windows[: text.default_windows if num_windows is None else num_windows])
     return WindowedText(text, kept, scheme == "lm-eval" and len(kept) == len(windows))
@@ -160,8 +156,7 @@ def prefix_token(processor: TextProcessor) -> int:
     """The id of the beginning-of-text token, or else of the end-of-text token. Raises ConfigError without either."""
     assert processor.tokenizer is not None
     for name in ("bos_token", "eos_token"):
-        token = processor.named_tokens.get(name)
-        found: int | None = None if token is None else processor.tokenizer.token_to_id(token)
+        found: int | None = processor.tokenizer.token_to_id(processor.named_tokens.get(name) or "")
         if found is not None:
             return found
     raise ConfigError(

@@ -151,8 +151,8 @@ def draw_front(report: PruneReport, output: Path, console: Console) -> None:
         (point.depth, point.speedup, None) for point in points if point.speedup is not None
     ]
     stem = output.with_suffix("")
-    title = f"{layer_map.model}: quality and speed by depth"
-    plots.draw_front(stem, title, texts, speedups, layer_map.depth)
+    title = f"{layer_map.model}: quality and speed by depth, {layer_map.depth} recommended"
+    plots.draw_front(stem, title, texts, speedups)
     console.print(f"Plotted to {stem}.png and {stem}.svg.", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -81,10 +81,15 @@ class TestSummary:
             answer([2], "", "stop"),
             answer([1], " \n"),
         ]
-        found = summarise(["a", "b", "c", "d"], answers, None)
-        assert (found.answers, found.mean_tokens) == (4, (40 + 20 + 0 + 1) / 4)
-        assert (found.repeated, found.looped, found.empty, found.unfinished) == (0.25, 0.25, 0.5, 0.5)
-        assert (found.early, found.identical, found.common_prefix, found.example) == (None,) * 4
+        found, example = summarise(["a", "b", "c", "d"], answers, None)
+        assert found["mean tokens"] == (40 + 20 + 0 + 1) / 4
+        assert (found["repeated"], found["looped"], found["empty"], found["unfinished"]) == (
+            0.25,
+            0.25,
+            0.5,
+            0.5,
+        )
+        assert not {"early", "identical", "common prefix"} & found.keys() and example is None
 
     def test_against_the_dense_model(self):
         dense = [answer(PLAIN, "plain"), answer(PLAIN, "full"), answer(PLAIN), answer([1, 2], "two")]
@@ -94,17 +99,17 @@ class TestSummary:
             answer([*PLAIN[:10], 2], "a quarter", "stop"),
             answer([1, 9], "other"),
         ]
-        found = summarise(["a", "b", "c", "d"], pruned, dense)
-        assert (found.early, found.identical) == (0.25, 0.25)
-        assert found.common_prefix == (40 + 9 + 10 + 1) / 4
-        assert found.example == {"prompt": "b", "dense": "full", "pruned": "short", "common_prefix": 9}
+        found, example = summarise(["a", "b", "c", "d"], pruned, dense)
+        assert (found["early"], found["identical"]) == (0.25, 0.25)
+        assert found["common prefix"] == (40 + 9 + 10 + 1) / 4
+        assert example == {"prompt": "b", "dense": "full", "pruned": "short", "common_prefix": 9}
 
     def test_an_empty_answer_is_an_early_end(self):
-        found = summarise(["a"], [answer([3, 3], "  ")], [answer([1, 2], "ab")])
-        assert (found.early, found.empty) == (1.0, 1.0)
+        found, _ = summarise(["a"], [answer([3, 3], "  ")], [answer([1, 2], "ab")])
+        assert (found["early"], found["empty"]) == (1.0, 1.0)
 
     def test_equal_answers_have_no_example(self):
-        assert summarise(["a"], [answer([1])], [answer([1])]).example is None
+        assert summarise(["a"], [answer([1])], [answer([1])])[1] is None
 
 
 class TestPrompts:
@@ -142,7 +147,7 @@ def test_real_answers(tiny_model_dir, tiny_chain):
     llm = LLM(tiny_model_dir, tiny_chain, [0, 2], **options)
     llm.engine.text.generation_config |= {"temperature": 2.0, "repetition_penalty": 1.5}
     seen = []
-    dense, pruned = generate_answers(
+    (dense, _), (pruned, _) = generate_answers(
         llm, PROMPTS[:4], (0, 2), 24, lambda depth, done, total: seen.append((depth, done, total))
     )
     assert seen[-1][0] == 2 and {total for _, _, total in seen} == {4 * 24}
@@ -152,11 +157,11 @@ def test_real_answers(tiny_model_dir, tiny_chain):
         if depth:
             model.model.layers = torch.nn.ModuleList(model.model.layers[block] for block in (0, 2, 4, 5))
         expected[depth] = [greedy(model, ids, 24) for ids in encode_prompts(llm, PROMPTS[:4])]
-    assert dense.mean_tokens == sum(map(len, expected[0])) / 4
-    assert pruned.mean_tokens == sum(map(len, expected[2])) / 4
+    assert dense["mean tokens"] == sum(map(len, expected[0])) / 4
+    assert pruned["mean tokens"] == sum(map(len, expected[2])) / 4
     pairs = list(zip(expected[0], expected[2], strict=True))
-    assert pruned.identical == sum(one == other for one, other in pairs) / 4
-    assert pruned.common_prefix == sum(common_prefix(one, other) for one, other in pairs) / 4
+    assert pruned["identical"] == sum(one == other for one, other in pairs) / 4
+    assert pruned["common prefix"] == sum(common_prefix(one, other) for one, other in pairs) / 4
 
 
 def greedy(model, ids, limit):

@@ -15,7 +15,6 @@ from sleb import LLM
 from sleb.benchmarks.quality import tasks as quality_tasks
 from sleb.benchmarks.quality.tasks import (
     TaskOptions,
-    TaskScore,
     find_lm_eval,
     lm_eval_command,
     read_results,
@@ -61,8 +60,8 @@ RESULTS = {
 
 def test_results():
     assert read_results(RESULTS) == {
-        "arc_easy": {"acc": TaskScore(0.5, 0.1), "acc_norm": TaskScore(0.25, None)},
-        "gsm8k": {"exact_match,strict": TaskScore(1.0, 0.0)},
+        "arc_easy": {"acc": (0.5, 0.1), "acc_norm": (0.25, None)},
+        "gsm8k": {"exact_match,strict": (1.0, 0.0)},
     }
 
 
@@ -129,7 +128,7 @@ def test_every_depth(llm, script):
     found = list(run_tasks(llm, (0, 2), options, seen.append))
     assert seen == [0, 2]
     lengths = [len("tiny-llama"), len("tiny-llama:sleb-2")]
-    assert found == [{task: {"acc": TaskScore(length, 0.5)} for task in ("one", "two")} for length in lengths]
+    assert found == [{task: {"acc": (length, 0.5)} for task in ("one", "two")} for length in lengths]
 
 
 @pytest.mark.parametrize(

@@ -172,16 +172,17 @@ def test_a_plot_shows_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lambda self, x, y, **more: (drawn.append((x, y, more["yerr"])), original(self, x, y, **more))[1],
     )
     draw_result(speed(), tmp_path / "x")
-    assert len(drawn) == 2
+    assert len(drawn) == 4  # in each panel the measured line, and the ideal
+    assert drawn[1][:2] == ([0, 3, 6], pytest.approx([1, 1 + 3 / 90, 1 + 6 / 90]))
     x, y, (below, above) = drawn[0]
-    assert (list(x), list(y)) == ([0, 3, 6], [1.0, 1.03, 1.06])
+    assert (x, y) == ([0, 3, 6], [1.0, 1.03, 1.06])
     assert below == pytest.approx([0, 0.015, 0.03])
     assert above == pytest.approx([0, 0.03, 0.06])
 
 
 def test_a_front_is_a_png_and_an_svg_whose_names_are_no_formulas(tmp_path: Path) -> None:
     texts = {"a $x_1$ text": [(0, 20.0, None), (1, 22.0, None)]}
-    draw_front(tmp_path / "front", "t", texts, [(0, 1.0, None), (1, 1.1, None)], 1)
+    draw_front(tmp_path / "front", "t", texts, [(0, 1.0, None), (1, 1.1, None)])
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "a $x_1$ text" in (tmp_path / "front.svg").read_text("utf-8")
 

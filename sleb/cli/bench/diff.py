@@ -32,7 +32,7 @@ def diff(
     if json_path is not None:
         check_writable(json_path)
     found = show.diff(load(a), load(b))
-    show.print_result(found, below=fail_below)
+    show.print_result(found)
     if json_path is not None:
         write_result(json_path, found)
     if fail_below is None:

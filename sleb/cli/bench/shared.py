@@ -42,14 +42,14 @@ class OutputOptions:
 
             check_report(self.report)
 
-    def show(self, result: Result, *, below: float | None = None) -> None:
+    def show(self, result: Result) -> None:
         """Prints a result and writes it, if it has any figures: an early Ctrl-C must not replace an older one by none.
 
-        Exit status 130 for one that was interrupted. below: rows with a ratio under it stand out.
+        Exit status 130 for one that was interrupted.
         """
         from sleb.benchmarks.show import print_result, write_report
 
-        print_result(result, below=below)
+        print_result(result)
         if result.measurements and self.json_path is not None:
             write_result(self.json_path, result)
         if result.measurements and self.report is not None:

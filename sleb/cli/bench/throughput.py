@@ -27,7 +27,7 @@ def throughput(options: ThroughputOptions, output: OutputOptions, model: Optiona
             on_progress=progress.run,
             on_turn=progress.turn,
         )
-    output.show(result, below=options.fail_below)
+    output.show(result)
     slow = [] if options.fail_below is None else too_slow(result, options.fail_below)
     if slow:
         typer.secho(
