@@ -94,9 +94,7 @@ def _throughput(document: Document) -> Iterator[Measurement]:
 def _serve(document: Document) -> Iterator[Measurement]:
     pairs = {(each["level"], each["metric"]): each for each in document.get("comparisons") or ()}
     settings = document.get("settings") or {}
-    sizes = (
-        f", {settings['prompt_tokens']} → {settings['output_tokens']}" if "prompt_tokens" in settings else ""
-    )
+    sizes = ", {prompt_tokens} → {output_tokens}".format(**settings) if "prompt_tokens" in settings else ""
     for row in document["rows"]:
         subject = row.get("label") or row.get("model_id") or "server"
         facts = {"failed": row["failed"]} if row.get("failed") else {}
@@ -145,13 +143,14 @@ def _quality(document: Document) -> Iterator[Measurement]:
 
 def _streams(document: Document) -> Iterator[Measurement]:
     """Depths alone and mixed, or one process and HTTP; the last has a ratio."""
-    settings, rates = document["settings"], document["tokens_per_second"]
-    case = f"generate {settings['streams']} × {settings['output_tokens']} after {settings['prompt_tokens']}"
-    last, ratio = "over HTTP" if "http" in rates else "mixed", _ratio(document, "ratio")
+    case = "generate {streams} × {output_tokens} after {prompt_tokens}".format(**document["settings"])
+    rates = document["tokens_per_second"]
     alone = {f"depth {depth}": rate for depth, rate in rates.get("alone", {}).items()}
     for subject, rate in (alone or {"in one process": rates["direct"]}).items():
         yield Measurement(case, subject, "tokens/s", rate)
-    yield Measurement(case, last, "tokens/s", rates["http" if "http" in rates else "mixed"], None, ratio)
+    last = "mixed" if alone else "http"
+    subject = "mixed" if alone else "over HTTP"
+    yield Measurement(case, subject, "tokens/s", rates[last], None, _ratio(document, "ratio"))
 
 
 def _formats(document: Document) -> Iterator[Measurement]:

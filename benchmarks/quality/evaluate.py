@@ -159,7 +159,8 @@ class _Evaluation:
             answers = generate_answers(llm, self.prompts, self.depths, options.output_tokens, answering)
             for depth, (figures, example) in zip(self.depths, answers, strict=True):
                 for metric, value in figures.items():
-                    facts = {"depth": depth} | ({"example": example} if metric == "mean tokens" else {})
+                    facts: dict[str, Any] = {"depth": depth}
+                    facts |= {"example": example} if metric == "mean tokens" else {}
                     self._add(f"{len(self.prompts)} answers", metric, value, facts)
         if self.executable is None:
             return

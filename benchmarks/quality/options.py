@@ -57,10 +57,7 @@ class EvalOptions:
     threads: int | None = option_of(EngineConfig, "threads")
 
     def check(self) -> None:
-        """Raises ConfigError for what can be seen to be wrong before the model is loaded.
-
-        Nothing that was asked for may be passed over in silence.
-        """
+        """Raises ConfigError for what can be seen to be wrong before the model is loaded."""
         check_values(self)
         if self.windows_like == "sleb" and self.seqlen == 1:
             raise ConfigError(
@@ -70,17 +67,16 @@ class EvalOptions:
             raise ConfigError(
                 "there is nothing to measure; name a --text or --tasks, or leave out --no-generate"
             )
-        needs = (
-            ("--prompts", self.prompts, self.generate, "leave out --no-generate"),
-            ("--windows", self.windows, bool(self.text), "name a --text"),
-            ("--seqlen", self.seqlen, bool(self.text), "name a --text"),
-            ("--limit", self.limit, bool(self.tasks), "name --tasks"),
-            ("--include-path", self.include_path, bool(self.tasks), "name --tasks"),
-            ("--lm-eval", self.lm_eval, bool(self.tasks), "name --tasks"),
-        )
-        for name, value, used, remedy in needs:
-            if value is not None and not used:
-                raise ConfigError(f"{name} has nothing to apply to; {remedy}, or leave it out")
+        needs = {
+            "leave out --no-generate": (self.generate, ("prompts",)),
+            "name a --text": (self.text, ("windows", "seqlen")),
+            "name --tasks": (self.tasks, ("limit", "include_path", "lm_eval")),
+        }
+        for remedy, (used, names) in needs.items():
+            for name in names:
+                if getattr(self, name) is not None and not used:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ConfigError(f"{flag} has nothing to apply to; {remedy}, or leave it out")
         if self.include_path is not None and not self.include_path.is_dir():
             raise ConfigError(f"--include-path {self.include_path} is no folder; name one with lm-eval tasks")
 

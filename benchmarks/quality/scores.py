@@ -81,11 +81,7 @@ class Chain:
         return cls(sublayers, runs, (0, *(min(one - other) for one, other in pairwise(runs))))
 
     def states(self, scorer: DecoderScorer, token_ids: Tensor) -> Iterator[Tensor]:
-        """Hidden states [W, L, E] at the end, one depth after the other.
-
-        The state that a depth goes on from was left by the depth before it, or by an earlier one if that began
-        behind it: up to there all of them computed the same.
-        """
+        """Hidden states [W, L, E] at the end, one depth after the other, each going on from a state that it shares."""
         kept = {0: scorer.embed(token_ids)}
         for run, start in zip(self.runs, self.starts, strict=True):
             hidden = kept[start]

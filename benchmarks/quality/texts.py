@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,16 +42,14 @@ class Text:
 
     @property
     def num_words(self) -> int:
-        """As lm-eval counts them: pieces between runs of white space."""
-        return len(re.split(r"\s+", self.content))
+        return len(re.split(r"\s+", self.content))  # as lm-eval counts them
 
     @property
     def num_bytes(self) -> int:
         return len(self.content.encode("utf-8"))
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Token ids, of which the last `num_scored` are predicted, each from those before it."""
 
     token_ids: tuple[int, ...]
@@ -147,8 +145,7 @@ def rolling_windows(token_ids: Sequence[int], prefix: int, seqlen: int) -> list[
     ids, windows = [prefix, *token_ids], []
     for start in range(1, len(ids), seqlen):
         end = min(start + seqlen, len(ids))
-        begin = max(0, end - seqlen - 1)
-        windows.append(Window(tuple(ids[begin:end]), end - start))
+        windows.append(Window(tuple(ids[max(0, end - seqlen - 1) : end]), end - start))
     return windows
 
 
