@@ -249,15 +249,12 @@ def level_notes(what: str, outcomes: Sequence[Outcome], busy: float) -> list[str
         f"{number} of {len(outcomes)} requests failed: {why}." for why, number in failures(outcomes).items()
     ]
     whole = [outcome for outcome in outcomes if not outcome.error]
-    odd = sum(
-        bool(
-            0 < each.asked_tokens != each.num_prompt_tokens
-            or (each.usage and each.num_output_tokens != each.asked_output)
+    long = sum(0 < each.asked_tokens != each.num_prompt_tokens for each in whole)
+    short = sum(bool(each.usage) and each.num_output_tokens != each.asked_output for each in whole)
+    if long or short:
+        notes.append(
+            f"{long} prompts and {short} answers of {len(whole)} had not the length that was asked for."
         )
-        for each in whole
-    )
-    if odd:
-        notes.append(f"{odd} of {len(whole)} prompts or answers had not the length that was asked for.")
     if cached := sum(outcome.num_cached_tokens for outcome in outcomes):
         share = cached / max(1, sum(outcome.num_prompt_tokens for outcome in outcomes))
         notes.append(f"{share:.0%} of the prompts' tokens were in the server's prefix cache.")
@@ -275,15 +272,13 @@ def _write_vllm_file(
         return
     rate = "inf" if math.isinf(level.rate) else level.rate
     backend = "openai-chat" if options.endpoint == "chat" else "openai"
-    content: dict[str, Any] = {
-        "date": date,
-        "endpoint_type": backend,
-        "backend": backend,
-        "label": None,
-        "model_id": model,
+    content: dict[str, Any] = {"date": date, "endpoint_type": backend, "backend": backend, "label": None}
+    content |= {"model_id": model, "tokenizer_id": None, "num_prompts": len(outcomes), "request_rate": rate}
+    content |= {
+        "burstiness": 1.0,
+        "max_concurrency": level.concurrency,
+        **measure(outcomes, seconds, options.limits),
     }
-    content |= {"tokenizer_id": None, "num_prompts": len(outcomes), "request_rate": rate, "burstiness": 1.0}
-    content |= {"max_concurrency": level.concurrency, **measure(outcomes, seconds, options.limits)}
     bound = f"-concurrency{level.concurrency}" if level.concurrency else ""
     name = f"{backend}-{rate}qps{bound}-{model.split('/')[-1]}-{date}.json"
     data = orjson.dumps(content | raw_samples(outcomes))

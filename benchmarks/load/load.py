@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ from sleb.benchmarks.load.client import LoadClient
 from sleb.benchmarks.load.events import Outcome
 
 _PROGRESS_SECONDS = 0.5  # more often it would take its time from the client
-
-
 # Path, body (JSON), and the outcome that it fills in.
 Request = tuple[str, bytes, Outcome]
 # How many requests are done, and how the load goes, in words.
@@ -91,7 +90,7 @@ class Load:
                     await asyncio.sleep(max(0.0, self._started + due - time.perf_counter()))
                     group.create_task(self._send(request))
 
-        return await self._run(work_all, on_load, 3)
+        return await self._run(work_all, on_load, sys.maxsize)  # it stalls where nothing came at all
 
     async def _run(self, work_all: Callable[[], Awaitable[None]], on_load: OnLoad, enough: int) -> LoadResult:
         """Ctrl-C, which cancels, leaves what is complete."""

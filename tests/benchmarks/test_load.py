@@ -50,6 +50,14 @@ def test_a_server_that_stalls_ends_a_closed_load() -> None:
     assert result.has_stalled and 6 <= len(result.outcomes) < 6 + 6
 
 
+@pytest.mark.parametrize(("last", "has_stalled"), [("timeout", True), ("", False)])
+def test_an_open_load_stalls_where_nothing_came(last: str, has_stalled: bool) -> None:
+    """Late answers of a server that has too much to do end no sweep."""
+    load = Load(FakeClient(lambda number: last if number == 0 else "timeout"))
+    result = asyncio.run(load.open(requests(9), [0.0] * 9, lambda *told: None))
+    assert len(result.outcomes) == 9 and result.has_stalled is has_stalled
+
+
 @pytest.mark.parametrize("other", ["", "HTTP 500"])
 def test_single_timeouts_end_nothing(other: str) -> None:
     result = run_closed(FakeClient(lambda number: other if number % 3 == 2 else "timeout"), 1)
