@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -47,42 +48,34 @@ class Ceilings:
         return max(num_bytes / memory, flops / self.matrix_flops_per_second)
 
 
-def with_read_ceiling(ceilings: Ceilings, num_threads: int) -> Ceilings:
-    """The same with the rate at which `num_threads` threads of our CPU kernels read; unchanged where none can run."""
-    try:
-        kernels = CpuKernels.load(num_threads)
-        rates = [kernels.read_bandwidth(_READ_BYTES) * 1e9 for _ in range(_REPETITIONS + 1)][1:]
-    except (CpuKernelsUnavailableError, MemoryError):
-        return ceilings
-    return replace(ceilings, read_bytes_per_second=median(rates))
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """What a copy and a matrix product of `dtype` reach on `device`.
+def measure_ceilings(device: torch.device, dtype: torch.dtype, read_threads: int = 0) -> Ceilings:
+    """What a copy and a matrix product of `dtype` reach on `device`, and what `read_threads` of our CPU kernels read.
 
     Takes two copy buffers, less where a GPU has little left, and three matrices, and frees them.
     """
-    num_bytes = _COPY_BYTES[device.type]
+    num_bytes, size = _COPY_BYTES[device.type], _MATRIX_SIZE[device.type]
     if device.type == "cuda":
         num_bytes = min(num_bytes, torch.cuda.mem_get_info(device)[0] // 4)
-    rates = _copy_rate(device, num_bytes), _matrix_rate(device, dtype, _MATRIX_SIZE[device.type])
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return Ceilings(*rates, str(dtype).removeprefix("torch."))
-
-
-def _copy_rate(device: torch.device, num_bytes: int) -> float:
     # Written, because memory that only was asked for may not be there yet.
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return _rate(lambda: target.copy_(source), device, 2 * num_bytes)
-
-
-def _matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    copied = _rate(partial(target.copy_, source), device, 2 * num_bytes)
+    del source, target
     # Random: the power that a GPU draws, and with it its clock, depends on the values.
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, dtype=dtype, device=device)
-    return _rate(lambda: torch.mm(left, right, out=out), device, 2 * size**3)
+    computed = _rate(partial(torch.mm, left, right, out=out), device, 2 * size**3)
+    del left, right, out
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    read = None
+    if read_threads:
+        try:
+            kernels = CpuKernels.load(read_threads)
+            read = median([kernels.read_bandwidth(_READ_BYTES) * 1e9 for _ in range(_REPETITIONS + 1)][1:])
+        except (CpuKernelsUnavailableError, MemoryError):
+            pass  # copying stands for it
+    return Ceilings(copied, computed, str(dtype).removeprefix("torch."), read)
 
 
 def _rate(run: Callable[[], object], device: torch.device, work: int) -> float:
@@ -92,7 +85,7 @@ def _rate(run: Callable[[], object], device: torch.device, work: int) -> float:
 
 
 def seconds_of_calls(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Seconds of one call, the mean of `calls` made one after another; on a card by its own clock."""
+    """Seconds of one call, the mean of `calls` made one after another; on a GPU by its own clock."""
     if device.type != "cuda":
         started = time.perf_counter()
         for call in calls:

@@ -11,12 +11,11 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
 PROC = Path("/proc")
-_BARE_WORD = re.compile(r"[\w@%+=:,./\-\u0080-\U0010ffff]+")
 # What decides which CPU kernels can run: x86 names first, then those of ARM.
 # fmt: off
 _CPU_FLAGS = (
@@ -63,19 +61,25 @@ def describe_machine(
     command: as `shown_command` gives it. memory_bytes is the machine's physical memory, load_average the processes
     that wanted a processor in the last minute. Neither host nor user names nor paths are recorded.
     """
+    versions = {}
+    for package in ("transformers", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
     affinity = getattr(os, "sched_getaffinity", None)
+    model, flags = _processor()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sleb": version.__version__,
         "commit": source_commit(Path(version.__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _package_version("transformers"),
-        "triton": _package_version("triton"),
+        **versions,
         "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_model(),
-        "cpu_flags": cpu_flags(),
+        "cpu": model,
+        "cpu_flags": flags,
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -84,13 +88,8 @@ def describe_machine(
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": kernels,
-        "command": command_line(command),
+        "command": shlex.join(command),
     }
-
-
-def command_line(words: Sequence[str]) -> str:
-    """The words as a shell takes them: as `shlex.join`, which would also quote what is beyond ASCII."""
-    return " ".join(word if _BARE_WORD.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def shown_command(arguments: Sequence[str], model: str = "") -> list[str]:
@@ -98,13 +97,12 @@ def shown_command(arguments: Sequence[str], model: str = "") -> list[str]:
 
     arguments: program first. `model` stays whole where it is a hub id, which looks like a path but is none.
     """
-    public = {model} if not Path(model).expanduser().exists() else set()
-    return [argument if argument in public else _cut_path(argument) for argument in arguments]
-
-
-def _cut_path(argument: str) -> str:
-    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-    return option + equals + (Path(value).name or value)
+    shown = []
+    for argument in arguments:
+        flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+        is_id = argument == model and not Path(model).expanduser().exists()
+        shown.append(argument if is_id else flag + equals + (Path(value).name or value))
+    return shown
 
 
 def source_commit(root: Path) -> str | None:
@@ -113,8 +111,8 @@ def source_commit(root: Path) -> str | None:
     An installed package may lie inside the checkout of another project, whose commit would say nothing.
     """
     git = ("git", "-C", str(root))
-    top, commit = _output(*git, "rev-parse", "--show-toplevel"), _output(*git, "rev-parse", "HEAD")
-    if top is None or commit is None or Path(top).resolve() != root.resolve():
+    top, _, commit = (_output(*git, "rev-parse", "--show-toplevel", "HEAD") or "").partition("\n")
+    if not commit or Path(top).resolve() != root.resolve():
         return None
     return f"{commit}-dirty" if _output(*git, "status", "--porcelain", "--untracked-files=no") else commit
 
@@ -127,35 +125,18 @@ def _output(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def cpu_model() -> str | None:
-    """The processor's name as the system gives it."""
+def _processor() -> tuple[str | None, list[str]]:
+    """The processor's name and those instruction sets that matter here, as far as the system tells them."""
     if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string")
-    return _cpuinfo().get("model name") or platform.processor() or None
-
-
-def cpu_flags() -> list[str]:
-    """Those instruction sets of the processor that matter here; empty where the system does not list them."""
-    info = _cpuinfo()
-    present = set((info.get("flags") or info.get("Features") or "").split())
-    return [flag for flag in _CPU_FLAGS if flag in present]
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry in /proc/cpuinfo."""
+        return _output("sysctl", "-n", "machdep.cpu.brand_string"), []
     try:
         first = (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        first = ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    info = {name.strip(): value.strip() for name, _, value in pairs}
+    present = (info.get("flags") or info.get("Features") or "").split()
+    return info.get("model name") or platform.processor() or None, [x for x in _CPU_FLAGS if x in present]
 
 
 def processes_under(roots: Iterable[int], proc: Path = PROC) -> dict[int, int]:
@@ -181,11 +162,9 @@ def peak_memory(root: int, proc: Path = PROC) -> int:
     """Bytes that a process and its descendants had resident at most, summed: what two of them share counts twice."""
     total = 0
     for pid in processes_under([root], proc):
-        try:
+        with suppress(OSError):
             lines = (proc / str(pid) / "status").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+            total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     return total
 
 
@@ -202,8 +181,7 @@ class Conditions:
         look: Callable[[], float] | None = None,
         proc: Path = PROC,
     ) -> None:
-        self._device, self._roots, self._proc = device, roots, proc
-        self._pace = look or pace
+        self._device, self._roots, self._proc, self._pace = device, roots, proc, look or pace
         self._paces, self._megahertz, self._shares = list[float](), list[float](), list[float]()
         self._num_disturbed = 0
 
@@ -221,20 +199,19 @@ class Conditions:
         """Around one run: what others take meanwhile."""
         before = self._ticks()
         yield
-        after = self._ticks()
-        if before is None or after is None or (total := after[1] - before[1]) <= 0:
-            return  # not known, or over before a tick of the clock
-        others = max(0, after[0] - before[0] - (after[2] - before[2]))
-        self._shares.append(others / total)
-        self._num_disturbed += others > _OTHERS_LIMIT * total + _TICK_GRACE
+        busy, total, own = (now - then for now, then in zip(self._ticks(), before, strict=True))
+        if total > 0:  # known, and not over before a tick of the clock
+            others = max(0, busy - own)
+            self._shares.append(others / total)
+            self._num_disturbed += others > _OTHERS_LIMIT * total + _TICK_GRACE
 
-    def _ticks(self) -> tuple[int, int, int] | None:
-        """Clock ticks of all processors since the start of the machine: busy ones, all, and our own."""
+    def _ticks(self) -> tuple[int, int, int]:
+        """Clock ticks of all processors since the start of the machine, 0 if unknown: busy ones, all, our own."""
         try:
             # user nice system idle iowait irq softirq steal; guest time, which follows, is in user already
             first = (self._proc / "stat").read_text().split("\n", 1)[0]
         except OSError:
-            return None
+            return 0, 0, 0
         fields = [int(value) for value in first.split()[1:9]]
         own = processes_under([os.getpid(), *self._roots()], self._proc)
         return sum(fields) - fields[3] - fields[4], sum(fields), sum(own.values())
@@ -251,18 +228,17 @@ class Conditions:
 
     def notes(self) -> list[str]:
         """What a reader of the figures must know of it."""
-        notes = []
+        notes = [
+            f"The machine's {name} changed by {moved:.0%} during the run: ratios, which are of one turn, suffer less "
+            "than tokens/s."
+            for name, looks in (("pace", self._paces), ("GPU's clock", self._megahertz))
+            if (moved := drift(looks) or 0.0) > _DRIFT_LIMIT
+        ]
         if self._num_disturbed:
             notes.append(
                 f"Other processes took up to {max(self._shares):.0%} of the processors in {self._num_disturbed} of "
                 f"{len(self._shares)} runs (on a virtual machine it may be the hypervisor). Measure when it is idle."
             )
-        for name, moved in (("pace", drift(self._paces)), ("GPU's clock", drift(self._megahertz))):
-            if moved is not None and moved > _DRIFT_LIMIT:
-                notes.append(
-                    f"The machine's {name} changed by {moved:.0%} during the run: ratios, which are of one turn, "
-                    "suffer less than tokens/s."
-                )
         return notes
 
 

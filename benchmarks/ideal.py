@@ -101,36 +101,26 @@ def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
         MLP         2·T·E·I · (3 if gated else 2)
         head        2·E·V, for one row
     """
-    blocks = _block_flops(cost, range(1, prompt_tokens + 1))
-    return batch * (blocks + _head_flops(cost.spec, prompt_tokens, 1))
+    return batch * _flops(cost, range(1, prompt_tokens + 1), 1)
 
 
 def decode_flops(cost: DepthCost, batch: int, prompt_tokens: int, output_tokens: int) -> int:
-    """Floating point operations of the decode steps of `batch` equal requests: as `prompt_flops`, with a head a token.
-
-    The contexts are those of `decode_bytes`.
-    """
+    """Operations of the decode steps of `batch` equal requests: contexts as in `decode_bytes`, a head a token."""
     contexts = range(prompt_tokens + 1, prompt_tokens + output_tokens)
-    blocks = _block_flops(cost, contexts)
-    return batch * (blocks + _head_flops(cost.spec, len(contexts), len(contexts)))
+    return batch * _flops(cost, contexts, len(contexts))
 
 
-def _block_flops(cost: DepthCost, contexts: range) -> int:
-    """Of the blocks, for one token in each of `contexts`, its own length included."""
+def _flops(cost: DepthCost, contexts: range, num_sampled: int) -> int:
+    """Of one token in each of `contexts`, its own length included, and the logits of so many of them."""
     spec, num_tokens = cost.spec, len(contexts)
     projections = 2 * num_tokens * spec.hidden_size * 2 * (spec.query_size + spec.kv_size)
     attended = sum(_visible(spec, block, context) for block in cost.attention_blocks for context in contexts)
     mlp = 2 * num_tokens * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
-    return (
-        len(cost.attention_blocks) * projections + 4 * spec.query_size * attended + len(cost.mlp_blocks) * mlp
-    )
-
-
-def _head_flops(spec: DecoderSpec, num_tokens: int, num_sampled: int) -> int:
     head = 2 * num_sampled * spec.embed_size * spec.vocab_size
     if spec.embed_size != spec.hidden_size:  # projected in for every token, out for those that sample
         head += 2 * spec.embed_size * spec.hidden_size * (num_tokens + num_sampled)
-    return head
+    attention = len(cost.attention_blocks) * projections + 4 * spec.query_size * attended
+    return attention + len(cost.mlp_blocks) * mlp + head
 
 
 def ideal_speedup(workload: Workload, baseline: DepthCost, cost: DepthCost) -> float:

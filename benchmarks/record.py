@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,19 +91,15 @@ class Measurement:
     def row(self) -> dict[str, Any]:
         """The measurement as one flat JSON object."""
         low, high = self.spread or (None, None)
-        ratio = self.ratio or Ratio(math.nan)
-        estimate = None if self.ratio is None else ratio.estimate
-        values = (*self.key, self.value, low, high, estimate, ratio.low, ratio.high)
-        return {**dict(zip(_FIELDS, values, strict=True)), **self.facts}
+        ratio = (None, None, None) if self.ratio is None else astuple(self.ratio)
+        return {**dict(zip(_FIELDS, (*self.key, self.value, low, high, *ratio), strict=True)), **self.facts}
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Measurement:
         """The measurement that `row` was made of; KeyError if it is no such row."""
-        case, subject, metric, value, low, high, estimate, ratio_low, ratio_high = (
-            row[name] for name in _FIELDS
-        )
+        case, subject, metric, value, low, high, *ends = (row[name] for name in _FIELDS)
         spread = None if low is None or high is None else (low, high)
-        ratio = None if estimate is None else Ratio(estimate, ratio_low, ratio_high)
+        ratio = None if ends[0] is None else Ratio(*ends)
         facts = {name: fact for name, fact in row.items() if name not in _FIELDS}
         return cls(case, subject, metric, value, spread, ratio, facts)
 
@@ -134,26 +130,15 @@ class Result:
 
     def document(self) -> dict[str, Any]:
         """The result as a JSON object."""
-        return {
-            "kind": self.kind,
-            "complete": self.complete,
-            "environment": self.environment,
-            "settings": self.settings,
-            "notes": self.notes,
-            "rows": [each.row() for each in self.measurements],
-        }
+        found = dict(vars(self))
+        return found | {"rows": [each.row() for each in found.pop("measurements")]}
 
     @classmethod
     def of_document(cls, document: Mapping[str, Any]) -> Result:
         """The result that `document` holds; KeyError or TypeError if it holds none of this form."""
-        return cls(
-            document["kind"],
-            dict(document["environment"]),
-            dict(document["settings"]),
-            [Measurement.of_row(row) for row in document["rows"]],
-            list(document["notes"]),
-            bool(document["complete"]),
-        )
+        names = ("environment", "settings", "notes", "kind", "complete")
+        rows = [Measurement.of_row(row) for row in document["rows"]]
+        return cls(**{name: document[name] for name in names}, measurements=rows)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Whoever repeats until the interval is narrow looks at it more than once, which l
 (`tests/benchmarks/test_intervals.py`).
 
 Above 100 ratios k is that of the normal approximation (Hollander & Wolfe, same section), rounded down: the exact
-distribution has lighter tails, so the level is still met. The averages are then counted, not listed.
+distribution has lighter tails, so the level is still met.
 """
 
 from __future__ import annotations
@@ -20,70 +20,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from statistics import NormalDist, median
+from itertools import accumulate
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 from sleb.benchmarks.record import Ratio
 
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
 _LEVEL = 0.95
-# With more ratios the distribution is approximated, and averages are counted.
-_MOST_EXACT = 100
+_MOST_EXACT = 100  # with more ratios the distribution is approximated
 
 
 def paired_ratio(ratios: Sequence[float]) -> Ratio:
     """The estimate of the ratio that `ratios`, positive, one a turn, scatter about; from six on with an interval."""
-    logs = sorted(math.log(ratio) for ratio in ratios)
-    rank, count = interval_rank(len(logs)), len(logs)
-    if count <= _MOST_EXACT:
-        averages = walsh_averages(logs)
-        if rank is None:
-            return Ratio(math.exp(median(averages)))
-        found = [median(averages), averages[rank - 1], averages[-rank]]
-    else:
-        assert rank is not None, f"no rank for {count} values"
-        num_averages = count * (count + 1) // 2
-        middle = (num_averages + 1) // 2, num_averages // 2 + 1  # one and the same of an odd number
-        found = [sum(kth_walsh_average(logs, each) for each in middle) / 2]
-        found += [kth_walsh_average(logs, each) for each in (rank, num_averages + 1 - rank)]
-    return Ratio(*map(math.exp, found))
+    averages = walsh_averages([math.log(ratio) for ratio in ratios])
+    middle = float(averages[(len(averages) - 1) // 2] + averages[len(averages) // 2]) / 2
+    rank = interval_rank(len(ratios))
+    ends = () if rank is None else (averages[rank - 1], averages[-rank])
+    return Ratio(*map(math.exp, (middle, *ends)))
 
 
-def walsh_averages(values: Sequence[float]) -> list[float]:
-    """(x_i + x_j) / 2 for all i ≤ j, ascending."""
-    return sorted((first + second) / 2 for i, first in enumerate(values) for second in values[i:])
+def walsh_averages(values: Sequence[float]) -> NDArray[float64]:
+    """(x_i + x_j) / 2 for all i ≤ j, ascending: of n values n (n + 1) / 2."""
+    import numpy as np  # which help and slips on the command line do without
 
-
-def kth_walsh_average(ordered: Sequence[float], rank: int) -> float:
-    """The average of that rank, 1 the least, by halving: of ascending values, whose averages are n²/2 to list."""
-    low, high = ordered[0], ordered[-1]
-    for _ in range(60):  # then the last bit is settled
-        middle = (low + high) / 2
-        if _num_averages_to(ordered, middle) >= rank:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def _num_averages_to(ordered: Sequence[float], limit: float) -> int:
-    """How many Walsh averages are at most `limit`."""
-    count, last = 0, len(ordered) - 1
-    for first, value in enumerate(ordered):
-        while last >= first and value + ordered[last] > 2 * limit:
-            last -= 1
-        if last < first:
-            break
-        count += last - first + 1
-    return count
+    first, second = np.triu_indices(len(values))
+    array = np.array(values)
+    return np.sort((array[first] + array[second]) / 2)
 
 
 def signed_rank_counts(num_values: int) -> tuple[int, ...]:
     """Of the 2ⁿ ways to give signs to the ranks 1 … n, how many have positive ranks that sum to 0, 1, … n(n+1)/2."""
     counts = [1]
     for rank in range(1, num_values + 1):
-        counts = [
-            (counts[total] if total < len(counts) else 0) + (counts[total - rank] if total >= rank else 0)
-            for total in range(len(counts) + rank)
-        ]
+        added = [0] * rank
+        counts = [without + having for without, having in zip(counts + added, added + counts, strict=True)]
     return tuple(counts)
 
 
@@ -99,10 +73,4 @@ def interval_rank(num_values: int) -> int | None:
         deviation = math.sqrt(pairs * (2 * num_values + 1) / 24)
         return math.floor(pairs / 4 + NormalDist().inv_cdf((1 - _LEVEL) / 2) * deviation)
     allowed = (1 - _LEVEL) / 2 * 2**num_values
-    rank, below = 0, 0
-    for count in signed_rank_counts(num_values):
-        below += count
-        if below > allowed:
-            break
-        rank += 1
-    return rank or None
+    return sum(below <= allowed for below in accumulate(signed_rank_counts(num_values))) or None

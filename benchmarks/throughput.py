@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sleb.benchmarks.ceilings import Ceilings, measure_ceilings, with_read_ceiling
+from sleb.benchmarks.ceilings import Ceilings, measure_ceilings
 from sleb.benchmarks.environment import Conditions, describe_environment, shown_command
 from sleb.benchmarks.ideal import DepthCost, floor_seconds, ideal_speedup
 from sleb.benchmarks.record import Measurement, Result
@@ -370,9 +370,8 @@ def run_throughput(
     engine = bench.engine
     runner = engine.runner
     environment = describe_environment(engine, shown_command(command, options.model or ""))
-    ceilings = measure_ceilings(runner.device, runner.dtype)
-    if runner.device.type == "cpu":
-        ceilings = with_read_ceiling(ceilings, torch.get_num_threads())
+    threads = torch.get_num_threads() if runner.device.type == "cpu" else 0
+    ceilings = measure_ceilings(runner.device, runner.dtype, threads)
     conditions = Conditions(runner.device)
     turns = measure(
         bench.cases(ceilings), options, watch=conditions, on_progress=on_progress, on_turn=on_turn

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, harmonic_mean, median
 from typing import Any, Literal, Protocol
 
-from sleb.benchmarks.record import Measurement, less_is_better
+from sleb.benchmarks.record import Measurement, Ratio, less_is_better
 from sleb.benchmarks.stats import paired_ratio
 from sleb.errors import ConfigError
 from sleb.options import check_values, option
@@ -35,19 +35,6 @@ Run = Callable[[int], Sample]
 # Why a case was not repeated further: its intervals are narrow enough, it has as many turns as allowed, the time is
 # over, or none of its subjects works.
 Stop = Literal["interval", "repetitions", "time", "failed"]
-# What is computed between turns grows with their number.
-MOST_REPETITIONS = 10_000
-
-
-def parse_share(name: str, text: str) -> float:
-    """A share between 0 and 1, written "1%" or "0.01". Raises ConfigError naming `name`."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise ConfigError(f"{name} is '{text}'; it must be a share between 0 and 1, as 1% or 0.01")
-    return share
 
 
 @dataclass(frozen=True)
@@ -55,29 +42,16 @@ class TurnOptions:
     """How often. A subclass may give other defaults; `check` raises ConfigError."""
 
     repetitions: int = option(
-        6,
-        "Turns of each case, at least; an interval takes 6.",
-        minimum=1,
-        maximum=MOST_REPETITIONS,
-        group="Repetitions",
+        6, "Turns of each case, at least; an interval takes 6.", minimum=1, maximum=1000, group="Repetitions"
     )
     max_repetitions: int | None = option(
-        None,
-        "Turns at most.",
-        unset="30, or --repetitions where that is more",
-        maximum=MOST_REPETITIONS,
-        group="Repetitions",
+        None, "Turns at most.", unset="30, or --repetitions if more", maximum=1000, group="Repetitions"
     )
     interval: str = option(
-        "1%",
-        "Repeat until the half width of each ratio's 95 % interval is this share of it.",
-        group="Repetitions",
+        "1%", "Repeat until each ratio's 95 % interval is ± this share of it.", group="Repetitions"
     )
     time_budget: float = option(
-        0.0,
-        "Seconds for all turns; every case gets one all the same. 0: no limit.",
-        minimum=0,
-        group="Repetitions",
+        0.0, "Seconds for all turns; every case gets one. 0: no limit.", minimum=0, group="Repetitions"
     )
     seed: int = option(0, "Of the inputs and of the order of the runs.", group="Repetitions")
 
@@ -88,17 +62,24 @@ class TurnOptions:
 
     @property
     def half_width(self) -> float:
-        """`interval` as a number."""
-        return parse_share("--interval", self.interval)
+        """`interval`, "1%" or "0.01", as a number. Raises ConfigError where it is no share."""
+        try:
+            share = float(self.interval.removesuffix("%")) / (100 if self.interval.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 < share < 1:
+            raise ConfigError(
+                f"--interval is '{self.interval}'; it must be a share between 0 and 1, as 1% or 0.01"
+            )
+        return share
 
     def check(self) -> None:
         """Raises ConfigError for the first value that cannot be."""
         check_values(self)
-        if self.most < self.repetitions:
+        if self.half_width and self.most < self.repetitions:
             raise ConfigError(
                 f"--max-repetitions is {self.most}; it must be at least --repetitions, {self.repetitions}"
             )
-        parse_share("--interval", self.interval)
 
 
 @dataclass(frozen=True)
@@ -160,87 +141,65 @@ class Turns:
     failures: dict[tuple[str, str], str] = field(default_factory=dict)
     complete: bool = True
 
-    def values(self, case: Case, subject: str, metric: str) -> list[float]:
-        """The subject's figures, one a turn that has it."""
-        found = (turn.get(subject, {}).get(metric) for turn in self.samples.get(case.name, ()))
-        return [value for value in found if value is not None]
+    def of(self, case: Case) -> Sequence[Mapping[str, Sample]]:
+        """The case's complete turns."""
+        return self.samples.get(case.name, [])
 
     def ratios(self, case: Case, subject: str, metric: str) -> list[float]:
-        """How many times better than its reference the subject was, in each turn that has both."""
-        references = case.references(subject)
-        found = []
-        for turn in self.samples.get(case.name, ()) if references else ():
-            expected = [turn.get(each, {}).get(metric) for each in references]
-            value = turn.get(subject, {}).get(metric)
+        """How many times better than its reference the subject was, in each turn that has both.
+
+        Better than the mean of several: of times the plain one, of rates that of the times.
+        """
+        references, found = case.references(subject), []
+        for turn in self.of(case) if references else ():
+            value, *expected = (turn.get(each, {}).get(metric, 0.0) for each in (subject, *references))
             if value and all(expected):
-                found.append(_ratio(metric, value, [each for each in expected if each]))
+                less = less_is_better(metric)
+                found.append(fmean(expected) / value if less else value / harmonic_mean(expected))
         return found
+
+    def ratio(self, case: Case, subject: str, metric: str) -> Ratio | None:
+        """The ratio of all turns; None where nothing is compared."""
+        ratios = self.ratios(case, subject, metric)
+        return paired_ratio(ratios) if ratios else None
 
     def widest(self, case: Case) -> float:
         """The largest half width of the case's intervals, of each subject's first metric."""
-        compared = [each for each in case.subjects if case.references(each)]
-        return max((self._half_width(case, subject) for subject in compared), default=0.0)
-
-    def _half_width(self, case: Case, subject: str) -> float:
-        metric = next(iter(self.samples[case.name][-1].get(subject, ())), None)
-        ratios = [] if metric is None else self.ratios(case, subject, metric)
-        return paired_ratio(ratios).half_width if ratios else 0.0
+        last = self.of(case)[-1].items()
+        found = (self.ratio(case, subject, next(iter(sample))) for subject, sample in last if sample)
+        return max((ratio.half_width for ratio in found if ratio), default=0.0)
 
     def measurements(self) -> list[Measurement]:
         """One of each case, subject and metric: medians, and the least and greatest turn; paired ratios.
 
         Facts are the case's, and `samples` (the turns' values), `repetitions` and `stopped`.
         """
-        return [
-            measurement
-            for case in self.cases
-            if self.samples.get(case.name) or any(name == case.name for name, _ in self.failures)
-            for subject in case.subjects
-            for measurement in self._measurements(case, subject)
-        ]
+        return [each for case in self.cases for name in case.subjects for each in self._figures(case, name)]
 
-    def _measurements(self, case: Case, subject: str) -> Iterator[Measurement]:
-        facts, done = dict(case.facts.get(subject, {})), self.samples.get(case.name, [])
-        metrics = dict.fromkeys(metric for turn in done for sample in turn.values() for metric in sample)
+    def _figures(self, case: Case, subject: str) -> Iterator[Measurement]:
+        facts = dict(case.facts.get(subject, {}))
+        metrics = dict.fromkeys(metric for turn in self.of(case) for each in turn.values() for metric in each)
         if reason := self.failures.get((case.name, subject)):
-            yield Measurement(
-                case.name, subject, next(iter(metrics), "tokens/s"), None, facts=facts | {"failed": reason}
-            )
+            facts["failed"] = reason
+            yield Measurement(case.name, subject, next(iter(metrics), "tokens/s"), None, facts=facts)
             return
         for metric in metrics:
-            values, ratios = self.values(case, subject, metric), self.ratios(case, subject, metric)
-            if not values:
-                continue
-            shown = {"repetitions": len(values), "stopped": self.stops.get(case.name, "interrupt")}
-            yield Measurement(
-                case.name,
-                subject,
-                metric,
-                median(values),
-                (min(values), max(values)),
-                paired_ratio(ratios) if ratios else None,
-                facts | shown | {"samples": values},
-            )
+            samples = (turn.get(subject, {}) for turn in self.of(case))
+            if values := [sample[metric] for sample in samples if metric in sample]:
+                stopped = self.stops.get(case.name, "interrupt")
+                facts |= {"repetitions": len(values), "stopped": stopped, "samples": values}
+                spread, ratio = (min(values), max(values)), self.ratio(case, subject, metric)
+                yield Measurement(case.name, subject, metric, median(values), spread, ratio, dict(facts))
 
     def line(self, case: Case) -> str:
         """The last turn in a line: the first metric of each subject, and the ratios so far."""
-        turns = self.samples[case.name]
         shown = []
-        for subject, sample in turns[-1].items():
-            metric = next(iter(sample), None)
-            if metric is None:
-                continue
-            ratios = self.ratios(case, subject, metric)
-            ratio = f" ({paired_ratio(ratios).estimate:.3f}×)" if ratios else ""
-            shown.append(f"{subject} {sample[metric]:,.4g} {metric}{ratio}")
-        return f"{case.name}, turn {len(turns)}: {', '.join(shown)}"
-
-
-def _ratio(metric: str, value: float, expected: Sequence[float]) -> float:
-    """Better than the expected figures' mean: of times the plain one, of rates that of the times."""
-    if less_is_better(metric):
-        return fmean(expected) / value
-    return value / harmonic_mean(expected)
+        for subject, sample in self.of(case)[-1].items():
+            for metric in list(sample)[:1]:
+                ratio = self.ratio(case, subject, metric)
+                so_far = f" ({ratio.estimate:.3f}×)" if ratio else ""
+                shown.append(f"{subject} {sample[metric]:,.4g} {metric}{so_far}")
+        return f"{case.name}, turn {len(self.of(case))}: {', '.join(shown)}"
 
 
 def orders(subjects: Sequence[str], rng: random.Random) -> Iterator[tuple[str, ...]]:
@@ -267,98 +226,71 @@ def measure(
     before every run; on_turn after every complete turn, with what there is so far. No turn is begun that would overrun
     the time budget, going by how long the case's last one took; but every case gets one.
     """
-    run = _Measuring(cases, options, failing, watch, on_progress, on_turn, clock)
+    turns, ends = Turns(cases), clock() + (options.time_budget or math.inf)
+    last_seconds: dict[str, float] = {}
+    num_done = 0
+    # Of the case alone, so that the orders do not depend on what else is measured.
+    rngs = {case.name: random.Random(f"{options.seed} {case.name}") for case in cases}
+    order_of = {case.name: orders(list(case.subjects), rngs[case.name]) for case in cases}
+
+    def stopped(case: Case) -> bool:
+        """Whether there should be no further turn; the reason is noted."""
+        num_turns = len(turns.of(case))
+        reason: Stop | None = None
+        if all((case.name, each) in turns.failures for each in case.subjects):
+            reason = "failed"
+        elif num_turns >= options.most:
+            reason = "repetitions"
+        elif num_turns and clock() + last_seconds[case.name] > ends:
+            reason = "time"
+        elif num_turns >= options.repetitions and num_turns % 2 == 0:
+            reason = "interval" if turns.widest(case) <= options.half_width else None
+        if reason:
+            turns.stops.setdefault(case.name, reason)
+        return case.name in turns.stops
+
+    def turn(case: Case, number: int, order: Sequence[str]) -> None:
+        nonlocal num_done
+        began, seen = clock(), watch if number else None
+        if seen is not None:
+            seen.begin_turn()
+        samples: dict[str, Sample] = {}
+        for subject in order:
+            if (case.name, subject) in turns.failures:
+                continue
+            most = {case.name: len(turns.of(case)) for case in cases if case.name in turns.stops}
+            num_runs = sum((most.get(each.name, options.most) + 1) * len(each.subjects) for each in cases)
+            which = f"turn {number}" if number else "warm-up"
+            on_progress(Progress(num_done, num_runs, f"{case.name}, {subject}, {which}"))
+            gc.collect()
+            try:
+                with nullcontext() if seen is None else seen.run():
+                    samples[subject] = case.subjects[subject](number)
+            except failing as error:
+                turns.failures[case.name, subject] = " ".join(str(error).split()) or type(error).__name__
+            num_done += 1
+        last_seconds[case.name] = clock() - began
+        if number and samples:
+            complete = {subject: samples[subject] for subject in case.subjects if subject in samples}
+            turns.samples.setdefault(case.name, []).append(complete)
+            on_turn(turns, case)
+
     gc.collect()
     gc.freeze()  # the collections between runs then look at what the runs left, not at every imported module
     try:
-        run.all()
-    except KeyboardInterrupt:
-        run.turns.complete = False
-    finally:
-        gc.unfreeze()
-    return run.turns
-
-
-@dataclass
-class _Measuring:
-    """One call of `measure`."""
-
-    cases: Sequence[Case]
-    options: TurnOptions
-    failing: tuple[type[Exception], ...]
-    watch: Watch | None
-    on_progress: Callable[[Progress], None]
-    on_turn: Callable[[Turns, Case], None]
-    clock: Callable[[], float]
-
-    def __post_init__(self) -> None:
-        self.turns = Turns(self.cases)
-        self._ends = self.clock() + (self.options.time_budget or math.inf)
-        # Of the case alone, so that the orders do not depend on what else is measured.
-        self._orders = {
-            case.name: orders(list(case.subjects), random.Random(f"{self.options.seed} {case.name}"))
-            for case in self.cases
-        }
-        self._last_seconds: dict[str, float] = {}
-        self._num_done = 0
-        self._num_runs = sum((self.options.most + 1) * len(case.subjects) for case in self.cases)
-
-    def all(self) -> None:
-        """Rounds until no case is open: of one turn a case twice, so that each soon has some, then of two."""
-        open_cases = list(self.cases)
+        open_cases = list(cases)
         while open_cases:
             for case in open_cases:
-                if case.name not in self._last_seconds:
-                    self._turn(case, 0, tuple(case.subjects))
-                for _ in range(1 if len(self.turns.samples.get(case.name, ())) < 2 else 2):
-                    if not self._stopped(case):
-                        number = len(self.turns.samples.get(case.name, ())) + 1
-                        self._turn(case, number, next(self._orders[case.name]))
-                self._stopped(case)
-            open_cases = [case for case in open_cases if case.name not in self.turns.stops]
-        self.on_progress(Progress(self._num_done, self._num_done, "done"))
-
-    def _stopped(self, case: Case) -> bool:
-        """Whether there should be no further turn; the reason is noted."""
-        done = self.turns.samples.get(case.name, [])
-        reason: Stop | None = None
-        if all((case.name, each) in self.turns.failures for each in case.subjects):
-            reason = "failed"
-        elif len(done) >= self.options.most:
-            reason = "repetitions"
-        elif done and self.clock() + self._last_seconds[case.name] > self._ends:
-            reason = "time"
-        elif (
-            len(done) >= self.options.repetitions
-            and len(done) % 2 == 0
-            and self.turns.widest(case) <= self.options.half_width
-        ):
-            reason = "interval"
-        if reason and case.name not in self.turns.stops:
-            self.turns.stops[case.name] = reason
-            self._num_runs -= (self.options.most - len(done)) * len(case.subjects)
-        return case.name in self.turns.stops
-
-    def _turn(self, case: Case, number: int, order: Sequence[str]) -> None:
-        began = self.clock()
-        watch = self.watch if number else None
-        if watch is not None:
-            watch.begin_turn()
-        which = f"turn {number}" if number else "warm-up"
-        samples: dict[str, Sample] = {}
-        for subject in order:
-            if (case.name, subject) in self.turns.failures:
-                continue
-            self.on_progress(Progress(self._num_done, self._num_runs, f"{case.name}, {subject}, {which}"))
-            gc.collect()
-            try:
-                with nullcontext() if watch is None else watch.run():
-                    samples[subject] = case.subjects[subject](number)
-            except self.failing as error:
-                self.turns.failures[case.name, subject] = " ".join(str(error).split()) or type(error).__name__
-            self._num_done += 1
-        self._last_seconds[case.name] = self.clock() - began
-        if number and samples:
-            turn = {subject: samples[subject] for subject in case.subjects if subject in samples}
-            self.turns.samples.setdefault(case.name, []).append(turn)
-            self.on_turn(self.turns, case)
+                if case.name not in last_seconds:
+                    turn(case, 0, tuple(case.subjects))
+                # One, so that each case soon has some; then two, one backwards.
+                for _ in range(1 if len(turns.of(case)) < 2 else 2):
+                    if not stopped(case):
+                        turn(case, len(turns.of(case)) + 1, next(order_of[case.name]))
+            open_cases = [case for case in open_cases if not stopped(case)]
+        on_progress(Progress(num_done, num_done, "done"))
+    except KeyboardInterrupt:
+        turns.complete = False
+    finally:
+        gc.unfreeze()
+    return turns

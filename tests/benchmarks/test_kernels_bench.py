@@ -245,7 +245,7 @@ def test_interpreted_kernels_are_marked() -> None:
             "--backends 'cudnn' is not known; choose one of: torch, triton, flash, varlen",
         ),
         (["--repetitions", "0"], "--repetitions is 0"),
-        (["--repetitions", "10001"], "--repetitions is 10001; it must be an integer from 1 to 10000"),
+        (["--repetitions", "1001"], "--repetitions is 1001; it must be an integer from 1 to 1000"),
         (["--dtype", "float8"], "--dtype 'float8' is not known"),
         (["--scale", "huge"], "--scale 'huge' is not known; choose one of: auto, full, small"),
         (["--device", "abacus"], "abacus"),
