@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 
 PROC = Path("/proc")
 # What decides which CPU kernels can run: x86 names first, then those of ARM.
-# fmt: off
 _CPU_FLAGS = (
     "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
     "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
-)
-# fmt: on
+)  # fmt: skip
 # What others may take before it is told, as a share of all processors. Clock ticks are counted where they fall: over
 # a short run a few may land on the wrong side.
 _OTHERS_LIMIT, _TICK_GRACE = 0.03, 3

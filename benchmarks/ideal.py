@@ -43,16 +43,10 @@ class DepthCost:
     @classmethod
     def of(cls, engine: Engine, depth: int) -> DepthCost:
         """The cost of a depth that `engine` serves."""
-        kept = sorted(engine.runner.kept_sublayers(depth))
-        return cls(
-            spec=engine.spec,
-            attention_blocks=tuple(block for block, part in kept if part == "attention"),
-            mlp_blocks=tuple(block for block, part in kept if part == "mlp"),
-            weight_bytes=engine.weight_bytes(depth),
-            kv_bytes_per_token=engine.kv_bytes_per_token(depth),
-            embed_row_bytes=engine.runner.embed_row_bytes,
-            itemsize=engine.runner.dtype.itemsize,
-        )
+        kept, runner = sorted(engine.runner.kept_sublayers(depth)), engine.runner
+        attention, mlp = (tuple(block for block, part in kept if part == own) for own in ("attention", "mlp"))
+        sizes = engine.weight_bytes(depth), engine.kv_bytes_per_token(depth), runner.embed_row_bytes
+        return cls(engine.spec, attention, mlp, *sizes, runner.dtype.itemsize)
 
 
 def step_weight_bytes(cost: DepthCost, batch: int) -> int:

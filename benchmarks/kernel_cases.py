@@ -234,23 +234,16 @@ def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torc
     quantised = formats.get(kind)
 
     def build(maker: Maker, page_size: int) -> Inputs:
+        rows_in = maker.normal(rows, num_inputs)
         if quantised is None:
-            return (
-                maker.normal(rows, num_inputs),
-                maker.normal(num_outputs, num_inputs, deviation=_DEVIATION),
-                None,
-            )
+            return rows_in, maker.normal(num_outputs, num_inputs, deviation=_DEVIATION), None
         weight = quantised.empty(num_outputs, num_inputs, maker.device)
         weight.fill_random(_DEVIATION, maker.generator)
-        return maker.normal(rows, num_inputs), weight, None
+        return rows_in, weight, None
 
-    weight_bytes = num_inputs * num_outputs * dtype.itemsize
+    num_bytes = num_inputs * num_outputs * dtype.itemsize
     if quantised is not None:
-        weight_bytes = quantised.empty(num_outputs, num_inputs, torch.device("meta")).num_bytes
-    return KernelCase(
-        "linear",
-        f"{kind}, {rows} rows, {num_inputs} → {num_outputs}",
-        weight_bytes + rows * (num_inputs + num_outputs) * dtype.itemsize,
-        build,
-        2 * rows * num_inputs * num_outputs,
-    )
+        num_bytes = quantised.empty(num_outputs, num_inputs, torch.device("meta")).num_bytes
+    num_bytes += rows * (num_inputs + num_outputs) * dtype.itemsize
+    shape = f"{kind}, {rows} rows, {num_inputs} → {num_outputs}"
+    return KernelCase("linear", shape, num_bytes, build, 2 * rows * num_inputs * num_outputs)

@@ -32,7 +32,7 @@ from sleb.benchmarks.kernel_cases import (
 )
 from sleb.benchmarks.kernel_options import BACKENDS, OPS, KernelsOptions
 from sleb.benchmarks.record import Measurement, Result
-from sleb.benchmarks.turns import Case, Progress, Run, Sample, Turns, measure
+from sleb.benchmarks.turns import Case, Progress, Run, Sample, measure
 from sleb.engine.model.resolve import resolve_device, resolve_dtype
 from sleb.errors import ConfigError
 from sleb.kernels.registry import torch_gpu_kernels, triton_gpu_kernels
@@ -141,17 +141,6 @@ def num_sets(case: KernelCase, device: torch.device) -> int:
     return 1 if case.num_bytes >= 8 * cache else min(_MAX_SETS, 1 + -(-_CACHES * cache // case.num_bytes))
 
 
-class _CannotRunError(Exception):
-    pass
-
-
-def _cannot_run(problem: Exception, turn: int) -> Sample:
-    text = " ".join(str(problem).split()) or "no message"
-    raise _CannotRunError(
-        text if isinstance(problem, ConfigError) else f"{type(problem).__name__}: {text[:200]}"
-    )
-
-
 class KernelsBench:
     """The options with nothing left open. Raises ConfigError for one that cannot be."""
 
@@ -167,11 +156,18 @@ class KernelsBench:
         runnable = BACKENDS if on_gpu else ("torch", "triton") if _interpreted() else ("torch",)
         self.backends = tuple(options.backends or runnable)
 
-    def measure(self, case: KernelCase, ceilings: Ceilings, seconds: float = 0.0) -> Turns:
-        """The backends in turns, in at most so many seconds; those that cannot run have the reason."""
+    def measure(
+        self, case: KernelCase, ceilings: Ceilings, seconds: float = 0.0
+    ) -> tuple[list[Measurement], str]:
+        """The backends in turns, in at most so many seconds; those that cannot run have the reason. And a line of it.
+
+        Raises KeyboardInterrupt.
+        """
         runs: dict[str, Run] = {}
         facts: dict[str, dict[str, Any]] = {}
+        failed: list[Measurement] = []
         sets: dict[int, list[Inputs]] = {}
+        known = {"num_bytes": case.num_bytes, "num_operations": case.flops}
         operations = case.flops / ceilings.matrix_flops_per_second
         bound = "operations" if operations > case.num_bytes / ceilings.copy_bytes_per_second else "bytes"
         for name in self.backends:
@@ -187,13 +183,17 @@ class KernelsBench:
                     sets[page_size] = [case.build(maker, page_size) for _ in range(count)]
                 subject = _Subject(case, backend, sets[page_size], self.device)
                 runs[name] = subject.sample
-                known = {"num_bytes": case.num_bytes, "num_operations": case.flops}
                 facts[name] = {"bound": bound, "timing": subject.timing, "error": error, **known}
             except Exception as problem:  # whatever it is that a backend lacks here, the others go on
-                runs[name] = partial(_cannot_run, problem)
-        baseline = "torch" if "torch" in facts else None
-        options = replace(self.options, time_budget=seconds)
-        return measure([Case(str(case), runs, baseline, facts=facts)], options, failing=(_CannotRunError,))
+                kind = "" if isinstance(problem, ConfigError) else f"{type(problem).__name__}: "
+                reason = kind + " ".join(str(problem).split())
+                failed.append(Measurement(str(case), name, METRIC, None, facts={"failed": reason[:300]}))
+        in_turns = Case(str(case), runs, "torch" if "torch" in runs else None, facts=facts)
+        turns = measure([in_turns], replace(self.options, time_budget=seconds))
+        if not turns.complete:
+            raise KeyboardInterrupt
+        found = [with_rates(each, ceilings) for each in turns.measurements()]
+        return found + failed, turns.line(in_turns) if turns.samples else ""
 
     def _error(self, case: KernelCase, backend: Backend, page_size: int) -> float | None:
         """What the output differs from the reference's by, over its largest value; of token ids, the share of rows.
@@ -224,7 +224,7 @@ class KernelsBench:
 def with_rates(each: Measurement, ceilings: Ceilings) -> Measurement:
     """The measurement with its rates and its share of the ceilings, unless its time means nothing."""
     if each.value is None or each.facts["timing"] == "interpreted":
-        return replace(each, metric=METRIC, ratio=None)
+        return replace(each, ratio=None)
     seconds, num_bytes, flops = each.value / 1e6, each.facts["num_bytes"], each.facts["num_operations"]
     rates = {
         "GB/s": num_bytes / seconds / 1e9,
@@ -246,11 +246,11 @@ def run_kernels(
     command: to record. on_progress: cases done, of how many, and the next one; on_case: what was found, in a line.
     """
     bench = KernelsBench(options)
-    environment = describe_machine(
-        bench.device, bench.dtype, ", ".join(bench.backends), shown_command(command)
-    )
+    shown, backends = shown_command(command), ", ".join(bench.backends)
     ceilings = measure_ceilings(bench.device, bench.dtype)
-    environment["ceilings"] = asdict(ceilings)
+    environment = describe_machine(bench.device, bench.dtype, backends, shown) | {
+        "ceilings": asdict(ceilings)
+    }
     measurements: list[Measurement] = []
     complete, ends = True, time.monotonic() + options.time_budget
     try:
@@ -258,12 +258,10 @@ def run_kernels(
             for place, case in enumerate(bench.cases):
                 on_progress(Progress(place, len(bench.cases), str(case)))
                 left = max(1e-3, (ends - time.monotonic()) / (len(bench.cases) - place))
-                turns = bench.measure(case, ceilings, left if options.time_budget else 0.0)
-                if not turns.complete:
-                    raise KeyboardInterrupt
-                measurements += [with_rates(each, ceilings) for each in turns.measurements()]
-                if turns.samples:
-                    on_case(turns.line(turns.cases[0]))
+                found, line = bench.measure(case, ceilings, left if options.time_budget else 0.0)
+                measurements += found
+                if line:
+                    on_case(line)
     except KeyboardInterrupt:
         complete = False
     settings = {"repetitions": options.repetitions, "seed": options.seed, "backends": list(bench.backends)}

@@ -36,7 +36,6 @@ from sleb.benchmarks.workloads import (
     paper_measurements,
     plan_workloads,
     steps_apart,
-    with_shape,
 )
 from sleb.engine.chain import load_layer_map
 from sleb.engine.engine import Engine
@@ -47,9 +46,14 @@ from sleb.engine.model.resolve import resolve_device, resolve_dtype
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
+from sleb.models import shapes
 from sleb.models.resolve import resolve_model
 
 METRIC = "tokens/s"
+_SETTINGS = (
+    *("repetitions", "max_repetitions", "interval", "time_budget", "seed", "control", "mixed", "paper"),
+    *("load_format", "weights", "config"),
+)
 CONTROL, MIXED = "control", "mixed"
 _PAGE_SIZE = 16
 # Prompts of a batch are computed in one step up to this many tokens; more would cost memory and gain nothing.
@@ -78,10 +82,13 @@ class ThroughputBench:
 
     def __init__(self, options: ThroughputOptions, on_load: Callable[[int, int], None] | None = None) -> None:
         options.check()
-        self.options, asked = with_shape(options), options
-        resolved = resolve_model(self.options.model)
+        self.options = options
+        model, load_format = options.model, options.load_format
+        if options.config is not None:
+            model, load_format = str(shapes.shape_folder(options.config)), "dummy"
+        resolved = resolve_model(model)
         spec = resolve_spec(resolved.path)
-        chosen, self.map_source = choose_map(asked, spec.num_blocks, spec.fingerprint)
+        chosen, self.map_source = choose_map(options, spec.num_blocks, spec.fingerprint)
         layer_map, shipped = load_layer_map(chosen, resolved, spec)
         if self.map_source == "alias":
             self.map_source = "shipped" if shipped else "none"
@@ -95,16 +102,11 @@ class ThroughputBench:
         self.baseline = 0 if 0 in self.depths else self.depths[0]
         on_gpu = resolve_device(options.device).type == "cuda"
         self.workloads = plan_workloads(options, spec.max_positions, on_gpu)
-        engine_options = self._engine_options(spec, layer_map)
+        engine_options = self._engine_options(spec, layer_map) | {"load_format": load_format}
         self._step_tokens = engine_options["max_num_batched_tokens"]
         check_overlap(self.workloads, self._step_tokens)
         self.llm = LLM(
-            self.options.model,
-            layer_map,
-            self.depths,
-            on_progress=on_load,
-            on_capture=on_load,
-            **engine_options,
+            model, layer_map, self.depths, on_progress=on_load, on_capture=on_load, **engine_options
         )
         self.engine = self.llm.engine
         self._token_ids = plain_token_ids(self.engine)
@@ -121,12 +123,8 @@ class ThroughputBench:
         longest_prompt = max(each.prompt_tokens for each in workloads)
         all_prompts = max(each.batch * each.prompt_tokens for each in workloads)
         return {
-            "dtype": options.dtype,
-            "weights": options.weights,
-            "device": options.device,
-            "load_format": options.load_format,
-            "threads": options.threads,
-            "seed": options.seed,
+            name: getattr(options, name) for name in ("dtype", "weights", "device", "threads", "seed")
+        } | {
             "max_model_len": max(each.context for each in workloads),
             "max_num_seqs": batch,
             "max_num_batched_tokens": max(longest_prompt, batch, min(all_prompts, MAX_STEP_TOKENS)),
@@ -150,16 +148,9 @@ class ThroughputBench:
             depths[MIXED] = [self.depths[place % len(self.depths)] for place in range(batch)]
             against[MIXED] = [f"depth {depth}" for depth in depths[MIXED]]
         costs = {depth: DepthCost.of(self.engine, depth) for depth in self.depths}
-        return Case(
-            str(workload),
-            {subject: self._run(workload, each) for subject, each in depths.items()},
-            f"depth {self.baseline}",
-            against,
-            {
-                subject: self._facts(subject, workload, each, costs, ceilings)
-                for subject, each in depths.items()
-            },
-        )
+        runs = {name: self._run(workload, each) for name, each in depths.items()}
+        facts = {name: self._facts(name, workload, each, costs, ceilings) for name, each in depths.items()}
+        return Case(str(workload), runs, f"depth {self.baseline}", against, facts)
 
     def mixes(self, workload: Workload) -> bool:
         """Whether a mixed batch is asked for, whether or not the batch is large enough for it."""
@@ -177,11 +168,8 @@ class ThroughputBench:
         mixed, fullest = subject == MIXED, min(depths)
         cost, kv_bytes = costs[fullest], [costs[depth].kv_bytes_per_token for depth in depths]
         return {
-            "test": workload.test,
+            **asdict(workload),
             "depth": None if mixed else depths[0],
-            "batch": workload.batch,
-            "prompt_tokens": workload.prompt_tokens,
-            "output_tokens": workload.output_tokens,
             "variant": subject,
             "depths": list(self.depths) if mixed else None,
             "baseline_depth": self.baseline,
@@ -225,27 +213,27 @@ class ThroughputBench:
     def measurements(self, turns: Turns) -> list[Measurement]:
         """Those of the turns, with the facts that scripts read."""
         cases = {case.name: case for case in turns.cases}
-        return [self._with_facts(turns, cases[each.case], each) for each in turns.measurements()]
-
-    def _with_facts(self, turns: Turns, case: Case, each: Measurement) -> Measurement:
-        assert each.value is not None
-        facts = dict(each.facts)
-        ratios = turns.ratios(case, each.subject, METRIC) or [1.0]
-        ratio, counted = each.ratio, Workload(**{name: facts[name] for name in _SIZES}).counted_tokens
-        seconds, floor = counted / each.value, facts.pop("floor_seconds")
-        known = ratio is not None and ratio.low is not None
-        facts |= {
-            "tokens_per_second": each.value,
-            "seconds": seconds,
-            "speedup": 1.0 if ratio is None else ratio.estimate,
-            # Below six turns, the least and the greatest ratio.
-            "speedup_low": ratio.low if ratio and known else min(ratios),
-            "speedup_high": ratio.high if ratio and known else max(ratios),
-            "speedup_level": 0.95 if known else None,
-            "verdict": "baseline" if ratio is None else ratio.verdict,
-            "roofline_share": None if floor is None else floor / seconds,
-        }
-        return replace(each, facts=facts)
+        counted = {str(workload): workload.counted_tokens for workload in self.workloads}
+        found = []
+        for each in turns.measurements():
+            assert each.value is not None
+            facts, ratio = dict(each.facts), each.ratio
+            ratios = turns.ratios(cases[each.case], each.subject, METRIC) or [1.0]
+            seconds, floor = counted[each.case] / each.value, facts.pop("floor_seconds")
+            known = ratio is not None and ratio.low is not None
+            facts |= {
+                "tokens_per_second": each.value,
+                "seconds": seconds,
+                "speedup": 1.0 if ratio is None else ratio.estimate,
+                # Below six turns, the least and the greatest ratio.
+                "speedup_low": ratio.low if ratio and known else min(ratios),
+                "speedup_high": ratio.high if ratio and known else max(ratios),
+                "speedup_level": 0.95 if known else None,
+                "verdict": "baseline" if ratio is None else ratio.verdict,
+                "roofline_share": None if floor is None else floor / seconds,
+            }
+            found.append(replace(each, facts=facts))
+        return found
 
     def notes(self, measurements: Sequence[Measurement]) -> list[str]:
         """What a reader of the figures must know."""
@@ -256,13 +244,9 @@ class ThroughputBench:
                 "sleb. Speed does not depend on which blocks are gone; quality does."
             )
         subjects = {(each.case, each.subject) for each in measurements}
-        small = [
-            str(each) for each in self.workloads if self.mixes(each) and (str(each), MIXED) not in subjects
-        ]
-        if small and measurements:
-            notes.append(
-                f"Not mixed, for the batch has fewer requests than there are depths: {', '.join(small)}."
-            )
+        mixed = [str(each) for each in self.workloads if self.mixes(each)]
+        if small := [name for name in mixed if measurements and (name, MIXED) not in subjects]:
+            notes.append(f"Not mixed, for the batch has fewer requests than depths: {', '.join(small)}.")
         if any(each.facts["repetitions"] < 6 for each in measurements):
             notes.append("An interval takes 6 turns: give --time-budget or --repetitions more.")
         notes += [
@@ -274,22 +258,10 @@ class ThroughputBench:
         return notes
 
 
-_SIZES = ("test", "batch", "prompt_tokens", "output_tokens")
-
-
 def greedy_params(num_tokens: int) -> SamplingParams:
-    """Exactly num_tokens tokens, the most probable ones, with nothing that costs time of its own.
-
-    Nothing of the model's generation config takes part either, whose penalties would.
-    """
-    return SamplingParams(
-        max_tokens=num_tokens,
-        ignore_eos=True,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-    )
+    """Exactly num_tokens tokens, the most probable ones; nothing of the model's generation config, as penalties."""
+    plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    return SamplingParams(max_tokens=num_tokens, ignore_eos=True, **plain)
 
 
 _decode_runs = itertools.count()
@@ -367,41 +339,27 @@ def run_throughput(
     Raises SlebError subclasses before anything is measured.
     """
     bench = ThroughputBench(options, on_load)
-    engine = bench.engine
-    runner = engine.runner
+    engine, runner = bench.engine, bench.engine.runner
     environment = describe_environment(engine, shown_command(command, options.model or ""))
     threads = torch.get_num_threads() if runner.device.type == "cpu" else 0
     ceilings = measure_ceilings(runner.device, runner.dtype, threads)
     conditions = Conditions(runner.device)
-    turns = measure(
-        bench.cases(ceilings), options, watch=conditions, on_progress=on_progress, on_turn=on_turn
-    )
+    cases = bench.cases(ceilings)
+    turns = measure(cases, options, watch=conditions, on_progress=on_progress, on_turn=on_turn)
     environment |= {"ceilings": asdict(ceilings), "conditions": conditions.summary()}
     measurements = bench.measurements(turns)
     notes = [*bench.notes(measurements), *conditions.notes()]
     if options.paper:
         measurements += paper_measurements()
         notes += [_PAPER, *missing_shares(engine.layer_map)]
-    settings = {name: getattr(options, name) for name in _SETTINGS} | {"model": _describe_model(bench)}
-    return Result("throughput", environment, settings, measurements, notes, turns.complete)
-
-
-_SETTINGS = (
-    *("repetitions", "max_repetitions", "interval", "time_budget", "seed", "control", "mixed", "paper"),
-    *("load_format", "weights", "config"),
-)
-
-
-def _describe_model(bench: ThroughputBench) -> dict[str, Any]:
-    engine = bench.engine
-    return {
+    settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+    settings["model"] = {
         "name": engine.model_name,
-        "architecture": engine.spec.architecture,
-        "num_blocks": engine.spec.num_blocks,
+        **{name: getattr(engine.spec, name) for name in ("architecture", "num_blocks", "fingerprint")},
         "layer_map": bench.map_source,
-        "fingerprint": engine.spec.fingerprint,
         "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
     }
+    return Result("throughput", environment, settings, measurements, notes, turns.complete)
 
 
 def too_slow(result: Result, bound: float) -> list[str]:

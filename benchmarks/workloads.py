@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from sleb.benchmarks.record import Measurement, Ratio
@@ -82,19 +83,16 @@ class ThroughputOptions(TurnOptions):
         for name in ("depths", "tests", "batches", "prompt_tokens", "output_tokens", "context"):
             values: Sequence[Any] | None = getattr(self, name)
             flag = f"--{name.replace('_', '-')}"
+            if self.paper and values != getattr(ThroughputOptions, name):
+                raise ConfigError(
+                    f"--paper sets {flag} itself, as the paper has it; leave one of the two out"
+                )
             if values is not None and not values:
                 raise ConfigError(f"{flag} names nothing; give at least one, or leave it out")
-            if values and len(set(values)) < len(values):
-                twice = next(each for each in values if list(values).count(each) > 1)
-                raise ConfigError(f"{flag} names {twice} twice; name each once")
+            if twice := [each for each in values or () if list(values or ()).count(each) > 1]:
+                raise ConfigError(f"{flag} names {twice[0]} twice; name each once")
         if self.context is not None and {0, 1} <= set(self.context):
             raise ConfigError("--context has 0 and 1, and 0 stands for a context of 1 token; leave one out")
-        if self.paper:
-            for name in ("depths", "tests", "batches", "prompt_tokens", "output_tokens", "context"):
-                if getattr(self, name) != getattr(ThroughputOptions, name, None):
-                    raise ConfigError(
-                        f"--paper sets --{name.replace('_', '-')} itself, as the paper has it; leave one of the two out"
-                    )
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,6 @@ def choose_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str)
     """The depths to measure: those asked for, or 0 and the recommended one. ConfigError if the map lacks one."""
     if depths is None:
         return tuple(dict.fromkeys((0, layer_map.depth)))
-    if not depths:
-        raise ConfigError("no depth is named; give --depths at least one, 0 for the full model")
     for depth in depths:
         if depth > layer_map.max_depth:
             has = f"the layer map has depths 0 to {layer_map.max_depth}"
@@ -212,8 +208,7 @@ def choose_map(
         return options.layer_map, "none" if options.layer_map == "none" else "given"
     if options.config is None:
         return None, "alias"
-    path = shipped_maps().get(options.config)
-    if path is not None:
+    if (path := shipped_maps().get(options.config)) is not None:
         found = LayerMap.load(path)
         if found.num_blocks == num_blocks and found.fingerprint in (None, fingerprint):
             return found, "shipped"
@@ -258,19 +253,13 @@ _PAPER_SHARES = (0.1, 0.2)  # of the blocks that the paper's SLEB rows remove
 
 def paper_measurements() -> Iterator[Measurement]:
     """The paper's rows, which nobody measured here."""
-    facts: dict[str, Any] = {"variant": "paper", "depth": None}
     for method, removed, milliseconds, prompt_speedup, rate, speedup in PAPER_ROWS:
         values = (("prompt", 1, 2048 / milliseconds * 1000, prompt_speedup), ("generate", 64, rate, speedup))
         for test, batch, value, ratio in values:
-            size = "2048" if test == "prompt" else "128"
-            yield Measurement(
-                f"paper: {test} {batch} × {size}",
-                f"{method} {removed}",
-                "tokens/s",
-                value,
-                ratio=None if method == "dense" else Ratio(ratio),
-                facts=facts | {"test": test, "batch": batch},
-            )
+            case = f"paper: {test} {batch} × {2048 if test == 'prompt' else 128}"
+            over = None if method == "dense" else Ratio(ratio)
+            facts = {"variant": "paper", "depth": None, "test": test, "batch": batch}
+            yield Measurement(case, f"{method} {removed}", "tokens/s", value, None, over, facts)
 
 
 def paper_depths(layer_map: LayerMap) -> tuple[int, ...]:
@@ -294,18 +283,6 @@ def missing_shares(layer_map: LayerMap) -> list[str]:
 
 def _depth_of(share: float, layer_map: LayerMap) -> int | None:
     """The first depth that removes the share; None where it is no block, or the map does not reach it."""
-    wanted, removed = 2 * round(share * layer_map.num_blocks), 0
-    for depth, unit in enumerate(layer_map.removed, 1):
-        removed += len(unit.sublayers)
-        if removed >= wanted > 0:
-            return depth
-    return None
-
-
-def with_shape(options: ThroughputOptions) -> ThroughputOptions:
-    """The options with the folder and load format that --config stands for. Raises ConfigError for an unknown shape."""
-    from sleb.models.shapes import shape_folder
-
-    if options.config is None:
-        return options
-    return replace(options, model=str(shape_folder(options.config)), load_format="dummy", config=None)
+    wanted = 2 * round(share * layer_map.num_blocks)
+    removed = accumulate(len(unit.sublayers) for unit in layer_map.removed)
+    return next((depth for depth, count in enumerate(removed, 1) if count >= wanted > 0), None)

@@ -17,16 +17,24 @@ from rich.progress import (
 
 
 class Bar:
-    """One bar that appears with the first report: what is done, of how much, under a description."""
+    """One bar that appears with the first report: what is done, of how much, under a description.
+
+    in_background: a thread redraws it as well. Where time is measured it must not: that would take its time from it.
+    """
 
     def __init__(
-        self, *columns: ProgressColumn, console: Console | None = None, transient: bool = True
+        self,
+        *columns: ProgressColumn,
+        console: Console | None = None,
+        transient: bool = True,
+        in_background: bool = True,
     ) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             *columns,
             console=console or Console(stderr=True),
             transient=transient,
+            auto_refresh=in_background,
         )
         self._task: TaskID | None = None
 
@@ -40,47 +48,32 @@ class Bar:
     def show(self, description: str, done: float, total: float | None) -> None:
         """total: None where it is not known."""
         if self._task is None:
-            self._task = self._progress.add_task(description)
+            self._task = self._progress.add_task(description, total=total)
             self._progress.start()
-        self._progress.update(self._task, description=description, completed=done, total=total)
+        refresh = not self._progress.live.auto_refresh
+        self._progress.update(
+            self._task, description=description, completed=done, total=total, refresh=refresh
+        )
+
+    def print(self, line: str) -> None:
+        """A line above the bar."""
+        self._progress.console.print(line, markup=False, highlight=False)
 
 
-class LoadingBar:
-    """A bar that appears with the first weights and is gone at the end: fetching the model may show one before."""
+class LoadingBar(Bar):
+    """Of a model: it appears with the first weights and is gone at the end. Fetching may show one before."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> LoadingBar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._tasks:
-            self._bar.stop()
+        super().__init__(BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
 
     def update(self, num_done: int, num_weights: int) -> None:
         """Shows how many weights have come in, of how many."""
-        self._show("loading weights", num_done, num_weights)
+        self.show("loading weights", num_done, num_weights)
 
     def show_tuning(self, operator: str) -> None:
         """Shows which operator is being measured; how many there will be is not known."""
-        self._show("tuning kernels", 0, None)
-        self._bar.update(self._tasks["tuning kernels"], description=f"tuning {operator}")
+        self.show(f"tuning {operator}", 0, None)
 
     def update_capture(self, num_done: int, num_graphs: int) -> None:
         """Shows how many graphs are captured, of how many."""
-        self._show("capturing graphs", num_done, num_graphs)
-
-    def _show(self, what: str, num_done: int, total: int | None) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what)
-            self._bar.start()
-        self._bar.update(self._tasks[what], completed=num_done, total=total)
+        self.show("capturing graphs", num_done, num_graphs)

@@ -414,9 +414,7 @@ def test_the_control_and_the_mixed_batch_take_turns_with_the_depths(
     assert mixed["weight_bytes"] == alone[0]["weight_bytes"]
     kv_bytes = [row["kv_bytes"] // 5 for row in alone]
     assert mixed["kv_bytes"] == 2 * kv_bytes[0] + 2 * kv_bytes[1] + kv_bytes[2]
-    assert any(
-        "fewer requests than there are depths: generate 2 × 5 after 20" in note for note in result.notes
-    )
+    assert any("fewer requests than depths: generate 2 × 5 after 20" in note for note in result.notes)
 
 
 def test_only_generate_is_mixed(options: ThroughputOptions) -> None:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 
 from sleb.benchmarks.record import Result, write_result
 from sleb.benchmarks.turns import Case, Progress, Turns
+from sleb.cli.progress import Bar
 from sleb.files import check_writable
 from sleb.options import option
 
@@ -60,22 +59,24 @@ class OutputOptions:
 
 
 class Shown:
-    """What happens meanwhile, on standard error: a bar in a terminal, elsewhere a line a turn.
-
-    The bar is drawn between runs only: a thread that redraws it would take its time from the runs.
-    """
+    """What happens meanwhile, on standard error: a bar in a terminal, drawn between runs only; else a line a turn."""
 
     def __init__(self, bar: Bar | None, description: str) -> None:
-        self._bar = bar
-        self._task = None if bar is None else bar.add_task(description, total=None)
+        self._bar, self._description = bar, description
+        if bar is None:
+            typer.echo(f"{description} …", err=True)
+        else:
+            bar.show(description, 0, None)
 
     def loading(self, num_done: int, num_weights: int) -> None:
         """How much of the model is loaded, in percent."""
-        self._draw(100 * num_done // max(1, num_weights), 100)
+        if self._bar is not None:
+            self._bar.show(self._description, 100 * num_done // max(1, num_weights), 100)
 
     def run(self, runs: Progress) -> None:
         """What has been done, and what runs next."""
-        self._draw(runs.num_done, runs.num_runs, runs.next_run)
+        if self._bar is not None:
+            self._bar.show(runs.next_run, runs.num_done, runs.num_runs)
 
     def turn(self, turns: Turns, case: Case) -> None:
         """What a turn found, and the ratios so far."""
@@ -86,29 +87,11 @@ class Shown:
         if self._bar is None:
             typer.echo(text, err=True)
         else:
-            self._bar.console.print(text, markup=False, highlight=False)
-
-    def _draw(self, completed: int, total: int, description: str | None = None) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task, completed=completed, total=total, description=description, refresh=True
-            )
+            self._bar.print(text)
 
 
 @contextmanager
 def shown(description: str) -> Iterator[Shown]:
     """Says what is done first, then what its methods are told."""
-    if not sys.stderr.isatty():
-        typer.echo(f"{description} …", err=True)
-        yield Shown(None, description)
-        return
-    columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
-        found = Shown(bar, description)
-        bar.refresh()
-        yield found
+    with Bar(BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), in_background=False) as bar:
+        yield Shown(bar if sys.stderr.isatty() else None, description)
