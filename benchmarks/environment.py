@@ -174,23 +174,17 @@ class Conditions:
 
     def __init__(
         self,
-        device: torch.device | None = None,
         roots: Callable[[], Iterable[int]] = lambda: (),
         look: Callable[[], float] | None = None,
         proc: Path = PROC,
     ) -> None:
-        self._device, self._roots, self._proc, self._pace = device, roots, proc, look or pace
-        self._paces, self._megahertz, self._shares = list[float](), list[float](), list[float]()
+        self._roots, self._proc, self._pace = roots, proc, look or pace
+        self._paces, self._shares = list[float](), list[float]()
         self._num_disturbed = 0
 
     def begin_turn(self) -> None:
-        """Looks at the clocks."""
+        """Looks at the clock."""
         self._paces.append(self._pace())
-        if self._device is not None and self._device.type == "cuda":
-            try:
-                self._megahertz.append(float(torch.cuda.clock_rate(self._device)))
-            except Exception:  # nvidia-ml-py may be missing, or the driver may refuse: nothing ends by it
-                self._device = None
 
     @contextmanager
     def run(self) -> Iterator[None]:
@@ -215,23 +209,22 @@ class Conditions:
         return sum(fields) - fields[3] - fields[4], sum(fields), sum(own.values())
 
     def summary(self) -> dict[str, Any]:
-        """For the environment of a result: what others took of the processors, and how far the clocks moved."""
+        """For the environment of a result: what others took of the processors, and how far the clock moved."""
         shares = self._shares
         return {
             "others_share": {"median": median(shares), "high": max(shares)} if shares else None,
             "disturbed_runs": self._num_disturbed,
             "pace_drift": drift(self._paces),
-            "gpu_clock_drift": drift(self._megahertz),
         }
 
     def notes(self) -> list[str]:
         """What a reader of the figures must know of it."""
-        notes = [
-            f"The machine's {name} changed by {moved:.0%} during the run: ratios, which are of one turn, suffer less "
-            "than tokens/s."
-            for name, looks in (("pace", self._paces), ("GPU's clock", self._megahertz))
-            if (moved := drift(looks) or 0.0) > _DRIFT_LIMIT
-        ]
+        notes = []
+        if (moved := drift(self._paces) or 0.0) > _DRIFT_LIMIT:
+            notes.append(
+                f"The machine's pace changed by {moved:.0%} during the run: ratios, which are of one turn, suffer less "
+                "than tokens/s."
+            )
         if self._num_disturbed:
             notes.append(
                 f"Other processes took up to {max(self._shares):.0%} of the processors in {self._num_disturbed} of "

@@ -343,7 +343,7 @@ def run_throughput(
     environment = describe_environment(engine, shown_command(command, options.model or ""))
     threads = torch.get_num_threads() if runner.device.type == "cpu" else 0
     ceilings = measure_ceilings(runner.device, runner.dtype, threads)
-    conditions = Conditions(runner.device)
+    conditions = Conditions()
     cases = bench.cases(ceilings)
     turns = measure(cases, options, watch=conditions, on_progress=on_progress, on_turn=on_turn)
     environment |= {"ceilings": asdict(ceilings), "conditions": conditions.summary()}

@@ -54,9 +54,6 @@ class ThroughputOptions(TurnOptions):
     )
     # The first new token comes with the prompt: decoding begins with the second.
     output_tokens: Sequence[int] = option((128,), "New tokens of a request.", minimum=2)
-    context: Sequence[int] | None = option(
-        None, "Run decode after so many tokens, instead of --prompt-tokens; 0 stands for one.", minimum=0
-    )
     paper: bool = option(False, "The SLEB paper's settings, depths too, and its own rows beside.")
     control: bool = option(True, "Measure the baseline a second time: how far off do equal ones come out?")
     mixed: bool = option(True, "In generate, measure a batch of all depths against the depths alone.")
@@ -80,7 +77,7 @@ class ThroughputOptions(TurnOptions):
             raise ConfigError(
                 f"--load-format is '{self.load_format}', but --config has no weights to read; leave it out"
             )
-        for name in ("depths", "tests", "batches", "prompt_tokens", "output_tokens", "context"):
+        for name in ("depths", "tests", "batches", "prompt_tokens", "output_tokens"):
             values: Sequence[Any] | None = getattr(self, name)
             flag = f"--{name.replace('_', '-')}"
             if self.paper and values != getattr(ThroughputOptions, name):
@@ -91,8 +88,6 @@ class ThroughputOptions(TurnOptions):
                 raise ConfigError(f"{flag} names nothing; give at least one, or leave it out")
             if twice := [each for each in values or () if list(values or ()).count(each) > 1]:
                 raise ConfigError(f"{flag} names {twice[0]} twice; name each once")
-        if self.context is not None and {0, 1} <= set(self.context):
-            raise ConfigError("--context has 0 and 1, and 0 stands for a context of 1 token; leave one out")
 
 
 @dataclass(frozen=True)
@@ -130,27 +125,21 @@ def plan_workloads(options: ThroughputOptions, max_positions: int, on_gpu: bool)
     large = on_gpu or options.paper
     batches = options.batches or ((64,) if options.paper else (1, 64) if on_gpu else (1, 8))
     workloads = []
-    for test in TESTS:
-        if test not in options.tests and not (test == "decode" and options.context):
-            continue
-        flag, lengths = "--prompt-tokens", options.prompt_tokens
-        if test == "decode" and options.context:
-            # A context of nothing is not to be had: a request has at least one token.
-            flag, lengths = "--context", [max(1, context) for context in options.context]
+    for test in (each for each in TESTS if each in options.tests):
         for output_tokens in (1,) if test == "prompt" else options.output_tokens:
             default = min((2048 if large else 512) if test == "prompt" else 64, max_positions - output_tokens)
-            for prompt_tokens in lengths or (max(1, default),):
+            for prompt_tokens in options.prompt_tokens or (max(1, default),):
                 if prompt_tokens + output_tokens > max_positions:
                     raise ConfigError(
                         f"{prompt_tokens} prompt tokens and {output_tokens} new ones do not fit the model's "
-                        f"{max_positions} positions; lower {flag} or --output-tokens"
+                        f"{max_positions} positions; lower --prompt-tokens or --output-tokens"
                     )
                 sizes = (1,) if test == "prompt" else batches
                 workloads += [Workload(test, batch, prompt_tokens, output_tokens) for batch in sizes]
     if len(workloads) > _MAX_WORKLOADS:
         raise ConfigError(
             f"the lists make {len(workloads)} workloads; {_MAX_WORKLOADS} are the most: shorten --batches, "
-            "--prompt-tokens, --output-tokens or --context"
+            "--prompt-tokens or --output-tokens"
         )
     return workloads
 

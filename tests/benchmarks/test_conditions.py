@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 from sleb.benchmarks.environment import Conditions, drift, pace, peak_memory, processes_under
 
@@ -61,7 +60,7 @@ def test_a_quiet_machine_with_a_steady_clock_gives_no_note(machine: Machine) -> 
     assert found.notes() == []
     assert found.summary() == {
         "others_share": {"median": 0.0, "high": pytest.approx(0.02)},
-        "disturbed_runs": 0, "pace_drift": pytest.approx(0.02), "gpu_clock_drift": None,
+        "disturbed_runs": 0, "pace_drift": pytest.approx(0.02),
     }  # fmt: skip
 
 
@@ -91,22 +90,6 @@ def test_without_proc_or_a_tick_the_share_is_unknown(machine: Machine, tmp_path:
         with conditions.run():
             pass
         assert conditions.summary()["others_share"] is None and conditions.notes() == []
-
-
-def test_a_gpu_whose_clock_cannot_be_read_ends_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def missing(device: torch.device) -> int:
-        raise ModuleNotFoundError("pynvml does not seem to be installed")
-
-    looks = iter([1980, 1980, 1500, 1500])
-    for read, wanted in ((missing, None), (lambda device: next(looks), pytest.approx(480 / 1740))):
-        monkeypatch.setattr(torch.cuda, "clock_rate", read)
-        conditions = Conditions(torch.device("cuda", 0), look=lambda: 1.0, proc=tmp_path)
-        for _ in range(4):
-            conditions.begin_turn()
-        assert conditions.summary()["gpu_clock_drift"] == wanted
-        assert any("GPU's clock" in note for note in conditions.notes()) is (wanted is not None)
 
 
 def test_processes_and_the_memory_of_a_tree(machine: Machine) -> None:

@@ -57,7 +57,6 @@ def test_the_workloads_are_the_papers() -> None:
         ({"tests": ("decode",)}, "--tests"),
         ({"prompt_tokens": (128,)}, "--prompt-tokens"),
         ({"output_tokens": (32,)}, "--output-tokens"),
-        ({"context": (0,)}, "--context"),
     ],
 )
 def test_what_the_paper_sets_cannot_be_set(changes: dict[str, Any], option: str) -> None:

@@ -22,6 +22,7 @@ from sleb.benchmarks.record import Measurement, Result
 from sleb.benchmarks.throughput import ThroughputBench, plain_token_ids, run_throughput, too_slow
 from sleb.benchmarks.turns import Turns
 from sleb.benchmarks.workloads import (
+    TESTS,
     ThroughputOptions,
     Workload,
     choose_map,
@@ -200,8 +201,8 @@ def test_defaults_are_the_papers_settings_on_a_gpu_and_smaller_ones_on_a_cpu() -
 
 def test_lists_make_every_combination() -> None:
     options = ThroughputOptions(
-        model="model", tests=("prompt", "generate"), batches=(1, 8), prompt_tokens=(128, 512),
-        output_tokens=(32, 64), context=(0, 1024),
+        model="model", tests=("prompt", "generate", "decode"), batches=(1, 8), prompt_tokens=(128, 512),
+        output_tokens=(32, 64),
     )  # fmt: skip
     assert [str(workload) for workload in plan_workloads(options, 2048, False)] == [
         *("prompt 1 × 128", "prompt 1 × 512"),
@@ -209,21 +210,20 @@ def test_lists_make_every_combination() -> None:
         *("generate 1 × 32 after 512", "generate 8 × 32 after 512"),
         *("generate 1 × 64 after 128", "generate 8 × 64 after 128"),
         *("generate 1 × 64 after 512", "generate 8 × 64 after 512"),
-        # --context asks for decode by itself; a context of 0 is one of a token.
-        *("decode 1 × 32 after 1", "decode 8 × 32 after 1"),
-        *("decode 1 × 32 after 1024", "decode 8 × 32 after 1024"),
-        *("decode 1 × 64 after 1", "decode 8 × 64 after 1"),
-        *("decode 1 × 64 after 1024", "decode 8 × 64 after 1024"),
+        *("decode 1 × 32 after 128", "decode 8 × 32 after 128"),
+        *("decode 1 × 32 after 512", "decode 8 × 32 after 512"),
+        *("decode 1 × 64 after 128", "decode 8 × 64 after 128"),
+        *("decode 1 × 64 after 512", "decode 8 × 64 after 512"),
     ]
 
 
 def test_a_sweep_measures_every_combination(options: ThroughputOptions) -> None:
-    sweep = once(options, prompt_tokens=(5, 9), output_tokens=(2, 3), context=(0, 30))
+    sweep = once(options, tests=TESTS, prompt_tokens=(1, 9), output_tokens=(2, 3))
     sizes = ("test", "batch", "prompt_tokens", "output_tokens")
     assert {tuple(row[name] for name in sizes) for row in rows_of(run_throughput(sweep))} == {
-        *(("prompt", 1, prompt, 1) for prompt in (5, 9)),
-        *(("generate", batch, prompt, new) for batch in (3, 1) for prompt in (5, 9) for new in (2, 3)),
-        *(("decode", batch, context, new) for batch in (3, 1) for context in (1, 30) for new in (2, 3)),
+        *(("prompt", 1, prompt, 1) for prompt in (1, 9)),
+        *(("generate", batch, prompt, new) for batch in (3, 1) for prompt in (1, 9) for new in (2, 3)),
+        *(("decode", batch, context, new) for batch in (3, 1) for context in (1, 9) for new in (2, 3)),
     }
 
 
@@ -250,8 +250,6 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(options: Thr
         ({"repetitions": 0}, ConfigError, "repetitions is 0; it must be an integer from 1 to"),
         ({"max_repetitions": 1}, ConfigError, "--max-repetitions is 1; it must be at least --repetitions, 2"),
         ({"prompt_tokens": (8, 16, 8)}, ConfigError, "--prompt-tokens names 8 twice"),
-        ({"context": (0, 1)}, ConfigError, "0 stands for a context of 1 token"),
-        ({"context": (509,)}, ConfigError, "positions; lower --context or --output-tokens"),
         (
             {"batches": tuple(range(1, 9)), "prompt_tokens": tuple(range(1, 9))},
             ConfigError,
@@ -610,7 +608,6 @@ def test_a_json_path_that_cannot_be_written_is_told_before_the_run(
         (["--batches", "4,0"], "--batches is 0"),
         (["--prompt-tokens", "1k"], "--prompt-tokens is '1k'"),
         (["--output-tokens", "4,1"], "--output-tokens is 1; it must be an integer of at least 2"),
-        (["--context", "0-x"], "--context is '0-x'"),
         (
             ["--tests", "prompt,score"],
             "--tests 'score' is not known; choose one of: prompt, generate, decode",
