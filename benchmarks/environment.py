@@ -59,7 +59,7 @@ def describe_machine(
     command: as `shown_command` gives it. memory_bytes is the machine's physical memory, load_average the processes
     that wanted a processor in the last minute. Neither host nor user names nor paths are recorded.
     """
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("transformers", "triton"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -260,8 +260,9 @@ class ThroughputBench:
 
 def greedy_params(num_tokens: int) -> SamplingParams:
     """Exactly num_tokens tokens, the most probable ones; nothing of the model's generation config, as penalties."""
-    plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    return SamplingParams(max_tokens=num_tokens, ignore_eos=True, **plain)
+    return SamplingParams(
+        max_tokens=num_tokens, ignore_eos=True, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+    )
 
 
 _decode_runs = itertools.count()
