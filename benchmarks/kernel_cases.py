@@ -86,67 +86,35 @@ class KernelCase:
         return found
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of a scale.
-
-    rows: tokens of a step. linears: inputs and outputs. decode, prefill: sequences, new tokens of each, tokens before
-    them, H, K, D.
-    """
-
-    hidden: int
-    heads: tuple[int, int, int]
-    gated: int
-    plain: int
-    vocab: int
-    rows: tuple[int, ...]
-    sampled: int
-    decode: tuple[tuple[int, ...], ...]
-    prefill: tuple[tuple[int, ...], ...]
-    linears: tuple[tuple[int, int], ...]
-    linear_rows: tuple[int, ...]
-
-
-SIZES = {
-    # Llama 3.1 8B's, and the heads of LLaMA 2 7B; 64 rows are a decode step, 4,096 a step of prompts.
-    "full": Sizes(
-        hidden=4096, heads=(32, 8, 128), gated=14336, plain=16384, vocab=128256, rows=(64, 4096), sampled=64,
-        decode=((64, 1, 2047, 32, 8, 128), (64, 1, 2047, 32, 32, 128), (1, 1, 8191, 32, 8, 128)),
-        prefill=((1, 2048, 0, 32, 8, 128), (1, 512, 4096, 32, 8, 128)),
-        linears=((4096, 4096), (4096, 2 * 14336), (14336, 4096)), linear_rows=(1, 16, 64),
-    ),
-    "small": Sizes(
-        hidden=64, heads=(4, 2, 16), gated=96, plain=128, vocab=300, rows=(4,), sampled=3,
-        decode=((3, 1, 39, 4, 2, 16), (3, 1, 39, 4, 4, 16)), prefill=((1, 24, 0, 4, 2, 16), (1, 8, 20, 4, 2, 16)),
-        linears=((64, 96),), linear_rows=(1, 4),
-    ),
-}  # fmt: skip
-
-
 def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list[KernelCase]:
-    """The cases of `ops`, in the order of OPS."""
-    sizes, itemsize = SIZES[scale], dtype.itemsize
-    cases = [
-        *_on_rows(sizes, itemsize),
-        *(_attention("decode_attention", *shape, itemsize=itemsize) for shape in sizes.decode),
-        *(_attention("prefill_attention", *shape, itemsize=itemsize) for shape in sizes.prefill),
-        *_on_logits(sizes.sampled, sizes.vocab, itemsize),
-        *(
-            _linear(kind, rows, *shape, dtype)
-            for shape in sizes.linears
-            for kind in ("plain", "int8", "int4")
-            for rows in sizes.linear_rows
-        ),
-    ]
+    """The cases of `ops`, in the order of OPS.
+
+    "full": Llama 3.1 8B's shapes, and the heads of LLaMA 2 7B; 64 rows are a decode step, 4,096 a step of prompts.
+    """
+    size, cases = dtype.itemsize, list[KernelCase]()
+    hidden, heads, gated, plain, vocab, sampled = 64, (4, 2, 16), 96, 128, 300, 3
+    num_rows, linear_rows, linears = [4], [1, 4], [(64, 96)]
+    # Sequences, new tokens of each and tokens before them; heads, those of keys and values, features of each.
+    decode = [(3, 1, 39, *heads), (3, 1, 39, 4, 4, 16)]
+    prefill = [(1, 24, 0, *heads), (1, 8, 20, *heads)]
+    if scale == "full":
+        hidden, heads, gated, plain, vocab, sampled = 4096, (32, 8, 128), 14336, 16384, 128256, 64
+        num_rows, linear_rows = [64, 4096], [1, 16, 64]
+        linears = [(4096, 4096), (4096, 2 * 14336), (14336, 4096)]
+        decode = [(64, 1, 2047, *heads), (64, 1, 2047, 32, 32, 128), (1, 1, 8191, *heads)]
+        prefill = [(1, 2048, 0, *heads), (1, 512, 4096, *heads)]
+    for rows in num_rows:
+        cases += [_add_norm(kind, rows, hidden, size) for kind in ("rms", "layer")]
+        cases += [_rope_store(rows, normed, *heads, itemsize=size) for normed in (False, True)]
+        cases += [_activation("gated_activate", "silu", rows, gated, size)]
+        cases += [_activation("activate", name, rows, plain, size) for name in ("gelu", "relu")]
+    cases += [_attention("decode_attention", *shape, itemsize=size) for shape in decode]
+    cases += [_attention("prefill_attention", *shape, itemsize=size) for shape in prefill]
+    cases += _on_logits(sampled, vocab, size)
+    for shape in linears:
+        for kind in ("plain", "int8", "int4"):
+            cases += [_linear(kind, rows, *shape, dtype) for rows in linear_rows]
     return [case for op in OPS if op in ops for case in cases if case.op == op]
-
-
-def _on_rows(sizes: Sizes, itemsize: int) -> Iterator[KernelCase]:
-    for rows in sizes.rows:
-        yield from (_add_norm(kind, rows, sizes.hidden, itemsize) for kind in ("rms", "layer"))
-        yield from (_rope_store(rows, normed, *sizes.heads, itemsize=itemsize) for normed in (False, True))
-        yield _activation("gated_activate", "silu", rows, sizes.gated, itemsize)
-        yield from (_activation("activate", name, rows, sizes.plain, itemsize) for name in ("gelu", "relu"))
 
 
 def _activation(op: str, name: str, rows: int, size: int, itemsize: int) -> KernelCase:

@@ -11,7 +11,6 @@ are. A batch of all depths takes part too where batches generate; it is compared
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,6 @@ from sleb.benchmarks.workloads import (
     check_overlap,
     choose_depths,
     choose_map,
-    missing_shares,
     paper_depths,
     paper_measurements,
     plan_workloads,
@@ -92,7 +90,8 @@ class ThroughputBench:
         layer_map, shipped = load_layer_map(chosen, resolved, spec)
         if self.map_source == "alias":
             self.map_source = "shipped" if shipped else "none"
-        asked_depths = paper_depths(layer_map) if options.paper else options.depths
+        from_paper, self.missing_shares = paper_depths(layer_map)
+        asked_depths = from_paper if options.paper else options.depths
         self.depths = choose_depths(asked_depths, layer_map, resolved.name)
         if options.fail_below is not None and len(self.depths) < 2:
             raise ConfigError(
@@ -265,9 +264,6 @@ def greedy_params(num_tokens: int) -> SamplingParams:
     )
 
 
-_decode_runs = itertools.count()
-
-
 def decode_seconds(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams, depth: int
 ) -> float:
@@ -280,8 +276,7 @@ def decode_seconds(
 
     Raises ConfigError where there is no such window; `workloads.check_overlap` knows before.
     """
-    run = next(_decode_runs)
-    made = {f"decode-{run}-{index}": 0 for index in range(len(prompts))}
+    made = {f"decode-{index}": 0 for index in range(len(prompts))}
     unfinished = set(made)
     started = seconds = 0.0
     num_before = num_timed = 0
@@ -352,7 +347,7 @@ def run_throughput(
     notes = [*bench.notes(measurements), *conditions.notes()]
     if options.paper:
         measurements += paper_measurements()
-        notes += [_PAPER, *missing_shares(engine.layer_map)]
+        notes += [_PAPER, *bench.missing_shares]
     settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
     settings["model"] = {
         "name": engine.model_name,

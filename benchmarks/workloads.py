@@ -237,7 +237,6 @@ PAPER_ROWS = (
     ("SLEB", "10%", 1529.1, 1.12, 336, 1.12),
     ("SLEB", "20%", 1364.1, 1.26, 381, 1.27),
 )
-_PAPER_SHARES = (0.1, 0.2)  # of the blocks that the paper's SLEB rows remove
 
 
 def paper_measurements() -> Iterator[Measurement]:
@@ -251,27 +250,21 @@ def paper_measurements() -> Iterator[Measurement]:
             yield Measurement(case, f"{method} {removed}", "tokens/s", value, None, over, facts)
 
 
-def paper_depths(layer_map: LayerMap) -> tuple[int, ...]:
-    """Depth 0 and those that remove 10 % and 20 % of the blocks, without the shares that `missing_shares` tells.
+def paper_depths(layer_map: LayerMap) -> tuple[tuple[int, ...], list[str]]:
+    """Depth 0 and those that remove 10 % and 20 % of the blocks; and a sentence for each share that has no depth.
 
     Of a map whose units are parts of blocks, the depth that removes as many attentions and MLPs together.
     """
-    found = [_depth_of(share, layer_map) for share in _PAPER_SHARES]
-    return tuple(dict.fromkeys([0, *(depth for depth in found if depth is not None)]))
-
-
-def missing_shares(layer_map: LayerMap) -> list[str]:
-    """A sentence for each share of the paper that has no depth."""
-    return [
-        f"The paper's {share:.0%} of the blocks is not measured: it is {round(share * layer_map.num_blocks)} of "
-        f"{layer_map.num_blocks}, and the layer map removes {len(layer_map.removed)} units."
-        for share in _PAPER_SHARES
-        if _depth_of(share, layer_map) is None
-    ]
-
-
-def _depth_of(share: float, layer_map: LayerMap) -> int | None:
-    """The first depth that removes the share; None where it is no block, or the map does not reach it."""
-    wanted = 2 * round(share * layer_map.num_blocks)
-    removed = accumulate(len(unit.sublayers) for unit in layer_map.removed)
-    return next((depth for depth, count in enumerate(removed, 1) if count >= wanted > 0), None)
+    depths, missing = [0], []
+    for share in (0.1, 0.2):  # of the paper's SLEB rows
+        wanted = round(share * layer_map.num_blocks)
+        removed = accumulate(len(unit.sublayers) for unit in layer_map.removed)
+        depth = next((depth for depth, count in enumerate(removed, 1) if count >= 2 * wanted > 0), None)
+        if depth is not None:
+            depths.append(depth)
+        else:
+            missing.append(
+                f"The paper's {share:.0%} of the blocks is not measured: it is {wanted} of {layer_map.num_blocks}, and "
+                f"the layer map removes {len(layer_map.removed)} units."
+            )
+    return tuple(dict.fromkeys(depths)), missing

@@ -14,7 +14,6 @@ from sleb.benchmarks.workloads import (
     PAPER_ROWS,
     ThroughputOptions,
     Workload,
-    missing_shares,
     paper_depths,
     paper_measurements,
     plan_workloads,
@@ -65,26 +64,26 @@ def test_what_the_paper_sets_cannot_be_set(changes: dict[str, Any], option: str)
 
 
 def test_depths_are_shares_of_the_blocks() -> None:
-    assert paper_depths(stand_in_map("llama-2-70b", 80)) == (0, 8, 16)
-    assert paper_depths(stand_in_map("smollm2", 30)) == (0, 3, 6)
+    assert paper_depths(stand_in_map("llama-2-70b", 80))[0] == (0, 8, 16)
+    assert paper_depths(stand_in_map("smollm2", 30))[0] == (0, 3, 6)
     short = LayerMap("x", None, 30, tuple(Unit(block) for block in (5, 7, 9, 11)))
-    assert paper_depths(short) == (0, 3)
-    assert paper_depths(LayerMap("x", None, 30)) == (0,)
+    assert paper_depths(short)[0] == (0, 3)
+    assert paper_depths(LayerMap("x", None, 30))[0] == (0,)
     # Two parts are a block.
     parts = [Unit(block, part) for block in (3, 4, 5) for part in ("attention", "mlp")]
-    assert paper_depths(LayerMap("x", None, 10, tuple(parts))) == (0, 2, 4)
-    assert paper_depths(stand_in_map("x", 4)) == (0, 1)  # a fifth; a tenth is no block
-    assert paper_depths(stand_in_map("x", 2)) == (0,)
+    assert paper_depths(LayerMap("x", None, 10, tuple(parts)))[0] == (0, 2, 4)
+    assert paper_depths(stand_in_map("x", 4))[0] == (0, 1)  # a fifth; a tenth is no block
+    assert paper_depths(stand_in_map("x", 2))[0] == (0,)
 
 
 def test_shares_that_a_map_does_not_reach_are_told() -> None:
     short = LayerMap("x", None, 30, tuple(Unit(block) for block in (5, 7, 9, 11)))
-    assert missing_shares(stand_in_map("x", 30)) == []
+    assert paper_depths(stand_in_map("x", 30))[1] == []
     twenty = (
         "The paper's 20% of the blocks is not measured: it is 6 of 30, and the layer map removes 4 units."
     )
-    assert missing_shares(short) == [twenty]
-    assert len(missing_shares(LayerMap("x", None, 30))) == 2
+    assert paper_depths(short)[1] == [twenty]
+    assert len(paper_depths(LayerMap("x", None, 30))[1]) == 2
 
 
 def test_the_command_measures_and_prints_both(
