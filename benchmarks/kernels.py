@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -100,8 +101,16 @@ class _Subject:
         self.timing = "interpreted" if backend.name == "triton" and _interpreted() else "clock"
         if device.type == "cuda" and self.timing == "clock":
             if backend.capturable and seconds < _GRAPH_SECONDS:
-                self._graph = _captured(self._calls)
+                graph = torch.cuda.CUDAGraph()
+                with suppress(RuntimeError):  # an operator may turn out to need the host
+                    with torch.cuda.graph(graph):
+                        for call in self._calls:
+                            call()
+                    self._graph = graph
             self.timing = "launches" if self._graph is None else "graph"
+            if self._graph is not None:
+                self._graph.replay()
+                torch.cuda.synchronize()
 
     def _call(self, case: KernelCase, backend: Backend, index: int, inputs: Inputs) -> None:
         self._outputs[index] = case.call(backend, inputs)
@@ -117,20 +126,6 @@ def _num_passes(num_sets: int, seconds: float) -> int:
     """Times that a sample goes through all sets."""
     least = _MIN_LAUNCHES if seconds < _GRAPH_SECONDS else 1
     return max(1, round(min(max(_SAMPLE_SECONDS / seconds, least), _MAX_LAUNCHES) / num_sets))
-
-
-def _captured(calls: Sequence[Callable[[], None]]) -> torch.cuda.CUDAGraph | None:
-    """None where an operator turns out to need the host."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-    except RuntimeError:
-        return None
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
 
 
 def num_sets(case: KernelCase, device: torch.device) -> int:
