@@ -12,18 +12,18 @@ lm-eval  As lm-evaluation-harness does for loglikelihood_rolling (lm_eval/utils.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sleb.errors import ConfigError, SlebError
+from sleb.errors import ConfigError
+from sleb.pruning.calibration.downloads import c4_validation, wikitext2_lines
 
 if TYPE_CHECKING:
     from sleb.engine.text import TextProcessor
@@ -73,12 +73,9 @@ def read_text(source: str) -> Text:
     data set that cannot be downloaded.
     """
     if source == "wikitext2":
-        rows = _load_rows(source, "Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-        return Text(source, "\n\n".join(rows))
+        return Text(source, "\n\n".join(wikitext2_lines("test", "--text")))
     if source == "c4":
-        files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-        rows = _load_rows(source, "allenai/c4", data_files=files, split="validation")
-        return Text(source, " ".join(rows[:1100]), 256)
+        return Text(source, " ".join(c4_validation("--text")[:1100]), 256)
     return Text(Path(source).name, read_file(source, "--text", "name a text file, or wikitext2 or c4"))
 
 
@@ -89,21 +86,6 @@ def read_file(path: str, flag: str, remedy: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"{flag} {path} cannot be read as text ({reason}); {remedy}") from None
-
-
-def _load_rows(source: str, *path: str, **options: Any) -> Sequence[str]:
-    try:
-        rows: Sequence[str] = importlib.import_module("datasets").load_dataset(*path, **options)["text"]
-    except ImportError:
-        raise ConfigError(
-            f"--text {source} needs the package datasets: pip install 'sleb[eval]', or name a text file"
-        ) from None
-    except Exception as error:  # the package raises whatever its network and file layers do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SlebError(
-            f"--text {source} could not be downloaded ({reason}): check the network, or name a text file"
-        ) from error
-    return rows
 
 
 def default_seqlen(scheme: str, max_length: int) -> int:
