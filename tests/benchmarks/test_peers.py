@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 
 from sleb.benchmarks import engines
 from sleb.benchmarks.adapters import Transformers
-from sleb.benchmarks.engines import LlamaCpp, PeerError, PeerTest, WorkerEngine
+from sleb.benchmarks.engines import PeerError, WorkerEngine, parse_test, rate
 from sleb.benchmarks.http_engine import ServerEngine
-from sleb.benchmarks.installs import INSTALLS, advice
+from sleb.benchmarks.installs import HOW
 from sleb.benchmarks.peers import PeersOptions, parse_peer, parse_server, run_peers
 from sleb.benchmarks.prompts import TokenPrompts
 from sleb.benchmarks.record import Measurement, Result
+from sleb.benchmarks.workloads import Workload
 from sleb.cli.bench import app
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
@@ -35,22 +36,19 @@ pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="peers a
 STAND_IN = """
 import os, subprocess, sys, time
 
-class SlebError(Exception):
-    pass
-
 class Engine:
-    def __init__(self, model, threads, max_context, max_batch, kv_gib, **own):
+    def __init__(self, model, threads, **own):
         print("a library that prints to standard output", flush=True)
         if model == "broken":
             raise ValueError("no such format")
         if model == "missing":
             import no_such_module_at_all
         if own.get("layer_map"):
-            raise SlebError("layer map " + own["layer_map"] + " cannot be read")
+            raise ValueError("layer map " + own["layer_map"] + " cannot be read")
         if model.startswith("child:"):
             process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             open(model[6:], "w").write(str(process.pid))
-        self.facts = {"version": "1", "threads": threads, "max_context": max_context}
+        self.facts = {"version": "1", "threads": threads, **own}
 
     def generate(self, prompts, max_tokens, depth=0):
         if sum(map(len, prompts)) == 13:
@@ -80,7 +78,7 @@ def start(stand_ins: Path) -> Iterator[Callable[..., WorkerEngine]]:
     started: list[WorkerEngine] = []
 
     def make(model: str = "m", python: str = sys.executable, **own: Any) -> WorkerEngine:
-        load = {"model": model, "threads": 2, "max_context": 64, "max_batch": 2, "kv_gib": 1, **own}
+        load = {"model": model, "threads": 2, "max_context": 64, **own}
         prompts = TokenPrompts(stand_ins, 0)
         started.append(WorkerEngine("fake", Path(python), "vllm", load, prompts))
         return started[-1]
@@ -91,30 +89,21 @@ def start(stand_ins: Path) -> Iterator[Callable[..., WorkerEngine]]:
 
 
 def test_tests_are_named_by_streams_or_tokens() -> None:
-    assert PeerTest.parse("decode-8") == PeerTest("decode", 8, 64, 128)
-    assert PeerTest.parse("prompt-512") == PeerTest("prompt", 1, 512, 1)
-    assert PeerTest.parse("decode-1").single and not PeerTest.parse("prompt-64").single
-    names = [str(PeerTest.parse(name)) for name in ("decode-1", "decode-8", "prompt-512")]
+    assert parse_test("decode-8") == Workload("generate", 8, 64, 128)
+    assert parse_test("prompt-512") == Workload("prompt", 1, 512, 1)
+    names = [str(parse_test(name)) for name in ("decode-1", "decode-8", "prompt-512")]
     assert names == ["decode 1 × 128 after 64", "generate 8 × 128 after 64", "prompt 1 × 512"]
-    for name in (
-        "decode",
-        "decode-0",
-        "prompt-x",
-        "train-3",
-        "decode-1025",
-        "prompt-1048577",
-        "decode-" + "9" * 5000,
-    ):
+    for name in ("decode", "decode-0", "prompt-x", "train-3", "prompt-1048577", "decode-" + "9" * 5000):
         with pytest.raises(ConfigError, match="write decode-STREAMS") as caught:
-            PeerTest.parse(name)
+            parse_test(name)
         assert len(str(caught.value)) < 200
-    assert PeerTest.parse("prompt-1048576").prompt_tokens == 1 << 20
+    assert parse_test("prompt-1048576").prompt_tokens == 1 << 20
 
 
 def test_rates_count_what_the_test_says() -> None:
-    assert PeerTest.parse("decode-1").rate(2.5, 0.5) == pytest.approx(127 / 2.0)
-    assert PeerTest.parse("decode-8").rate(2.0, 0.4) == pytest.approx(8 * 128 / 2.0)
-    assert PeerTest.parse("prompt-512").rate(0.3, 0.25) == pytest.approx(2048)
+    assert rate(parse_test("decode-1"), 2.5, 0.5) == pytest.approx(127 / 2.0)
+    assert rate(parse_test("decode-8"), 2.0, 0.4) == pytest.approx(8 * 128 / 2.0)
+    assert rate(parse_test("prompt-512"), 0.3, 0.25) == pytest.approx(2048)
 
 
 def test_peers_are_parsed(tmp_path: Path) -> None:
@@ -123,10 +112,11 @@ def test_peers_are_parsed(tmp_path: Path) -> None:
     assert parse_peer(f"vllm={python}")[0].program == python  # the link itself, not its end
     assert parse_peer("transformers")[0].program == Path(sys.executable)
     assert parse_peer(f"openvino={python}:{tmp_path}")[0].model == str(tmp_path)
+    assert parse_peer("vllm=~/env/bin/python")[0].program == Path.home() / "env/bin/python"
     llama = parse_peer(f"llamacpp={tmp_path}:bf16=/x/a.gguf,q4_1=/x/b.gguf")
     assert [(each.name, each.weights, each.model) for each in llama] == [
         ("llamacpp-bf16", "bf16", "/x/a.gguf"),
-        ("llamacpp-q4_1", "q4_1", "/x/b.gguf"),
+        ("llamacpp-q4_1", "int4", "/x/b.gguf"),
     ]
     for text in ("vllm", "vllm=", "mlc=x", f"openvino={python}", f"llamacpp={tmp_path}", "llamacpp=x:q2=y"):
         with pytest.raises(ConfigError):
@@ -143,16 +133,13 @@ def test_each_format_meets_its_counterpart() -> None:
     options = PeersOptions(
         model="m", peer=["transformers", "llamacpp=x:bf16=a,q8_0=b,q4_1=c"], server=["far=http://h"]
     )
-    met = {peer.name: options.formats_beside(peer) for peer in options.peers()}
-    assert met == {
-        "transformers": ["bf16"],
-        "llamacpp-bf16": ["bf16"],
-        "llamacpp-q8_0": ["int8"],
-        "llamacpp-q4_1": ["int4"],
-        "far": ["bf16"],
+    assert {peer.name: peer.own_name for peer in options.peers()} == {
+        "transformers": "sleb bf16",
+        "llamacpp-bf16": "sleb bf16 http",
+        "llamacpp-q8_0": "sleb int8 http",
+        "llamacpp-q4_1": "sleb int4 http",
+        "far": "sleb bf16 http",
     }
-    int8 = PeersOptions(model="m", formats=["int8"], server=["far=http://h"])
-    assert [int8.formats_beside(peer) for peer in int8.peers()] == [["int8"]]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +149,7 @@ def test_each_format_meets_its_counterpart() -> None:
         ({"depths": (-1,)}, "depths is -1"),
         ({"tests": ()}, "--tests is ''"),
         ({"tests": ("decode-x",)}, "write decode-STREAMS"),
-        ({"formats": ("fp8",)}, "formats 'fp8' is not known; choose one of: bf16, int8, int4"),
-        ({"formats": ("int8",)}, "meets none of the peers"),
-        ({"peer": ("transformers", "transformers")}, "takes part twice"),
-        ({"peer_version": "vllm=1"}, "--peer-version is for llamacpp"),
+        ({"peer": ("transformers", "transformers")}, "--peer is 'transformers,transformers'"),
         ({"kv_gib": 1.5}, "kv_gib is 1.5; it must be an integer"),
         ({"repetitions": 0}, "repetitions is 0"),
     ],
@@ -177,27 +161,25 @@ def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) 
 
 def test_how_is_pinned_and_names_every_engine() -> None:
     done = CliRunner().invoke(app, ["peers", "--how"])
-    assert done.exit_code == 0 and done.output.strip() == advice().strip()
-    for name, text in INSTALLS.items():
-        assert name in text and text in advice()
-        packages = [word for line in text.splitlines() if "pip install" in line for word in line.split()[2:]]
-        assert all("==" in word or word == "accelerate" for word in packages)
+    assert done.exit_code == 0 and done.output.strip() == HOW.strip()
+    assert all(f"--peer {name}=" in HOW for name in ("transformers", "vllm", "openvino", "llamacpp"))
+    packages = [word for line in HOW.splitlines() if "pip install" in line for word in line.split()[2:]]
+    assert packages and all("==" in word or word == "accelerate" for word in packages)
 
 
 def test_a_worker_answers_in_lines_whatever_its_library_prints(start: Callable[..., WorkerEngine]) -> None:
     engine = start()
     assert engine.facts == {"version": "1", "threads": 2, "max_context": 64}
-    rate = engine.generate(PeerTest("decode", 2, 8, 20), 1)
+    rate = engine.generate(Workload("generate", 2, 8, 20), 1)
     assert 0 < rate <= 2 * 20 / (0.002 * 20)
-    assert engine.generate(PeerTest("decode", 1, 8, 50), 1) <= 49 / (0.002 * 49) * 1.5
-    assert 0 < engine.generate(PeerTest("prompt", 1, 50, 1), 1) <= 50 / 0.002
-    assert engine.peak_bytes() > 1 << 20
+    assert engine.generate(Workload("decode", 1, 8, 50), 1) <= 49 / (0.002 * 49) * 1.5
+    assert 0 < engine.generate(Workload("prompt", 1, 50, 1), 1) <= 50 / 0.002
 
 
 def test_a_worker_is_stopped_between_its_turns(start: Callable[..., WorkerEngine]) -> None:
     engine = start()
     assert _becomes(engine.pid, "T")
-    engine.generate(PeerTest("decode", 2, 8, 4), 1)
+    engine.generate(Workload("generate", 2, 8, 4), 1)
     assert _becomes(engine.pid, "T")
     engine.close()
     assert not Path(f"/proc/{engine.pid}").exists()
@@ -206,20 +188,20 @@ def test_a_worker_is_stopped_between_its_turns(start: Callable[..., WorkerEngine
 def test_a_worker_s_failure_comes_with_its_log(start: Callable[..., WorkerEngine]) -> None:
     with pytest.raises(PeerError, match="ValueError: no such format") as caught:
         start("broken")
-    assert "standard output" in caught.value.details
+    assert "standard output" in caught.value.__notes__[0]
     assert "\n" not in str(caught.value) and "standard output" not in str(caught.value)
     with pytest.raises(PeerError, match="no_such_module_at_all"):
         start("missing")
     with pytest.raises(PeerError, match="cannot be run"):
         start(python="/nowhere/python")
-    with pytest.raises(ConfigError, match=r"^layer map /no\.json cannot be read$"):
+    with pytest.raises(PeerError, match=r"^fake: ValueError: layer map /no\.json cannot be read$"):
         start(layer_map="/no.json")
     engine = start()
-    with pytest.raises(PeerError, match=r"answers of \[3\] tokens instead of 4"):
-        engine.generate(PeerTest("decode", 2, 17, 4), 1)
+    with pytest.raises(PeerError, match=r"answers of {3} tokens, not 4"):
+        engine.generate(Workload("generate", 2, 17, 4), 1)
     for _ in range(2):
-        with pytest.raises(PeerError, match="ended instead of"):
-            engine.generate(PeerTest("prompt", 1, 13, 1), 1)
+        with pytest.raises(PeerError, match="it ended, or gave no answer"):
+            engine.generate(Workload("prompt", 1, 13, 1), 1)
 
 
 def test_closing_a_worker_ends_its_children(start: Callable[..., WorkerEngine], tmp_path: Path) -> None:
@@ -234,13 +216,14 @@ import os, signal, sys, threading
 from pathlib import Path
 from sleb.benchmarks import engines
 from sleb.benchmarks.prompts import TokenPrompts
+from sleb.benchmarks.workloads import Workload
 
 folder = Path(sys.argv[2])
 engines.ADAPTERS = folder / "adapters.py"
-load = {"model": "child:" + str(folder / "child"), "threads": 1, "max_context": 9, "max_batch": 1, "kv_gib": 1}
+load = {"model": "child:" + str(folder / "child"), "threads": 1}
 engine = engines.WorkerEngine("fake", Path(sys.executable), "vllm", load, TokenPrompts(folder, 0))
 if sys.argv[1] == "busy":
-    work = lambda: engine.generate(engines.PeerTest("decode", 1, 8, 100000), 1)
+    work = lambda: engine.generate(Workload("decode", 1, 8, 100000), 1)
     threading.Thread(target=work, daemon=True).start()
     threading.Event().wait(0.5)
 else:
@@ -280,91 +263,69 @@ def _state(pid: int | None) -> str:
         return ""
 
 
-LLAMA = """#!/bin/sh
-type="llama 135M BF16"
-case "$*" in *q8_0.gguf*) type="llama 135M Q8_0";; *untold.gguf*) type="a new form";; esac
-echo "$0 $*" >> "$(dirname "$0")/calls"
-case "$*" in
-  *strange*) echo '{}';;
-  *broken*" -p 1 "*) echo "[{\\"model_type\\": \\"$type\\"}]";;
-  *broken*) echo "cannot load" >&2; exit 4;;
-  *-npl*) echo "log line"; echo '{"pl": 8, "t": 2.0}';;
-  *) echo "[{\\"samples_ns\\": [100000000, 400000000, 200000000], \\"model_type\\": \\"$type\\",
-             \\"build_commit\\": \\"abc\\"}]";;
-esac
+# llama.cpp's server: its model file is the address of a scripted server, which it hands requests on to.
+LLAMA = """
+import http.server, pathlib, sys, urllib.request
+
+told = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+pathlib.Path(__file__).with_name("told").write_text(" ".join(sys.argv[1:]))
+model = pathlib.Path(told["--model"]).read_text()
+if model == "broken":
+    sys.exit("cannot load the model")
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = self.path.removesuffix("/health") + "/models" if self.path.endswith("/health") else self.path
+        self.hand_on(urllib.request.Request(model + path))
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        head = {"Content-Type": "application/json"}
+        self.hand_on(urllib.request.Request(model + self.path, body, head))
+
+    def hand_on(self, request):
+        try:
+            reply = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            reply = error
+        self.send_response(reply.status)
+        self.send_header("Content-Type", reply.headers["Content-Type"])
+        self.send_header("Connection", "close")
+        self.end_headers()
+        while piece := reply.read1():
+            self.wfile.write(piece)
+            self.wfile.flush()
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(told["--port"])), Handler).serve_forever()
 """
 
 
 @pytest.fixture
-def llama_folder(tmp_path: Path) -> Path:
-    for name in ("llama-bench", "llama-batched-bench"):
-        (tmp_path / name).write_text(LLAMA)
-        (tmp_path / name).chmod(0o755)
-    for name in ("m.gguf", "q8_0.gguf", "untold.gguf", "broken", "strange"):
-        (tmp_path / name).touch()
+def llama_folder(tmp_path: Path, serve: Callable[..., scripted.ScriptedServer]) -> Path:
+    path = tmp_path / "llama-server"
+    path.write_text(f"#!{sys.executable}\n{LLAMA}")
+    path.chmod(0o755)
+    (tmp_path / "m.gguf").write_text(serve(gap=0.001).url.removesuffix("/v1"))
+    (tmp_path / "broken.gguf").write_text("broken")
     return tmp_path
-
-
-def test_llama_cpp_s_own_benchmarks_are_read(llama_folder: Path) -> None:
-    llama = LlamaCpp("llamacpp-q8_0", llama_folder, llama_folder / "q8_0.gguf", threads=2)
-    assert llama.facts == {"version": "abc", "model": "llama 135M Q8_0"}
-    (llama_folder / "calls").unlink()
-    assert llama.generate(PeerTest.parse("prompt-512"), 1) == pytest.approx(512 / 0.2)
-    assert llama.generate(PeerTest.parse("decode-1"), 1) == pytest.approx(128 / 0.2)
-    assert llama.generate(PeerTest.parse("decode-8"), 1) == pytest.approx(8 * 128 / 2.0)
-    assert llama.peak_bytes() > 0
-    prompt, single, batched = (llama_folder / "calls").read_text().splitlines()
-    assert "-t 2 -p 512 -n 0 -r 3" in prompt and "-p 0 -n 128 -d 64 -r 1" in single
-    # 128 tokens of a stream: one of its prompt's last step, 127 of further steps.
-    assert "-npp 64 -ntg 127 -npl 8" in batched and "llama-batched-bench" in batched
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "message"),
-    [
-        ("llamacpp-bf16", "q8_0.gguf", r"q8_0\.gguf holds q8_0 weights.*give a file of bf16"),
-        ("llamacpp-bf16", "strange", "another form"),
-        ("llamacpp-bf16", "gone.gguf", "there is no model file"),
-    ],
-)
-def test_llama_cpp_that_is_not_what_it_should_be(
-    llama_folder: Path, name: str, file: str, message: str
-) -> None:
-    with pytest.raises(PeerError, match=message):
-        LlamaCpp(name, llama_folder, llama_folder / file, 2)
-
-
-def test_llama_cpp_that_fails(llama_folder: Path) -> None:
-    broken = LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "broken", 2)
-    with pytest.raises(PeerError, match="ended with 4") as caught:
-        broken.generate(PeerTest.parse("decode-1"), 1)
-    assert caught.value.details == "cannot load"
-    LlamaCpp("llamacpp-q4_1", llama_folder, llama_folder / "untold.gguf", 2)  # what is not told is believed
-    with pytest.raises(PeerError, match="lacks llama-bench"):
-        LlamaCpp("llamacpp-bf16", llama_folder / "none", llama_folder / "m.gguf", 2)
-    (llama_folder / "llama-bench").write_bytes(b"\x7fELF, but of another machine")
-    with pytest.raises(PeerError, match=r"cannot be run \(Exec format error\); build"):
-        LlamaCpp("llamacpp-bf16", llama_folder, llama_folder / "m.gguf", 2)
 
 
 def test_vllm_s_libraries_are_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "env" / "bin" / "python"
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: "libtcmalloc_minimal.so.4")
     with pytest.raises(PeerError, match="libiomp5"):
         engines.vllm_environment(python, 2, 4)
     (tmp_path / "env" / "lib").mkdir(parents=True)
     (tmp_path / "env" / "lib" / "libiomp5.so").touch()
-    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    with pytest.raises(PeerError, match="libtcmalloc-minimal4"):
-        engines.find_tcmalloc([tmp_path])
-    library = tmp_path / "x86_64-linux-gnu" / "libtcmalloc_minimal.so.4"
-    library.parent.mkdir()
-    library.touch()
-    assert engines.find_tcmalloc([tmp_path]) == str(library)
-    monkeypatch.setattr(engines, "find_tcmalloc", lambda: "/x/tcmalloc")
     environment = engines.vllm_environment(python, 1, 4)
-    assert environment["LD_PRELOAD"] == f"/x/tcmalloc:{tmp_path}/env/lib/libiomp5.so"
+    assert environment["LD_PRELOAD"] == f"libtcmalloc_minimal.so.4:{tmp_path}/env/lib/libiomp5.so"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == str(min(os.sched_getaffinity(0)))
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    with pytest.raises(PeerError, match="libtcmalloc-minimal4"):
+        engines.vllm_environment(python, 2, 4)
 
 
 def test_transformers_runs_nothing_of_the_model_s_own_generation_config(
@@ -404,12 +365,12 @@ def serve() -> Iterator[Callable[..., scripted.ScriptedServer]]:
 
 def test_a_server_is_timed_as_the_test_says(serve: Callable[..., scripted.ScriptedServer]) -> None:
     server = serve(first=0.05, gap=0.002)
-    engine = ServerEngine("far", server.url, 0, salt="x")
+    engine = ServerEngine("far", server.url, salt="x")
     try:
         server.seen.clear()
-        assert 0 < engine.generate(PeerTest("decode", 4, 30, 20), 1) <= 4 * 20 / (0.05 + 19 * 0.002)
-        assert 0 < engine.generate(PeerTest("decode", 1, 30, 20), 1) <= 19 / (19 * 0.002)
-        assert 0 < engine.generate(PeerTest("prompt", 1, 40, 1), 1) <= 40 / 0.05
+        assert 0 < engine.generate(Workload("generate", 4, 30, 20), 1) <= 4 * 20 / (0.05 + 19 * 0.002)
+        assert 0 < engine.generate(Workload("decode", 1, 30, 20), 1) <= 19 / (19 * 0.002)
+        assert 0 < engine.generate(Workload("prompt", 1, 40, 1), 1) <= 40 / 0.05
     finally:
         engine.close()
     texts = [scripted.text_of(request.body) for request in server.seen]
@@ -425,9 +386,9 @@ def test_a_server_is_timed_as_the_test_says(serve: Callable[..., scripted.Script
 def test_transformers_own_fields_are_found(serve: Callable[..., scripted.ScriptedServer]) -> None:
     """It refuses what OpenAI's API lacks; its generation_config ignores the end of a sequence."""
     server = serve(refused=("ignore_eos", "repetition_penalty", "stream_options"))
-    engine = ServerEngine("far", server.url, 0)
+    engine = ServerEngine("far", server.url)
     try:
-        assert engine.generate(PeerTest("decode", 2, 30, 5), 1) > 0
+        assert engine.generate(Workload("generate", 2, 30, 5), 1) > 0
     finally:
         engine.close()
     config = json.loads(server.seen[-1].body["generation_config"])
@@ -442,20 +403,20 @@ def test_a_server_that_fails_is_told(
     serve: Callable[..., scripted.ScriptedServer], fault: str, message: str
 ) -> None:
     server = serve(fail=lambda number: fault if number else None)
-    engine = ServerEngine("far", server.url, 0)
+    engine = ServerEngine("far", server.url)
     try:
         with pytest.raises(PeerError, match=f"^far: .*{message}"):
-            engine.generate(PeerTest("decode", 2, 30, 5), 1)
+            engine.generate(Workload("generate", 2, 30, 5), 1)
     finally:
         engine.close()
 
 
 def test_a_server_that_cannot_be_compared(serve: Callable[..., scripted.ScriptedServer]) -> None:
     with pytest.raises(PeerError, match="far: no server at"):
-        ServerEngine("far", "http://127.0.0.1:1/v1", 0)
+        ServerEngine("far", "http://127.0.0.1:1/v1")
     with pytest.raises(PeerError, match="no such key"):
-        ServerEngine("far", serve(key="k").url, 0)
-    assert ServerEngine("far", serve(key="k").url, 0, api_key="k").close() is None
+        ServerEngine("far", serve(key="k").url)
+    assert ServerEngine("far", serve(key="k").url, api_key="k").close() is None
 
 
 def rates(result: Result) -> dict[tuple[str, str], Measurement]:
@@ -467,48 +428,39 @@ def options_of(folder: Path, **changes: Any) -> PeersOptions:
     return PeersOptions(**(given | changes))
 
 
-def test_a_whole_run_between_stand_ins(stand_ins: Path, llama_folder: Path) -> None:
-    said: list[str] = []
+def test_a_whole_run_between_stand_ins(stand_ins: Path) -> None:
     turns: list[str] = []
-    peers = ["transformers", f"llamacpp={llama_folder}:bf16={llama_folder}/m.gguf"]
-    options = options_of(stand_ins, peer=peers, depths=[0, 6])
-    result = run_peers(options, ["sleb"], say=said.append, on_turn=lambda *now: turns.append(now[2].name))
-    assert result.complete and result.kind == "peers" and len(turns) == 8
+    options = options_of(stand_ins, depths=[0, 6])
+    result = run_peers(options, ["sleb"], on_turn=lambda *now: turns.append(now[2].name))
+    assert result.complete and result.kind == "peers" and len(turns) == 4
     found = rates(result)
-    tests, peers = ("decode 1 × 128 after 64", "prompt 1 × 16"), ("transformers", "llamacpp-bf16")
+    decode = "decode 1 × 128 after 64 beside transformers"
     assert set(found) == {
-        (f"{test} beside {peer}", subject)
-        for test in tests
-        for peer in peers
-        for subject in (peer, "sleb bf16", "sleb bf16 depth 6")
+        (case, subject)
+        for case in (decode, "prompt 1 × 16 beside transformers")
+        for subject in ("transformers", "sleb bf16", "sleb bf16 depth 6")
     }
-    decode = f"{tests[0]} beside transformers"
     assert found[decode, "transformers"].ratio is None
     assert 4 < found[decode, "sleb bf16 depth 6"].ratio.estimate < 8  # 7 of the clock, less what is not slept
     assert len(found[decode, "sleb bf16"].facts["samples"]) == 2
     memory = {each.subject: each.value for each in result.measurements if each.metric == "MiB"}
-    assert set(memory) == {"sleb bf16", "transformers", "llamacpp-bf16"} and min(memory.values()) > 0
+    assert set(memory) == {"sleb bf16", "transformers"} and min(memory.values()) > 0
     assert str(stand_ins) not in json.dumps(result.document())
     assert result.settings["engines"]["transformers"]["version"] == "1"
 
 
-def test_a_peer_that_fails_loses_nothing_of_the_others(stand_ins: Path, llama_folder: Path) -> None:
-    """A folder that is not there at the start, a file that breaks in a run."""
+def test_a_peer_that_fails_loses_nothing_of_the_others(stand_ins: Path) -> None:
     said: list[str] = []
-    (stand_ins / "broken").touch()
-    peers = [
-        "transformers", f"llamacpp={llama_folder}:bf16={llama_folder}/broken", f"vllm={stand_ins}/none/bin/python"
-    ]  # fmt: skip
+    peers = ["transformers", f"llamacpp={stand_ins}:bf16=none.gguf", f"vllm={stand_ins}/none/bin/python"]
     result = run_peers(options_of(stand_ins, peer=peers, tests=["decode-1"]), say=said.append)
     found = rates(result)
-    case = "decode 1 × 128 after 64 beside "
-    assert found[f"{case}transformers", "sleb bf16"].ratio is not None
-    broken = found[f"{case}llamacpp-bf16", "llamacpp-bf16"]
-    assert broken.value is None and "ended with 4" in broken.facts["failed"]
-    missing = found["start", "vllm"]
-    assert missing.value is None and str(stand_ins) not in missing.facts["failed"]
-    assert any("libiomp5.so is missing" in text for text in said)
-    assert any("vllm-cpu==" in text for text in said)  # how it is installed
+    assert found["decode 1 × 128 after 64 beside transformers", "sleb bf16"].ratio is not None
+    for name, reason in (("vllm", "missing"), ("llamacpp-bf16", "No such file")):
+        row = found["start", name]
+        assert (
+            row.value is None and reason in row.facts["failed"] and str(stand_ins) not in row.facts["failed"]
+        )
+        assert any(text.startswith(f"{name}: ") and "it takes no part" in text for text in said)
     with pytest.raises(ConfigError, match="no engine is left"):
         run_peers(options_of(stand_ins, peer=peers[2:], tests=["decode-1"]))
 
@@ -532,10 +484,17 @@ def test_an_interrupt_keeps_complete_turns_and_no_process(
     assert len(set(pids)) == 2 and not any(_state(pid) for pid in pids)
 
 
-def test_transformers_and_a_server_beside_sleb(
-    tiny_model_dir: Path, tiny_chain: LayerMap, tmp_path: Path, serve: Callable[..., scripted.ScriptedServer]
+def test_transformers_and_servers_beside_sleb(
+    tiny_model_dir: Path,
+    tiny_chain: LayerMap,
+    tmp_path: Path,
+    serve: Callable[..., scripted.ScriptedServer],
+    llama_folder: Path,
 ) -> None:
-    """The real ones, on a tiny random model: sleb in a worker and behind its own server, at two depths."""
+    """The real transformers on a tiny random model: sleb in a worker and behind its own server, at two depths.
+
+    llama.cpp's server is a stand-in; its other file breaks when it is loaded.
+    """
     path, result_path = tmp_path / "map.json", tmp_path / "result.json"
     tiny_chain.save(path)
     server = serve(gap=0.001)
@@ -547,6 +506,8 @@ def test_transformers_and_a_server_beside_sleb(
             "transformers",
             "--server",
             f"far={server.url}",
+            "--peer",
+            f"llamacpp={llama_folder}:bf16={llama_folder}/m.gguf,q8_0={llama_folder}/broken.gguf",
             "--depths",
             "0,3",
         ),
@@ -558,8 +519,9 @@ def test_transformers_and_a_server_beside_sleb(
     document = json.loads(result_path.read_text())
     found = rates(Result.of_document(document))
     for test in ("generate 2 × 128 after 64", "prompt 1 × 24"):
-        for beside in ("transformers", "far over HTTP"):
+        for beside in ("transformers", "far over HTTP", "llamacpp-bf16 over HTTP"):
             for subject in ("sleb bf16", "sleb bf16 depth 3", beside.split()[0]):
                 assert found[f"{test} beside {beside}", subject].value > 0
     assert document["settings"]["engines"]["sleb bf16 http"]["software"] == "sleb"
+    assert "cannot load the model" in found["start", "llamacpp-q8_0"].facts["failed"]
     assert "transformers" in done.output and str(tmp_path) not in result_path.read_text()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,9 +18,9 @@ if TYPE_CHECKING:
 
 def _print_how(wanted: bool) -> None:
     if wanted:
-        from sleb.benchmarks.installs import advice
+        from sleb.benchmarks.installs import HOW
 
-        typer.echo(advice())
+        typer.echo(HOW)
         raise typer.Exit
 
 
@@ -46,9 +43,6 @@ def peers(
     from sleb.benchmarks.peers import run_peers
     from sleb.benchmarks.record import write_result
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, which ends the engines too
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, _interrupt)
     with shown("starting engines") as meanwhile:
 
         def keep(result: Result, turns: Turns, case: Case) -> None:
@@ -56,18 +50,5 @@ def peers(
             if output.json_path is not None:
                 write_result(output.json_path, result)
 
-        result = run_peers(
-            options, ["sleb", *sys.argv[1:]], meanwhile.run, lambda text: typer.echo(text, err=True), keep
-        )
-    with contextlib.suppress(typer.Exit):
-        output.show(result)
-    if problem := result.settings.get("problem"):
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1)
-    if not result.complete:
-        raise typer.Exit(130)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # shell and system may both tell of a closed terminal
-    raise KeyboardInterrupt
+        result = run_peers(options, ["sleb", *sys.argv[1:]], meanwhile.run, meanwhile.line, keep)
+    output.show(result)
