@@ -10,11 +10,9 @@ address, as SGLang's or OpenVINO Model Server's: --server NAME=URL
 
 transformers 5.23.0 (the one that sleb itself depends on is there already: --peer transformers)
   python3 -m venv peers/transformers
-  peers/transformers/bin/pip install torch==2.13.0 accelerate 'transformers[serving]==5.23.0'
+  peers/transformers/bin/pip install torch==2.13.0 accelerate transformers==5.23.0
   use:
     --peer transformers=peers/transformers/bin/python
-    peers/transformers/bin/transformers serve MODEL --device cpu --port 8001
-    --server transformers=http://127.0.0.1:8001
 
 vllm, vLLM 0.32.0 for CPUs (it cannot be imported beside torchvision; it compiles at every start, for a minute or more)
   apt-get install -y libtcmalloc-minimal4

@@ -302,7 +302,7 @@ def run_peers(
 
         conditions = Conditions(roots=lambda: [each.pid for each in engines.values() if each.pid])
         told: dict[str, Any] = {"watch": conditions, "on_progress": on_progress, "on_turn": keep}
-        turns = measure(list(entrants.cases()), options, failing=(PeerError,), **told)
+        turns = measure(list(entrants.cases()), options, failing=(PeerError, ConfigError), **told)
         result.complete, result.measurements = turns.complete, turns.measurements() + entrants.failed
         result.measurements += [
             Measurement("peak memory", name, "MiB", peak_memory(engine.pid) / 2**20)

@@ -194,8 +194,9 @@ def test_a_worker_s_failure_comes_with_its_log(start: Callable[..., WorkerEngine
         start("missing")
     with pytest.raises(PeerError, match="cannot be run"):
         start(python="/nowhere/python")
-    with pytest.raises(PeerError, match=r"^fake: ValueError: layer map /no\.json cannot be read$"):
+    with pytest.raises(PeerError) as caught:
         start(layer_map="/no.json")
+    assert str(caught.value) == "fake: ValueError: layer map /no.json cannot be read"
     engine = start()
     with pytest.raises(PeerError, match=r"answers of {3} tokens, not 4"):
         engine.generate(Workload("generate", 2, 17, 4), 1)
@@ -381,18 +382,6 @@ def test_a_server_is_timed_as_the_test_says(serve: Callable[..., scripted.Script
         assert request.path == "/v1/completions"
         assert request.body["ignore_eos"] and request.body["temperature"] == 0
         assert request.body["repetition_penalty"] == 1 and "cache_prompt" not in request.body
-
-
-def test_transformers_own_fields_are_found(serve: Callable[..., scripted.ScriptedServer]) -> None:
-    """It refuses what OpenAI's API lacks; its generation_config ignores the end of a sequence."""
-    server = serve(refused=("ignore_eos", "repetition_penalty", "stream_options"))
-    engine = ServerEngine("far", server.url)
-    try:
-        assert engine.generate(Workload("generate", 2, 30, 5), 1) > 0
-    finally:
-        engine.close()
-    config = json.loads(server.seen[-1].body["generation_config"])
-    assert config == {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
 
 
 @pytest.mark.parametrize(
