@@ -198,7 +198,7 @@ def test_a_worker_s_failure_comes_with_its_log(start: Callable[..., WorkerEngine
         start(layer_map="/no.json")
     assert str(caught.value) == "fake: ValueError: layer map /no.json cannot be read"
     engine = start()
-    with pytest.raises(PeerError, match=r"answers of {3} tokens, not 4"):
+    with pytest.raises(PeerError, match=r"answers of \{3\} tokens, not 4"):
         engine.generate(Workload("generate", 2, 17, 4), 1)
     for _ in range(2):
         with pytest.raises(PeerError, match="it ended, or gave no answer"):
