@@ -10,6 +10,9 @@ import typer
 from sleb.cli.options import Model
 from sleb.cli.settings import with_settings
 from sleb.engine.config import EngineConfig
+from sleb.engine.requests.tier import make_tiers
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.resolve import shipped_map
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 @with_settings("serve")
 def serve(model: Model, engine: EngineConfig, options: ServeOptions) -> None:
     """Serve a model, at one depth or several, behind an OpenAI-compatible API."""
+    _check_tiers(engine)
     from sleb.server.run import bind_socket
     from sleb.server.run import serve as run_server
 
@@ -28,6 +32,14 @@ def serve(model: Model, engine: EngineConfig, options: ServeOptions) -> None:
     )
     if code:
         raise typer.Exit(code)
+
+
+def _check_tiers(config: EngineConfig) -> None:
+    """A bad map, or a depth that it lacks, before torch, which takes seconds to import. Raises as the engine does."""
+    chosen = shipped_map(str(config.model)) if config.layer_map is None else config.layer_map
+    if chosen is not None and chosen != "none":
+        layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
+        make_tiers(layer_map, "", config.tiers, shipped=False)
 
 
 def _load_engine(config: EngineConfig) -> Engine:

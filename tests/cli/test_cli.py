@@ -76,6 +76,8 @@ def test_help_imports_no_command() -> None:
         "prune smollm3 -o x",
         "serve smollm2 --tiers 0,x",
         "serve smollm2 --tiers 0,0",
+        "serve smollm2 --tiers 0,99",
+        "serve smollm2 --layer-map nowhere.json",
         "serve smollm2 --device tpu",
         "serve smollm3",
         "eval smollm3",
