@@ -50,6 +50,8 @@ class Bar:
         if self._task is None:
             self._task = self._progress.add_task(description, total=total)
             self._progress.start()
+        elif self._progress.finished and done != total:  # what comes next has a time of its own
+            self._progress.reset(self._task)
         refresh = not self._progress.live.auto_refresh
         self._progress.update(
             self._task, description=description, completed=done, total=total, refresh=refresh

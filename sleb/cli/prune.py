@@ -54,6 +54,9 @@ def prune(
     def keep(layer_map: LayerMap) -> None:
         nonlocal decided
         decided = layer_map
+        if not console.is_terminal:  # where no bar moves
+            line = f"round {layer_map.max_depth}: {layer_map.removed[-1]} goes; saved in {output}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     try:
         with _SearchBar(console) as bar:

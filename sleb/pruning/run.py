@@ -87,6 +87,8 @@ def run_pruning(
     set_threads(options.threads)
     path = None if options.output is None else Path(options.output)
     earlier = None if path is None else check_output(path, resume=options.resume, force=options.force)
+    if options.resume and earlier is None:
+        note(f"{path} does not exist yet: the search begins with its first round")
     scorer = _load(model, options)
     num_remove = _num_remove(options, scorer.num_blocks)
     tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)

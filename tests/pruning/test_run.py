@@ -203,6 +203,7 @@ def test_an_interrupted_command_keeps_what_is_decided_and_goes_on(
         assert partial.depth == partial.max_depth
         assert partial.removed == whole.removed[: partial.max_depth]
         assert f"{partial.max_depth} of the removals decided" in first.output
+        assert f"round {partial.max_depth}: {partial.removed[-1]} goes; saved in {path}" in first.output
         assert "map.json" in first.output and "--resume" in first.output
     else:
         assert "before the first new removal" in first.output
@@ -216,7 +217,8 @@ def test_an_interrupted_command_keeps_what_is_decided_and_goes_on(
 def test_a_longer_search_continues_and_a_shorter_one_loses_nothing(text_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     notes: list[str] = []
-    prune(StubModel(), 2, text_file, output=path)
+    run_pruning(StubModel(), PruneOptions(2, text_file, path, resume=True), note=notes.append)
+    assert any("does not exist yet" in note for note in notes)
     longer = run_pruning(StubModel(), PruneOptions(4, text_file, path, resume=True), note=notes.append)
     whole = prune(StubModel(), 4, text_file)
     assert (longer.layer_map.removed, longer.layer_map.losses) == (whole.removed, whole.losses)
