@@ -44,6 +44,7 @@ def create_app(context: ServerContext) -> FastAPI:
         title="sleb",
         version=__version__,
         lifespan=lifespan,
+        openapi_url=None,  # it is a route of ours, and so has OPTIONS and metrics as they have
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter
 
 from sleb.server.context import ServerContext
@@ -89,6 +90,12 @@ def _place(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     """Puts a model's schema among the document's, with those that it refers to; returns a reference to it."""
     document["components"]["schemas"] |= schema.pop("$defs", {}) | {schema["title"]: schema}
     return {"$ref": REFERENCE.format(model=schema["title"])}
+
+
+@router.get("/openapi.json")
+async def openapi_json(request: Request) -> Response:
+    """The description for programs."""
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs")

@@ -72,7 +72,12 @@ def test_version(server):
 
 @pytest.mark.parametrize(
     ("path", "allow"),
-    [("/v1/models", "GET, HEAD, OPTIONS"), ("/v1/chat/completions", "OPTIONS, POST"), ("/nowhere", None)],
+    [
+        ("/v1/models", "GET, HEAD, OPTIONS"),
+        ("/openapi.json", "GET, HEAD, OPTIONS"),
+        ("/v1/chat/completions", "OPTIONS, POST"),
+        ("/nowhere", None),
+    ],
 )
 def test_options(server, path, allow):
     response = server.http.options(path)
