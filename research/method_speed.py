@@ -98,21 +98,17 @@ def main(model: Model, options: Options, turns: TurnOptions, output: OutputOptio
 
         return once
 
-    loads = [(1, options.prompt_tokens, 1)]
-    loads += [(batch, _SHORT_PROMPT, options.output_tokens) for batch in options.batches]
-    subjects = {"dense": (ours, 0), "blocks": (ours, options.count), "width": (narrow, 0)}
-    facts = {
-        "blocks": {"of parameters removed": options.count / spec.num_blocks},
-        "width": {"of parameters removed": share},
+    tokens, prompt, length = options.output_tokens, _SHORT_PROMPT, options.prompt_tokens
+    loads = {f"prompt 1 × {length}": (1, length, 1)}
+    loads |= {
+        f"generate {batch} × {tokens} after {prompt}": (batch, prompt, tokens) for batch in options.batches
     }
+    subjects = {"dense": (ours, 0), "blocks": (ours, options.count), "width": (narrow, 0)}
+    shares = {"blocks": options.count / spec.num_blocks, "width": share}
+    facts = {name: {"of parameters removed": gone} for name, gone in shares.items()}
     cases = [
-        Case(
-            f"prompt 1 × {load[1]}" if load[2] == 1 else f"generate {load[0]} × {load[2]} after {load[1]}",
-            {name: generate(llm, depth, *load) for name, (llm, depth) in subjects.items()},
-            "dense",
-            facts=facts,
-        )
-        for load in loads
+        Case(name, {each: generate(*subjects[each], *load) for each in subjects}, "dense", facts=facts)
+        for name, load in loads.items()
     ]
     found = measure(cases, turns, on_turn=lambda so_far, case: say(so_far.line(case)))
     environment = describe_environment(ours.engine, shown_command(sys.argv, model))
