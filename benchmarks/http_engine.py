@@ -20,8 +20,9 @@ from sleb.benchmarks.workloads import Workload
 from sleb.client.connection import ClientError
 
 _START_SECONDS = 600.0
-# Nothing of a model's own generation config, whose penalties would cost time; llama.cpp's server keeps no prompt.
+# Nothing of a model's own generation config, whose penalties would cost time; of llama.cpp no prompt kept, no sampling.
 _SERVER_FIELDS = {"repetition_penalty": 1}
+_LLAMA_CPP_FIELDS = {"cache_prompt": False, "samplers": ["top_k"], "top_k": 1}
 
 
 class ServerEngine(Engine):
@@ -71,7 +72,7 @@ class ServerEngine(Engine):
         if any(self._depths):  # ours, whose ids are in the order of its depths
             chosen = server.listed[: len(self._depths)]
         facts = await server.describe()
-        more = {"cache_prompt": False} if facts["software"] == "llamacpp" else {}
+        more = _LLAMA_CPP_FIELDS if facts["software"] == "llamacpp" else {}
         for depth, model in zip(self._depths, chosen, strict=True):
             self._dialects[depth] = await server.negotiate("completions", model, {**_SERVER_FIELDS, **more})
         counted = await calibrate(partial(server.count_tokens, next(iter(self._dialects.values()))))

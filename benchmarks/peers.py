@@ -16,7 +16,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,7 +173,7 @@ class Entrants:
         for peer in self.options.peers():
             say(f"starting {peer.name}")
             try:
-                self._add(peer.name, self._peer(peer))
+                self.engines[peer.name] = self._stack.enter_context(closing(self._peer(peer)))
             except (PeerError, ConfigError) as error:
                 facts = {"failed": public_text(str(error))}
                 self.failed.append(Measurement("start", peer.name, "tokens/s", None, facts=facts))
@@ -184,11 +184,7 @@ class Entrants:
         for peer in self.options.peers():
             if peer.name in self.engines and peer.own_name not in self.engines:
                 say(f"starting {peer.own_name}")
-                self._add(peer.own_name, self._ours(peer))
-
-    def _add(self, name: str, engine: Engine) -> None:
-        self.engines[name] = engine
-        self._stack.callback(engine.close)
+                self.engines[peer.own_name] = self._stack.enter_context(closing(self._ours(peer)))
 
     def _peer(self, peer: Peer) -> Engine:
         threads, kv_gib = self.options.num_threads, self.options.kv_gib

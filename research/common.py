@@ -1,12 +1,12 @@
-"""What the scripts share: a command from options, and calibration windows as `sleb prune` makes them."""
+"""What the scripts share: a command from options, and texts as `sleb prune` reads them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 import typer
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from sleb.benchmarks.record import Measurement, Result
 from sleb.cli.options import OptionsCommand, with_options
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import SlebError
+from sleb.options import option_of
 from sleb.pruning.options import PruneOptions
 from sleb.pruning.tokens import gather_tokens
 
@@ -35,6 +36,21 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """The text that choices are made on, and how they are computed."""
+
+    calibration: str = option_of(PruneOptions, "calibration")
+    seqlen: int = option_of(PruneOptions, "seqlen", 1024)
+    windows: int = option_of(PruneOptions, "windows", 8)
+    dtype: str = option_of(PruneOptions, "dtype")
+    device: str = option_of(PruneOptions, "device")
+
+    def pruning(self, **more: Any) -> PruneOptions:
+        """As `sleb prune` would be asked."""
+        return PruneOptions(**{each.name: getattr(self, each.name) for each in fields(TextOptions)}, **more)
+
+
 def text_windows(model: str, scorer: DecoderScorer, asked: PruneOptions) -> list[Tensor]:
     """Windows [W, L] of the calibration text, and of the held-out text if there is one. Raises ConfigError."""
     found = gather_tokens(model, scorer, asked, note=say, on_generate=lambda share: None)
@@ -45,9 +61,7 @@ def scoring_result(
     kind: str, model: str, scorer: DecoderScorer, options: Any, found: list[Measurement], complete: bool
 ) -> Result:
     """The result of a script that computes losses."""
-    dtype: torch.dtype = scorer.dtype
-    environment = describe_machine(scorer.device, dtype, "torch", shown_command(sys.argv, model))
-    hidden = ("layer_map", "calibration", "held_out")
-    settings = {name: value for name, value in vars(options).items() if name not in hidden}
-    settings = {"model": scorer.model_name, **settings}
+    environment = describe_machine(scorer.device, scorer.dtype, "torch", shown_command(sys.argv, model))
+    shown = {name: value for name, value in vars(options).items() if name not in ("calibration", "held_out")}
+    settings = {"model": scorer.model_name, **shown}
     return Result(kind, environment, settings, found, complete=complete)

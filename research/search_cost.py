@@ -4,8 +4,8 @@
 
 All run in one process and take turns round by round, in a shuffled order, so that what slows the machine down meets
 them alike. "reference" is the authors' loop (github.com/jiwonsong-dev/SLEB, sleb.py): for each candidate the whole
-model without it, over all windows, nothing shared and nothing abandoned. Agreement is counted over several draws of
-the calibration windows, each of which is searched exactly and in every fast mode.
+model without it, over all windows, nothing shared and nothing abandoned; blocks only, in the first draw. Agreement is
+counted over several draws of the calibration windows, each of which is searched exactly and in every fast mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from common import run, say, scoring_result, text_windows
+from common import TextOptions, run, say, scoring_result, text_windows
 from torch import Tensor
 
 from sleb.benchmarks.record import Measurement
@@ -24,10 +24,9 @@ from sleb.benchmarks.stats import paired_ratio
 from sleb.cli.bench.shared import OutputOptions
 from sleb.cli.options import Model
 from sleb.engine.model.scoring import DecoderScorer
-from sleb.errors import ConfigError
 from sleb.layer_map.units import Unit
 from sleb.options import option, option_of
-from sleb.pruning.options import PruneOptions, set_threads
+from sleb.pruning.options import PruneOptions
 from sleb.pruning.search import (
     MODES,
     ScoringModel,
@@ -40,41 +39,29 @@ from sleb.pruning.search import (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(TextOptions):
     """What to search for, as sleb prune, and in how many draws of the windows."""
 
-    calibration: str = option_of(PruneOptions, "calibration")
     remove: int = option(6, "How many units.", minimum=1)
     units: str = option_of(PruneOptions, "units")
-    seqlen: int = option_of(PruneOptions, "seqlen", 1024)
-    windows: int = option_of(PruneOptions, "windows", 8)
     draws: int = option(5, "Draws of the windows, each searched exactly and fast.", minimum=1)
-    reference_draws: int = option(
-        1, "In how many of them the authors' algorithm runs beside (blocks only).", minimum=0
-    )
-    dtype: str = option_of(PruneOptions, "dtype")
-    device: str = option_of(PruneOptions, "device")
-    threads: int | None = option_of(PruneOptions, "threads")
     seed: int = option(0, "Of the first draw, and of the order of the runs.")
 
-    def pruning(self, draw: int) -> PruneOptions:
+    def of_draw(self, draw: int) -> PruneOptions:
         """The search of a draw as `sleb prune` would be asked for it."""
-        names = ("calibration", "units", "seqlen", "windows", "dtype", "device")
-        return PruneOptions(**{name: getattr(self, name) for name in names}, seed=self.seed + draw)
+        return self.pruning(units=self.units, seed=self.seed + draw)
 
     def check(self) -> None:
         """ConfigError for what can be seen before the model is loaded."""
-        self.pruning(0).check()
-        if self.reference_draws > self.draws:
-            raise ConfigError(f"--reference-draws is {self.reference_draws}; there are {self.draws} draws")
+        self.of_draw(0).check()
 
 
 @dataclass
 class Run:
-    """One search of one draw: how it goes on, seconds of each round, what it has found."""
+    """One search of one draw: how it goes on, its seconds, what it has found."""
 
     step: Callable[[], SearchResult]
-    seconds: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     result: SearchResult = field(default_factory=SearchResult)
 
 
@@ -96,7 +83,7 @@ def reference(model: ScoringModel, windows: Tensor) -> Callable[[], SearchResult
 def run_draw(scorer: ScoringModel, windows: Tensor, options: Options, draw: int) -> dict[str, Run]:
     """One round of every search after the other, in a shuffled order, until all are done."""
     runs: dict[str, Run] = {}
-    if draw < options.reference_draws and options.units == "blocks":
+    if not draw and options.units == "blocks":
         runs["reference"] = Run(reference(scorer, windows))
     for mode in MODES:
         settings = SearchSettings(units=options.units, mode=mode)
@@ -108,7 +95,7 @@ def run_draw(scorer: ScoringModel, windows: Tensor, options: Options, draw: int)
             say(f"draw {draw + 1} of {options.draws}, round {number + 1} of {options.remove}, {mode}")
             started = time.perf_counter()
             runs[mode].result = runs[mode].step()
-            runs[mode].seconds.append(time.perf_counter() - started)
+            runs[mode].seconds += time.perf_counter() - started
     return runs
 
 
@@ -117,7 +104,7 @@ def measurements(draws: Sequence[dict[str, Run]]) -> list[Measurement]:
     found = []
     for mode in dict.fromkeys(mode for runs in draws for mode in runs):
         own = [runs for runs in draws if mode in runs]
-        seconds = [sum(runs[mode].seconds) for runs in own]
+        seconds = [runs[mode].seconds for runs in own]
         pairs = [(runs[mode].result, runs["exact"].result) for runs in own]
         num_rounds = sum(len(exact.removed) for _, exact in pairs)
         same_round = sum(
@@ -125,15 +112,14 @@ def measurements(draws: Sequence[dict[str, Run]]) -> list[Measurement]:
         )
         same_set = sum(len(set(one.removed) & set(exact.removed)) for one, exact in pairs)
         facts = {
-            "over exact": median(sum(runs["exact"].seconds) / sum(runs[mode].seconds) for runs in own),
+            "over exact": median(runs["exact"].seconds / runs[mode].seconds for runs in own),
             "same round": same_round / num_rounds,
             "same blocks": same_set / num_rounds,
             "loss over exact's": median(one.losses[-1] / exact.losses[-1] for one, exact in pairs),
             "removed": [list(map(str, one.removed)) for one, _ in pairs],
         }
-        beside = [runs for runs in own if "reference" in runs and mode != "reference"]
-        ratios = [sum(runs["reference"].seconds) / sum(runs[mode].seconds) for runs in beside]
-        ratio = paired_ratio(ratios) if ratios else None
+        ratios = [runs["reference"].seconds / runs[mode].seconds for runs in own if "reference" in runs]
+        ratio = paired_ratio(ratios) if ratios and mode != "reference" else None
         spread = (min(seconds), max(seconds))
         found.append(Measurement("search", mode, "seconds", median(seconds), spread, ratio, facts))
     return found
@@ -141,14 +127,13 @@ def measurements(draws: Sequence[dict[str, Run]]) -> list[Measurement]:
 
 def main(model: Model, options: Options, output: OutputOptions) -> None:
     """Measure the search, exact and fast, beside the authors' algorithm. Ctrl-C reports the draws that are complete."""
-    set_threads(options.threads)
     scorer = DecoderScorer.load(model, dtype=options.dtype, device=options.device)
     check_num_remove(options.remove, scorer.num_blocks, options.units)
     draws: list[dict[str, Run]] = []
     complete = True
     try:
         for draw in range(options.draws):
-            [windows] = text_windows(model, scorer, options.pruning(draw))
+            [windows] = text_windows(model, scorer, options.of_draw(draw))
             draws.append(run_draw(scorer, windows, options, draw))
     except KeyboardInterrupt:
         complete = False

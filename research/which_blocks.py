@@ -17,21 +17,14 @@ the engine's greedy ones to a few prompts (`sleb.benchmarks.quality.answers`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
-from common import run, say, scoring_result, text_windows
-from selection import (
-    Choice,
-    contiguous_run,
-    evenly_spaced,
-    last_blocks,
-    one_shot,
-    random_blocks,
-    shortgpt,
-)
+import torch
+import torch.nn.functional as F
+from common import TextOptions, run, say, scoring_result, text_windows
 from torch import Tensor
 
 from sleb.benchmarks.quality.answers import PROMPTS, generate_answers
@@ -43,80 +36,130 @@ from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.units import Unit
-from sleb.options import option, option_of
-from sleb.pruning.options import PruneOptions
-from sleb.pruning.search import check_num_remove, search, total_loss
+from sleb.options import option
+from sleb.pruning.search import ScoringModel, candidate_units, check_num_remove, search, total_loss
+
+Choice = Callable[[int], list[Unit]]  # how many blocks -> which
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(TextOptions):
     """What to compare."""
 
     held_out: str = option(MISSING, "A second text, that no rule sees.", group="Calibration")
-    calibration: str = option_of(PruneOptions, "calibration")
     counts: Sequence[int] = option((3, 6), "Blocks to remove.", minimum=1)
-    layer_map: Path | None = option(None, "SLEB's order.", unset="searched for on the calibration text")
-    seqlen: int = option_of(PruneOptions, "seqlen", 1024)
-    windows: int = option_of(PruneOptions, "windows", 8)
     random_seeds: int = option(3, "Draws of the random rule.", minimum=1)
     answer_tokens: int = option(64, "Tokens of an answer; 0: compare no answers.", minimum=0)
-    dtype: str = option_of(PruneOptions, "dtype")
-    device: str = option_of(PruneOptions, "device")
-
-    def pruning(self) -> PruneOptions:
-        """The search as `sleb prune` would be asked for it."""
-        names = ("calibration", "held_out", "seqlen", "windows", "dtype", "device")
-        return PruneOptions(**{name: getattr(self, name) for name in names})
 
     def check(self) -> None:
         """ConfigError for what can be seen before the model is loaded."""
-        self.pruning().check()
+        self.pruning(held_out=self.held_out).check()
         if not self.counts or len(set(self.counts)) != len(self.counts):
             raise ConfigError(f"--counts is {list(self.counts)}; give different numbers of blocks")
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The blocks that a rule removes."""
+def _states(model: ScoringModel, window: Tensor) -> Iterator[Tensor]:
+    """Hidden states [1, L, H] in float32 before each block of the whole model, and at the end."""
+    hidden = model.embed(window)
+    yield hidden.float()
+    for block in range(model.num_blocks):
+        hidden = model.run(Unit(block), hidden)
+        yield hidden.float()
 
-    rule: str
-    units: Sequence[Unit]
+
+@torch.no_grad()
+def block_influence(model: ScoringModel, windows: Tensor) -> list[float]:
+    """One less the mean cosine of a block's input and output at each token (ShortGPT, Men et al., arXiv:2403.03853)."""
+    totals = torch.zeros(model.num_blocks, dtype=torch.float64)
+    for window in torch.split(windows, 1):
+        states = list(_states(model, window))
+        for block in range(model.num_blocks):
+            cosine = F.cosine_similarity(states[block], states[block + 1], dim=-1)
+            totals[block] += 1 - cosine.double().mean().item()
+    return (totals / len(windows)).tolist()
 
 
-def choose(scorer: DecoderScorer, options: Options, windows: Tensor) -> list[Chosen]:
-    """Every rule's blocks at every count; the whole model first. Raises ConfigError for a map that is too short."""
-    most, losses = max(options.counts), dict[Unit, float]()
-    if options.layer_map is None:
-        say(f"searching for {most} blocks")
-        result = search(scorer, windows, num_remove=most)
-        order, losses = list(result.removed), dict(result.candidate_losses[0])
-    else:
-        layer_map = LayerMap.load(options.layer_map)
-        layer_map.check_model(num_blocks=scorer.num_blocks, fingerprint=scorer.fingerprint)
-        order = [unit for unit in layer_map.removed if unit.part == "block"]
-        if len(order) < most:
-            raise ConfigError(
-                f"the layer map removes {len(order)} blocks, fewer than {most}: take a longer one, or leave it out"
-            )
+def shortgpt(model: ScoringModel, windows: Tensor) -> Choice:
+    """The blocks of the least influence, all measured once on the whole model; any block may go."""
+    influence = block_influence(model, windows)
+    order = sorted(range(model.num_blocks), key=lambda block: (influence[block], block))
+    return lambda count: [Unit(block) for block in order[:count]]
+
+
+@torch.no_grad()
+def angular_distances(model: ScoringModel, windows: Tensor) -> Tensor:
+    """[B + 1, B + 1] float64: mean angle / π between the last token's states before block i and before block j.
+
+    (Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv:2403.17887, equation 8.)
+    """
+    total = torch.zeros(model.num_blocks + 1, model.num_blocks + 1, dtype=torch.float64)
+    for window in torch.split(windows, 1):
+        last = torch.cat([state[0, -1:].double() for state in _states(model, window)])
+        unit = F.normalize(last, dim=-1)
+        total += torch.arccos((unit @ unit.T).clamp(-1, 1)) / math.pi
+    return total / len(windows)
+
+
+def contiguous_run(model: ScoringModel, windows: Tensor) -> Choice:
+    """The run of blocks that turns the last token's state the least (arXiv:2403.17887)."""
+    distances = angular_distances(model, windows)
+
+    def choose(count: int) -> list[Unit]:
+        starts = range(model.num_blocks - count + 1)
+        first = min(starts, key=lambda start: (float(distances[start, start + count]), start))
+        return [Unit(block) for block in range(first, first + count)]
+
+    return choose
+
+
+def last_blocks(model: ScoringModel) -> Choice:
+    """The deepest blocks but the very last (the simple rule of arXiv:2403.17887, section 4.4)."""
+    end = model.num_blocks - 1
+    return lambda count: [Unit(block) for block in range(end - count, end)]
+
+
+def evenly_spaced(model: ScoringModel) -> Choice:
+    """Blocks at equal distances between the first and the last."""
+    middle = candidate_units("blocks", model.num_blocks)
+    return lambda count: [middle[(2 * place + 1) * len(middle) // (2 * count)] for place in range(count)]
+
+
+def random_blocks(model: ScoringModel, seed: int) -> Choice:
+    """Blocks drawn without the first and the last; a longer draw begins with the shorter one."""
+    middle = candidate_units("blocks", model.num_blocks)
+    order = random.Random(seed).sample(middle, len(middle))
+    return lambda count: order[:count]
+
+
+def one_shot(model: ScoringModel, windows: Tensor) -> Choice:
+    """The blocks whose removal *alone* costs the least loss: SLEB's criterion without its iteration."""
+    units = candidate_units("blocks", model.num_blocks)
+    found = {unit: total_loss(model, windows, "blocks", [unit]) for unit in units}
+    order = sorted(found, key=lambda unit: (found[unit], unit))
+    return lambda count: order[:count]
+
+
+def choose(scorer: DecoderScorer, options: Options, windows: Tensor) -> list[tuple[str, list[Unit]]]:
+    """Every rule's blocks at every count; the whole model first."""
+    say(f"searching for {max(options.counts)} blocks")
+    result = search(scorer, windows, num_remove=max(options.counts))
     rules: dict[str, Choice] = {
-        "sleb": lambda count: order[:count],
-        "one-shot": one_shot(scorer, windows, losses),
+        "sleb": lambda count: list(result.removed[:count]),
+        "one-shot": one_shot(scorer, windows),
         "shortgpt": shortgpt(scorer, windows),
         "run": contiguous_run(scorer, windows),
         "last": last_blocks(scorer),
         "even": evenly_spaced(scorer),
         **{f"random {seed}": random_blocks(scorer, seed) for seed in range(options.random_seeds)},
     }
-    pruned = [Chosen(rule, rules[rule](count)) for count in options.counts for rule in rules]
-    return [Chosen("dense", ()), *pruned]
+    return [("dense", []), *((rule, rules[rule](count)) for count in options.counts for rule in rules)]
 
 
 def measure(
-    model: str, scorer: DecoderScorer, options: Options, texts: Sequence[Tensor], chosen: Chosen
+    model: str, scorer: DecoderScorer, options: Options, texts: Sequence[Tensor], rule: str, units: list[Unit]
 ) -> Measurement:
     """What one choice gives; a perplexity that is no number fails."""
-    units = sorted(chosen.units)
-    say(f"{chosen.rule}, {len(units)} blocks")
+    say(f"{rule}, {len(units)} blocks")
     seen, unseen = (total_loss(scorer, each, "blocks", units) / each.numel() for each in texts)
     perplexity = math.exp(unseen) if unseen < 700 else None
     facts: dict[str, Any] = {
@@ -133,7 +176,7 @@ def measure(
         facts["identical"] = answers.get("identical")
     if perplexity is None:
         facts["failed"] = "its loss is no finite number"
-    return Measurement(f"{len(units)} blocks", chosen.rule, "held-out perplexity", perplexity, facts=facts)
+    return Measurement(f"{len(units)} blocks", rule, "held-out perplexity", perplexity, facts=facts)
 
 
 def main(model: Model, options: Options, output: OutputOptions) -> None:
@@ -141,12 +184,12 @@ def main(model: Model, options: Options, output: OutputOptions) -> None:
     scorer = DecoderScorer.load(model, dtype=options.dtype, device=options.device)
     for count in options.counts:
         check_num_remove(count, scorer.num_blocks)
-    texts = text_windows(model, scorer, options.pruning())
+    texts = text_windows(model, scorer, options.pruning(held_out=options.held_out))
     found: list[Measurement] = []
     complete = True
     try:
-        for chosen in choose(scorer, options, texts[0]):
-            found += [measure(model, scorer, options, texts, chosen)]
+        for rule, units in choose(scorer, options, texts[0]):
+            found += [measure(model, scorer, options, texts, rule, sorted(units))]
     except KeyboardInterrupt:
         complete = False
     output.show(scoring_result("methods", model, scorer, options, found, complete))

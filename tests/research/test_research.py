@@ -65,19 +65,9 @@ def test_which_blocks(tiny_model_dir, texts, tmp_path):
     assert str(tmp_path) not in path.read_text()
 
 
-def test_which_blocks_takes_an_order_that_is_known(tiny_model_dir, tiny_chain, texts, tmp_path):
-    tiny_chain.save(tmp_path / "map.json")
-    arguments = (
-        tiny_model_dir, "--calibration", texts[0], "--held-out", texts[1], "--layer-map", tmp_path / "map.json",
-        "--seqlen", "100", "--windows", "2", "--random-seeds", "1", "--answer-tokens", "0", "--device", "cpu",
-    )  # fmt: skip
-    run_script("which_blocks", *arguments, "--counts", "2", "--json", tmp_path / "out.json")
-    [sleb] = [each for each in load(tmp_path / "out.json").measurements if each.subject == "sleb"]
-    assert sleb.facts["blocks"] == ", ".join(map(str, sorted(tiny_chain.removed[:2])))
-    assert "removes 3 blocks, fewer than 4" in run_script(
-        "which_blocks", *arguments, "--counts", "4", status=2
-    )
-    assert "different numbers" in run_script("which_blocks", *arguments, "--counts", "2,2", status=2)
+def test_counts_are_different(tiny_model_dir, texts):
+    arguments = (tiny_model_dir, "--calibration", texts[0], "--held-out", texts[1], "--counts", "2,2")
+    assert "different numbers" in run_script("which_blocks", *arguments, status=2)
 
 
 def test_search_cost(tiny_model_dir, texts, tmp_path):
@@ -113,17 +103,14 @@ def test_front(tiny_model_dir, tmp_path):
     attention.save(tmp_path / "attention.json")
     maps = f"{tmp_path / 'blocks.json'},{tmp_path / 'attention.json'}"
     run_script(
-        "front", tiny_model_dir, "--maps", maps, "--measure", "1", "--repetitions", "1", "--max-repetitions", "1",
-        "--device", "cpu", "--json", path, "--plot", tmp_path / "plot",
+        "front", tiny_model_dir, "--maps", maps, "--device", "cpu", "--json", path, "--plot", tmp_path / "plot",
     )  # fmt: skip
     found = load(path).measurements
-    rows = {each.key[:2]: each for each in found if each.metric == "perplexity"}
+    rows = {each.key[:2]: each for each in found}
+    assert all(each.metric == "perplexity" and each.facts["predicted ×"] >= 1 for each in found)
     assert set(rows) == {(name, f"depth {depth}") for name in ("blocks", "attention") for depth in range(3)}
     assert rows["blocks", "depth 2"].facts["of parameters removed"] == pytest.approx(1 / 3)
     assert rows["attention", "depth 2"].facts["of KV removed"] == pytest.approx(1 / 3)
     assert rows["blocks", "depth 1"].value == pytest.approx(2.718281828 ** (41 / 8))
-    measured = {each.key[:2]: each for each in found if each.metric == "tokens/s"}
-    assert {key[1] for key in measured} == {"depth 0", "depth 2"}
-    assert measured["blocks", "depth 2"].ratio.estimate > 0
     assert (tmp_path / "plot.png").stat().st_size > 5000
     assert str(tmp_path) not in json.dumps(json.loads(path.read_text()))

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from selection import (
+from transformers import AutoModelForCausalLM
+from which_blocks import (
     angular_distances,
     block_influence,
     contiguous_run,
@@ -17,7 +18,6 @@ from selection import (
     random_blocks,
     shortgpt,
 )
-from transformers import AutoModelForCausalLM
 
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.layer_map.units import Unit
