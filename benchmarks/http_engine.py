@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 
 from sleb.benchmarks.engines import RUN_SECONDS, Engine, PeerError, rate
-from sleb.benchmarks.load.client import LoadClient
-from sleb.benchmarks.load.events import Outcome
+from sleb.benchmarks.load.client import LoadClient, Outcome
 from sleb.benchmarks.load.server import Dialect, Server
 from sleb.benchmarks.prompts import UNCOUNTED, Lengths, RandomPrompts, Vocabulary, calibrate
 from sleb.benchmarks.workloads import Workload
@@ -89,7 +88,7 @@ class ServerEngine(Engine):
         outcomes, sending = [], []
         for place in range(test.batch):
             outcomes.append(Outcome(dialect.model, test.prompt_tokens, test.output_tokens))
-            body = dialect.body(source.make(number * test.batch + place).content, test.output_tokens)
+            body = dialect.body(source.make(number * test.batch + place).text, test.output_tokens)
             sending.append(self._client.stream(dialect.path, body, outcomes[-1]))
         await asyncio.gather(*sending)
         for outcome in outcomes:

@@ -33,15 +33,8 @@ _CHUNK = 16
 _LEAST_WORDS = 32
 _TRIES = 50
 OPENING = "A"  # templates may strip a text's first space, so the first word is always this one
-# ShareGPT's names of who speaks, as the API's.
-_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")}
-_SHAPES = (
-    'each line is to be {"prompt": "…"}, {"messages": [{"role": "user", "content": "…"}, …]} or '
-    '{"conversations": [{"from": "human", "value": "…"}, …]}'
-)
 # Left out at both ends of a vocabulary: Mistral keeps its first 1,000 ids for special tokens, Llama 3 its last 256.
 _MARGIN = 1024
-Messages = list[dict[str, str]]
 
 # The server's count of the tokens of a request with this text; None where it gives none.
 CountTokens = Callable[[str], Awaitable[int | None]]
@@ -113,12 +106,9 @@ class Lengths:
 
 
 class Prompt(NamedTuple):
-    """What a request asks. num_tokens: as the server is to count them, the template's too; 0: not known.
+    """What a request asks. num_tokens: as the server is to count them, the template's too; 0: not known."""
 
-    content: a text, or the messages of a chat.
-    """
-
-    content: str | Messages
+    text: str
     num_tokens: int
     output_tokens: int
 
@@ -148,32 +138,28 @@ class RandomPrompts:
 
 
 class DatasetPrompts:
-    """The rows of a file in their order, again and again, each asked for the same number of tokens.
+    """The rows {"prompt": "…"} of a file of JSON lines in their order, again and again. Raises ConfigError."""
 
-    A conversation is sent up to the last message that is not the assistant's. Raises ConfigError with the number of
-    the first line that is wrong.
-    """
-
-    def __init__(self, path: Path, endpoint: str, output_tokens: int) -> None:
+    def __init__(self, path: Path, output_tokens: int) -> None:
         self._output_tokens = output_tokens
         try:
             lines = path.read_bytes().splitlines()
         except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error.strerror}); name a file of JSON lines"
-            ) from None
-        self._rows: list[str | Messages] = []
+            message = f"{path} cannot be read ({error.strerror}); name a file of JSON lines"
+            raise ConfigError(message) from None
+        self._rows: list[str] = []
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                self._rows.append(_read_row(orjson.loads(line)))
+                prompt = orjson.loads(line)["prompt"]
             except (ValueError, LookupError, TypeError):
-                raise ConfigError(f"{path}, line {number} holds nothing to ask; {_SHAPES}") from None
-            if endpoint == "completions" and not isinstance(self._rows[-1], str):
-                raise ConfigError(f"{path}, line {number}: completions take no messages; use --endpoint chat")
+                prompt = None
+            if not isinstance(prompt, str) or not prompt:
+                raise ConfigError(f'{path}, line {number} is not {{"prompt": "…"}}, as each line is to be')
+            self._rows.append(prompt)
         if not self._rows:
-            raise ConfigError(f"{path} has no rows; {_SHAPES}")
+            raise ConfigError(f'{path} has no rows; each line is to be {{"prompt": "…"}}')
 
     def make(self, number: int) -> Prompt:
         """The prompt of the request with this number, from 0."""
@@ -181,26 +167,6 @@ class DatasetPrompts:
 
 
 PromptSource = RandomPrompts | DatasetPrompts
-
-
-def _read_row(row: Any) -> str | Messages:
-    """Raises ValueError, LookupError or TypeError for what is none."""
-    if "prompt" in row:
-        return _text(row["prompt"])
-    names = ("role", "content") if "messages" in row else ("from", "value")
-    entries = [
-        [each[name] for name in names] for each in row["messages" if "messages" in row else "conversations"]
-    ]
-    messages = [{"role": _ROLES.get(role, role), "content": _text(text)} for role, text in entries]
-    while messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
 
 
 class TokenPrompts:

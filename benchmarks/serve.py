@@ -10,47 +10,27 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import re
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from typing import Any
 
-import orjson
-
-from sleb.benchmarks.load.client import LoadClient
-from sleb.benchmarks.load.events import Outcome
-from sleb.benchmarks.load.load import Load, LoadResult, Request, arrival_times
-from sleb.benchmarks.load.metrics import failures, measure, raw_samples
+from sleb.benchmarks.load.client import LoadClient, Outcome
+from sleb.benchmarks.load.load import Load, LoadResult, Request, arrival_times, failures, measure
 from sleb.benchmarks.load.options import Level, ServeLoadOptions
 from sleb.benchmarks.load.server import Dialect, Server, public_command
 from sleb.benchmarks.prompts import UNCOUNTED, DatasetPrompts, PromptSource, RandomPrompts, calibrate
 from sleb.benchmarks.record import Measurement, Result
-from sleb.benchmarks.show import check_report
 from sleb.benchmarks.turns import Case, Sample, TurnOptions, Turns
 from sleb.benchmarks.turns import measure as measure_in_turns
 from sleb.errors import SlebError
 
 # Above this share of one processor the client, a single thread, may be what limits.
 _BUSY_CLIENT = 0.7
-# Metric of a measurement -> its name among vLLM's. The first four are compared.
-METRICS = {
-    "tokens/s": "output_throughput",
-    "requests/s": "request_throughput",
-    "TTFT p50 ms": "median_ttft_ms",
-    "TPOT p50 ms": "median_tpot_ms",
-    "TTFT p99 ms": "p99_ttft_ms",
-    "TPOT p99 ms": "p99_tpot_ms",
-    "ITL p99 ms": "p99_itl_ms",
-    "latency p50 ms": "median_e2el_ms",
-    "latency p99 ms": "p99_e2el_ms",
-    "goodput requests/s": "request_goodput",
-}
-_COMPARED = dict(list(METRICS.items())[:4])
-# Requests done, of how many (None where time ends them), and what is under way.
+_COMPARED = ("tokens/s", "requests/s", "TTFT p50 ms", "TPOT p50 ms")
+# Requests done, of how many (None: not known), and what is under way.
 OnProgress = Callable[[int, int | None, str], None]
 
 
@@ -77,19 +57,14 @@ class Target:
             model = models[number % len(models)]
             dialect, prompt = self.dialects[model], self.sources[model].make(number)
             outcome = Outcome(model, prompt.num_tokens, prompt.output_tokens)
-            yield dialect.path, dialect.body(prompt.content, prompt.output_tokens), outcome
+            yield dialect.path, dialect.body(prompt.text, prompt.output_tokens), outcome
 
     async def run(self, level: Level, what: str, seed: str | None) -> LoadResult:
-        """Loads the server. seed: of the arrivals; None: a request a model, as a warm-up.
-
-        Requests whose number is known are made before the clock runs.
-        """
+        """Loads the server. seed: of the arrivals; None: a request a model, as a warm-up."""
         num_requests = self.options.requests_of(level) if seed is not None else len(self.dialects)
-        requests = self.requests()
-        if num_requests is not None:
-            requests = iter(list(itertools.islice(requests, num_requests)))
+        requests = list(itertools.islice(self.requests(), num_requests))
         self.on_progress(0, num_requests, what)
-        load = Load(self.server.client, self.options.duration)
+        load = Load(self.server.client)
 
         def tell(num_done: int, said: str) -> None:
             self.on_progress(num_done, num_requests, f"{what}: {said}")
@@ -111,14 +86,14 @@ async def prepare(options: ServeLoadOptions, side: int, on_progress: OnProgress)
     for model in await server.choose_models(asked):
         dialects[model] = dialect = await server.negotiate(options.endpoint, model, {})
         if options.dataset is not None:
-            sources[model] = DatasetPrompts(options.dataset, options.endpoint, options.output_tokens)
+            sources[model] = DatasetPrompts(options.dataset, options.output_tokens)
             continue
         vocabulary = await calibrate(partial(server.count_tokens, dialect))
         if vocabulary is None:
             server.notices.append(f"{model}: the server counts no tokens; a word is taken for one.")
         sources[model] = source = RandomPrompts(options.lengths, vocabulary or UNCOUNTED, options.seed, salt)
         # A context that is too short is told now, by a request with a number that no load sends.
-        await server.count_tokens(dialect, str(source.make(-1).content))
+        await server.count_tokens(dialect, source.make(-1).text)
     facts = await server.describe() | {"models": list(dialects)}
     return Target(options, server, dialects, sources, facts, on_progress)
 
@@ -144,8 +119,6 @@ def run_serve(
     Ctrl-C keeps what is complete, as does a server that answers no more, which `settings["problem"]` then tells.
     """
     options.check()
-    if options.vllm_json is not None:
-        check_report(options.vllm_json)  # before the load
     result = Result("serve", dict(environment), options.settings())
     on_progress(0, None, "asking the server")
     with asyncio.Runner() as runner:
@@ -186,7 +159,7 @@ def _load_in_turns(
         if done.interrupted:
             raise KeyboardInterrupt  # keeps complete turns
         figures = measure(done.outcomes, done.duration) if turn else {}
-        return {metric: figures[name] for metric, name in _COMPARED.items() if figures.get(name)}
+        return {name: value for name in _COMPARED if (value := figures.get(name))}
 
     def keep(turns: Turns, case: Case) -> None:
         result.measurements = turns.measurements()
@@ -216,7 +189,6 @@ def _load_in_turns(
                 result.measurements += _measurements(
                     options, level, outcomes, seconds, list(targets[name].dialects)
                 )
-                _write_vllm_file(options, level, outcomes, seconds, name)
 
 
 def _measurements(
@@ -232,15 +204,20 @@ def _measurements(
     for subject in dict.fromkeys((",".join(models), *models)):
         own = [outcome for outcome in outcomes if subject in (outcome.model, ",".join(models))]
         figures = measure(own, seconds, options.limits)
-        counts = ("completed", "failed", "duration", "total_input_tokens", "total_output_tokens")
-        told = {name: figures[name] for name in counts} | {
+        whole = [outcome for outcome in own if not outcome.error]
+        told = facts | {
+            "completed": len(whole),
+            "failed": len(own) - len(whole),
+            "duration": seconds,
+            "total_input_tokens": sum(outcome.num_prompt_tokens for outcome in whole),
+            "total_output_tokens": sum(outcome.num_output_tokens for outcome in whole),
             "failures": failures(own),
             "cached_tokens": sum(outcome.num_cached_tokens for outcome in own),
         }
-        for metric, name in METRICS.items():
-            if figures[name] is not None:
-                beside = facts | (told if metric == "tokens/s" else {})
-                yield Measurement(options.case(level), subject, metric, figures[name], facts=beside)
+        for metric, value in figures.items():
+            if value is not None:
+                beside = told if metric == "tokens/s" else facts
+                yield Measurement(options.case(level), subject, metric, value, facts=beside)
 
 
 def level_notes(what: str, outcomes: Sequence[Outcome], busy: float) -> list[str]:
@@ -261,25 +238,3 @@ def level_notes(what: str, outcomes: Sequence[Outcome], busy: float) -> list[str
     if busy > _BUSY_CLIENT:
         notes.append(f"the client took {busy:.0%} of a processor; it may be what limits.")
     return [f"{what}: {note}" for note in notes]
-
-
-def _write_vllm_file(
-    options: ServeLoadOptions, level: Level, outcomes: Sequence[Outcome], seconds: float, model: str
-) -> None:
-    """A file named and made as by `vllm bench serve --save-result --save-detailed`."""
-    folder, date = options.vllm_json, datetime.now().strftime("%Y%m%d-%H%M%S")
-    if folder is None:
-        return
-    rate = "inf" if math.isinf(level.rate) else level.rate
-    backend = "openai-chat" if options.endpoint == "chat" else "openai"
-    content: dict[str, Any] = {"date": date, "endpoint_type": backend, "backend": backend, "label": None}
-    content |= {"model_id": model, "tokenizer_id": None, "num_prompts": len(outcomes), "request_rate": rate}
-    content |= {
-        "burstiness": 1.0,
-        "max_concurrency": level.concurrency,
-        **measure(outcomes, seconds, options.limits),
-    }
-    bound = f"-concurrency{level.concurrency}" if level.concurrency else ""
-    name = f"{backend}-{rate}qps{bound}-{model.split('/')[-1]}-{date}.json"
-    data = orjson.dumps(content | raw_samples(outcomes))
-    (folder / re.sub(r"[^\w.,-]", "_", name)).write_bytes(data)

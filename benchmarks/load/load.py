@@ -6,13 +6,24 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from sleb.benchmarks.load.client import LoadClient
-from sleb.benchmarks.load.events import Outcome
+import numpy as np
 
+from sleb.benchmarks.load.client import LoadClient, Outcome
+
+_LATENCIES = (
+    ("TTFT", 50),
+    ("TPOT", 50),
+    ("TTFT", 99),
+    ("TPOT", 99),
+    ("ITL", 99),
+    ("latency", 50),
+    ("latency", 99),
+)
 _PROGRESS_SECONDS = 0.5  # more often it would take its time from the client
 # Path, body (JSON), and the outcome that it fills in.
 Request = tuple[str, bytes, Outcome]
@@ -47,11 +58,10 @@ def arrival_times(rate: float, seed: str) -> Iterator[float]:
 
 
 class Load:
-    """One load on a server. seconds: in which requests begin, those begun are waited for; None: until none is left."""
+    """One load on a server, until no request is left."""
 
-    def __init__(self, client: LoadClient, seconds: float | None = None) -> None:
+    def __init__(self, client: LoadClient) -> None:
         self._client = client
-        self._seconds = math.inf if seconds is None else seconds
         self._sent: list[Outcome] = []
         self._outcomes: list[Outcome] = []  # as they ended
 
@@ -66,8 +76,7 @@ class Load:
         async def work() -> None:
             for request in shared:
                 await self._send(request)
-                is_over = time.perf_counter() - self._started >= self._seconds
-                if is_over or (len(self._outcomes) >= enough and self._has_stalled(enough)):
+                if len(self._outcomes) >= enough and self._has_stalled(enough):
                     return
 
         async def work_all() -> None:
@@ -85,8 +94,6 @@ class Load:
         async def work_all() -> None:
             async with asyncio.TaskGroup() as group:
                 for due, request in zip(arrivals, requests, strict=False):
-                    if due >= self._seconds:
-                        return
                     await asyncio.sleep(max(0.0, self._started + due - time.perf_counter()))
                     group.create_task(self._send(request))
 
@@ -125,3 +132,42 @@ class Load:
             failed = f", {num_failed} failed" if num_failed else ""
             num_running = len(self._sent) - len(self._outcomes)
             on_load(len(self._outcomes), f"{num_running} running, {rate:,.0f} tokens/s{failed}")
+
+
+def measure(
+    outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, float] | None = None
+) -> dict[str, float | None]:
+    """Figures by metric, as `vllm bench serve` defines them; None for what has no value, as the latency of no answer.
+
+    TTFT: from the sending of a request to its first chunk with text. ITL: between chunks with text. Latency: from the
+    sending to the end of the answer. TPOT: (latency − TTFT) / (tokens − 1). Rates are of the whole duration, the last
+    answers' included. Percentiles are interpolated as numpy does it. goodput: limits in milliseconds.
+    """
+    whole = [outcome for outcome in outcomes if not outcome.error]
+    seconds = {
+        "TTFT": [outcome.first_seconds for outcome in whole],
+        "TPOT": [each.token_seconds for each in whole if each.token_seconds is not None],
+        "ITL": [gap for outcome in whole for gap in outcome.gaps],
+        "latency": [outcome.seconds for outcome in whole],
+    }
+    figures: dict[str, float | None] = {
+        "tokens/s": sum(outcome.num_output_tokens for outcome in whole) / duration,
+        "requests/s": len(whole) / duration,
+    }
+    for name, percent in _LATENCIES:
+        found = float(np.percentile(seconds[name], percent)) * 1000 if seconds[name] else None
+        figures[f"{name} p{percent} ms"] = found
+    good = sum(is_good(each, goodput) for each in whole) / duration if goodput else None
+    return figures | {"goodput requests/s": good}
+
+
+def failures(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """How many requests failed by reason, the most frequent first."""
+    return dict(Counter(outcome.error for outcome in outcomes if outcome.error).most_common())
+
+
+def is_good(outcome: Outcome, goodput: Mapping[str, float]) -> bool:
+    """Whether an answer that came whole keeps to all limits, in milliseconds."""
+    tpot = outcome.token_seconds or 0.0
+    seconds = {"ttft": outcome.first_seconds, "tpot": tpot, "e2el": outcome.seconds}
+    return all(seconds[name] * 1000 <= limit for name, limit in goodput.items())

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ API_KEY_VARIABLES = ("SLEB_API_KEY", "OPENAI_API_KEY")
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 _MOST = 1_000_000  # requests of a level, tokens of a request
+_REQUESTS = "10 × concurrency, or 30 s of rate"
+_server, _load, _asked = (partial(option, group=name) for name in ("Server", "Load", "Requests"))
 # Two options that cannot both be heard.
 _EXCLUSIVE = (
     ("concurrency", "rate"),
-    ("num_requests", "duration"),
     ("dataset", "prompt_tokens"),
     ("dataset", "length_spread"),
-    *(("compare", other) for other in ("url", "duration", "goodput", "vllm_json")),
+    ("compare", "url"),
+    ("compare", "goodput"),
 )
 
 
@@ -57,44 +59,20 @@ class Level:
 class ServeLoadOptions:
     """What to measure. compare: instead of url, two servers in turns, B over A."""
 
-    url: str | None = option(None, "The server's address.", unset=DEFAULT_URL, group="Server")
-    model: Sequence[str] = option(
-        (), "Models, which take turns; A's and B's.", unset="the server's first", commas=True, group="Server"
-    )
-    api_key: str | None = option(None, "Its key.", unset="SLEB_API_KEY or OPENAI_API_KEY", group="Server")
-    endpoint: str = option("chat", "What is asked.", choices=tuple(ENDPOINTS), group="Server")
-    timeout: float = option(
-        600.0, "Seconds; more is a failure.", minimum=0.001, maximum=86_400, group="Server"
-    )
-    concurrency: Sequence[int] = option(
-        (), "Requests at once; a list is a sweep.", unset="1,8,32", minimum=1, maximum=10_000, group="Load"
-    )
-    rate: Sequence[float] = option(
-        (), "Instead: requests a second at random (Poisson) times, as 0.5,2,inf.", minimum=0.001, group="Load"
-    )
-    num_requests: int | None = option(
-        None, "Of a level.", unset="10 × concurrency, or 30 s of rate", minimum=1, maximum=_MOST, group="Load"
-    )
-    duration: float | None = option(
-        None, "Instead: seconds in which requests begin.", minimum=0.001, maximum=86_400, group="Load"
-    )
-    seed: int = option(0, "Of lengths, arrivals and orders; words are new in every run.", group="Load")
-    prompt_tokens: int | None = option(
-        None, "Of a prompt, with the template.", unset="64", minimum=1, maximum=_MOST, group="Requests"
-    )
-    output_tokens: int = option(128, "Of an answer.", minimum=1, maximum=_MOST, group="Requests")
-    length_spread: float = option(
-        0.0, "Both lengths vary evenly by this share, as 0.2.", minimum=0, maximum=0.99, group="Requests"
-    )
-    dataset: Path | None = option(
-        None, "Instead: a file with prompt, messages or ShareGPT's conversations a line.", group="Requests"
-    )
-    goodput: Sequence[str] = option(
-        (), "Limits in milliseconds, as ttft:200,tpot:50,e2el:3000.", commas=True, group="Output"
-    )
-    vllm_json: Path | None = option(
-        None, "Write all times of each level to this folder, as vllm bench serve does.", group="Output"
-    )
+    url: str | None = _server(None, "The server's address.", unset=DEFAULT_URL)
+    model: Sequence[str] = _server((), "Models in turns; A's, B's.", unset="the server's first", commas=True)
+    api_key: str | None = _server(None, "Its key.", unset="SLEB_API_KEY or OPENAI_API_KEY")
+    endpoint: str = _server("chat", "What is asked.", choices=tuple(ENDPOINTS))
+    timeout: float = _server(600.0, "Seconds; more is a failure.", minimum=0.001, maximum=86_400)
+    concurrency: Sequence[int] = _load((), "Requests at once.", unset="1,8,32", minimum=1, maximum=10_000)
+    rate: Sequence[float] = _load((), "Or requests/s at random (Poisson) times, as 2,inf.", minimum=0.001)
+    num_requests: int | None = _load(None, "Of a level.", unset=_REQUESTS, minimum=1, maximum=_MOST)
+    seed: int = _load(0, "Of lengths, arrivals and orders; words are new in every run.")
+    prompt_tokens: int | None = _asked(None, "With the template.", unset="64", minimum=1, maximum=_MOST)
+    output_tokens: int = _asked(128, "Of an answer.", minimum=1, maximum=_MOST)
+    length_spread: float = _asked(0.0, "Both vary evenly by this share, as 0.2.", minimum=0, maximum=0.99)
+    dataset: Path | None = option(None, 'Instead: lines of {"prompt": "…"}.', group="Requests")
+    goodput: Sequence[str] = _asked((), "Limits in ms, as ttft:200,tpot:50,e2el:3000.", commas=True)
     compare: tuple[str, str] | None = None
 
     def check(self) -> None:
@@ -108,8 +86,6 @@ class ServeLoadOptions:
             raise ConfigError(f"--compare takes one model a server, not {len(self.model)}: as --model A,B")
         if len(set(self.levels)) < len(self.levels):
             raise ConfigError("--concurrency and --rate name a level once; leave the second one out")
-        if self.duration is not None and any(each * self.duration > _MOST for each in self.rate):
-            raise ConfigError(f"--rate times --duration is more than {_MOST:,} requests; give --num-requests")
         _ = self.urls, self.limits  # which raise it too
 
     @cached_property
@@ -149,9 +125,9 @@ class ServeLoadOptions:
         """Of random prompts and their answers."""
         return Lengths(self.prompt_tokens or 64, self.output_tokens, self.length_spread)
 
-    def requests_of(self, level: Level) -> int | None:
-        """How many requests a level has; None where its time ends it."""
-        return None if self.duration is not None else self.num_requests or level.default_requests
+    def requests_of(self, level: Level) -> int:
+        """How many requests a level has."""
+        return self.num_requests or level.default_requests
 
     def case(self, level: Level) -> str:
         """What a level's measurements are of, with its sizes."""
@@ -161,7 +137,7 @@ class ServeLoadOptions:
 
     def settings(self) -> dict[str, Any]:
         """For the result: without the key and the names of machines."""
-        hidden = ("url", "api_key", "vllm_json", "concurrency", "rate")
+        hidden = ("url", "api_key", "concurrency", "rate")
         told = {name: getattr(self, name) for name in options_of(ServeLoadOptions) if name not in hidden}
         return told | {
             "urls": [shown_url(url) for url in self.urls],

@@ -11,12 +11,10 @@ from typing import Any
 
 import orjson
 
-from sleb.benchmarks.load.client import LoadClient, without_key
-from sleb.benchmarks.load.events import Outcome, count_of, error_message
+from sleb.benchmarks.load.client import LoadClient, Outcome, count_of, error_message, without_key
 from sleb.client.connection import ClientError, is_loopback
 
 ENDPOINTS = {"chat": "chat/completions", "completions": "completions"}
-Content = str | Sequence[Mapping[str, str]]
 # What a server may refuse, and what is tried without it.
 _OPTIONAL: Mapping[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 _LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("ignore_eos",), ("stream_options",), tuple(_OPTIONAL))
@@ -34,24 +32,13 @@ class Dialect:
     def path(self) -> str:
         return ENDPOINTS[self.endpoint]
 
-    def body(self, content: Content, max_tokens: int, *, stream: bool = True) -> bytes:
-        """A greedy request for a text or a conversation, as JSON."""
-        asked: dict[str, Any] = {"prompt": content}
-        if self.endpoint == "chat":
-            asked = {
-                "messages": [{"role": "user", "content": content}] if isinstance(content, str) else content
-            }
+    def body(self, text: str, max_tokens: int, *, stream: bool = True) -> bytes:
+        """A greedy request for an answer to `text`, as JSON."""
+        is_chat = self.endpoint == "chat"
+        asked = {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}
         fields = {name: value for name, value in self.fields.items() if stream or name != "stream_options"}
-        return orjson.dumps(
-            {
-                "model": self.model,
-                **asked,
-                "max_tokens": max_tokens,
-                "stream": stream,
-                "temperature": 0,
-                **fields,
-            }
-        )
+        common = {"model": self.model, "max_tokens": max_tokens, "stream": stream, "temperature": 0}
+        return orjson.dumps({**common, **asked, **fields})
 
 
 class Server:

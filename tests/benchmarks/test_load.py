@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from sleb.benchmarks.load.client import LoadClient, without_key
-from sleb.benchmarks.load.events import EventSplitter, Outcome
+from sleb.benchmarks.load.client import EventSplitter, LoadClient, Outcome, without_key
 from sleb.benchmarks.load.load import Load, LoadResult, Request
 from sleb.benchmarks.prompts import Lengths, RandomPrompts, Vocabulary
 
@@ -202,4 +201,4 @@ def test_salt_is_of_the_words_alone() -> None:
     assert [(each.num_tokens, each.output_tokens) for each in plain] == [
         (each.num_tokens, each.output_tokens) for each in salted
     ]
-    assert not {each.content for each in plain} & {each.content for each in salted}
+    assert not {each.text for each in plain} & {each.text for each in salted}

@@ -9,19 +9,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import sleb_tests_scripted_server as scripted
 from typer.testing import CliRunner
 
-from sleb.benchmarks.load.options import ServeLoadOptions
+from sleb.benchmarks.load.load import LoadResult, measure
+from sleb.benchmarks.load.options import Level, ServeLoadOptions
 from sleb.benchmarks.record import Measurement, Result
-from sleb.benchmarks.serve import describe_client, run_serve
+from sleb.benchmarks.serve import Target, describe_client, run_serve
 from sleb.cli.bench import app
 from sleb.errors import SlebError
 
@@ -53,11 +52,32 @@ def options(server, concurrency: tuple[int, ...] = (1,), **changes: Any) -> Serv
 
 
 def load(asked: ServeLoadOptions) -> tuple[Result, list[dict[str, Any]]]:
-    """The result, and a row a level: what vLLM's files hold, every time of the load."""
-    with TemporaryDirectory() as folder:
-        result = run_serve(replace(asked, vllm_json=Path(folder)), {})
-        files = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        return result, [json.loads(path.read_text()) for path in files]
+    """The result, and a row a load after its warm-up: its figures, and the times of every request."""
+    rows, run = [], Target.run
+
+    async def note(target: Target, level: Level, what: str, seed: str | None) -> LoadResult:
+        done = await run(target, level, what, seed)
+        whole = [not each.error for each in done.outcomes]
+        if seed is not None:
+            rows.append(
+                {
+                    **measure(done.outcomes, done.duration),
+                    "duration": done.duration,
+                    "completed": sum(whole),
+                    "errors": [each.error for each in done.outcomes],
+                    "input_lens": [each.num_prompt_tokens for each in done.outcomes],
+                    "output_lens": [each.num_output_tokens for each in done.outcomes],
+                    "start_times": [each.start for each in done.outcomes],
+                    "ttfts": [each.first_seconds for each in done.outcomes if not each.error],
+                    "itls": [each.gaps for each in done.outcomes],
+                    "latencies": [each.seconds for each in done.outcomes],
+                }
+            )
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "run", note)
+        return run_serve(asked, {}), rows
 
 
 def row_of(*arguments: Any, **changes: Any) -> dict[str, Any]:
@@ -86,7 +106,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 def under_load(server, row) -> list[Any]:
     """Of the requests that a server saw those of the last row."""
-    return server.seen[-row["num_prompts"] :]
+    return server.seen[-len(row["errors"]) :]
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
@@ -96,8 +116,8 @@ def test_times_are_those_of_the_server(start, endpoint: str, close_after: bool) 
     server = start(first=0.05, gap=0.01, close_after=close_after)
     result, (row,) = load(options(server, endpoint=endpoint))
     seen = under_load(server, row)
-    assert result.complete and row["completed"] == 5 and row["failed"] == 0
-    assert row["output_lens"] == [6] * 5 and row["total_output_tokens"] == 30
+    assert result.complete and row["errors"] == [""] * 5
+    assert row["output_lens"] == [6] * 5 and found(result, "tokens/s").facts["total_output_tokens"] == 30
     for index, request in enumerate(seen):
         begin, first = row["start_times"][index], row["ttfts"][index]
         arrivals = [begin + first]
@@ -108,12 +128,12 @@ def test_times_are_those_of_the_server(start, endpoint: str, close_after: bool) 
         for arrival, sent in zip(arrivals, request.sent, strict=True):
             assert 0 <= arrival - sent + 1e-6 < SLACK
         assert row["latencies"][index] + 1e-8 >= first + sum(row["itls"][index])
-    assert row["median_ttft_ms"] >= 50 and row["median_tpot_ms"] >= 10
+    assert row["TTFT p50 ms"] >= 50 and row["TPOT p50 ms"] >= 10
     busy = seen[-1].sent[-1] - seen[0].received
     assert busy <= row["duration"] < busy + SLACK
-    assert row["output_throughput"] == pytest.approx(30 / row["duration"])
-    assert row["request_throughput"] == pytest.approx(5 / row["duration"])
-    assert row["total_token_throughput"] == pytest.approx((30 + 5 * 32) / row["duration"])
+    assert row["tokens/s"] == pytest.approx(30 / row["duration"])
+    assert row["requests/s"] == pytest.approx(5 / row["duration"])
+    assert found(result, "tokens/s").facts["total_input_tokens"] == 5 * 32
 
 
 def test_tpot_counts_tokens_and_itl_counts_chunks(start) -> None:
@@ -122,7 +142,7 @@ def test_tpot_counts_tokens_and_itl_counts_chunks(start) -> None:
     assert row["output_lens"] == [10] * 5
     assert [len(gaps) for gaps in row["itls"]] == [2] * 5
     tpots = [(e2e - ttft) / 9 for e2e, ttft in zip(row["latencies"], row["ttfts"], strict=True)]
-    assert row["mean_tpot_ms"] == pytest.approx(1000 * sum(tpots) / 5)
+    assert row["TPOT p50 ms"] == pytest.approx(1000 * median(tpots))
 
 
 def test_connections_are_kept_and_slots_are_filled(start) -> None:
@@ -131,7 +151,6 @@ def test_connections_are_kept_and_slots_are_filled(start) -> None:
     seen = under_load(server, row)
     assert len({request.connection for request in seen}) == 3
     assert server.most_open == 3
-    assert row["max_concurrency"] == 3 and row["request_rate"] == "inf"
     texts = [scripted.text_of(request.body) for request in seen]
     assert len(set(texts)) == 12
     assert all(request.body["ignore_eos"] and request.body["temperature"] == 0 for request in seen)
@@ -196,8 +215,9 @@ def test_failures_are_counted_with_their_reasons(start) -> None:
     faults = {3: "500", 4: "drop", 6: "error", 7: "empty", 8: "garbage", 9: "json", 10: "hang"}
     server = start(fail=faults.get)
     result, (row,) = load(options(server, (2,), num_requests=12, timeout=0.4))
-    assert row["completed"] == 5 and row["failed"] == 7
-    assert row["total_output_tokens"] == 30 and sum(bool(error) for error in row["errors"]) == 7
+    facts = found(result, "tokens/s").facts
+    assert (facts["completed"], facts["failed"], facts["total_output_tokens"]) == (5, 7, 30)
+    assert sum(bool(error) for error in row["errors"]) == 7
     assert found(result, "tokens/s").facts["failures"] == {
         "HTTP 500: out of luck": 1,
         "the connection closed after 2 chunks": 1,
@@ -286,7 +306,7 @@ def test_requests_come_when_they_are_due(start) -> None:
     """At 40 a second, whatever becomes of the others: each answer takes 0.15 s."""
     server = start(first=0.15)
     row = row_of(server, (), rate=[40.0], num_requests=20)
-    assert row["completed"] == 20 and row["request_rate"] == 40 and row["max_concurrency"] is None
+    assert row["completed"] == 20
     assert server.most_open >= 3
     gaps = [
         later - earlier for earlier, later in zip(row["start_times"], row["start_times"][1:], strict=False)
@@ -296,21 +316,13 @@ def test_requests_come_when_they_are_due(start) -> None:
     assert all(0 <= there - here < SLACK for here, there in zip(row["start_times"], received, strict=True))
 
 
-@pytest.mark.parametrize("level", [{"concurrency": [2]}, {"concurrency": [], "rate": [100.0]}])
-def test_a_duration_ends_the_sending(start, level: dict[str, Any]) -> None:
-    server = start(first=0.02)
-    row = row_of(server, **level, num_requests=None, duration=0.3)
-    assert row["completed"] == row["num_prompts"] > 5
-    assert max(row["start_times"]) - min(row["start_times"]) < 0.3 + SLACK
-
-
 def test_tiers_take_turns(start) -> None:
     server = start(models=("small", "big"), first=lambda model: {"small": 0.0, "big": 0.08}[model])
     asked = options(server, (2,), model=["small", "big"], num_requests=8, goodput=["ttft:60"])
     result, (row,) = load(asked)
     assert Counter(request.body["model"] for request in under_load(server, row)) == {"small": 4, "big": 4}
     whole, small, big = (found(result, "tokens/s", name) for name in ("small,big", "small", "big"))
-    assert row["model_id"] == "small,big" and whole.facts["completed"] == row["completed"] == 8
+    assert whole.facts["completed"] == row["completed"] == 8
     assert small.facts["completed"] + big.facts["completed"] == 8
     assert small.value + big.value == pytest.approx(whole.value)
     assert found(result, "TTFT p50 ms", "big").value >= 80
@@ -331,7 +343,7 @@ def test_a_sweep_warms_up_and_asks_nothing_twice(start) -> None:
     rates = [each for each in result.measurements if each.metric == "tokens/s"]
     assert [each.case for each in rates] == ["1 at once, 32 → 6", "4 at once, 32 → 6"]
     assert [each.facts["concurrency"] for each in rates] == [1, 4]
-    assert [row["num_prompts"] for row in rows] == [5, 5]
+    assert [len(row["errors"]) for row in rows] == [5, 5]
     assert len(server.seen) == 1 + 2 * (1 + 5)
     texts = [scripted.text_of(request.body) for request in server.seen[1:]]
     assert len(set(texts)) == 12
@@ -342,7 +354,7 @@ def test_a_result_says_what_the_rows_of_the_load_amount_to(start) -> None:
     server = start(first=0.02, gap=0.004)
     result, (row,) = load(options(server, (2,), goodput=["ttft:9000"]))
     by_metric = {each.metric: each.value for each in result.measurements}
-    assert by_metric["tokens/s"] == row["output_throughput"] == pytest.approx(30 / row["duration"])
+    assert by_metric["tokens/s"] == row["tokens/s"] == pytest.approx(30 / row["duration"])
     assert by_metric["TTFT p50 ms"] == pytest.approx(1000 * median(row["ttfts"]))
     assert by_metric["latency p50 ms"] == pytest.approx(1000 * median(row["latencies"]))
     assert by_metric["goodput requests/s"] == by_metric["requests/s"]
@@ -367,48 +379,16 @@ def test_a_second_run_has_the_lengths_of_the_first_and_other_words(start) -> Non
     assert len(starts[0]) == 8 and not starts[0] & starts[1]
 
 
-# What `vllm bench serve --save-result --save-detailed` writes.
-VLLM_KEYS = {
-    *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate"),
-    *("burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens"),
-    *("total_output_tokens", "request_throughput", "request_goodput", "output_throughput"),
-    *("total_token_throughput", "input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times"),
-    *("errors",),
-    *(
-        f"{statistic}_{metric}_ms"
-        for metric in ("ttft", "tpot", "itl", "e2el")
-        for statistic in ("mean", "median", "std", "p90", "p99")
-    ),
-}
-
-
-def test_vllm_keys_and_types(start, tmp_path: Path) -> None:
+def test_a_result_on_the_command_line(start, tmp_path: Path) -> None:
     server = start()
-    folder, path = tmp_path / "files", tmp_path / "result.json"
+    path = tmp_path / "result.json"
     arguments = ["--url", server.url, "--num-requests", 4, "--concurrency", "1,2", "--goodput", "ttft:9000"]
-    done = run_cli(*arguments, "--goodput", "e2el:9000", "--vllm-json", folder, "--json", path)
+    done = run_cli(*arguments, "--goodput", "e2el:9000", "--json", path)
     assert done.exit_code == 0, done.output
     result = json.loads(path.read_text())
     assert result["kind"] == "serve" and result["complete"] is True
     assert result["settings"]["goodput"] == ["ttft:9000", "e2el:9000"]
     assert {row["subject"] for row in result["rows"]} == {"small"}
-    files = sorted(folder.iterdir())
-    assert [file.name.rsplit("-", 2)[0] for file in files] == [
-        "openai-chat-infqps-concurrency1-small",
-        "openai-chat-infqps-concurrency2-small",
-    ]
-    for file in files:
-        data = json.loads(file.read_text())
-        assert set(data) == VLLM_KEYS
-        for key in ("date", "endpoint_type", "backend", "model_id"):
-            assert isinstance(data[key], str)
-        for key in ("num_prompts", "max_concurrency", "completed", "failed", "total_input_tokens"):
-            assert type(data[key]) is int
-        for key in ("duration", "request_throughput", "request_goodput", "output_throughput", "burstiness"):
-            assert type(data[key]) is float
-        assert data["request_goodput"] == data["request_throughput"]
-        for key in ("input_lens", "output_lens", "ttfts", "itls", "errors", "start_times"):
-            assert len(data[key]) == 4
     for heading in ("TTFT", "TPOT", "tokens/s", "goodput", "2 at once"):
         assert heading in done.output
 

@@ -111,7 +111,7 @@ async def plain_load(url: str, model: str, shape: Shape, prompts: list[Prompt]) 
     async def client(connection: PlainConnection) -> None:
         while waiting:
             prompt = waiting.pop()
-            answers.append(await connection.ask(plain_body(model, prompt.content, prompt.output_tokens)))
+            answers.append(await connection.ask(plain_body(model, prompt.text, prompt.output_tokens)))
 
     connections = [PlainConnection(url) for _ in range(shape.concurrency)]
     await asyncio.gather(*(connection.open() for connection in connections))

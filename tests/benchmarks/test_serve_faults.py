@@ -215,13 +215,6 @@ def test_a_comparison_keeps_turns_before_a_server_answers_no_more(start) -> None
     assert result.complete is False and "1 at once: B, turn 2" in result.settings["problem"]
 
 
-def test_a_load_in_which_nothing_comes_due(start) -> None:
-    server = start()
-    done = run_cli("--url", server.url, "--rate", "0.001", "--duration", "0.01", "--output-tokens", 6)
-    assert done.exit_code == 1
-    assert "no request came due; give a longer --duration or a higher --rate" in done.output
-
-
 def test_names_in_brackets_are_shown_and_written(start, tmp_path: Path) -> None:
     """Rich takes what stands in brackets for its own marks."""
     server = start()

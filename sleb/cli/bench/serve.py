@@ -55,8 +55,6 @@ def _exit(result: Result) -> None:
     if problem is None and not any(each.value for each in rates):
         reasons = sorted({reason for each in rates for reason in each.facts.get("failures", {})})
         problem = f"all requests failed: {'; '.join(reasons)}"
-        if not rates:
-            problem = "no request came due; give a longer --duration or a higher --rate"
     if problem is not None:
         typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1)
