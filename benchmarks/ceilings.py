@@ -1,10 +1,8 @@
 """What a device can do at most, measured: bytes copied or read a second, and operations of a matrix product.
 
-They stand for the two limits of the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785): no work is
-done faster than its bytes are moved or its operations computed. A copy counts what it reads and what it writes.
-Decoding on a CPU writes next to nothing, and reading alone is faster than copying: where our CPU kernels run, what
-their threads read is measured too. Measured in the same run as what is held against them, so that clocks and
-neighbours are the same.
+The limits of the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785), measured in the same run as what
+is held against them. A copy counts what it reads and writes; decoding on a CPU only reads, which is faster, so what the
+threads of our CPU kernels read is measured too.
 """
 
 from __future__ import annotations
@@ -29,13 +27,7 @@ _REPETITIONS = 5
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Medians of a second's work.
-
-    Attributes:
-        copy_bytes_per_second: read and written, by a copy on the device.
-        matrix_flops_per_second: of a matrix product of `dtype`; a multiply and an add count two.
-        read_bytes_per_second: by the threads of our CPU kernels; None where that was not measured.
-    """
+    """Medians of a second's work; a multiply and an add count two. read_…: None where that was not measured."""
 
     copy_bytes_per_second: float
     matrix_flops_per_second: float

@@ -2,13 +2,9 @@
 
 Two limits, after the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785):
 
-* Decoding reads every weight of its depth once a step, and the K and V of every context. Its time is modelled as
-  those bytes over a bandwidth, which cancels in a ratio.
-* A prompt is computed many tokens at once, so its time is modelled as floating point operations over a rate, which
-  cancels as well. The head counts only for the rows that sample.
-
-What is small is left out: norms, activations, rotary embedding, writing K and V. At a large batch decoding is
-bound by bytes only where arithmetic is cheap (a GPU); on a CPU it lies between the two models.
+decoding is bound by the bytes of every weight once a step and of the K and V of every context, a prompt by its floating
+point operations. The rate of either cancels in a ratio. Norms, activations, rotary embedding and writing K and V are
+left out. At a large batch on a CPU decoding lies between the two.
 """
 
 from __future__ import annotations
@@ -23,13 +19,9 @@ from sleb.engine.model.architecture import DecoderSpec
 
 @dataclass(frozen=True)
 class DepthCost:
-    """What one depth of a model holds.
-
-    Attributes:
-        attention_blocks, mlp_blocks: original numbers of the blocks whose attention, or MLP, runs.
-        weight_bytes: of all weights of this depth, embedding and head included (once, if tied).
-        kv_bytes_per_token: of K and V over the kept attention sublayers.
-        embed_row_bytes: of one row of the embedding table. itemsize: of an element of what is not quantised.
+    """What one depth of a model holds: numbers of the blocks whose attention, or MLP, runs; bytes of all its weights,
+    embedding and head included (once, if tied), of a token's K and V over the kept attention sublayers, of a row of the
+    embedding table, and of an element of what is not quantised.
     """
 
     spec: DecoderSpec
@@ -74,13 +66,7 @@ def context_kv_bytes(cost: DepthCost, context: int) -> int:
 
 
 def decode_bytes(cost: DepthCost, batch: int, prompt_tokens: int, output_tokens: int) -> int:
-    """Bytes read by the decode steps of `batch` equal requests.
-
-    The prompt's own step gives the first of the output tokens, so output_tokens − 1 decode steps remain; the
-    n-th of them sees contexts of prompt_tokens + n tokens:
-
-        Σ_n  step_weight_bytes + batch · context_kv_bytes(prompt_tokens + n),   n = 1 … output_tokens − 1
-    """
+    """Bytes read by the decode steps of `batch` equal requests: output_tokens − 1, for a prompt's step gives one."""
     contexts = range(prompt_tokens + 1, prompt_tokens + output_tokens)
     kv_bytes = sum(context_kv_bytes(cost, context) for context in contexts)
     return len(contexts) * step_weight_bytes(cost, batch) + batch * kv_bytes
@@ -118,10 +104,7 @@ def _flops(cost: DepthCost, contexts: range, num_sampled: int) -> int:
 
 
 def ideal_speedup(workload: Workload, baseline: DepthCost, cost: DepthCost) -> float:
-    """How much faster than `baseline` a depth would be at best.
-
-    A prompt as if only operations took time, generation as if only the bytes that its decode steps read did.
-    """
+    """How much faster than `baseline` a depth would be at best: by a prompt's operations, or the bytes of decoding."""
     if workload.test == "prompt":
         shape = (workload.batch, workload.prompt_tokens)
         return prompt_flops(baseline, *shape) / prompt_flops(cost, *shape)
@@ -130,11 +113,7 @@ def ideal_speedup(workload: Workload, baseline: DepthCost, cost: DepthCost) -> f
 
 
 def floor_seconds(workload: Workload, cost: DepthCost, ceilings: Ceilings) -> float:
-    """The least time of a workload at the ceilings.
-
-    That of the prompts and that of the decode steps, each the larger of what their bytes and what their operations
-    take; "generate" is the sum of both.
-    """
+    """The least time of a workload at the ceilings; "generate" is the sum of the prompts' and the decode steps'."""
     batch, prompt_tokens = workload.batch, workload.prompt_tokens
     prompt = ceilings.floor_seconds(step_weight_bytes(cost, batch), prompt_flops(cost, batch, prompt_tokens))
     if workload.test == "prompt":

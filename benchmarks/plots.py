@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.errors import ConfigError
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 # Okabe & Ito 2008, "Color Universal Design"; each with a marker of its own, for prints without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8c8c8c")
 MARKERS = "os^DvPX*"
-_GREY = "#444444"
 
 Point = tuple[float, float | None, tuple[float, float] | None]
 """x, y, and the ends of the interval around y, if there is one."""
@@ -36,36 +31,50 @@ class Panel:
     bottom: float | None = None
 
 
-@contextmanager
-def _figure(
-    stem: Path,
-    title: str,
-    names: Sequence[str],
-    columns: int,
-    size: tuple[float, float],
-    suffixes: Sequence[str],
-) -> Iterator[list[Axes]]:
-    """Axes for each of `names`, `size` inches; at the end they are written. Raises ConfigError if they cannot be."""
+def draw_lines(stem: Path, title: str, panels: Sequence[Panel], suffixes: Sequence[str] = (".png",)) -> None:
+    """Panels of lines with intervals, written to `stem` with each suffix. Raises ConfigError."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    columns = min(columns, len(names))
-    rows = -(-len(names) // columns)
-    inches = (max(5.6, size[0] * columns), size[1] * rows + 0.8)  # as wide as a heading
+    columns = min(2 if len(panels) == 4 else 3, len(panels))
+    rows = -(-len(panels) // columns)
+    inches = (max(5.6, 3.3 * columns), 2.7 * rows + 0.8)  # as wide as a heading
     # A fixed salt and no date: the same figures are the same bytes. Names of models are no formulas.
     look: Any = {"svg.hashsalt": "sleb", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
     look |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "grid.alpha": 0.25}
     with pyplot.rc_context(look | {"axes.grid": True, "axes.axisbelow": True}):
         drawn, grid = pyplot.subplots(rows, columns, figsize=inches, layout="constrained", squeeze=False)
+        drawn.suptitle(title, fontsize=11)
+        named: dict[str, Any] = {}
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for name, points in panel.lines.items():
+                number = list(named).index(name) if name in named else len(named)
+                known = [(x, y, ends or (y, y)) for x, y, ends in points if y is not None]
+                named[name] = axes.errorbar(
+                    [x for x, *_ in known],
+                    [y for _, y, _ in known],
+                    yerr=[
+                        [max(0.0, y - low) for _, y, (low, _) in known],
+                        [max(0.0, high - y) for _, y, (_, high) in known],
+                    ],
+                    color=COLOURS[number % len(COLOURS)],
+                    marker=MARKERS[number % len(MARKERS)],
+                    markersize=4.5,
+                    zorder=3 - number / 100,  # the first on top
+                )
+            if panel.ticks:
+                axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+                axes.margins(x=0.08)
+            axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+            axes.set_ylim(bottom=panel.bottom)
+        for axes in grid.flat[len(panels) :]:
+            axes.remove()
+        # Below all panels: where lines leave room is not known.
+        below: Any = {"loc": "outside lower center", "frameon": False, "ncols": min(2, len(named))}
+        drawn.legend(list(named.values()), list(named), **below)
         try:
-            drawn.suptitle(title, fontsize=11)
-            for axes, name in zip(grid.flat, names, strict=False):
-                axes.set_title(name)
-            for axes in grid.flat[len(names) :]:
-                axes.remove()
-            yield list(grid.flat[: len(names)])
             for suffix in suffixes:
                 path = stem.with_name(stem.name + suffix)
                 drawn.savefig(path, dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
@@ -75,48 +84,12 @@ def _figure(
             pyplot.close(drawn)
 
 
-def draw_lines(stem: Path, title: str, panels: Sequence[Panel], suffixes: Sequence[str] = (".png",)) -> None:
-    """Panels of lines with intervals, written to `stem` with each suffix. Raises ConfigError."""
-    named: dict[str, Any] = {}
-    names, columns = [panel.title for panel in panels], 2 if len(panels) == 4 else 3
-    with _figure(stem, title, names, columns, (3.3, 2.7), suffixes) as grid:
-        for axes, panel in zip(grid, panels, strict=True):
-            for name, points in panel.lines.items():
-                number = list(named).index(name) if name in named else len(named)
-                known = [(x, y, ends or (y, y)) for x, y, ends in points if y is not None]
-                named[name] = axes.errorbar(
-                    [x for x, *_ in known],
-                    [y for _, y, _ in known],
-                    yerr=_whiskers([(y, ends) for _, y, ends in known]),
-                    color=COLOURS[number % len(COLOURS)],
-                    marker=MARKERS[number % len(MARKERS)],
-                    markersize=4.5,
-                    zorder=3 - number / 100,  # the first on top
-                )
-            if panel.ticks:
-                axes.set_xticks(range(len(panel.ticks)), panel.ticks)
-                axes.margins(x=0.08)
-            axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-            axes.set_ylim(bottom=panel.bottom)
-        # Below all panels: where lines leave room is not known.
-        below: Any = {"loc": "outside lower center", "frameon": False, "ncols": min(2, len(named))}
-        grid[0].figure.legend(list(named.values()), list(named), **below)
-
-
-def _whiskers(found: Sequence[tuple[float, tuple[float, float]]]) -> list[list[float]]:
-    """How far the ends of intervals are below and above their values."""
-    return [
-        [max(0.0, value - low) for value, (low, _) in found],
-        [max(0.0, high - value) for value, (_, high) in found],
-    ]
-
-
 def draw_result(result: Result, stem: Path) -> list[Path]:
     """The plots that a result gives, as PNG, names beginning as `stem`; none of a result that has no curve to show.
 
-    Speed by depth, quality by depth, load by level, ratios to other engines. Raises ConfigError.
+    Speed by depth, quality by depth, load by level. Raises ConfigError.
     """
-    kinds = {"speed": draw_speed, "quality": draw_quality, "load": _draw_load, "ratios": _draw_ratios}
+    kinds = {"speed": draw_speed, "quality": draw_quality, "load": _draw_load}
     stems = {stem.with_name(f"{stem.name}-{name}"): draw for name, draw in kinds.items()}
     return [path.with_name(f"{path.name}.png") for path, draw in stems.items() if draw(result, path)]
 
@@ -200,35 +173,6 @@ def _draw_load(result: Result, stem: Path) -> bool:
         ticks = [level.partition(",")[0] for level in levels]
         panels.append(Panel(metric.replace("p50 ms", "p50, up to p99, ms"), "", lines, "", ticks, bottom=0))
     draw_lines(stem, f"By level of load: {_heading(result)}", panels)
-    return True
-
-
-def _draw_ratios(result: Result, stem: Path) -> bool:
-    """How many times as fast as another engine, bars with intervals, a panel a test; a line at 1.
-
-    The cases are "TEST beside PEER".
-    """
-    tests: dict[str, dict[str, Ratio]] = {}
-    for each in result.measurements:
-        test, beside, peer = each.case.partition(" beside ")
-        if beside and each.ratio is not None and each.metric == "tokens/s":
-            tests.setdefault(test, {})[f"{each.subject} to {peer}"] = each.ratio
-    if not tests:
-        return False
-    size = (4.3, 0.5 + 0.24 * max(map(len, tests.values())))
-    title = f"Times the tokens/s of other engines: {_heading(result)}"
-    with _figure(stem, title, list(tests), 2, size, (".png",)) as grid:
-        for axes, bars in zip(grid, tests.values(), strict=True):
-            values = [ratio.estimate for ratio in bars.values()]
-            ends = [(each.estimate, _ends(each) or (each.estimate, each.estimate)) for each in bars.values()]
-            colours = [COLOURS[0 if value >= 1 else 1] for value in values]
-            look: Any = {"color": colours, "alpha": 0.75, "ecolor": _GREY, "height": 0.65}
-            drawn = axes.barh(list(bars), values, xerr=_whiskers(ends), **look)
-            axes.bar_label(drawn, fmt=" {:.2f}", fontsize=7.5)
-            axes.axvline(1, color=_GREY, linewidth=1, linestyle="--")
-            axes.grid(visible=False, axis="y")
-            axes.margins(x=0.15)
-            axes.invert_yaxis()
     return True
 
 

@@ -1,13 +1,11 @@
-"""Measurements for people: tables in a terminal, Markdown and HTML, reports with plots, and what changed between two.
+"""Measurements for people: tables in a terminal and in Markdown, reports with plots, and what changed between two.
 
 All of it is generic: a row a case and subject, a column a metric, its ratio to the baseline and each fact.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,15 +132,6 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-_STYLE = """<style>:root { color-scheme: light dark } body { font: 15px/1.5 system-ui, sans-serif; margin: 2em }
-td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }
-td:nth-child(-n+2) { text-align: left } table { font-variant-numeric: tabular-nums } img { max-width: 100% }</style>"""
-
-
-def _html(tag: str, *lines: str) -> str:
-    return "".join(f"<{tag}>{escape(line)}</{tag}>" for line in lines)
-
-
 def check_report(folder: Path) -> None:
     """Makes the folder of a report. Raises ConfigError, before hours are spent, where nothing can be written."""
     try:
@@ -153,37 +142,26 @@ def check_report(folder: Path) -> None:
 
 
 def write_report(folder: Path, results: Sequence[Result], title: str = "Measured with sleb") -> list[Path]:
-    """Writes report.md, report.html (one file, nothing fetched) and plots (PNG); returns what was written.
-
-    Raises ConfigError for a folder that cannot be written.
-    """
+    """Writes report.md and plots (PNG); returns what was written. Raises ConfigError for a folder that cannot be."""
     from sleb.benchmarks.plots import draw_result
 
     check_report(folder)
     written: list[Path] = []
-    kinds = [result.kind for result in results]
-    text, page = f"# {title}\n", f"<!doctype html><meta charset=utf-8>{_STYLE}" + _html("h1", title)
+    kinds, text = [result.kind for result in results], f"# {title}\n"
     for place, result in enumerate(results):
         several = kinds.count(result.kind) > 1
         name = f"{result.kind}-{kinds[: place + 1].count(result.kind)}" if several else result.kind
-        heading, facts, notes = name.replace("-", " "), facts_line(result), _notes(result)
         command = result.environment.get("command")
-        text += f"\n## {heading}\n\n{facts}\n" + (f"\n    {command}\n" if command else "")
-        page += _html("h2", heading) + _html("p", facts) + _html("pre", *([command] if command else ()))
-        for path in draw_result(result, folder / name):
-            written.append(path)
-            text += f"\n![{path.stem}]({path.name})\n"
-            data = base64.b64encode(path.read_bytes()).decode()
-            page += f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
-        for heads, rows in tables(result.measurements):
-            text += "\n" + markdown(heads, rows)
-            page += f"<table>{''.join('<tr>' + _html('td', *row) for row in (heads, *rows))}</table>"
-        text += "\n" + "".join(f"- {note}\n" for note in notes) if notes else ""
-        page += _html("li", *notes)
-    for path, content in ((folder / "report.md", text), (folder / "report.html", page)):
-        write_text(path, content)
-        written.append(path)
-    return written
+        text += f"\n## {name.replace('-', ' ')}\n\n{facts_line(result)}\n" + (
+            f"\n    {command}\n" if command else ""
+        )
+        plots = draw_result(result, folder / name)
+        written += plots
+        text += "".join(f"\n![{path.stem}]({path.name})\n" for path in plots)
+        text += "".join("\n" + markdown(*each) for each in tables(result.measurements))
+        text += "".join(f"\n- {note}" for note in _notes(result)) + "\n"
+    write_text(folder / "report.md", text)
+    return [*written, folder / "report.md"]
 
 
 def diff(old: Result, new: Result) -> Result:

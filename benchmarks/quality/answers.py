@@ -7,9 +7,7 @@ small errors add up: a pruned model's first failure is often an answer that repe
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import starmap, takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,12 +39,11 @@ PROMPTS = (
 _LOOP_TIMES, _LOOP_TOKENS = 3, 12
 
 Quality = dict[str, float]
-"""Figures of one depth's greedy answers by metric, those after "unfinished" not for the dense model itself.
+"""Figures of one depth's greedy answers by metric, the last two not for the dense model itself.
 
-mean tokens: of an answer, its end-of-text token not counted. repeated: share in which four tokens in a row come more
-than three times. looped: share whose end is one piece said three times or more, twelve tokens at least. empty: without
-visible text. unfinished: cut at the limit of tokens. early: empty, or below a quarter of the dense answer's tokens.
-identical: of the same tokens. common prefix: mean number of tokens before the first difference.
+mean tokens: of an answer, its end-of-text token not counted. looped: share whose end is one piece said three times or
+more, twelve tokens at least. early: without visible text, or below a quarter of the dense answer's tokens. identical:
+of the same tokens.
 """
 
 
@@ -107,38 +104,26 @@ def summarise(
     dense: the dense model's answers, None if these are.
     """
     ids = list(map(spoken, answers))
-    empty = [not answer.text.strip() for answer in answers]
-    found: Quality = {
-        "mean tokens": fmean(map(len, ids)),
-        "repeated": fmean(map(is_repetitive, ids)),
-        "looped": fmean(map(has_looped_tail, ids)),
-        "empty": fmean(empty),
-        "unfinished": fmean(answer.finish_reason == "length" for answer in answers),
-    }
+    found: Quality = {"mean tokens": fmean(map(len, ids)), "looped": fmean(map(has_looped_tail, ids))}
     if dense is None:
         return found, None
-    pairs = list(zip(ids, map(spoken, dense), strict=True))
-    prefixes = list(starmap(common_prefix, pairs))
-    examples = [
-        {"prompt": prompt, "dense": other.text, "pruned": own.text, "common_prefix": prefix}
-        for prompt, own, other, prefix, pair in zip(prompts, answers, dense, prefixes, pairs, strict=True)
-        if pair[0] != pair[1]
+    wanted = list(map(spoken, dense))
+    early = [
+        not answer.text.strip() or 4 * len(own) < len(other)
+        for answer, own, other in zip(answers, ids, wanted, strict=True)
     ]
-    short = [4 * len(own) < len(other) for own, other in pairs]
-    found["early"] = fmean(map(any, zip(empty, short, strict=True)))
-    found |= {"identical": 1 - len(examples) / len(pairs), "common prefix": fmean(prefixes)}
+    examples = [
+        {"prompt": prompt, "dense": dense[place].text, "pruned": answers[place].text}
+        for place, prompt in enumerate(prompts)
+        if ids[place] != wanted[place]
+    ]
+    found |= {"early": fmean(early), "identical": 1 - len(examples) / len(ids)}
     return found, examples[0] if examples else None
 
 
 def spoken(answer: Output) -> list[int]:
     """The tokens of an answer without the one that ended it: nothing else than that token stops these."""
     return answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
-
-
-def is_repetitive(token_ids: Sequence[int]) -> bool:
-    """Whether some four tokens in a row come more than three times."""
-    grams = Counter(zip(*(token_ids[start:] for start in range(4)), strict=False))
-    return max(grams.values(), default=0) > 3
 
 
 def has_looped_tail(token_ids: Sequence[int]) -> bool:
@@ -150,8 +135,3 @@ def has_looped_tail(token_ids: Sequence[int]) -> bool:
         if num_tail <= length and tail[period:] == tail[:-period]:
             return True
     return False
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two answers begin with alike."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -45,24 +44,6 @@ def speed(name: str = "tiny", depths: tuple[int, ...] = (0, 3, 6)) -> Result:
         "command": f"sleb {name}",
     }
     return Result("throughput", environment, {"model": {"name": name}, "weights": "int8"}, found, ["A note."])
-
-
-class Page(HTMLParser):
-    """Tags, and what is fetched."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.sources: list[str] = []
-        self.words = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
 
 
 def test_a_row_a_subject_a_column_a_metric() -> None:
@@ -109,17 +90,6 @@ def test_the_terminal_shows_figures_notes_and_what_was_measured() -> None:
     assert "A note." in text and "Interrupted" in text
 
 
-def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
-    result = speed(EVIL)
-    result.notes.append(EVIL)
-    result.measurements.append(Measurement(EVIL, EVIL, EVIL, 1.0, facts={EVIL: EVIL}))
-    show.write_report(tmp_path / "report", [result], EVIL)
-    page = Page((tmp_path / "report/report.html").read_text("utf-8"))
-    assert "script" not in page.tags
-    assert page.words.count(EVIL) >= 6
-    assert {source.split(":")[0] for source in page.sources} == {"data"}  # nothing is fetched
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of all committed results, as the command writes it."""
@@ -134,17 +104,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_committed_result_is_in_the_report(whole: Path) -> None:
     text = (whole / "report.md").read_text("utf-8")
-    page = Page((whole / "report.html").read_text("utf-8"))
-    assert text.count("\n## ") == page.tags.count("h2") == len(COMMITTED)
+    assert text.count("\n## ") == len(COMMITTED)
     for path in COMMITTED:
         result = load(path)
         for each in result.measurements:
             shown = show.number(each.value)
-            assert shown in text and shown in page.words, (path.name, each)
+            assert shown in text, (path.name, each)
     plots = {path.name for path in whole.glob("*.png")}
     assert set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)) == plots
     kinds = {re.sub(r"-\d", "", name.removesuffix(".png")) for name in plots}
-    assert kinds == {"throughput-speed", "serve-load", "peers-ratios", "eval-quality", "prune-quality"}
+    assert kinds == {"throughput-speed", "serve-load", "eval-quality", "prune-quality"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in whole.glob("*.png"))
 
 

@@ -547,7 +547,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_report(
     served = BenchResult.load(str(output)).speedup(3)
     assert served is not None and served["value"] == result["rows"][3]["speedup"]
     assert [each["test"] for each in served["measured"]] == ["generate", "prompt"]
-    assert {"report.md", "report.html"} <= set(os.listdir(tmp_path / "report"))
+    assert {"report.md"} <= set(os.listdir(tmp_path / "report"))
     assert "generate 2 × 3 after 8" in (tmp_path / "report" / "report.md").read_text()
 
 

@@ -28,9 +28,7 @@ class OutputOptions:
         flags=("--json",),
         group="Output",
     )
-    report: Path | None = option(
-        None, "Write report.md, report.html and plots to this folder.", group="Output"
-    )
+    report: Path | None = option(None, "Write report.md and plots to this folder.", group="Output")
 
     def check(self) -> None:
         """Raises ConfigError, before anything is measured, for what cannot be written."""
