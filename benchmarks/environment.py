@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
 PROC = Path("/proc")
-# What decides which CPU kernels can run: x86 names first, then those of ARM.
-_CPU_FLAGS = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
-    "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
-)  # fmt: skip
 # What others may take before it is told, as a share of all processors. Clock ticks are counted where they fall: over
 # a short run a few may land on the wrong side.
 _OTHERS_LIMIT, _TICK_GRACE = 0.03, 3
@@ -56,31 +51,21 @@ def describe_machine(
 ) -> dict[str, Any]:
     """Versions, hardware and settings of a measurement on `device`, ready for JSON; null is what cannot be found out.
 
-    command: as `shown_command` gives it. memory_bytes is the machine's physical memory, load_average the processes
-    that wanted a processor in the last minute. Neither host nor user names nor paths are recorded.
+    command: as `shown_command` gives it. Neither host nor user names nor paths are recorded.
     """
-    versions: dict[str, str | None] = {}
-    for package in ("transformers", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     affinity = getattr(os, "sched_getaffinity", None)
-    model, flags = _processor()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "sleb": version.__version__,
         "commit": source_commit(Path(version.__file__).resolve().parent.parent),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **versions,
+        "transformers": importlib.metadata.version("transformers"),
         "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": model,
-        "cpu_flags": flags,
+        "cpu": _processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": str(device),
@@ -123,18 +108,15 @@ def _output(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> tuple[str | None, list[str]]:
-    """The processor's name and those instruction sets that matter here, as far as the system tells them."""
+def _processor() -> str | None:
+    """The processor's name, as far as the system tells it."""
     if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string"), []
-    try:
-        first = (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    except OSError:
-        first = ""
-    pairs = (line.partition(":") for line in first.splitlines())
-    info = {name.strip(): value.strip() for name, _, value in pairs}
-    present = (info.get("flags") or info.get("Features") or "").split()
-    return info.get("model name") or platform.processor() or None, [x for x in _CPU_FLAGS if x in present]
+        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+    with suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
 
 
 def processes_under(roots: Iterable[int], proc: Path = PROC) -> dict[int, int]:

@@ -34,9 +34,6 @@ class KernelsOptions(TurnOptions):
         aliases=tuple(DTYPE_ALIASES),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    scale: str = option(
-        "auto", "Size of the shapes; auto: full on a GPU, small on a CPU.", choices=("auto", "full", "small")
-    )
 
     @property
     def most(self) -> int:

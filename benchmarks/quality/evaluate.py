@@ -27,8 +27,8 @@ from sleb.benchmarks.quality.answers import generate_answers, read_prompts
 from sleb.benchmarks.quality.interval import Estimate, choose_num_batches, estimate
 from sleb.benchmarks.quality.options import EvalOptions
 from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, score_texts
-from sleb.benchmarks.quality.tasks import DEFAULT_MAX_LENGTH, TaskOptions, find_lm_eval, run_tasks
-from sleb.benchmarks.quality.texts import LM_EVAL_SPARE, WindowedText, cut_text, default_seqlen, read_text
+from sleb.benchmarks.quality.tasks import find_lm_eval, max_length, run_tasks
+from sleb.benchmarks.quality.texts import WindowedText, cut_text, default_seqlen, read_text
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.engine.chain import load_layer_map
 from sleb.engine.llm import LLM
@@ -47,7 +47,7 @@ _OF_TEXTS = (
     "same token, KL (dense ‖ depth, in nats), perplexity ×: against depth 0 on the same tokens. Intervals of 95 % by "
     "batch means over stretches of the text, paired where depths are compared; they speak for text like this one."
 )
-_OF_ANSWERS = "looped: the end is one piece said three times or more. early: empty, or below a quarter of the dense answer's tokens."
+_OF_ANSWERS = "looped: the end is one piece said three times or more. early: empty, or below a quarter of the dense tokens."
 
 
 def run_eval(
@@ -89,7 +89,8 @@ class _Evaluation:
         self.options, self.command, self.on_progress = options, command, on_progress
         texts = [read_text(source) for source in options.text]
         self.prompts = read_prompts(options.prompts)
-        self.executable = find_lm_eval(options.lm_eval) if options.tasks else None
+        if options.tasks:
+            find_lm_eval(options.lm_eval)
         resolve_device(options.device)
         resolved = resolve_model(options.model)
         spec = resolve_spec(resolved.path)
@@ -159,20 +160,14 @@ class _Evaluation:
                     facts: dict[str, Any] = {"depth": depth}
                     facts |= {"example": example} if metric == "mean tokens" else {}
                     self._add(f"{len(self.prompts)} answers", metric, value, facts)
-        if self.executable is None:
+        if not options.tasks:
             return
-        most = min(llm.engine.max_model_len, DEFAULT_MAX_LENGTH)
-        if options.windows_like == "lm-eval" and options.seqlen is not None:
-            most = min(
-                llm.engine.max_model_len, options.seqlen + LM_EVAL_SPARE
-            )  # the windows of the same text
-        asked = TaskOptions(self.executable, options.tasks, options.limit, options.include_path, most)
-        result.settings |= {"limit": asked.limit, "lm_eval_max_length": asked.max_length}
+        result.settings |= {"limit": options.limit, "lm_eval_max_length": max_length(options, llm)}
 
         def asking(depth: int) -> None:
             self.on_progress(f"lm-eval at depth {depth}", self.depths.index(depth), len(self.depths))
 
-        for depth, scores in zip(self.depths, run_tasks(llm, self.depths, asked, asking), strict=True):
+        for depth, scores in zip(self.depths, run_tasks(llm, self.depths, options, asking), strict=True):
             for task, metrics in scores.items():
                 for metric, (value, error) in metrics.items():
                     spread = None if error is None else (value - 1.96 * error, value + 1.96 * error)

@@ -247,7 +247,6 @@ def test_interpreted_kernels_are_marked() -> None:
         (["--repetitions", "0"], "--repetitions is 0"),
         (["--repetitions", "1001"], "--repetitions is 1001; it must be an integer from 1 to 1000"),
         (["--dtype", "float8"], "--dtype 'float8' is not known"),
-        (["--scale", "huge"], "--scale 'huge' is not known; choose one of: auto, full, small"),
         (["--device", "abacus"], "abacus"),
     ],
 )

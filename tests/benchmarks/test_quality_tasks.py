@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import stat
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,11 +15,9 @@ import httpx
 import pytest
 
 from sleb import LLM
-from sleb.benchmarks.quality import tasks as quality_tasks
+from sleb.benchmarks.quality.options import EvalOptions
 from sleb.benchmarks.quality.tasks import (
-    TaskOptions,
     find_lm_eval,
-    lm_eval_command,
     read_results,
     run_lm_eval,
     run_tasks,
@@ -65,18 +66,30 @@ def test_results():
     }
 
 
-def test_command():
-    options = TaskOptions(Path("/x/lm_eval"), ["a", "b"], 5, Path("more"), 300)
-    command = lm_eval_command(options, "http://127.0.0.1:9", "tiny:sleb-2", "out")
-    assert command[:3] == ["/x/lm_eval", "--model", "local-completions"]
-    arguments = dict(pair.split("=", 1) for pair in command[4].split(","))
+def asked(executable, tasks, **more):
+    return EvalOptions("tiny", tasks=tasks, lm_eval=str(executable), **more)
+
+
+SHOW = "import sys, json; sys.exit(json.dumps(sys.argv[1:]))"
+
+
+def shown(options):
+    with pytest.raises(SlebError) as caught:
+        run_lm_eval(options, "http://127.0.0.1:9", "tiny:sleb-2", 300)
+    return json.loads(str(caught.value).partition("status 1: ")[2])
+
+
+def test_command(script):
+    program = script(SHOW)
+    command = shown(asked(program, ["a", "b"], limit=5, include_path=Path("more")))
+    assert command[:2] == ["--model", "local-completions"]
+    arguments = dict(pair.split("=", 1) for pair in command[3].split(","))
     assert arguments["base_url"] == "http://127.0.0.1:9/v1/completions"
     assert arguments["model"] == "tiny:sleb-2"
     assert (arguments["tokenizer_backend"], arguments["max_length"]) == ("remote", "300")
-    assert command[5:] == [
-        *("--tasks", "a,b", "--output_path", "out", "--limit", "5", "--include_path", "more"),
-    ]
-    assert "--limit" not in lm_eval_command(TaskOptions(Path("x"), ["a"]), "http://h", "m", "out")
+    assert command[4:7] == ["--tasks", "a,b", "--output_path"]
+    assert command[8:] == ["--limit", "5", "--include_path", "more"]
+    assert "--limit" not in shown(asked(program, ["a"]))
 
 
 class TestFind:
@@ -123,7 +136,7 @@ folder.mkdir()
 
 
 def test_every_depth(llm, script):
-    options = TaskOptions(script(STAND_IN), ["one", "two"])
+    options = asked(script(STAND_IN), ["one", "two"])
     seen = []
     found = list(run_tasks(llm, (0, 2), options, seen.append))
     assert seen == [0, 2]
@@ -144,34 +157,33 @@ def test_every_depth(llm, script):
 )
 def test_failures_end_with_its_own_words(llm, script, program, match):
     with pytest.raises(SlebError, match=f"lm-eval at depth 0: it .*{match}"):
-        list(run_tasks(llm, (0,), TaskOptions(script(program), ["x"])))
+        list(run_tasks(llm, (0,), asked(script(program), ["x"])))
 
 
 STUBBORN = """
 import os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-pathlib.Path(sys.argv[0] + ".pid").write_text(str(os.getpid()))
+path = pathlib.Path(sys.argv[0] + ".pid")
+path.with_suffix(".new").write_text(str(os.getpid()))
+path.with_suffix(".new").rename(path)
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("impatient", [False, True], ids=["once", "twice"])
-def test_an_interrupt_ends_lm_eval(script, monkeypatch, impatient):
-    """Also one that does not go when it is told to, and however often Ctrl-C is pressed."""
-    monkeypatch.setattr(quality_tasks, "_GRACE_SECONDS", 0.3)
+def test_an_interrupt_ends_lm_eval(script):
+    """Also one that does not go when it is told to."""
     program = script(STUBBORN)
     file = program.with_name("lm_eval.pid")
-    sleep, interrupts = time.sleep, []
 
-    def interrupted(seconds):
-        if file.exists() and file.read_text() and len(interrupts) <= impatient:
-            interrupts.append(1)
-            raise KeyboardInterrupt
-        sleep(seconds)
+    def interrupt():
+        while not file.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(time, "sleep", interrupted)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_lm_eval(TaskOptions(program, ["x"]), "http://127.0.0.1:9", "m")
-    assert len(interrupts) == 1 + impatient
+        run_lm_eval(asked(program, ["x"]), "http://127.0.0.1:9", "m", 300)
+    thread.join()
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
