@@ -47,7 +47,9 @@ _OF_TEXTS = (
     "same token, KL (dense ‖ depth, in nats), perplexity ×: against depth 0 on the same tokens. Intervals of 95 % by "
     "batch means over stretches of the text, paired where depths are compared; they speak for text like this one."
 )
-_OF_ANSWERS = "looped: the end is one piece said thrice or more. early: below a quarter of the dense tokens, or empty"
+_OF_ANSWERS = (
+    "looped: the end is one piece said thrice or more. early: below a quarter of the dense tokens, or empty"
+)
 
 
 def run_eval(
