@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
@@ -151,10 +151,9 @@ class DatasetPrompts:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
+            prompt = None
+            with contextlib.suppress(ValueError, LookupError, TypeError):
                 prompt = orjson.loads(line)["prompt"]
-            except (ValueError, LookupError, TypeError):
-                prompt = None
             if not isinstance(prompt, str) or not prompt:
                 raise ConfigError(f'{path}, line {number} is not {{"prompt": "…"}}, as each line is to be')
             self._rows.append(prompt)
@@ -177,13 +176,14 @@ class TokenPrompts:
 
     def __init__(self, folder: Path, seed: int) -> None:
         try:
-            size = int(_read_json(folder / "config.json")["vocab_size"])
+            size = int(orjson.loads((folder / "config.json").read_bytes())["vocab_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"{folder} is no Hugging Face folder ({error})"
             raise ConfigError(f"{problem}; peers want one, with a config.json") from None
         added: set[int] = set()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a tokenizer need not tell
-            added = {int(token["id"]) for token in _read_json(folder / "tokenizer.json")["added_tokens"]}
+            tokenizer = orjson.loads((folder / "tokenizer.json").read_bytes())
+            added = {int(token["id"]) for token in tokenizer["added_tokens"]}
         margin = min(_MARGIN, size // 4)
         end = min((each for each in added if each >= size // 2), default=size)
         ordinary = [each for each in range(margin, min(end, size - margin)) if each not in added]
@@ -193,7 +193,3 @@ class TokenPrompts:
         """`batch` prompts: the same for every engine in this turn."""
         rng = Random(f"{self._seed} {batch} {num_tokens} {turn}")
         return [rng.choices(self._ids, k=num_tokens) for _ in range(batch)]
-
-
-def _read_json(path: Path) -> Any:
-    return orjson.loads(path.read_bytes())

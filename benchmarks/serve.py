@@ -1,8 +1,7 @@
 """`sleb bench serve`: load on any OpenAI-compatible server, one level after the other, or on two in turns.
 
-Two servers are compared in turns, so that what slows the machine down for a while meets both alike: in a turn both get
-requests of the same lengths at the same times. Random words differ, since both may be one server with a prefix cache;
-rows of a dataset are the same. One server is idle while the other is measured.
+In a turn both get requests of the same lengths at the same times. Random words differ, since both may be one server
+with a prefix cache; rows of a dataset are the same. One server is idle while the other is measured.
 """
 
 from __future__ import annotations

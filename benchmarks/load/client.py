@@ -32,14 +32,9 @@ _Default = TypeVar("_Default")
 class Outcome:
     """What became of one request. Times are seconds of time.perf_counter.
 
-    Attributes:
-        asked_tokens: of the prompt, where its length was asked for, else 0; asked_output: of the answer.
-        chunk_times: arrival of every chunk that holds text; the first one's is that of the first token.
-        end: arrival of the end of the answer.
-        usage: the server's own counts; empty where it gives none.
-        error: why it failed; empty for an answer that came whole.
-        timed_out: whether it failed because nothing came for too long.
-        status: of HTTP; 0 where there was no answer. finish_reason: as the server says.
+    asked_tokens: of the prompt, 0: not known; asked_output: of the answer. chunk_times: arrival of every chunk that
+    holds text. usage: the server's own counts. error: why it failed; empty for an answer that came whole. timed_out:
+    nothing came for too long. status: of HTTP; 0 where there was no answer.
     """
 
     model: str

@@ -74,35 +74,26 @@ class Server:
 
         fields: wanted besides; they are left out together with ignore_eos.
         """
-        refused: Outcome | None = None
         for left_out in _LEFT_OUT:
             optional = {name: value for name, value in _OPTIONAL.items() if name not in left_out}
             dialect = Dialect(endpoint, model, optional | (fields if "ignore_eos" in optional else {}))
             outcome = Outcome(model)
             await self.client.stream(dialect.path, dialect.body("Hello", 2), outcome)
-            if outcome.status == 200:
-                self._check_stream(dialect, outcome)
-                return dialect
-            refused = refused or outcome
             if outcome.status not in (400, 422):
                 break
-        assert refused is not None
-        if not refused.status:
+        if not outcome.status:
             remedy = "the server may be busy: try again, or give a longer --timeout"
-            raise ClientError(f"{self.client.url}: {refused.error}; {remedy}")
-        said = refused.error.removeprefix(f"HTTP {refused.status}: ")
-        raise self._refusal(refused.status, said, ENDPOINTS[endpoint])
-
-    def _check_stream(self, dialect: Dialect, outcome: Outcome) -> None:
+            raise ClientError(f"{self.client.url}: {outcome.error}; {remedy}")
+        if outcome.status != 200:
+            said = outcome.error.removeprefix(f"HTTP {outcome.status}: ")
+            raise self._refusal(outcome.status, said, dialect.path)
         if outcome.error:
-            raise ClientError(f"{dialect.model} gives no whole streamed answer ({outcome.error})")
+            raise ClientError(f"{model} gives no whole streamed answer ({outcome.error})")
         if "ignore_eos" not in dialect.fields:
-            self.notices.append(f"{dialect.model}: the server refuses ignore_eos, so answers may end early.")
+            self.notices.append(f"{model}: the server refuses ignore_eos, so answers may end early.")
         if "completion_tokens" not in outcome.usage:
-            self.notices.append(
-                f"{dialect.model}: the server's streams tell no usage: each chunk with text counts as one token, and "
-                "prompts as what was asked for."
-            )
+            self.notices.append(f"{model}: streams tell no usage: each chunk with text counts as one token.")
+        return dialect
 
     async def count_tokens(self, dialect: Dialect, text: str) -> int | None:
         """Tokens of a request with `text`, template and all; None if the server does not tell."""
@@ -112,21 +103,19 @@ class Server:
         return count_of(reply.find("usage"), "prompt_tokens", None)
 
     async def describe(self) -> dict[str, Any]:
-        """What the server says of itself, without the name of its machine; None where it says nothing.
-
-        vLLM and sleb have /version, llama.cpp /props, SGLang /get_server_info.
-        """
-        facts: dict[str, Any] = {"url": shown_url(self.client.url), "software": None, "version": None}
-        for fact, path, place in (
-            ("software", "models", ("data", 0, "owned_by")),
-            ("version", "/version", ("version",)),
-            ("version", "/props", ("build_info",)),
-            ("version", "/get_server_info", ("version",)),
+        """What the server says of itself; None where it says nothing. Versions are of vLLM, sleb and llama.cpp."""
+        told: list[str | None] = []
+        for path, *place in (
+            ("models", "data", 0, "owned_by"),
+            ("/version", "version"),
+            ("/props", "build_info"),
         ):
+            found = None
             with contextlib.suppress(ClientError):
-                told = None if facts[fact] else (await self.client.ask("GET", path)).find(*place)
-                facts[fact] = facts[fact] or (told[:100] if isinstance(told, str) else None)
-        return facts
+                found = (await self.client.ask("GET", str(path))).find(*place)
+            told.append(found[:100] if isinstance(found, str) else None)
+        software, version, build = told
+        return {"url": shown_url(self.client.url), "software": software, "version": version or build}
 
     def _refusal(self, status: int, said: str, path: str) -> ClientError:
         listed = ", ".join(self.listed[:20])
