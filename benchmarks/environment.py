@@ -1,8 +1,7 @@
 """What a measurement was made on and with, and what the machine was like meanwhile.
 
-Enough to judge and repeat it, nothing that names a person or machine. Meanwhile: what share of the processors others
-took, and whether the clock was steady. A virtual machine often tells a constant frequency whatever its processor
-does, so the pace of a small computation that is always the same is timed before every turn, outside what is measured.
+Nothing that names a person or machine. Meanwhile: what share of the processors others took, and, by a small computation
+before every turn (a virtual machine often tells a constant frequency), whether the clock was steady.
 """
 
 from __future__ import annotations
@@ -29,11 +28,9 @@ if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
 PROC = Path("/proc")
-# What others may take before it is told, as a share of all processors. Clock ticks are counted where they fall: over
-# a short run a few may land on the wrong side.
+# What others may take before it is told, as a share of all processors; a few ticks may land on the wrong side.
 _OTHERS_LIMIT, _TICK_GRACE = 0.03, 3
-# A drift above this share is told; the turns that subjects take make up for less.
-_DRIFT_LIMIT = 0.05
+_DRIFT_LIMIT = 0.05  # above it is told; the turns that subjects take make up for less
 
 
 def describe_environment(engine: Engine, command: Sequence[str]) -> dict[str, Any]:
@@ -218,8 +215,7 @@ class Conditions:
 def drift(looks: Sequence[float]) -> float | None:
     """(highest − lowest) / median of a clock's looks in the order of time; None of fewer than two.
 
-    Highest and lowest are of medians of three neighbours, so that one look that was interrupted is no drift; of fewer
-    than four looks, of the looks.
+    Of four and more, highest and lowest are of medians of three neighbours: one interrupted look is no drift.
     """
     if len(looks) < 2:
         return None
@@ -229,10 +225,7 @@ def drift(looks: Sequence[float]) -> float | None:
 
 
 def pace() -> float:
-    """How often a second this thread hashes 2 MiB, half of a first cache at a time; about 1.5 ms.
-
-    The best of three counts: others may interrupt one.
-    """
+    """How often a second this thread hashes 2 MiB, the best of three; about 1.5 ms."""
     piece, seconds = bytes(16 << 10), []
     for _ in range(3):
         started, digest = time.perf_counter(), hashlib.sha256()

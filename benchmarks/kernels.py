@@ -1,11 +1,8 @@
 """Every operator, backend against backend, as a share of what the device can do, checked against the reference.
 
-The backends take turns on inputs of the same shape. On a GPU a sample is a number of launches that go through enough
-sets of inputs and outputs to exceed the second cache, captured in a graph where the operator can be, and timed by the
-GPU's own clock. Configurations are chosen before, in a call of each operator that is not counted.
-
-The share is the roofline's: the least time that the bytes or the operations take, whichever is more, at the ceilings
-measured in the same run (`sleb.benchmarks.ceilings`), over the median time.
+The backends take turns on inputs of the same shape. On a GPU a sample is launches that go through enough sets of inputs
+and outputs to exceed the second cache, captured in a graph where the operator can be, by the GPU's own clock. The share
+is the roofline's, at the ceilings measured in the same run (`sleb.benchmarks.ceilings`).
 """
 
 from __future__ import annotations

@@ -104,10 +104,6 @@ def _depths(result: Result, metric: str) -> dict[str, list[tuple[int, Measuremen
     return cases
 
 
-def _ends(ratio: Ratio) -> tuple[float, float] | None:
-    return None if ratio.low is None or ratio.high is None else (ratio.low, ratio.high)
-
-
 def _heading(result: Result) -> str:
     environment, model = result.environment, result.settings.get("model")
     name = model.get("name") if isinstance(model, Mapping) else model
@@ -123,7 +119,10 @@ def draw_speed(result: Result, stem: Path) -> bool:
             ratios = [(depth, each.ratio or Ratio(1.0)) for depth, each in found]
             ideal = [(depth, each.facts.get("ideal_speedup"), None) for depth, each in found]
             lines: dict[str, list[Point]] = {
-                "measured, 95 % interval": [(depth, each.estimate, _ends(each)) for depth, each in ratios],
+                "measured, 95 % interval": [
+                    (depth, each.estimate, (each.low, each.high) if each.low and each.high else None)
+                    for depth, each in ratios
+                ],
                 "ideal (modelled)": [point for point in ideal if point[1] is not None],
             }
             lines = {name: points for name, points in lines.items() if points}

@@ -1,8 +1,7 @@
 """What pruning does to answers: loops, early ends, and how soon they leave the dense model's.
 
-Perplexity sees one token at a time, after a text that people wrote. Here the model goes on from its own words, where
-small errors add up: a pruned model's first failure is often an answer that repeats itself without end (Holtzman et al.
-2020, arXiv:1904.09751, on repetition in greedy answers) or that stops at once.
+Perplexity sees one token at a time. Here the model goes on from its own words, where small errors add up: a pruned
+model often repeats itself without end (Holtzman et al. 2020, arXiv:1904.09751) or stops at once.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ PROMPTS = (
     "Is a tomato a fruit or a vegetable? Give a reason.",
     "Write a polite email that asks for a day off.",
 )
-_LOOP_TIMES, _LOOP_TOKENS = 3, 12
 
 Quality = dict[str, float]
 """Figures of one depth's greedy answers by metric, the last two not for the dense model itself.
@@ -129,8 +127,8 @@ def spoken(answer: Output) -> list[int]:
 def has_looped_tail(token_ids: Sequence[int]) -> bool:
     """Whether the end is one piece said three times or more, twelve tokens in all at least."""
     length = len(token_ids)
-    for period in range(1, length // _LOOP_TIMES + 1):
-        num_tail = max(_LOOP_TIMES * period, _LOOP_TOKENS)
+    for period in range(1, length // 3 + 1):
+        num_tail = max(3 * period, 12)
         tail = token_ids[-num_tail:]
         if num_tail <= length and tail[period:] == tail[:-period]:
             return True

@@ -161,7 +161,8 @@ class _Evaluation:
                 for metric, value in figures.items():
                     facts: dict[str, Any] = {"depth": depth}
                     facts |= {"example": example} if metric == "mean tokens" else {}
-                    self._add(f"{len(self.prompts)} answers", metric, value, facts)
+                    case, subject = f"{len(self.prompts)} answers", f"depth {depth}"
+                    result.measurements.append(Measurement(case, subject, metric, value, facts=facts))
         if not options.tasks:
             return
         result.settings |= {"limit": options.limit, "lm_eval_max_length": max_length(options, llm)}
@@ -174,18 +175,8 @@ class _Evaluation:
                 for metric, (value, error) in metrics.items():
                     spread = None if error is None else (value - 1.96 * error, value + 1.96 * error)
                     facts = {"depth": depth, "standard_error": error}
-                    self._add(task, metric.replace("_", " "), value, facts, spread)
-
-    def _add(
-        self,
-        case: str,
-        metric: str,
-        value: float,
-        facts: dict[str, Any],
-        spread: tuple[float, float] | None = None,
-    ) -> None:
-        subject = f"depth {facts['depth']}"
-        self.result.measurements.append(Measurement(case, subject, metric, value, spread, facts=facts))
+                    names = (task, f"depth {depth}", metric.replace("_", " "))
+                    result.measurements.append(Measurement(*names, value, spread, facts=facts))
 
 
 def measure_scores(found: Sequence[TextScores], depths: Sequence[int]) -> list[Measurement]:

@@ -3,12 +3,8 @@
 Batch means (Schmeiser 1982, "Batch size effects in the analysis of simulation output", Operations Research 30): the
 values, in the order of the text, are cut into k stretches of equal length, whose means are nearly normal and nearly
 independent, so Student's t with k − 1 degrees of freedom gives the interval. Schmeiser shows that 10 to 30 are enough.
-Here k is 30, and becomes 20 or 10 while the stretches' lag-1 autocorrelation, by which Law & Carson 1979 ("A sequential
-procedure for determining the length of a steady-state simulation", Operations Research 27) judge their length, is above
-0.84 / √k, a test at 20 %: stretches that are too short cost coverage, needlessly long ones only a little width.
-
-What is compared with the dense model is so on the same tokens, by paired differences: what makes a stretch of text hard
-for both cancels. An interval speaks about text like the one that was given.
+Here k is 30, and 20 or 10 while the stretches' lag-1 autocorrelation (Law & Carson 1979, Operations Research 27) is
+above 0.84 / √k, a test at 20 %: stretches that are too short cost coverage, needlessly long ones little width.
 """
 
 from __future__ import annotations

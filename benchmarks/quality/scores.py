@@ -3,9 +3,7 @@
 For each scored token: its negative log-likelihood; whether the most probable token is the dense model's; and
 KL(dense ‖ pruned) = Σ_v p(v) (log p(v) − log q(v)) in nats, p the dense model's distribution and q the pruned one's.
 Logits are there for a few rows at a time, never for a whole window.
-
-Depths are nested, so two that follow one another compute the same until the first sublayer that the deeper one lacks:
-it goes on from there.
+Depths are nested: one goes on from the state before the first sublayer that the one before has and it lacks.
 """
 
 from __future__ import annotations

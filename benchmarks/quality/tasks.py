@@ -25,7 +25,6 @@ from sleb.engine.llm import LLM
 from sleb.errors import ConfigError, SlebError
 
 _MAX_LENGTH = 2048  # lm-eval's own, for models behind an API
-_POLL_SECONDS = 0.1
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
 """By task, then by metric: the value, and its standard error where lm-eval computes one.
@@ -66,7 +65,7 @@ def served(llm: LLM) -> Iterator[str]:
             while not server.started:
                 if not thread.is_alive():
                     raise SlebError("the server for lm-eval did not start")
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.1)
             yield base_url(sock)
         finally:
             server.should_exit = True
