@@ -14,7 +14,7 @@ def report(
         list[Path], typer.Argument(help="Result files: what sleb bench and sleb eval wrote with --json.")
     ],
 ) -> None:
-    """Write one report (Markdown, HTML, plots) of several results: speed, quality, serving, other engines."""
+    """Write one report (Markdown and plots) of several results: speed, quality, serving, other engines."""
     from sleb.benchmarks.old import load
     from sleb.benchmarks.show import check_report, write_report
 
