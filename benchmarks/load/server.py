@@ -18,6 +18,8 @@ ENDPOINTS = {"chat": "chat/completions", "completions": "completions"}
 # What a server may refuse, and what is tried without it.
 _OPTIONAL: Mapping[str, Any] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
 _LEFT_OUT: tuple[tuple[str, ...], ...] = ((), ("ignore_eos",), ("stream_options",), tuple(_OPTIONAL))
+_MODELS: tuple[Any, ...] = ("models", "software", "data", 0, "owned_by")
+_DESCRIBED = (_MODELS, ("/version", "version", "version"), ("/props", "version", "build_info"))
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,12 @@ class Server:
 
     async def describe(self) -> dict[str, Any]:
         """What the server says of itself; None where it says nothing. Versions are of vLLM, sleb and llama.cpp."""
-        told: list[str | None] = []
-        for path, *place in (
-            ("models", "data", 0, "owned_by"),
-            ("/version", "version"),
-            ("/props", "build_info"),
-        ):
-            found = None
+        facts: dict[str, Any] = {"url": shown_url(self.client.url), "software": None, "version": None}
+        for path, fact, *place in _DESCRIBED:
             with contextlib.suppress(ClientError):
-                found = (await self.client.ask("GET", str(path))).find(*place)
-            told.append(found[:100] if isinstance(found, str) else None)
-        software, version, build = told
-        return {"url": shown_url(self.client.url), "software": software, "version": version or build}
+                told = (await self.client.ask("GET", path)).find(*place)
+                facts[fact] = told[:100] if isinstance(told, str) else facts[fact]
+        return facts
 
     def _refusal(self, status: int, said: str, path: str) -> ClientError:
         listed = ", ".join(self.listed[:20])
