@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from sleb.engine.engine import Engine
 
 PROC = Path("/proc")
+# What decides which CPU kernels can run: x86 names, then Arm's.
+_CPU_FLAGS = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimddp", "bf16", "i8mm",
+)  # fmt: skip
 # What others may take before it is told, as a share of all processors; a few ticks may land on the wrong side.
 _OTHERS_LIMIT, _TICK_GRACE = 0.03, 3
 _DRIFT_LIMIT = 0.05  # above it is told; the turns that subjects take make up for less
@@ -60,7 +64,7 @@ def describe_machine(
         "transformers": importlib.metadata.version("transformers"),
         "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _processor(),
+        **_processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -105,15 +109,17 @@ def _output(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> str | None:
-    """The processor's name, as far as the system tells it."""
+def _processor() -> dict[str, Any]:
+    """The processor's name and those of its instruction sets that matter here, as far as the system tells them."""
     if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string")
+        return {"cpu": _output("sysctl", "-n", "machdep.cpu.brand_string"), "cpu_flags": []}
+    info: dict[str, str] = {}
     with suppress(OSError):
-        for line in (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None
+        lines = (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    present = (info.get("flags") or info.get("Features") or "").split()
+    name = info.get("model name") or platform.processor() or None
+    return {"cpu": name, "cpu_flags": [flag for flag in _CPU_FLAGS if flag in present]}
 
 
 def processes_under(roots: Iterable[int], proc: Path = PROC) -> dict[int, int]:

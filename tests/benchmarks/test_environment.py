@@ -91,3 +91,12 @@ def test_the_commit_of_a_checkout_but_not_of_one_around_it(checkout: Path, tmp_p
     assert source_commit(tmp_path) is None
     (checkout / "file").write_text("two")
     assert source_commit(checkout) == f"{commit}-dirty"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the system tells its processor elsewhere")
+def test_the_flags_are_the_system_s():
+    """A figure of a processor says little without the instruction sets that its kernels may use."""
+    told = set(Path("/proc/cpuinfo").read_text().split())
+    flags = describe_machine(torch.device("cpu"), torch.float32, "torch", ["sleb"])["cpu_flags"]
+    assert set(flags) <= told
+    assert ("avx2" in flags) == ("avx2" in told)
