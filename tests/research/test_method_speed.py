@@ -33,6 +33,7 @@ def test_the_share_is_that_of_the_parameters():
         narrow_config(SHAPE, 8)
 
 
+@pytest.mark.slow
 def test_it_runs(tiny_model_dir, tmp_path):
     done = subprocess.run(
         [

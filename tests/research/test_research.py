@@ -14,6 +14,8 @@ from sleb.benchmarks.old import load
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap
 from sleb.layer_map.units import Unit
 
+pytestmark = pytest.mark.slow  # each is a process that searches; lint and types cover them by default
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
