@@ -46,8 +46,11 @@ def doctor(
     from sleb.doctor.check import Check
     from sleb.doctor.report import print_report, write_json
     from sleb.doctor.run import choose_checks, connect, examine
+    from sleb.files import check_writable
 
     checks = choose_checks(only or ())
+    if json_file is not None:
+        check_writable(json_file)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with open_client(base_url(url), api_key, timeout) as http:
         target = connect(http, model, api_key)

@@ -13,7 +13,7 @@ from rich.text import Text
 from sleb.doctor.outcome import Outcome
 from sleb.doctor.run import Examination, Result
 from sleb.doctor.target import shown
-from sleb.errors import ConfigError
+from sleb.files import write_text
 
 _STYLES = {
     Outcome.PASS: "green",
@@ -63,7 +63,4 @@ def _counts(results: list[Result]) -> Iterator[str]:
 
 def write_json(examination: Examination, path: Path) -> None:
     """Everything into a file. Raises ConfigError if it cannot be written."""
-    try:
-        path.write_text(json.dumps(examination.to_json(), ensure_ascii=False, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path} ({error.strerror}); name another file with --json") from error
+    write_text(path, json.dumps(examination.to_json(), ensure_ascii=False, indent=2) + "\n")
