@@ -423,8 +423,9 @@ def test_progress_rises_to_one_and_names_the_best_so_far() -> None:
 def test_a_search_interrupted_anywhere_and_resumed_equals_an_uninterrupted_one(seed: int, units: str) -> None:
     windows = token_windows(4, 5, seed=seed)
     options = SearchSettings(units=units, batch_windows=3)
-    whole = search(NumericModel(7, seed), windows, num_remove=4, settings=options)
-    stop_after = random.Random(seed).randrange(25)
+    told: list[SearchProgress] = []  # how often depends on how many candidates are abandoned
+    whole = search(NumericModel(7, seed), windows, num_remove=4, settings=options, progress=told.append)
+    stop_after = random.Random(seed).randrange(len(told))
     calls, decided = 0, SearchResult()
 
     def stop(at: SearchProgress) -> None:
