@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -125,8 +123,6 @@ def main() -> None:
     Exit codes: 0; 2 for what the user can mend (one line on standard error); 130 when interrupted. Anything else that
     is raised is a bug and keeps its traceback.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
     try:
         sys.exit(build()(prog_name="sleb", standalone_mode=False))
     except _UsageError as error:
@@ -142,15 +138,6 @@ def main() -> None:
     except BrokenPipeError:  # the reader, `head` say, has gone: nothing more to say, and no complaint at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Ctrl-C. In an import it ends the process: torch and numpy swallow the exception there, or die of it."""
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def _print_error(message: str) -> None:

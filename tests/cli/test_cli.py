@@ -136,19 +136,6 @@ def test_an_interrupt_exits_130_without_a_traceback(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_an_interrupt_is_not_lost_in_an_import(tmp_path: Path) -> None:
-    (tmp_path / "swallows.py").write_text(
-        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass\n"
-    )
-    program = (
-        "import sys\nfrom sleb import cli\nsys.argv = ['sleb', 'show', 'smollm2']\n"
-        "def build():\n    import swallows\n    return lambda **_: 0\ncli.build = build\ncli.main()"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "")
-
-
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError
