@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig
@@ -26,8 +30,11 @@ from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler
 from sleb.engine.schedule.step import Step
 from sleb.engine.text import TextProcessor
-from sleb.errors import ConfigError, RequestError
+from sleb.errors import ConfigError, InvalidOutputError, RequestError
+from sleb.kernels.reference.ops import NO_TOKEN
 from sleb.models.resolve import resolve_model
+
+logger = logging.getLogger("sleb.engine")
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Engine:
         self._num_open: Counter[int] = Counter()  # by depth
         self._seeds = random.Random(config.seed)
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
+        self._told_no_numbers = False
 
     def step(self) -> list[StepOutput]:
         """One forward pass; the increments that are known by now. Empty when there is nothing to do.
@@ -301,7 +309,8 @@ class Engine:
     def _advance(self, request: Request, sampled: SampledToken | None, now: float) -> StepOutput:
         """Adds the sampled token to its request, which may end it, and reports."""
         text = ""
-        grammar_ended = sampled is not None and advance(request, sampled.token_id)
+        self._check_numbers(request, sampled)
+        grammar_ended = request.failure is None and sampled is not None and advance(request, sampled.token_id)
         if request.failure is not None:  # then the token means nothing
             request.finish_reason, sampled = "error", None
         elif sampled is None:  # max_tokens is 0: the prompt was all there was to compute
@@ -326,7 +335,27 @@ class Engine:
             num_output_tokens=request.num_output_tokens,
             num_cached_tokens=request.num_cached_tokens,
             timings=request.timings,
+            failure=request.failure,
         )
+
+    def _check_numbers(self, request: Request, sampled: SampledToken | None) -> None:
+        """Notes a failure where the model's logits, of the next token or of the prompt, were not numbers."""
+        gathered = () if request.prompt_logprobs_sent else request.prompt_logprobs or ()
+        in_prompt = any(entry is not None and math.isnan(entry.logprob) for entry in gathered)
+        if not in_prompt and (sampled is None or sampled.token_id != NO_TOKEN):
+            return
+        failure = InvalidOutputError(f"the model's logits are not numbers; {self._why_no_numbers()}")
+        request.failure = request.failure or failure
+        if not self._told_no_numbers:  # every request may meet it
+            self._told_no_numbers = True
+            logger.error("request %s: %s (said once)", request.request_id, failure)
+
+    def _why_no_numbers(self) -> str:
+        dtype = self.runner.dtype
+        if dtype == torch.float16:
+            most = torch.finfo(dtype).max
+            return f"in float16 a value above {most:g} is infinite: use dtype bfloat16 or float32"
+        return f"in {str(dtype)[6:]} that is a fault of the checkpoint: its weights are damaged or not numbers"
 
 
 def _begin_grammar(params: SamplingParams) -> Grammar | None:

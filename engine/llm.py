@@ -72,9 +72,14 @@ class LLM:
         return outputs
 
     def score(self, token_ids: Sequence[int], depth: int | None = None) -> Tensor:
-        """float32 log-probabilities of token_ids[1:] given what stands before each: shape [len − 1]."""
+        """float32 log-probabilities of token_ids[1:] given what stands before each: shape [len − 1].
+
+        Raises InvalidOutputError where the model's logits are not numbers.
+        """
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, temperature=0.0)
         output = self.generate([token_ids], params, depth)[0]
+        if output.choices[0].failure is not None:
+            raise output.choices[0].failure
         gathered = output.prompt_logprobs or []
         return torch.tensor([entry.logprob for entry in gathered if entry is not None], dtype=torch.float32)
 
@@ -116,7 +121,7 @@ def _collect(increment: StepOutput, owners: dict[str, tuple[Output, Choice]]) ->
         output.prompt_logprobs = increment.prompt_logprobs
     if increment.finish_reason is not None:
         choice.finish_reason = increment.finish_reason
-        choice.stop_reason = increment.stop_reason
+        choice.stop_reason, choice.failure = increment.stop_reason, increment.failure
         if choice is output.choices[0]:
             output.num_cached_tokens = increment.num_cached_tokens
             output.timings = increment.timings

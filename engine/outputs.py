@@ -45,17 +45,19 @@ class StepOutput:
     num_output_tokens: int
     num_cached_tokens: int
     timings: Timings
+    failure: Exception | None = None  # why, if finish_reason is "error"
 
 
 @dataclass
 class Choice:
-    """One answer to a prompt."""
+    """One answer to a prompt; `failure` says why it ended, if finish_reason is "error"."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] | None = None
+    failure: Exception | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from sleb.errors import EngineDeadError, RequestError, SlebError
+from sleb.errors import EngineDeadError, InvalidOutputError, RequestError, SlebError
 from sleb.server.exchange import note_failure
 
 logger = logging.getLogger("sleb.server")
@@ -89,6 +89,8 @@ def to_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineDeadError):
         headers = {"Retry-After": "5"}
         return ApiError(503, str(error), type="server_error", code="engine_dead", headers=headers)
+    if isinstance(error, InvalidOutputError):
+        return ApiError(500, str(error), type="server_error", code=error.code)
     logger.error("internal error", exc_info=error)
     return ApiError(500, "internal error; the server's log has the details", type="server_error")
 

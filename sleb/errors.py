@@ -31,5 +31,11 @@ class RequestError(SlebError, ValueError):
         self.code = code
 
 
+class InvalidOutputError(SlebError):
+    """The model gave a request logits that are not numbers, so that its answer cannot go on."""
+
+    code = "invalid_model_output"
+
+
 class EngineDeadError(SlebError):
     """The engine stopped after an internal failure; only a restart helps."""

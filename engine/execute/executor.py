@@ -28,7 +28,8 @@ class Forward:
         hidden: [T, E], the residual stream after the last sublayer; valid until the next step.
         logits: [B, V] float32, to be changed at will; None if nothing is sampled or `greedy` is there.
         greedy: the most probable token of each of the B, where only that was asked for and the executor can tell;
-            [B] int64 if they are on a device, valid until the next step.
+            [B] int64 if they are on a device, valid until the next step. As of `sleb.kernels.reference.ops.greedy`,
+            NO_TOKEN where there is none.
     """
 
     hidden: Tensor

@@ -290,6 +290,9 @@ class GpuExecutor:
 
 
 def _resolve(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
-    """token_ids [T] int32, with those whose source is not −1 taken from what was sampled."""
-    pending = sampled[sources.clamp(min=0).long()].int()
+    """token_ids [T] int32, with those whose source is not −1 taken from what was sampled.
+
+    NO_TOKEN becomes some token: its request has ended, though the host does not know it yet.
+    """
+    pending = sampled[sources.clamp(min=0).long()].clamp(min=0).int()
     return torch.where(sources >= 0, pending, token_ids)

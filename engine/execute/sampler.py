@@ -20,7 +20,7 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A chosen token and, if the request asked, its log-probability with alternatives."""
+    """A chosen token, or NO_TOKEN, and if the request asked, its log-probability with alternatives."""
 
     token_id: int
     logprobs: TokenLogprobs | None
@@ -103,6 +103,7 @@ class Sampler:
     @torch.inference_mode()
     def logprobs(self, logits: Tensor, token_ids: Tensor, tops: Sequence[int]) -> PendingLogprobs:
         """Log-probability of token_ids [B] under logits [B, V], each with its `tops` most probable alternatives."""
+        token_ids = token_ids.clamp(min=0)  # NO_TOKEN has none, and is not reported
         top_ids = logits.topk(max(tops), dim=-1).indices
         # All by one call, so that one token never shows two values.
         gathered = self._kernels.log_softmax_gather(logits, torch.cat((token_ids[:, None], top_ids), dim=1))

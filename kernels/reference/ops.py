@@ -6,8 +6,9 @@ All functions return new tensors except where they say that they write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from sleb.kernels.quantization import Weight
 
 # Weights of a quantised matrix that `linear` widens at once: 16 Mi of them in float32 are 64 MiB.
 _WIDENED = 1 << 24
+
+NO_TOKEN: Final = -1
+"""What stands for the token of a row whose logits give no distribution."""
 
 Numbers: TypeAlias = Sequence[float] | Tensor
 """One number a row: a plain sequence, or a tensor of one dimension."""
@@ -182,15 +186,20 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """[B, V] to [B] int64: the most probable token."""
-    return logits.argmax(dim=-1)
+    """[B, V] to [B] int64: the most probable token; NO_TOKEN for a row whose highest logit is infinite or NaN."""
+    tokens = logits.argmax(dim=-1)  # of a NaN, if there is one
+    return torch.where(logits.gather(1, tokens[:, None]).squeeze(1).isfinite(), tokens, NO_TOKEN)
 
 
 def log_softmax_gather(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probabilities of token_ids [B] or [B, N] under logits [B, V], float32, in the shape of token_ids."""
+    """Log-probabilities of token_ids [B] or [B, N] under logits [B, V], float32, in the shape of token_ids.
+
+    NaN in a row whose highest logit is infinite or NaN.
+    """
     logits = logits.float()
     chosen = logits.gather(1, token_ids.view(logits.shape[0], -1))
-    return (chosen - logits.logsumexp(dim=-1, keepdim=True)).view(token_ids.shape)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    return (chosen - total.where(total.isfinite(), math.nan)).view(token_ids.shape)
 
 
 def sample(
@@ -209,7 +218,7 @@ def sample(
         top_p: in (0, 1]; keeps the most probable, as few as have that probability together (arXiv 1904.09751).
         points: in [0, 1).
 
-    Returns: [B] int64. A row whose highest logit is infinite or NaN has no distribution: it gives that token.
+    Returns: [B] int64. A row whose highest logit is infinite or NaN has no distribution: it gives NO_TOKEN.
     """
     highest = logits.amax(dim=-1, keepdim=True)
     # Relative to the highest, so that the smallest temperature divides 0 and no overflow meets another.
@@ -228,7 +237,7 @@ def sample(
     reached = _column(points, logits) * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, reached, right=True).squeeze(1)
     last = vocab_size - 1 - (weights > 0).flip(-1).int().argmax(dim=-1)
-    return torch.where(highest.squeeze(1).isfinite(), torch.minimum(chosen, last), logits.argmax(dim=-1))
+    return torch.where(highest.squeeze(1).isfinite(), torch.minimum(chosen, last), NO_TOKEN)
 
 
 def _keep_top(logits: Tensor, weights: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:

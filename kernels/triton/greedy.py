@@ -1,6 +1,6 @@
 """The most probable token and log-probabilities over a vocabulary, without sorting or copying it (Triton).
 
-    greedy                argmax_v logits[b, v], the lowest v of equals; a NaN counts as the highest, as in torch
+    greedy                argmax_v logits[b, v], the lowest v of equals; −1 where the highest is infinite or NaN
     log_softmax_gather    logits[b, id] − log Σ_v exp(logits[b, v]), for some ids a row
 
 One read of the logits: each program takes a run of a row's vocabulary and leaves its maximum, where it is and the sum
@@ -94,7 +94,9 @@ def _join(
     else:
         index = tl.load(index_in + at, mask=used, other=2147483647)
         winner = used & tl.where(any_nan == 1, is_nan == 1, highest == top)
-        tl.store(tokens_out + row, tl.min(tl.where(winner, index, 2147483647), axis=0).to(tl.int64))
+        token = tl.min(tl.where(winner, index, 2147483647), axis=0)
+        is_number = (any_nan == 0) & (tl.abs(top) < float("inf"))
+        tl.store(tokens_out + row, tl.where(is_number, token, -1).to(tl.int64))
 
 
 def greedy(logits: Tensor) -> Tensor:

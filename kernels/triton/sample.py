@@ -88,11 +88,10 @@ def _sample(logits, best, numbers, out, num_rows, vocab_size, BLOCK: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     row_logits = logits + row * vocab_size
     best_token = tl.load(best + row)
-    highest = tl.load(row_logits + best_token).to(tl.float32)
-    # Not finite: there is no distribution, and the most probable token stands for it.
-    if (highest != highest) | (tl.abs(highest) == float("inf")):
+    if best_token < 0:  # the highest is infinite or NaN: there is no distribution
         tl.store(out + row, best_token)
         return
+    highest = tl.load(row_logits + best_token).to(tl.float32)
     # At most near the largest float32: infinity times the highest's distance of 0 would be no number.
     inverse_temperature = tl.minimum(1.0 / tl.load(numbers + row), 3.0e38).to(tl.float32)
     top_k = tl.load(numbers + num_rows + row)

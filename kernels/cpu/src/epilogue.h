@@ -27,12 +27,16 @@ INLINE void finish_head(const epilogue *e, const sleb_linear *w, int32_t row, in
     if (!e->best) return;
     const __m512 least = _mm512_set1_ps(-INFINITY);
     x0 = _mm512_mask_mov_ps(least, m0, x0), x1 = _mm512_mask_mov_ps(least, m1, x1);
+    if (_mm512_cmp_ps_mask(x0, x1, _CMP_UNORD_Q)) { /* nothing is above or equal to it, so it stays */
+        e->best[row] = NAN, e->best_index[row] = column;
+        return;
+    }
     float top = _mm512_reduce_max_ps(_mm512_max_ps(x0, x1));
     /* Of equal ones the first, in whatever order the panels come. */
     if (top > e->best[row] || (top == e->best[row] && column < e->best_index[row])) {
         uint32_t equal = _mm512_cmp_ps_mask(x0, _mm512_set1_ps(top), _CMP_EQ_OQ) |
                          (uint32_t)_mm512_cmp_ps_mask(x1, _mm512_set1_ps(top), _CMP_EQ_OQ) << 16;
-        equal &= m0 | (uint32_t)m1 << 16; /* where all are NaN the padding is the highest */
+        equal &= m0 | (uint32_t)m1 << 16; /* where all are -inf the padding is as high */
         if (!equal) return;
         e->best[row] = top;
         e->best_index[row] = column + __builtin_ctz(equal);

@@ -163,7 +163,8 @@ static void embed_row(const sleb_model *m, int32_t id, int32_t position, float *
     }
 }
 
-/* rows [rows, E] through the final norm and the head: logits, the highest of each row, or both. */
+/* rows [rows, E] through the final norm and the head: logits, the highest of each row (-1 where it is infinite or any
+ * is NaN), or both. */
 static void run_head(const sleb_model *m, const float *from, int32_t rows, float *logits, int32_t *argmax,
                      sleb_local *local, int32_t index) {
     operand x = prepare(m, &m->head, m->has_final_norm ? &m->final_norm : NULL, from, m->hidden_size, rows, local);
@@ -177,15 +178,15 @@ static void run_head(const sleb_model *m, const float *from, int32_t rows, float
     if (!argmax || index != 0) return;
     for (int32_t row = 0; row < rows; row++) {
         float best = -INFINITY;
-        argmax[row] = 0;
         int32_t found = INT32_MAX;
         for (int32_t t = 0; t < m->pool->num_threads; t++) {
             const sleb_local *other = &m->workspace->locals[t];
             if (other->best_index[row] == INT32_MAX) continue;
-            if (other->best[row] > best || (other->best[row] == best && other->best_index[row] < found))
+            if (!(other->best[row] < best) && (other->best[row] != best || other->best_index[row] < found))
                 best = other->best[row], found = other->best_index[row];
+            if (isnan(best)) break;
         }
-        if (found != INT32_MAX) argmax[row] = found;
+        argmax[row] = isfinite(best) ? found : -1;
     }
 }
 

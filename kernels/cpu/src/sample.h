@@ -249,11 +249,7 @@ static int32_t sample_row(const sleb_sample *call, int32_t row, const sample_scr
     tokens list = {call->logits + (size_t)row * size, NULL, size};
     int32_t cuts = top_k > 0 && top_k < size;
     float highest = find_highest(list.values, size, cuts ? s->groups : NULL), bound = -FLT_MAX;
-    if (!isfinite(highest)) { /* no distribution: the first of the highest, or the first NaN */
-        int32_t first = 0;
-        while (list.values[first] != highest && !isnan(list.values[first])) first++;
-        return first;
-    }
+    if (!isfinite(highest)) return -1; /* no distribution */
     scaling scale = {highest, fmin(1.4426950408889634 / temperature, DBL_MAX)};
     if (min_p > 0.0) bound = bound_of_min_p(highest, temperature, min_p);
     if (cuts) bound = bound_of_top_k(size, top_k, bound, s);

@@ -207,14 +207,13 @@ def test_top_p_keeps_the_token_that_crosses(kernels):
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.5}])
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [([-INF] * 40, 0), ([0.0, math.nan, 1.0, math.nan], 1), ([0.0, INF, 1.0, INF], 1), ([INF, math.nan], 1)],
+    "values", [[-INF] * 40, [0.0, math.nan, 1.0, math.nan], [0.0, INF, 1.0, INF], [INF, math.nan]]
 )
-def test_rows_without_a_distribution(values, expected, filters, kernels):
+def test_rows_without_a_distribution(values, filters, kernels):
     """Such as a model's that has lost its numbers: nothing hangs, and both agree."""
     logits = torch.tensor([values, values])
     for sample in (reference.sample, kernels.sample):
-        assert sample(logits, *columns(2, **filters), [0.0, 0.9]).tolist() == [expected] * 2
+        assert sample(logits, *columns(2, **filters), [0.0, 0.9]).tolist() == [-1] * 2
 
 
 @pytest.mark.parametrize(
