@@ -82,6 +82,7 @@ class Engine:
         self.eos_token_ids = self.text.eos_token_ids(self.spec.config)
         depths = [tier.depth for tier in self.tiers]
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
+        self.spec = self.runner.spec
         self.max_model_len = self.runner.max_model_len
         executor = self.runner.executor
         if config.overlap and not executor.asynchronous:

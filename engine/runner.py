@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -98,6 +98,8 @@ class Runner:
             weight_format=weight_format,
             on_progress=config.on_progress,
         )
+        # A head that is stored with values of its own is none that the config ties.
+        self.spec = spec = replace(spec, tied_embeddings=weights.head.weight is weights.embed)
         self._weights_name = config.weights if weight_format else str(self.dtype)[6:]
         self._weight_sizes = _weight_sizes(weights)
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.engine.model.architecture import DecoderSpec, read_config
-from sleb.engine.model.loader import checkpoint_files
+from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.errors import ConfigError
 from sleb.formats.decilm import MODEL_FILE, decilm_config
 from sleb.formats.model_config import compact_config, full_config
@@ -20,9 +20,9 @@ from sleb.formats.provenance import write_provenance
 from sleb.formats.removal import Removal
 from sleb.formats.safetensors_copy import (
     SHARD_BYTES,
+    LocatedTensor,
     Progress,
-    StoredTensor,
-    stored_tensors,
+    locate,
     write_checkpoint,
 )
 from sleb.formats.source import Source
@@ -62,11 +62,13 @@ def export_folder(
     Raises ConfigError for what the notation cannot express or a place that cannot be written, ModelError for a
     checkpoint that is not whole.
     """
-    raw, spec = read_config(source.path), source.spec
-    config, choose = _PLANS[notation](raw, spec, removal)
+    raw, checkpoint = read_config(source.path), open_checkpoint(source.path, source.spec)
+    config, choose = _PLANS[notation](raw, checkpoint.spec, removal)
+    if checkpoint.spec.tied_embeddings != source.spec.tied_embeddings:
+        config["tie_word_embeddings"] = checkpoint.spec.tied_embeddings
     with new_folder(target, force=force, source=source.path) as folder:
-        stored = stored_tensors(checkpoint_files(source.path, spec))
-        tensors = [chosen for tensor in stored if (chosen := choose(tensor)) is not None]
+        located = locate({**checkpoint.tensors, **checkpoint.extras})
+        tensors = [chosen for tensor in located if (chosen := choose(tensor)) is not None]
         write_checkpoint(tensors, folder, shard_bytes=shard_bytes, progress=progress)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -76,7 +78,7 @@ def export_folder(
         write_provenance(folder, removal, source, notation)
 
 
-Choose = Callable[[StoredTensor], StoredTensor | None]
+Choose = Callable[[LocatedTensor], LocatedTensor | None]
 
 
 def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
@@ -84,7 +86,7 @@ def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tup
     removal.whole_blocks("hf")
     new_number = {block: index for index, block in enumerate(removal.kept_blocks)}
 
-    def choose(tensor: StoredTensor) -> StoredTensor | None:
+    def choose(tensor: LocatedTensor) -> LocatedTensor | None:
         place = _place(spec, tensor.name)
         if place is None:
             return tensor
@@ -110,7 +112,7 @@ def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tupl
         for kind in ("weight", "bias")
     }
 
-    def choose(tensor: StoredTensor) -> StoredTensor:
+    def choose(tensor: LocatedTensor) -> LocatedTensor:
         return replace(tensor, zero=tensor.name in zeroed)
 
     return full_config(raw, spec), choose
@@ -120,7 +122,7 @@ def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tupl
     """Every tensor but those of what is removed; blocks keep their numbers."""
     removed = set(removal.sublayers)
 
-    def choose(tensor: StoredTensor) -> StoredTensor | None:
+    def choose(tensor: LocatedTensor) -> LocatedTensor | None:
         place = _place(spec, tensor.name)
         if place is None:
             return tensor

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sleb.errors import ModelError
+from sleb.models.weight_files import StoredTensor
 
 Progress = Callable[[int, int], None]
 
@@ -18,7 +19,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class LocatedTensor:
     """A tensor and where its bytes lie; `start` counts from the beginning of the file."""
 
     name: str
@@ -30,34 +31,36 @@ class StoredTensor:
     zero: bool = False  # zeros in its place: in every dtype of safetensors those are zero bytes
 
 
-def stored_tensors(files: Mapping[str, Path]) -> list[StoredTensor]:
-    """Where the tensors of these names lie, in the order in which the files hold them.
+def locate(tensors: Mapping[str, StoredTensor]) -> list[LocatedTensor]:
+    """Where the bytes of tensors of a checked checkpoint lie, in the order of the files, under the names given."""
+    names = {(tensor.file, tensor.name): name for name, tensor in tensors.items()}
+    found = [tensor for file in sorted({file for file, _ in names}) for tensor in _in_file(file)]
+    return [
+        replace(tensor, name=names[tensor.file, tensor.name])
+        for tensor in found
+        if (tensor.file, tensor.name) in names
+    ]
 
-    The files must have been opened by the safetensors library before, which checks the header.
-    """
-    found = [tensor for file in sorted(set(files.values())) for tensor in _in_file(file)]
-    return [tensor for tensor in found if files.get(tensor.name) == tensor.file]
 
-
-def _in_file(file: Path) -> list[StoredTensor]:
+def _in_file(file: Path) -> list[LocatedTensor]:
     """From the header (huggingface.co/docs/safetensors): its length in 8 bytes, then JSON, then the data."""
     try:
         with file.open("rb") as handle:
             [length] = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(length))
     except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+        raise ModelError(f"{file} changed while it was read ({error}); try again") from None
     header.pop("__metadata__", None)
     tensors = []
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         start = 8 + length + first
-        tensors.append(StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, start, last - first))
+        tensors.append(LocatedTensor(name, entry["dtype"], tuple(entry["shape"]), file, start, last - first))
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 
 def write_checkpoint(
-    tensors: Sequence[StoredTensor],
+    tensors: Sequence[LocatedTensor],
     folder: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -90,8 +93,8 @@ def write_checkpoint(
         )
 
 
-def _shards(tensors: Sequence[StoredTensor], shard_bytes: int) -> list[list[StoredTensor]]:
-    shards: list[list[StoredTensor]] = [[]]
+def _shards(tensors: Sequence[LocatedTensor], shard_bytes: int) -> list[list[LocatedTensor]]:
+    shards: list[list[LocatedTensor]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.num_bytes > shard_bytes:
@@ -102,7 +105,7 @@ def _shards(tensors: Sequence[StoredTensor], shard_bytes: int) -> list[list[Stor
     return shards
 
 
-def _header(tensors: Iterable[StoredTensor]) -> bytes:
+def _header(tensors: Iterable[LocatedTensor]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -118,7 +121,7 @@ def _header(tensors: Iterable[StoredTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _copy(tensor: StoredTensor, target: BinaryIO) -> Iterable[int]:
+def _copy(tensor: LocatedTensor, target: BinaryIO) -> Iterable[int]:
     """Writes the bytes of a tensor, a chunk at a time; yields the size of each."""
     left = tensor.num_bytes
     with tensor.file.open("rb") as source:
@@ -127,7 +130,9 @@ def _copy(tensor: StoredTensor, target: BinaryIO) -> Iterable[int]:
             size = min(left, _CHUNK_BYTES)
             chunk = bytes(size) if tensor.zero else source.read(size)
             if len(chunk) != size:
-                raise ModelError(f"{tensor.file} ends inside {tensor.name}; download it again")
+                raise ModelError(
+                    f"{tensor.file} ends inside {tensor.name}: it changed while it was read; try again"
+                )
             target.write(chunk)
             left -= size
             yield size

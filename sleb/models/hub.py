@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 from sleb.errors import ModelError
 from sleb.models.store import build_once
+from sleb.models.weight_files import INDEX, NOT_WEIGHTS, read_index
 
 WANTED = [
     "config.json",
@@ -26,7 +26,7 @@ WANTED = [
     "*.jinja",
 ]
 # Patterns match across slashes: subfolders hold other formats, and these names other layouts of the same weights.
-UNWANTED = ["*/*", "consolidated*.safetensors", "adapter_model.safetensors"]
+UNWANTED = ["*/*", *NOT_WEIGHTS]
 
 
 def snapshot(repository: str, to: Path | None = None, *, progress: bool = True) -> Path:
@@ -98,9 +98,8 @@ def _checked(repository: str, folder: Path) -> Path:
             "can run code: choose a repository with safetensors, or convert it at "
             "huggingface.co/spaces/safetensors/convert"
         )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if (folder / INDEX).is_file():
+        named = {path.name for path in read_index(folder / INDEX).values()}
         if missing := sorted(named - weights):
             raise ModelError(
                 f"the local copy of {repository} lacks {len(missing)} of {len(named)} weight files "

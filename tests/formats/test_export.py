@@ -285,6 +285,29 @@ def test_tied_embeddings_stay_tied(name, tiny_model, export):
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 
 
+def test_a_head_that_the_config_calls_tied_but_is_not_stays_its_own(tiny_model, tmp_path, export):
+    source = Path(shutil.copytree(tiny_model("llama-tied").path, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors | {"lm_head.weight": head}, source / "model.safetensors")
+    folder = export(source, (2,))
+    assert not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(reload(folder).get_output_embeddings().weight, head)
+
+
+def test_names_are_transformers_whatever_the_source_calls_them(tiny_model, tmp_path, export):
+    source = Path(shutil.copytree(tiny_model("opt").path, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, source / "model.safetensors")
+    folder = export(source, (2,))
+    ours = load_file(export(tiny_model("opt"), (2,), output=tmp_path / "plain") / "model.safetensors")
+    assert {name: tuple(each.shape) for name, each in load_file(folder / "model.safetensors").items()} == {
+        name: tuple(each.shape) for name, each in ours.items()
+    }
+    assert torch.equal(logits(reload(folder)), logits(reload(tmp_path / "plain")))
+
+
 def test_shards(tiny_model, tmp_path, export, monkeypatch):
     """Source and export in shards; bytes are copied in pieces that do not fit the tensors."""
     monkeypatch.setattr(safetensors_copy, "_CHUNK_BYTES", 1000)

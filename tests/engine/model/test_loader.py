@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sleb.engine.model import loader
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ModelError
 from sleb.layer_map.layer_map import Unit
+from sleb.models import weight_files
 from sleb.models.families import FAMILIES
 
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ class TestWhatIsRead:
             def __getattr__(self, name):
                 return getattr(self.handle, name)
 
-        monkeypatch.setattr(loader, "safe_open", Spy)
+        monkeypatch.setattr(weight_files, "safe_open", Spy)
         model = tiny_model("llama-gqa")
         copied = type(model)(model.name, folder, model.model)
         make_llm(copied, (Unit(1), Unit(3, "attention"), Unit(4, "mlp"), Unit(0)), tiers=(3,))

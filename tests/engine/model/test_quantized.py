@@ -58,9 +58,9 @@ def made(monkeypatch):
     names = []
     original = loader._read_quantized
 
-    def spy(file, name, target):
-        names.append(name)
-        original(file, name, target)
+    def spy(stored, target):
+        names.append(stored.name)
+        original(stored, target)
 
     monkeypatch.setattr(loader, "_read_quantized", spy)
     return names
