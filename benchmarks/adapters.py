@@ -40,7 +40,7 @@ class Ours:
         from sleb.engine.requests.sampling_params import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        return [list(output.token_ids) for output in self._llm.generate(prompts, params, depth)]
+        return [list(output.check().token_ids) for output in self._llm.generate(prompts, params, depth)]
 
 
 class Transformers:

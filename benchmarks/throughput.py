@@ -203,7 +203,7 @@ class ThroughputBench:
                 started = time.perf_counter()
                 outputs = self.llm.generate(prompts, params, depth)
                 seconds = time.perf_counter() - started
-                num_tokens = sum(len(output.token_ids) for output in outputs)
+                num_tokens = sum(len(output.check().token_ids) for output in outputs)
                 assert num_tokens == now.batch * now.output_tokens, f"{num_tokens} new tokens for {now}"
             return {METRIC: now.counted_tokens / seconds}
 
@@ -286,6 +286,8 @@ def decode_seconds(
         while unfinished:
             for increment in engine.step():
                 made[increment.request_id] += len(increment.new_token_ids)
+                if increment.failure is not None:
+                    raise increment.failure
                 if increment.finish_reason is not None:
                     unfinished.discard(increment.request_id)
             now = time.perf_counter()

@@ -77,9 +77,7 @@ class LLM:
         Raises InvalidOutputError where the model's logits are not numbers.
         """
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, temperature=0.0)
-        output = self.generate([token_ids], params, depth)[0]
-        if output.choices[0].failure is not None:
-            raise output.choices[0].failure
+        output = self.generate([token_ids], params, depth)[0].check()
         gathered = output.prompt_logprobs or []
         return torch.tensor([entry.logprob for entry in gathered if entry is not None], dtype=torch.float32)
 

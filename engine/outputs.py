@@ -71,6 +71,13 @@ class Output:
     num_cached_tokens: int
     timings: Timings | None
 
+    def check(self) -> Output:
+        """The answers, if all are whole. Raises the failure of one that is not."""
+        for choice in self.choices:
+            if choice.failure is not None:
+                raise choice.failure
+        return self
+
     @property
     def text(self) -> str:
         return self.choices[0].text

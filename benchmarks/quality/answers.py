@@ -89,7 +89,7 @@ def generate_answers(
             done += number
             on_progress(depth, done, len(encoded) * num_tokens)
 
-        answers = llm.generate(encoded, params, depth, on_progress=tell)
+        answers = [each.check() for each in llm.generate(encoded, params, depth, on_progress=tell)]
         yield summarise(prompts, answers, dense)
         dense = dense or answers
 

@@ -134,5 +134,6 @@ def _seconds_a_step(llm: LLM, depth: int, batch: int, rng: random.Random) -> flo
         if num_new and not first:
             first.append(time.perf_counter())
 
-    llm.generate(prompts, params, depth=depth, on_progress=note)
+    for output in llm.generate(prompts, params, depth=depth, on_progress=note):
+        output.check()
     return (time.perf_counter() - first[0]) / (_OUTPUT_TOKENS - 1)

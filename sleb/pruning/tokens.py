@@ -201,7 +201,7 @@ class _Writer:
         ]
         outputs = self._llm.generate(given, params, depth=0, on_progress=on_tokens)
         return [
-            [*tokens, *output.token_ids, *self._missing_end(output)]
+            [*tokens, *output.check().token_ids, *self._missing_end(output)]
             for tokens, output in zip(kept, outputs, strict=True)
         ]
 
