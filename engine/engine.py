@@ -19,7 +19,7 @@ from sleb.engine.execute.grammar_masks import advance
 from sleb.engine.execute.sampler import SampledToken
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import StepOutput, TokenLogprobs
-from sleb.engine.requests.detokenizer import Detokenizer
+from sleb.engine.requests.detokenizer import Detokenizer, special_texts
 from sleb.engine.requests.grammar import Grammar
 from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams, is_integer
@@ -98,6 +98,7 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
         self._told_no_numbers = False
+        self._special_texts = special_texts(self.tokenizer)
 
     def step(self) -> list[StepOutput]:
         """One forward pass; the increments that are known by now. Empty when there is nothing to do.
@@ -166,6 +167,8 @@ class Engine:
                 params.stop_strings,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                special=self._special_texts,
+                shown=params.shown_special_ids,
             ),
             grammar=_begin_grammar(params),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
@@ -356,7 +359,9 @@ class Engine:
         if dtype == torch.float16:
             most = torch.finfo(dtype).max
             return f"in float16 a value above {most:g} is infinite: use dtype bfloat16 or float32"
-        return f"in {str(dtype)[6:]} that is a fault of the checkpoint: its weights are damaged or not numbers"
+        return (
+            f"in {str(dtype)[6:]} that is a fault of the checkpoint: its weights are damaged or not numbers"
+        )
 
 
 def _begin_grammar(params: SamplingParams) -> Grammar | None:

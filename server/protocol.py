@@ -41,6 +41,7 @@ OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_m
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "logit_bias",  # its keys are strings in JSON
     "grammar",  # is compiled from other fields
+    "shown_special_ids",  # follows from what the answer is read for
     "logprobs",  # means something else in chat and in completions
     "prompt_logprobs",
 }

@@ -6,7 +6,7 @@ whole one are the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tokenizers import Tokenizer
 
@@ -15,6 +15,14 @@ _UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
 # A character is at most 4 tokens; far more without a whole one are broken bytes, not to be held for ever.
 _MAX_PENDING_TOKENS = 32
 _MAX_TOKENS_PER_CHARACTER = 4
+# Halves of surrogate pairs, which no decoded text holds, stand for special tokens while stop strings are looked for.
+_STAND_INS = range(0xD800, 0xE000)
+
+
+def special_texts(tokenizer: Tokenizer | None) -> dict[int, str]:
+    """The tokens that a decoder leaves out when it skips special ones: id to text."""
+    added = {} if tokenizer is None else tokenizer.get_added_tokens_decoder()
+    return {token_id: token.content for token_id, token in added.items() if token.special and token.content}
 
 
 class Detokenizer:
@@ -23,8 +31,9 @@ class Detokenizer:
     Args:
         tokenizer: None for a model without one: all text is empty.
         prompt_token_ids: its end gives the decoder the context that the output continues.
-        stop: strings that end the answer.
+        stop: strings that end the answer; special tokens count as their text there, also where they are left out.
         include_stop: whether the stop string that was found stays in the text.
+        special: the tokenizer's `special_texts`; None: to be found out. shown: those whose text stays in any case.
     """
 
     def __init__(
@@ -35,10 +44,16 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        special: Mapping[int, str] | None = None,
+        shown: Collection[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
-        self._stop = tuple(stop)
+        self._stop: dict[str, str] = {text: text for text in stop}  # as looked for, to as given
+        self._texts: dict[int, str] = {}  # of special tokens that the decoder would leave out
+        self._stand_ins: dict[int, None] = {}  # for str.translate
+        if skip_special_tokens and (stop or shown):
+            self._name_special(special_texts(tokenizer) if special is None else special, shown)
         self._include_stop = include_stop
         self._held = ""  # text that may turn out to be the start of a stop string
         self._pending: list[int] = []  # tokens whose text is not out yet
@@ -48,17 +63,21 @@ class Detokenizer:
 
     def push(self, token_id: int, *, check_stop: bool = True) -> str:
         """The text that `token_id` makes certain; sets `stopped_by` when it completes a stop string."""
-        text = self._held + self._decode(token_id)
+        text = self._held
+        if token_id in self._texts:
+            text += self._settle(len(self._pending)) + self._texts[token_id]
+        else:
+            text += self._decode(token_id)
         self._held = ""
         if check_stop:
             text = self._cut(text)
         if not self._stop or self.stopped_by is not None:
-            return text
+            return text.translate(self._stand_ins)
         # A stop string that was complete too early to count is text now, and must not be looked at again.
         past = max((text.rfind(stop) + len(stop) for stop in self._stop if stop in text), default=0)
         keep = self._num_held(text[past:])
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return text[: len(text) - keep].translate(self._stand_ins)
 
     def flush(self, *, check_stop: bool = True) -> str:
         """What was held back; an unfinished character becomes U+FFFD. Call once, when the answer has ended.
@@ -68,17 +87,35 @@ class Detokenizer:
         """
         text = self._held + self._settle(len(self._pending))
         self._held = ""
-        return self._cut(text) if check_stop else text
+        return (self._cut(text) if check_stop else text).translate(self._stand_ins)
+
+    def _name_special(self, special: Mapping[int, str], shown: Collection[int]) -> None:
+        """Gives the special tokens that are shown their text, and a character to those that stop strings name."""
+        self._texts = {token_id: special[token_id] for token_id in shown if token_id in special}
+        named = [
+            token_id
+            for token_id, text in special.items()
+            if token_id not in self._texts and any(text in stop for stop in self._stop)
+        ]
+        named.sort(key=lambda token_id: -len(special[token_id]))  # one may begin with another
+        stand_ins = dict(zip(named, _STAND_INS, strict=False))
+        self._texts |= {token_id: chr(character) for token_id, character in stand_ins.items()}
+        self._stand_ins = dict.fromkeys(stand_ins.values())
+        for given in list(self._stop):
+            looked_for = given
+            for token_id in stand_ins:
+                looked_for = looked_for.replace(special[token_id], self._texts[token_id])
+            self._stop[looked_for] = given
 
     def _cut(self, text: str) -> str:
         """`text`, or what stands before (and with) the first stop string in it, which is then noted."""
         found = self._find_stop(text)
         if found is None:
             return text
-        self.stopped_by = found
+        self.stopped_by = self._stop[found]
         self._pending.clear()
         start = text.index(found)
-        return text[: start + len(found)] if self._include_stop else text[:start]
+        return text[:start] + (self.stopped_by if self._include_stop else "")
 
     def _decode(self, token_id: int) -> str:
         """The text of the pending tokens and this one; empty while they end inside a character.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -70,6 +70,7 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output
             (arXiv 1909.05858); presence_penalty and frequency_penalty subtract, for output tokens only.
         seed: fixes the request's own random numbers, whatever else is in the batch.
+        shown_special_ids: special tokens whose text is kept though skip_special_tokens leaves out the others.
         grammar: what the output must follow; it then ends as soon as nothing can be added, even below min_tokens.
         logprobs: None for none, else the number of alternatives beside the chosen token. prompt_logprobs likewise.
 
@@ -93,6 +94,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    shown_special_ids: Collection[int] = field(default=())
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: GrammarSource | None = None

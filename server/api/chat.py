@@ -143,8 +143,7 @@ async def create_chat_completion(
     grammar = reading.grammar(answer)
     if grammar is not None:
         special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
-    if reading.needs_special_tokens:
-        special["skip_special_tokens"] = False
+    special["shown_special_ids"] = reading.shown_special_ids
     params = body.sampling_params(**special)
     generation = Generation(context, request.state.request_id, tier, [prompt], params)
     shape = MessageShape(reading.make_parser, legacy=tools is not None and tools.legacy)
@@ -164,12 +163,13 @@ class _Reading:
         self._thinks = self._thought_open or known or THINK in (self._template or "")
 
     @property
-    def needs_special_tokens(self) -> bool:
-        """Whether marks that the answer is read by are tokens that a decoder would leave out."""
+    def shown_special_ids(self) -> list[int]:
+        """The marks that the answer is read by and that a decoder would leave out as special tokens."""
         marks = [THINK, END_THINK] if self._thinks else []
         if self._tools is not None:
             marks += [TOOL_CALL, END_TOOL_CALL]
-        return any(special_token_id(mark, self._tokenizer) is not None for mark in marks)
+        found = (special_token_id(mark, self._tokenizer) for mark in marks)
+        return [token_id for token_id in found if token_id is not None]
 
     def grammar(self, answer: GrammarSpec | None) -> GrammarSpec | None:
         """That of the calls, if there must be some, or of the answer, which may also be calls; after any thoughts."""

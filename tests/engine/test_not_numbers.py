@@ -71,7 +71,7 @@ def poisoned(tiny_model, tmp_path_factory):
 
 @pytest.fixture(params=["torch", "cpu", "triton"])
 def make(request, make_llm, monkeypatch):
-    """make(folder, **options) -> an LLM over each executor; that of a GPU runs the torch specification, and overlaps."""
+    """make(folder, **options) -> an LLM over each executor; a GPU's runs the torch specification, and overlaps."""
     if request.param == "cpu" and cpu_features().level == "none":
         pytest.skip("the C kernels need AVX-512 with VNNI")
     if request.param == "triton":

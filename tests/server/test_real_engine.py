@@ -198,3 +198,30 @@ def test_command_line_serves_and_its_curl_line_works(start_process, tiny_model_d
     process.signal(signal.SIGTERM)
     assert process.wait() == 0
     assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", "b<|im_end|>", "<|im_end|><|im_start|>"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_that_is_a_special_token(server, tiny_model_dir, stop, skip):
+    """Stops where the token comes, though its text is left out; the bias lets the model say `ab<|im_end|>` for ever."""
+    bias = {"97": 60.0, "98": 60.0, "258": 60.0, "257": 60.0}
+    fields = {"stop": stop, "ignore_eos": True, "temperature": 3.0, "max_tokens": 300, "logit_bias": bias}
+    for seed in range(3):
+        whole = server.chat("x", **fields, seed=seed, skip_special_tokens=skip, return_token_ids=True)
+        [choice] = whole.json()["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+        said = "".join(
+            {257: "<|im_start|>", 258: "<|im_end|>"}.get(each, chr(each)) for each in choice["token_ids"]
+        )
+        assert said.index(stop) + len(stop) == len(said)
+        wanted = said[: -len(stop)]
+        if skip:
+            wanted = wanted.replace("<|im_end|>", "").replace("<|im_start|>", "")
+        assert choice["message"]["content"] == wanted
+        assert whole.json()["usage"]["completion_tokens"] == len(choice["token_ids"])
+        lines = server.chat("x", **fields, seed=seed, skip_special_tokens=skip, stream=True).text.split(
+            "\n\n"
+        )
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == wanted
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"

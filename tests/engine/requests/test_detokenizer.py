@@ -218,3 +218,46 @@ class TestSentencePiece:
         text = "".join(pieces)
         plain = "".join(each for each in text if each.isascii() and each != "A")
         assert plain == expected
+
+
+IM_START, IM_END = 257, 258
+SPECIAL = {IM_START: "<|im_start|>", IM_END: "<|im_end|>"}  # of the byte tokenizer, which leaves both out
+special_stops = st.lists(
+    st.sampled_from(
+        ["<|im_end|>", "a<|im_end|>", "<|im_end|>b", "<|im_end|><|im_start|>", "<|im_start|>€", "bc"]
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=200)
+@given(
+    ids=st.lists(st.sampled_from([*b"abc", IM_END, IM_START, 0xE2, 0x82, 0xAC]), max_size=10),
+    stops=special_stops,
+    include=st.booleans(),
+    shown=st.sampled_from([(), (IM_START,)]),
+)
+@example(ids=[*b"ab", IM_END, *b"c"], stops=["<|im_end|>"], include=True, shown=())
+@example(ids=[*b"ab", IM_END, *b"c"], stops=["b<|im_end|>c"], include=False, shown=())
+@example(ids=[IM_END, *b"ab"], stops=["a<|im_end|>"], include=False, shown=())
+def test_stop_strings_that_name_special_tokens(ids, stops, include, shown, byte_tokenizer):
+    """They are found where the tokens are, of whose text none is seen but what is shown or asked for."""
+    detokenizer = Detokenizer(byte_tokenizer, [], stops, include_stop=include, shown=shown)
+    pieces, num_used = feed(detokenizer, ids)
+    spelled = {token for token in SPECIAL if token in shown or any(SPECIAL[token] in stop for stop in stops)}
+    # A character a byte, so that what is unfinished counts too.
+    spoken = "".join(
+        SPECIAL[token] if token in spelled else chr(token)
+        for token in ids[:num_used]
+        if token < 256 or token in spelled
+    )
+    found = first_stop(spoken, [stop.encode().decode("latin-1") for stop in stops])
+    text, stopped_by = "".join(pieces), detokenizer.stopped_by
+    assert (stopped_by or "").encode().decode("latin-1") == ("" if found is None else found[1])
+    if include and stopped_by is not None:
+        assert text.endswith(stopped_by)
+        text = text.removesuffix(stopped_by)
+    seen = spoken if found is None else spoken[: found[0]]
+    for token in spelled - set(shown):
+        seen = seen.replace(SPECIAL[token], "")
+    assert text == seen.encode("latin-1").decode(errors="replace") or BROKEN in text
