@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.errors import ConfigError
 from sleb.files import check_writable, write_text
+from sleb.terminal import Console
 
 Table = tuple[list[str], list[list[str]]]
 """Headings, and rows of as many cells; the first two columns are the case and the subject."""

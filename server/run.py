@@ -20,7 +20,7 @@ from sleb.server.app import create_app
 from sleb.server.context import ServerContext
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.errors import ShuttingDownError
-from sleb.server.logs import Teller, configure
+from sleb.server.logs import Teller, configure, drain_stderr
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def serve(
                 options.host, options.port, error
             ) from None  # taken while the model was loading
     if context.engine.running:  # it hangs in a step, and would keep the process
-        logging.shutdown()
+        drain_stderr()
         os._exit(server.exit_code or 1)
     return server.exit_code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from sleb.errors import SlebError
+from sleb.terminal import LineFormatter, tell
 from sleb.version import __version__
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click, whose names are private
@@ -123,6 +125,8 @@ def main() -> None:
     Exit codes: 0; 2 for what the user can mend (one line on standard error); 130 when interrupted. Anything else that
     is raised is a bug and keeps its traceback.
     """
+    if logging.lastResort is not None:  # of the commands that set up no logging
+        logging.lastResort.setFormatter(LineFormatter())
     try:
         sys.exit(build()(prog_name="sleb", standalone_mode=False))
     except _UsageError as error:
@@ -141,5 +145,4 @@ def main() -> None:
 
 
 def _print_error(message: str) -> None:
-    line = " ".join(message.split())
-    typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+    tell(f"error: {' '.join(message.split())}", "red")

@@ -39,7 +39,6 @@ def doctor(
     if not 0 < timeout <= 86400:
         raise ConfigError(f"--timeout is {timeout:g}; it must be above 0 and at most 86400 seconds")
 
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from sleb.client.connection import base_url, open_client
@@ -47,6 +46,7 @@ def doctor(
     from sleb.doctor.report import print_report, write_json
     from sleb.doctor.run import choose_checks, connect, examine
     from sleb.files import check_writable
+    from sleb.terminal import Console
 
     checks = choose_checks(only or ())
     if json_file is not None:

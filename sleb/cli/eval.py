@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from sleb.benchmarks.quality.options import EvalOptions
 from sleb.cli.options import Model, with_options
 from sleb.errors import ConfigError, SlebError
 from sleb.files import check_writable
+from sleb.terminal import Console, tell
 
 
 @with_options
@@ -51,7 +51,7 @@ def evaluate(
     with _EvalBar() as bar:
         result = run_eval(options, ["sleb", *sys.argv[1:]], bar.show)
     if not result.measurements:  # an early Ctrl-C must not replace an older one by nothing
-        typer.echo("Interrupted before anything was complete; nothing is written.", err=True)
+        tell("Interrupted before anything was complete; nothing is written.")
         raise typer.Exit(130)
     show.print_result(result)
     if json_path is not None:

@@ -13,6 +13,7 @@ from sleb.cli.progress import Bar
 from sleb.cli.show import find_map
 from sleb.formats import EXPORT_FORMATS
 from sleb.options import option
+from sleb.terminal import tell
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,4 @@ def export(model: Model, options: ExportOptions) -> None:
         typer.echo(text, nl=False)
         return
     kept, total = len(removal.kept_blocks), removal.layer_map.num_blocks
-    typer.echo(f"Written to {options.output}: depth {removal.depth}, {kept} of {total} blocks", err=True)
+    tell(f"Written to {options.output}: depth {removal.depth}, {kept} of {total} blocks")

@@ -11,6 +11,7 @@ import typer
 from sleb.cli.options import with_options
 from sleb.formats import IMPORT_FORMATS
 from sleb.options import option
+from sleb.terminal import tell
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def import_file(
         options.format,
         model=options.model,
         num_blocks=options.num_blocks,
-        note=lambda message: typer.echo(f"note: {message}", err=True),
+        note=lambda message: tell(f"note: {message}"),
     )
     layer_map.save(output)
     units = ", ".join(map(str, layer_map.removed))
-    typer.echo(
-        f"Written to {output}: {layer_map.model}, {layer_map.num_blocks} blocks, without {units}", err=True
-    )
+    tell(f"Written to {output}: {layer_map.model}, {layer_map.num_blocks} blocks, without {units}")

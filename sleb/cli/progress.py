@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -14,6 +13,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+from sleb.terminal import Console
 
 
 class Bar:

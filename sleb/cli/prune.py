@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,7 @@ from sleb.cli.options import Model, with_options
 from sleb.cli.progress import Bar
 from sleb.options import option, option_of
 from sleb.pruning.options import PruneOptions
+from sleb.terminal import Console
 
 if TYPE_CHECKING:
     from sleb.layer_map.layer_map import LayerMap

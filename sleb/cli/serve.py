@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @with_settings("serve")
 def serve(model: Model, engine: EngineConfig, options: ServeOptions) -> None:
     """Serve a model, at one depth or several, behind an OpenAI-compatible API."""
+    from sleb.server.logs import unblock_stderr
+
+    unblock_stderr()
     _check_tiers(engine)
     from sleb.server.run import bind_socket
     from sleb.server.run import serve as run_server

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from sleb.cli.options import with_options
@@ -15,6 +14,7 @@ from sleb.errors import LayerMapError
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
 from sleb.models.resolve import ALIAS, check_model, resolve_config, shipped_map
 from sleb.options import option
+from sleb.terminal import Console
 
 _STRIP_BLOCKS = 16  # blocks a line: 16 columns of 4 fit a terminal of 80
 

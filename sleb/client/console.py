@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
+from sleb.terminal import Console
 
 try:
     import readline as _readline
@@ -19,8 +18,6 @@ except ImportError:  # a Python built without it
     readline = None
 
 _MAX_HISTORY = 1000  # lines
-# Escape sequences in an answer could do anything to the terminal that shows it.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _QUOTES = '"""'
 
 
@@ -92,8 +89,8 @@ class ChatConsole:
 
     def write_content(self, text: str) -> None:
         """A piece of an answer."""
-        if self.is_terminal:
-            self._out.out(_CONTROLS.sub("", text), end="", highlight=False)
+        if self._out.is_terminal:
+            self._out.out(text, end="", highlight=False)
         else:
             sys.stdout.write(text)
         sys.stdout.flush()
@@ -101,23 +98,22 @@ class ChatConsole:
     def write_reasoning(self, text: str) -> None:
         """A piece of the thoughts before an answer."""
         if self.is_terminal:
-            self._out.out(_CONTROLS.sub("", text), style="dim", end="", highlight=False)
+            self._out.out(text, style="dim", end="", highlight=False)
         else:
-            self._err.out(_CONTROLS.sub("", text), style="dim", end="", highlight=False)
+            self._err.out(text, style="dim", end="", highlight=False)
 
     def note(self, text: str) -> None:
         """A line about the chat, dim; for a person only."""
         if self.is_terminal:
-            self._out.out(_CONTROLS.sub("", text), style="dim", highlight=False)
+            self._out.out(text, style="dim", highlight=False)
 
     def say(self, text: str) -> None:
         """Lines that a command asked for."""
-        self._out.out(_CONTROLS.sub("", text), highlight=False)
+        self._out.out(text, highlight=False)
 
     def complain(self, error: Exception) -> None:
         """An error as a line."""
-        line = _CONTROLS.sub("", " ".join(str(error).split()))
-        self._err.out(f"error: {line}", style="red", highlight=False)
+        self._err.out(f"error: {' '.join(str(error).split())}", style="red", highlight=False)
 
 
 def _clean(text: str) -> str:

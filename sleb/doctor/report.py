@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from sleb.doctor.outcome import Outcome
 from sleb.doctor.run import Examination, Result
 from sleb.doctor.target import shown
 from sleb.files import write_text
+from sleb.terminal import Console
 
 _STYLES = {
     Outcome.PASS: "green",

@@ -259,8 +259,9 @@ def _bar(title: str, progress: bool) -> Iterator[Report | None]:
     if not progress:
         yield None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from sleb.terminal import Console
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -442,7 +442,7 @@ def test_a_session_on_a_terminal(server: ChatServer, terminal: Terminal, tmp_pat
     assert "\x1b[2m[reasoning_content]" in terminal.wait_for("[reasoning_content]")
     terminal.wait_for("thought")
     terminal.type("escape\r")
-    assert "\x1b]" not in terminal.wait_for("a]0;titleb")
+    assert "\x1b]" not in terminal.wait_for(r"a\x1b]0;titleb")
     terminal.type("limit\r")
     terminal.wait_for("(ended by length)")
     terminal.wait_for("> ")

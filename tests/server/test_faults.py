@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import socket
 import struct
@@ -90,17 +91,33 @@ def test_a_client_whose_machine_dies_mid_stream(real):
     assert is_healthy(real)
 
 
+def full_disk():
+    return [os.open("/dev/full", os.O_WRONLY)]
+
+
+def full_pipe():
+    """Its reader is there, and reads nothing."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    return [reader, writer]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_log_on_a_full_disk(fake_engine_script):
+@pytest.mark.parametrize("make", [full_disk, full_pipe])
+def test_a_log_that_takes_no_line(fake_engine_script, make):
     """The address cannot be read from the log either, so the port is chosen here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with open("/dev/full", "w") as full:
-        process = subprocess.Popen(
-            [sys.executable, str(fake_engine_script), str(port)], stdout=full, stderr=full
-        )
+    descriptors = make()
+    process = subprocess.Popen(
+        [sys.executable, str(fake_engine_script), str(port)], stdout=descriptors[-1], stderr=descriptors[-1]
+    )
     with process, httpx.Client(base_url=url, timeout=10) as client:
         deadline = time.monotonic() + 20
         while True:
@@ -114,6 +131,8 @@ def test_a_log_on_a_full_disk(fake_engine_script):
         assert client.get("/health").json() == {"status": "ok"}
         process.terminate()
         assert process.wait(20) == 0
+    for each in descriptors:
+        os.close(each)
 
 
 def test_health_through_a_life(start_process, fake_engine_script):

@@ -24,7 +24,8 @@ from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.errors import ConfigError
 from sleb.server.bench_result import BenchResult
-from sleb.server.logs import JsonFormatter, SafeHandler
+from sleb.server.logs import JsonFormatter, SafeHandler, UnblockedStream
+from sleb.terminal import LineFormatter
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -385,6 +386,41 @@ def test_a_closed_stream_ends_nothing():
         "log.info('b')\nlogging.getLogger().handlers[0].flush()\nprint('alive')"
     )
     assert log_lines(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout == "alive\n"
+
+
+def test_lines_that_nobody_reads_are_dropped_and_counted(monkeypatch):
+    reader, writer = os.pipe()
+    logger = logging.getLogger("sleb.server")
+    handler = logging.StreamHandler(UnblockedStream(os.fdopen(writer, "w")))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    for number in range(200):
+        logger.error("%d %s", number, "x" * 10_000)  # 2 MB into a pipe of 64 KiB and a queue of 1 MiB
+    read = b""
+    while read.count(b"\n") < 50:  # now there is room
+        read += os.read(reader, 1 << 16)
+    logger.error("more")
+    while not read.endswith(b"more\n"):
+        read += os.read(reader, 1 << 16)
+    *lines, notice, last = read.decode().splitlines()
+    kept = [int(line.split()[0]) for line in lines]
+    assert kept == list(range(len(kept)))  # what waits is not lost
+    assert 100 < len(kept) < 120
+    assert notice.startswith(f"{200 - len(kept)} lines were dropped here")
+    assert last == "more"
+
+
+def test_a_record_commands_no_terminal_and_looks_like_no_other():
+    hostile = "\x1b]0;title\x07 \x9b2J \x7f \ud800 a\tb\n12:00:00 INFO forged"
+    record = logging.LogRecord("a.b", logging.INFO, "f", 1, "model %s", (hostile,), None)
+    assert LineFormatter("%(levelname)s %(message)s").format(record) == (
+        "INFO model \\x1b]0;title\\x07 \\x9b2J \\x7f \\ud800 a\tb\n    12:00:00 INFO forged"
+    )
+    record.facts = {"path": "\x9b"}
+    line = JsonFormatter().format(record)
+    assert line.isprintable()
+    assert json.loads(line)["message"] == f"model {hostile}"
+    assert json.loads(line)["path"] == "\x9b"
 
 
 def test_a_message_that_cannot_be_made_is_dropped(capsys):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sleb.errors import ConfigError
+from sleb.terminal import tell
 
 
 def diff(
@@ -43,5 +44,5 @@ def diff(
         if each.value is None or (each.ratio is not None and each.ratio.estimate < fail_below)
     ]
     if low:
-        typer.secho(f"below --fail-below {fail_below:g}: {'; '.join(low)}", fg=typer.colors.RED, err=True)
+        tell(f"below --fail-below {fail_below:g}: {'; '.join(low)}", "red")
         raise typer.Exit(1)

@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sleb.benchmarks.load.options import ServeLoadOptions
 from sleb.cli.bench.shared import OutputOptions
 from sleb.cli.options import with_options
+from sleb.terminal import Console, tell
 
 if TYPE_CHECKING:
     from sleb.benchmarks.record import Result
@@ -56,7 +56,7 @@ def _exit(result: Result) -> None:
         reasons = sorted({reason for each in rates for reason in each.facts.get("failures", {})})
         problem = f"all requests failed: {'; '.join(reasons)}"
     if problem is not None:
-        typer.secho(f"error: {problem}", fg=typer.colors.RED, err=True)
+        tell(f"error: {problem}", "red")
         raise typer.Exit(1)
 
 
@@ -90,5 +90,5 @@ class _LoadBar:
     def show(self, num_done: int, num_requests: int | None, what: str) -> None:
         """What is under way, and how its load stands."""
         if num_done == 0 and self._bar.disable:
-            typer.echo(f"{what} …", err=True)
+            tell(f"{what} …")
         self._bar.update(self._task, total=num_requests, completed=num_done, description=what, refresh=True)

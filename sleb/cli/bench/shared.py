@@ -16,6 +16,7 @@ from sleb.benchmarks.turns import Case, Progress, Turns
 from sleb.cli.progress import Bar
 from sleb.files import check_writable
 from sleb.options import option
+from sleb.terminal import tell
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class OutputOptions:
             write_result(self.json_path, result)
         if result.measurements and self.report is not None:
             for path in write_report(self.report, [result]):
-                typer.echo(path, err=True)
+                tell(path)
         if not result.complete:
             raise typer.Exit(130)
 
@@ -62,7 +63,7 @@ class Shown:
     def __init__(self, bar: Bar | None, description: str) -> None:
         self._bar, self._description = bar, description
         if bar is None:
-            typer.echo(f"{description} …", err=True)
+            tell(f"{description} …")
         else:
             bar.show(description, 0, None)
 
@@ -83,7 +84,7 @@ class Shown:
     def line(self, text: str) -> None:
         """A line above the bar."""
         if self._bar is None:
-            typer.echo(text, err=True)
+            tell(text)
         else:
             self._bar.print(text)
 

@@ -9,6 +9,7 @@ import typer
 from sleb.benchmarks.workloads import ThroughputOptions
 from sleb.cli.bench.shared import OutputOptions, shown
 from sleb.cli.options import OptionalModel, with_options
+from sleb.terminal import tell
 
 
 @with_options
@@ -30,7 +31,5 @@ def throughput(options: ThroughputOptions, output: OutputOptions, model: Optiona
     output.show(result)
     slow = [] if options.fail_below is None else too_slow(result, options.fail_below)
     if slow:
-        typer.secho(
-            f"below --fail-below {options.fail_below:g}: {'; '.join(slow)}", fg=typer.colors.RED, err=True
-        )
+        tell(f"below --fail-below {options.fail_below:g}: {'; '.join(slow)}", "red")
         raise typer.Exit(1)
