@@ -60,10 +60,11 @@ def request_id(headers: Headers) -> str:
     return given or f"req-{uuid.uuid4().hex}"
 
 
-def clean_path(path: str) -> str:
-    """One slash for several, and none at the end."""
-    path = _SLASHES.sub("/", path)
-    return path.rstrip("/") or "/"
+def clean_path(path: str, routes: Sequence[Route]) -> str:
+    """One slash for several, and none at the end; /v1 before a path that only a route with it has, as llama.cpp's."""
+    path = _SLASHES.sub("/", path).rstrip("/") or "/"
+    known = (each for each in (path, f"/v1{path}") if any(route.path_regex.match(each) for route in routes))
+    return next(known, path)
 
 
 def server_timing(exchange: Exchange, total: float) -> str:
@@ -97,7 +98,7 @@ class Gate:
                 answer["Server-Timing"] = server_timing(exchange, (time.monotonic() - begin) * 1e3)
             await send(message)
 
-        path = clean_path(scope["path"])
+        path = clean_path(scope["path"], self._routes)
         inner = dict(scope, path=path, raw_path=path.encode(), state={**scope.get("state", {})})
         inner["state"]["request_id"] = identifier
         if scope["method"] == "HEAD":  # the server drops the body: it looks at its own copy of the method

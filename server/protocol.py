@@ -14,8 +14,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from fastapi import Request
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasGenerator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from sleb.engine.requests.sampling_params import (
@@ -27,9 +36,16 @@ from sleb.engine.requests.sampling_params import (
 )
 from sleb.errors import RequestError
 from sleb.server.errors import ApiError, shorten
-from sleb.server.grammar.structured import AnswerChoices, JsonSchema, ResponseFormat, StructuredOutputs
+from sleb.server.grammar.structured import (
+    GRAMMARS,
+    AnswerChoices,
+    JsonSchema,
+    ResponseFormat,
+    StructuredOutputs,
+)
 from sleb.server.message.incoming import MAX_MESSAGES, IncomingMessage
 from sleb.server.message.tools import MAX_TOOLS, Function, FunctionName, NamedTool, Tool
+from sleb.server.peer_fields import SAME_AS, honoured
 
 logger = logging.getLogger("sleb.server")
 
@@ -65,8 +81,11 @@ def _default_for_null(default: Any) -> BeforeValidator:
 
 def _whole(value: Any) -> Any:
     """JSON knows numbers only: 5.0 is the integer 5. Above 2**53 it may be another one, rounded."""
-    exact = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    return int(value) if exact else value
+    if not isinstance(value, float) or not value.is_integer():
+        return value
+    if abs(value) >= 2**53:  # also what the parser makes of an integer that 64 bits do not hold
+        raise PydanticCustomError("integer_size", "it must be an integer of at most 64 bits, in digits")
+    return int(value)
 
 
 def whole_numbers(values: Any) -> Any:
@@ -140,6 +159,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    @classmethod
+    def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """What is read of an object's fields. Raises RequestError for one that cannot be honoured."""
+        return fields
+
     def check(self) -> None:
         """Raises RequestError for fields that do not go together, or cannot be honoured."""
 
@@ -155,8 +179,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: FalseByDefault = False
 
 
+def _describe_other_names(schema: dict[str, Any]) -> None:
+    for name, others in SAME_AS.items():
+        schema["properties"] |= {
+            other: {"description": f"The same as {name}."} | schema["properties"][name] for other in others
+        }
+
+
 class GenerationBody(Body):
-    """Fields that chat and plain completions share."""
+    """Fields that chat and plain completions share. Those of other servers: see `sleb.server.peer_fields`."""
+
+    model_config = ConfigDict(
+        alias_generator=AliasGenerator(
+            validation_alias=lambda name: AliasChoices(name, *SAME_AS.get(name, ()))
+        ),
+        json_schema_extra=_describe_other_names,
+    )
 
     model: str | None = None
     max_tokens: Annotated[int | None, _in_range("max_tokens"), WHOLE] = None
@@ -186,8 +224,19 @@ class GenerationBody(Body):
     guided_json: Annotated[Any, described_as(JsonSchema | None)] = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str] | None, described_as(AnswerChoices | None)] = None
-    guided_grammar: Annotated[str | None, Field(description="In llguidance's dialect of Lark.")] = None
+    guided_grammar: Annotated[str | None, Field(description=GRAMMARS)] = None
     structured_outputs: Annotated[dict[str, Any] | None, described_as(StructuredOutputs | None)] = None
+    json_schema: Annotated[Any, described_as(JsonSchema | None)] = None
+    regex: str | None = None
+    grammar: Annotated[str | None, Field(description=GRAMMARS)] = None
+    ebnf: Annotated[str | None, Field(description=GRAMMARS)] = None
+    format: Annotated[Literal["json"] | dict[str, Any] | None, Field(description="Or a JSON schema.")] = None
+    draft: Annotated[Literal["off"] | None, Field(description="Nothing is drafted in any case.")] = None
+    depth: Annotated[Literal["fixed"] | None, Field(description="That of `model`, in any case.")] = None
+
+    @classmethod
+    def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return honoured(fields, cls.model_fields)
 
     def unknown_names(self) -> Iterator[str]:
         yield from super().unknown_names()
@@ -333,6 +382,7 @@ def parse_body(data: bytes, model: type[Model], unknown_fields: Counter[str]) ->
         raise RequestError(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
+    content = model.prepare(content)
     try:
         body = model.model_validate(content)
     except ValidationError as error:

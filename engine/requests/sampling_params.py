@@ -18,7 +18,7 @@ MAX_INTEGER = 2**63 - 1  # larger integers of JSON are not exact in every parser
 # Field: least and greatest integer.
 COUNT_RANGES: dict[str, tuple[int, int]] = {
     "n": (1, MAX_CHOICES),
-    "max_tokens": (0, MAX_INTEGER),
+    "max_tokens": (-1, MAX_INTEGER),
     "min_tokens": (0, MAX_INTEGER),
     "top_k": (-1, MAX_INTEGER),
     "logprobs": (0, MAX_LOGPROBS),
@@ -28,11 +28,11 @@ COUNT_RANGES: dict[str, tuple[int, int]] = {
 # Field: least and greatest number, and whether the least itself is left out.
 NUMBER_RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0.0, 100.0, False),
-    "top_p": (0.0, 1.0, True),
+    "top_p": (0.0, 1.0, False),
     "min_p": (0.0, 1.0, False),
     "presence_penalty": (-2.0, 2.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
-    "repetition_penalty": (0.0, 100.0, True),
+    "repetition_penalty": (0.01, 100.0, False),  # logits are divided by it, and must stay finite
 }
 
 
@@ -64,12 +64,12 @@ class SamplingParams:
     A field that is None follows the model's generation config where that has it, and is off otherwise.
 
     Attributes:
-        max_tokens: new tokens at most; None: to the end of the context; 0: score the prompt and stop.
+        max_tokens: new tokens at most; None or -1: to the end of the context; 0: score the prompt and stop.
         min_tokens: end-of-sequence, stop ids and stop strings do not end the request before this many new tokens.
-        temperature: 0 is greedy. top_k: 0 or -1 is off. top_p in (0, 1]. min_p in [0, 1].
+        temperature: 0 is greedy, and so is top_p 0. top_k: 0 or -1 is off. top_p, min_p in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output
             (arXiv 1909.05858); presence_penalty and frequency_penalty subtract, for output tokens only.
-        seed: fixes the request's own random numbers, whatever else is in the batch.
+        seed: fixes the request's own random numbers, whatever else is in the batch; -1 is none.
         shown_special_ids: special tokens whose text is kept though skip_special_tokens leaves out the others.
         grammar: what the output must follow; it then ends as soon as nothing can be added, even below min_tokens.
         logprobs: None for none, else the number of alternatives beside the chosen token. prompt_logprobs likewise.
@@ -104,6 +104,14 @@ class SamplingParams:
         self._check_numbers()
         self._check_stops()
         self._check_bias()
+        # One way to say a thing: of the values that llama.cpp and vLLM have for it too.
+        if self.max_tokens == -1:
+            object.__setattr__(self, "max_tokens", None)
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
+        if self.top_p == 0:
+            object.__setattr__(self, "top_p", 1.0)
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -135,7 +143,7 @@ class SamplingParams:
                 too_large = is_integer(value) and value > high
                 limit = f", at most {high}" if too_large or high != MAX_INTEGER else ""
                 _refuse(name, value, f"an integer of at least {low}{limit}")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if self.max_tokens not in (None, -1) and self.min_tokens > (self.max_tokens or 0):
             _refuse("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
 
     def _check_numbers(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["json", "regex", "lark"]
+Kind = Literal["json", "regex", "lark", "any"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named grammar: a JSON schema as text, a regular expression, or a grammar in llguidance's dialect of Lark."""
+    """A named grammar: a JSON schema as text, a regular expression, a grammar in llguidance's dialect of Lark, or in
+    any notation that is known (GBNF too)."""
 
     name: str
     kind: Kind

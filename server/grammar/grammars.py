@@ -19,6 +19,7 @@ import numpy as np
 
 from sleb.errors import RequestError
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
+from sleb.server.grammar.notation import GrammarError, as_llguidance, in_words
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,7 +38,6 @@ _SECONDS_TO_COMPILE = 10.0
 _STACK_BYTES = 512 * 2**20
 _MAX_ITEMS = 20_000  # that a parser may look at before one token: a millisecond or two
 _NUM_TRIED = 4  # tokens
-_MAX_MESSAGE = 500
 
 
 class CompiledGrammar:
@@ -69,7 +69,7 @@ class _State:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(_bounded(self._matcher.get_error()))
+            raise RuntimeError(in_words(self._matcher.get_error()))
 
 
 class GrammarCompiler:
@@ -135,13 +135,7 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(step_max_items=_MAX_ITEMS, verbose_errors=False)
-        grammars = []
-        for part in parts:
-            try:
-                made = json.loads(_top_level(LLMatcher, part))
-            except ValueError as error:
-                raise GrammarError(_bounded(str(error))) from None
-            grammars.append(made["grammars"][0] | {"name": part.name})
+        grammars = [as_llguidance(LLMatcher, part) | {"name": part.name} for part in parts]
         matcher = LLMatcher(
             self._token_table(), json.dumps({"grammars": grammars}), log_level=0, limits=limits
         )
@@ -164,13 +158,9 @@ class GrammarCompiler:
                     )
                 except ValueError as error:
                     raise GrammarError(
-                        f"this model's tokenizer cannot be used: {_bounded(str(error))}"
+                        f"this model's tokenizer cannot be used: {in_words(str(error))}"
                     ) from None
             return self._table
-
-
-class GrammarError(Exception):
-    """A grammar that llguidance refuses, in its words."""
 
 
 _compilers: WeakKeyDictionary[Engine, GrammarCompiler] = WeakKeyDictionary()
@@ -185,22 +175,6 @@ def compiler_for(engine: Engine) -> GrammarCompiler:
     return compiler
 
 
-def _top_level(matcher: Any, part: Part) -> str:
-    if part.kind == "json":  # a small model could spend all its tokens on white space
-        options = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
-        return str(matcher.grammar_from_json_schema(part.text, overrides=options))
-    if part.kind == "regex":
-        return str(matcher.grammar_from_regex(part.text))
-    return json.dumps({"grammars": [{"lark_grammar": part.text}]})
-
-
-def _bounded(message: str) -> str:
-    """llguidance's message without its state; of a long one, which repeats the grammar, the beginning and the end."""
-    message = message.split("<backtrace>")[0].split("<state>")[0].strip()
-    half = _MAX_MESSAGE // 2
-    return message if len(message) <= _MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}"
-
-
 def _try(matcher: Any) -> None:
     """Follows a grammar for a few tokens: most that are too much for a mask show it at once.
 
@@ -208,7 +182,7 @@ def _try(matcher: Any) -> None:
     """
     for _ in range(_NUM_TRIED):
         if matcher.is_error():
-            raise GrammarError(_bounded(matcher.get_error()))
+            raise GrammarError(in_words(matcher.get_error()))
         if matcher.is_stopped():
             return
         words = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
@@ -227,7 +201,7 @@ def _run_deep(function: Callable[[], CompiledGrammar]) -> Future[CompiledGrammar
         except Exception as error:
             future.set_exception(error)
         except BaseException as error:  # a panic inside llguidance
-            future.set_exception(GrammarError(_bounded(str(error))))
+            future.set_exception(GrammarError(in_words(str(error))))
 
     before = threading.stack_size(_STACK_BYTES)
     try:

@@ -1,4 +1,4 @@
-"""Structured output: `response_format` and vLLM's fields for it, as the grammar that they ask for."""
+"""Structured output: `response_format` and other servers' fields for it, as the grammar that they ask for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from sleb.server.protocol import GenerationBody
 
 MAX_CHOICES = 10_000
+GRAMMARS = "GBNF, as llama.cpp has it, or llguidance's dialect of Lark."
 _KINDS = ("json", "regex", "choice", "grammar")
+_FIELDS = {
+    "guided_json": "json",
+    "json_schema": "json",
+    "format": "json",
+    "guided_regex": "regex",
+    "regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "grammar": "grammar",
+    "ebnf": "grammar",
+}
 _ANY_OBJECT = {"type": "object"}
 
 JsonSchema = Annotated[dict[str, Any] | str, Field(description="A JSON schema, or one as a string.")]
@@ -63,7 +75,9 @@ def answer_grammar(body: GenerationBody) -> GrammarSpec | None:
 
     Raises RequestError for a field that is malformed, and for two fields that both say what the answer must be.
     """
-    found = [spec for spec in (_response_format(body), *_guided(body), *_structured_outputs(body)) if spec]
+    found = [
+        spec for spec in (_response_format(body), *_single_fields(body), *_structured_outputs(body)) if spec
+    ]
     if len(found) > 1:
         names = " and ".join(spec.param for spec in found[:2])
         raise RequestError(f"{names} exclude each other; leave one out", param=found[1].param)
@@ -104,8 +118,11 @@ def _response_format(body: GenerationBody) -> GrammarSpec | None:
     return _spec("json", schema_text(described["schema"], param), param)
 
 
-def _guided(body: GenerationBody) -> list[GrammarSpec | None]:
-    return [_of_kind(kind, getattr(body, f"guided_{kind}"), f"guided_{kind}") for kind in _KINDS]
+def _single_fields(body: GenerationBody) -> list[GrammarSpec | None]:
+    given = {name: getattr(body, name) for name in _FIELDS}
+    if given["format"] == "json":
+        given["format"] = _ANY_OBJECT
+    return [_of_kind(_FIELDS[name], value, name) for name, value in given.items()]
 
 
 def _structured_outputs(body: GenerationBody) -> list[GrammarSpec | None]:
@@ -138,7 +155,7 @@ def _of_kind(kind: str, value: Any, param: str) -> GrammarSpec | None:
         return _spec("lark", _choice(value, param), param)
     if not isinstance(value, str):
         raise RequestError(f"{param} is {shorten(value)}; its {kind} must be a string", param=param)
-    return _spec("regex" if kind == "regex" else "lark", value, param)
+    return _spec("regex" if kind == "regex" else "any", value, param)
 
 
 def _choice(choices: Any, param: str) -> str:

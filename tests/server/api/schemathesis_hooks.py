@@ -19,7 +19,13 @@ GRAMMARS = (
     "guided_choice",
     "guided_grammar",
     "structured_outputs",
+    "json_schema",
+    "regex",
+    "grammar",
+    "ebnf",
+    "format",
 )
+LIMITS = ("max_tokens", "max_completion_tokens", "n_predict", "num_predict", "max_new_tokens")
 
 
 def names_of(body, field):
@@ -47,11 +53,9 @@ def has_same_names(body):
 
 
 def asks_for_too_few(body):
-    limits = [body.get("max_tokens"), body.get("max_completion_tokens")]
-    return any(
-        limit is not None and limit < body["min_tokens"]
-        for limit in [*limits, 16 if "prompt" in body else None]
-    )
+    limits = [body[name] for name in LIMITS if body.get(name) not in (None, -1)]
+    wanted = max(body.get(name) or 0 for name in ("min_tokens", "min_new_tokens"))
+    return any(limit < wanted for limit in [*limits, *([16] if "prompt" in body else [])])
 
 
 def forces_what_is_not_there(body):
@@ -65,7 +69,8 @@ RULES = [
     (r"the prompt is empty", has_empty_prompt),
     (r"the chat template refuses the messages", lambda body: "messages" in body),
     (r"min_tokens is \d+; it must be at most max_tokens", asks_for_too_few),
-    (r"best_of other than n is", lambda body: body["best_of"] != (body.get("n") or 1)),
+    (r"best_of other than n is", lambda body: body["best_of"] != (body.get("n") or body.get("n_cmpl") or 1)),
+    (r"\S+ and \S+ are the same field", lambda body: True),
     (r"two (tools|functions) are named", has_same_names),
     (r"(tool_choice|function_call) names .*, which is none of the", names_unknown_tool),
     (r"(tool_choice|function_call) is .*, but there are no", forces_what_is_not_there),

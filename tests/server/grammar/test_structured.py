@@ -9,6 +9,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import numpy as np
 import openai
 import pydantic
@@ -21,6 +22,7 @@ from sleb.server.answer.token_text import TokenTexts
 from sleb.server.grammar import grammars
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.grammars import GrammarCompiler
+from sleb.server.grammar.notation import FORMATS
 from sleb.server.grammar.structured import MAX_CHOICES
 
 PERSON = {
@@ -176,6 +178,82 @@ def test_lark_grammar(server):
         assert re.fullmatch(r"(\d|\(\d\))\+(\d|\(\d\))", text)
 
 
+GBNF = r"""# a date, and what it is of
+root ::= date (" " word){1,2}
+date ::= [0-9]{4} "-" ("0" [1-9] | "1" [0-2])
+word ::= [a-z]+ "!"? | "\""
+"""
+GBNF_RE = r'\d{4}-(0[1-9]|1[0-2])( ([a-z]+!?|")){1,2}'
+
+
+@pytest.mark.parametrize(
+    "way", [{"grammar": GBNF}, {"ebnf": GBNF}, {"structured_outputs": {"grammar": GBNF}}]
+)
+def test_gbnf(server, way):
+    for seed in range(3):
+        fields = way | {"temperature": 1.0, "seed": seed, "max_tokens": 200, "logit_bias": {str(ord("!")): 9}}
+        for answer in (server.chat("x", **fields), server.complete("x", **fields)):
+            assert re.fullmatch(GBNF_RE, text_of(answer))
+
+
+def test_gbnf_may_recur(server):
+    """Which no regular expression can: brackets that match."""
+    fields = {"grammar": 'root ::= "(" root? ")"', "temperature": 1.0, "max_tokens": 60}
+    texts = [server.complete("x", seed=seed, **fields).json()["choices"][0]["text"] for seed in range(6)]
+    closed = [text for text in texts if text.endswith(")")]
+    assert closed and all(text == "(" * (len(text) // 2) + ")" * (len(text) // 2) for text in closed)
+
+
+@pytest.mark.parametrize("name", ["json_schema", "format"])
+def test_a_schema_under_the_names_of_llama_and_ollama(server, name):
+    check_person(text_of(server.chat("x", **{name: PERSON}, temperature=1.0, seed=1, max_tokens=200)))
+
+
+def test_format_json_is_an_object(server):
+    text = text_of(
+        server.chat(
+            "x", format="json", temperature=0.7, seed=2, max_tokens=400, logit_bias={str(ord("}")): 9}
+        )
+    )
+    assert isinstance(json.loads(text), dict)
+
+
+def test_regex_under_the_name_of_sglang(server):
+    assert re.fullmatch(r"(yes|no){2}", text_of(server.chat("x", regex=r"(yes|no){2}", temperature=1.0)))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "password", "maxLength": 4},
+        {"type": "string", "format": "iri", "maxLength": 4},
+        {"type": "integer", "format": "int64", "maximum": 99, "minimum": 0},
+        {"type": "array", "items": {"enum": ["a"]}, "uniqueItems": False, "maxItems": 2},
+        {
+            "type": "object",
+            "properties": {"format": {"enum": [{"format": "password"}]}},
+            "required": ["format"],
+            "additionalProperties": False,
+        },
+        {"$defs": {"a": {"type": "string", "format": "x", "maxLength": 2}}, "anyOf": [{"$ref": "#/$defs/a"}]},
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_what_means_nothing_in_a_schema_is_ignored(server, schema):
+    fields = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    value = json.loads(text_of(server.chat("x", **fields, temperature=1.0, seed=3, max_tokens=100)))
+    jsonschema.validate(value, schema)
+
+
+def test_formats_that_are_held_to_are_all_that_llguidance_knows():
+    llguidance = pytest.importorskip("llguidance")
+    others = {"password", "idn-email", "iri", "json-pointer", "regex", "uri-template", "int32", "binary"}
+    for name in FORMATS | others:
+        schema = json.dumps({"type": "string", "format": name})
+        error = llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_json_schema(schema))
+        assert bool(error) == (name not in FORMATS), name
+
+
 def test_streamed_is_the_same(server):
     fields = {"response_format": JSON_SCHEMA, "seed": 5, "temperature": 1.5, "max_tokens": 200}
     whole = text_of(server.chat("hi", **fields))
@@ -216,6 +294,16 @@ def test_the_openai_client_parses(client):
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json", "uniqueItems"),
         ({"guided_json": nested(200)}, "guided_json", "recursion limit"),
         ({"guided_json": nested(450)}, "guided_json", "ecursion"),
+        ({"format": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "format", "use 'anyOf'"),
+        ({"json_schema": {"$ref": "http://a/b"}}, "json_schema", "'$defs'"),
+        ({"grammar": 'root ::= "a'}, "grammar", "no GBNF grammar"),
+        ({"grammar": "root ::= other"}, "grammar", "other"),
+        ({"grammar": 'main ::= "a"'}, "grammar", "root"),
+        ({"grammar": "root ::= " + "(" * 5000}, "grammar", "too deep"),
+        ({"ebnf": "root ::= a\na ::= b\n" * 1000}, "ebnf", "rules"),
+        ({"grammar": {"type": "json", "value": {}}}, "grammar", "string"),
+        ({"format": "yaml"}, "format", "'json'"),
+        ({"regex": "a", "json_schema": {}}, "regex", "exclude"),
         ({"guided_regex": "("}, "guided_regex", "unclosed group"),
         ({"guided_regex": r"(?=a)b"}, "guided_regex", "look-around"),
         ({"guided_regex": 5}, "guided_regex", "string"),
@@ -243,6 +331,7 @@ def test_what_cannot_be_used_is_refused_in_few_words(server, fields, param, word
         assert error["param"] == param
         assert words in error["message"]
         assert len(error["message"]) < 800
+        assert "coerce" not in error["message"]
 
 
 def test_a_chain_of_rules_does_not_overflow_the_stack(server):
