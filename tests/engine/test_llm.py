@@ -523,13 +523,13 @@ class TestConfigErrors:
     ("params", "match"),
     [
         ({"n": 0}, "n is 0.*at least 1"),
-        ({"max_tokens": -1}, "max_tokens is -1.*at least 0"),
+        ({"max_tokens": -2}, "max_tokens is -2.*at least -1"),
         ({"max_tokens": 1.0}, r"max_tokens is 1\.0.*integer"),
         ({"min_tokens": 20}, "min_tokens is 20.*max_tokens"),
         ({"temperature": -0.1}, r"temperature is -0\.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
-        ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"top_p": -0.1}, r"top_p is -0\.1"),
         ({"top_p": 1.01}, r"top_p is 1\.01"),
         ({"top_k": -2}, "top_k is -2"),
         ({"top_k": 1.5}, r"top_k is 1\.5"),
@@ -557,6 +557,17 @@ def test_bad_sampling_values(params, match):
     with pytest.raises(RequestError, match=match) as caught:
         SamplingParams(**params)
     assert caught.value.param == next(iter(params))
+
+
+def test_values_that_llama_and_vllm_have_for_unset(tiny_model_dir):
+    llm = LLM(tiny_model_dir, dtype="float32", device="cpu")
+    prompt, room = [5, 6, 7], llm.engine.max_model_len - 3
+    greedy = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=12))[0].token_ids
+    for seed in (1, -1):
+        params = SamplingParams(temperature=1.8, top_p=0, seed=seed, max_tokens=12)
+        assert llm.generate([prompt], params)[0].token_ids == greedy
+    whole = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=-1, ignore_eos=True))[0]
+    assert len(whole.token_ids) == room and whole.finish_reason == "length"
 
 
 @pytest.mark.parametrize("as_type", [torch.tensor, np.array, tuple], ids=["tensor", "array", "tuple"])

@@ -79,8 +79,8 @@ def a_prompt_of_a_wrong_type_is_400(target: Target) -> None:
 
 @GROUP.required
 def numbers_out_of_range_are_400(target: Target) -> None:
-    """temperature -1, top_p 1.5, n 0, penalties of 5, max_tokens -1 are 400. Source: OpenAI API."""
-    wrong: Json = {"temperature": -1, "top_p": 1.5, "n": 0, "presence_penalty": 5, "max_tokens": -1}
+    """temperature -1, top_p 1.5, n 0, penalties of 5, max_tokens -2 are 400. Source: OpenAI API."""
+    wrong: Json = {"temperature": -1, "top_p": 1.5, "n": 0, "presence_penalty": 5, "max_tokens": -2}
     for name, value in wrong.items():
         _refuse_chat(target, **{name: value})
 

@@ -265,10 +265,9 @@ def test_refusals(both, name, stream):
     fields = {"stream": stream} | fields
     error = check_error(both.post("/v1/chat/completions", **(chat_fields("plain") | fields)), status)
     assert error["code"] == code
-    prompt = {"prompt": "x" * 5000} if "messages" in fields else {}
-    error = check_error(
-        both.post("/v1/completions", **(completion_fields("plain") | fields | prompt)), status
-    )
+    if "messages" in fields:
+        fields = {"stream": stream, "prompt": "x" * 5000}
+    error = check_error(both.post("/v1/completions", **(completion_fields("plain") | fields)), status)
     assert error["code"] == code
 
 
