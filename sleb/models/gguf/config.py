@@ -1,45 +1,49 @@
-"""Names of tensors and Hugging Face configuration files from a GGUF file's metadata."""
+"""Names of tensors and Hugging Face configuration files from a GGUF file's metadata.
+
+What a key means and what stands for an absent one is as in llama.cpp (src/llama-model.cpp, load_hparams), except where
+a line says otherwise.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sleb.errors import ModelError
+from sleb.fields import Fields, shown, shown_path
 from sleb.models.families import FAMILIES, Family
+from sleb.models.gguf.vocabulary import Vocabulary
 
 Floats = npt.NDArray[np.float32]
 
 ARCHITECTURES = {family.gguf.name: family for family in FAMILIES.values() if family.gguf}
-# Tokens that end a turn of a chat although the file may name another as the end of the text.
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
+_MAX_WIDTH, _MAX_HEAD_DIM, _MAX_POSITIONS, _MAX_FACTOR = 1 << 20, 1 << 12, (1 << 31) - 1, 1e6
+# general.sampling.*: the name in generation_config.json, the least and the largest value.
 _SAMPLING = {
-    "temp": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "penalty_repeat": "repetition_penalty",
+    "temp": ("temperature", 0.0, 100.0),
+    "top_p": ("top_p", 0.0, 1.0),
+    "min_p": ("min_p", 0.0, 1.0),
+    "penalty_repeat": ("repetition_penalty", 0.0, 100.0),
 }
 
 
-def architecture_of(metadata: Mapping[str, Any], source: Path) -> Family:
-    """The family that `metadata` names. Raises ModelError when there is none, or for mixtures of experts."""
-    name = metadata.get("general.architecture")
+def architecture_of(fields: Fields) -> Family:
+    """The family that the metadata names. Raises ModelError when there is none, or for mixtures of experts."""
+    source, name = shown_path(fields.source), fields.string("general.architecture")
     if name not in ARCHITECTURES:
         raise ModelError(
-            f"{source}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)} "
+            f"{source}: architecture {shown(name)} is not supported; supported: {', '.join(ARCHITECTURES)} "
             "(Mistral and SmolLM2 files say llama)"
         )
-    if metadata.get("split.count", 1) > 1:
+    if fields.integer("split.count", 0, 1 << 16, 1) > 1:
         raise ModelError(
             f"{source} is one part of several: join them with llama.cpp's llama-gguf-split --merge"
         )
-    if metadata.get(f"{name}.expert_count"):
+    if fields.integer(f"{name}.expert_count", 0, 1 << 16, 0):
         raise ModelError(f"{source}: a mixture of experts is not supported; only dense models are")
     return ARCHITECTURES[name]
 
@@ -60,6 +64,22 @@ def block_tensors(family: Family) -> dict[str, str]:
     return {**norms, **dict(inputs), "attn_output": names.attention_out, "ffn_down": names.down}
 
 
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights by their names in the file, without `blk.N.`."""
+    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    table = (config["vocab_size"], hidden)
+    fused_up = config["model_type"] == "phi3"
+    return {
+        "token_embd": table, "output": table,
+        **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm"), (hidden,)),
+        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head_dim,)),
+        "attn_q": (query, hidden), "attn_k": (key, hidden), "attn_v": (key, hidden),
+        "attn_qkv": (query + 2 * key, hidden), "attn_output": (hidden, query),
+        "ffn_gate": (inner, hidden), "ffn_up": (inner * (1 + fused_up), hidden), "ffn_down": (hidden, inner),
+    }  # fmt: skip
+
+
 def bias_flags(family: Family) -> dict[str, bool | str]:
     """For each of a block's matrices in the file whether it has a bias, or the config's field that says so."""
     attention = {**dict.fromkeys(_qkv(family), family.qkv_bias), "attn_output": family.out_bias}
@@ -75,37 +95,43 @@ def _up(family: Family) -> tuple[str, ...]:
 
 
 def model_config(
-    metadata: Mapping[str, Any],
+    fields: Fields,
     vocabulary_size: int,
     names: frozenset[str],
     rope_factors: Mapping[str, Floats],
-    source: Path,
     dtype: str,
 ) -> dict[str, Any]:
     """The contents of config.json.
 
     `names`: the file's tensors. `rope_factors`: its tensors that scale rotation frequencies, by name. Raises
-    ModelError for a missing key or a shape that the architecture's Hugging Face class cannot express.
+    ModelError for a missing or wrong key, or a shape that the architecture's Hugging Face class cannot express.
     """
-    family = architecture_of(metadata, source)
-    read = _Reader(metadata, source)
-    num_heads = int(read("attention.head_count"))
-    hidden_size = int(read("embedding_length"))
-    head_dim = int(read("attention.key_length", hidden_size // num_heads))
+    family = architecture_of(fields)
+    a = fields.string("general.architecture")
+    blocks = fields.integer(f"{a}.block_count", 1, len(names))  # a block has tensors
+    hidden_size = fields.integer(f"{a}.embedding_length", 1, _MAX_WIDTH)
+    num_heads = _uniform(fields, f"{a}.attention.head_count", blocks, hidden_size)
+    num_key_value_heads = _uniform(fields, f"{a}.attention.head_count_kv", blocks, num_heads, num_heads)
+    if num_heads % num_key_value_heads:
+        raise fields.wrong(f"{a}.attention.head_count_kv", f"a divisor of head_count, {num_heads}")
+    head_dim = fields.integer(f"{a}.attention.key_length", 2, _MAX_HEAD_DIM, hidden_size // num_heads)
+    if fields.integer(f"{a}.attention.value_length", 2, _MAX_HEAD_DIM, head_dim) != head_dim:
+        raise fields.wrong(f"{a}.attention.value_length", f"that of a key, {head_dim}")
+    positions = fields.integer(f"{a}.context_length", 1, _MAX_POSITIONS)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocabulary_size,
         "hidden_size": hidden_size,
-        "intermediate_size": int(read("feed_forward_length")),
-        "num_hidden_layers": int(read("block_count")),
+        "intermediate_size": _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
+        "num_hidden_layers": blocks,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": int(read("attention.head_count_kv", num_heads)),
+        "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": int(read("context_length")),
-        "rms_norm_eps": _shortest(read("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(read("rope.freq_base", 10000.0)),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": _shortest(fields.number(f"{a}.attention.layer_norm_rms_epsilon", 0, 1)),
+        "rope_theta": _shortest(fields.number(f"{a}.rope.freq_base", 0, 1e12, 10000.0, above=True)),
         "rope_scaling": None,
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": dtype,
@@ -113,42 +139,47 @@ def model_config(
     biases = bias_flags(family)
     for switch in dict.fromkeys(flag for flag in biases.values() if isinstance(flag, str)):
         config[switch] = any(f"blk.0.{each}.bias" in names for each, flag in biases.items() if flag == switch)
-    config |= _rotation(read, head_dim, rope_factors)
-    window = int(read("attention.sliding_window", 0))
+    config |= _Rotation(fields, a, config).fields(rope_factors)
     if family.model_type == "phi3":  # the other classes want a switch of their own and do without here
-        config["sliding_window"] = window if 0 < window < config["max_position_embeddings"] else None
-    return config | _token_ids(metadata)
+        window = fields.integer(f"{a}.attention.sliding_window", 0, _MAX_POSITIONS, 0)
+        config["sliding_window"] = window if 0 < window < positions else None
+    return config
 
 
-def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def generation_config(fields: Fields, vocabulary: Vocabulary) -> dict[str, Any]:
     """The contents of generation_config.json: the special ids, and sampling values only if the file states any."""
-    sampling = {
-        name: _shortest(metadata[f"general.sampling.{key}"])
-        for key, name in _SAMPLING.items()
-        if f"general.sampling.{key}" in metadata
-    }
-    if "top_k" in sampling:
-        sampling["top_k"] = int(sampling["top_k"])
+    sampling: dict[str, Any] = {}
+    for key, (name, least, most) in _SAMPLING.items():
+        value = fields.number(f"general.sampling.{key}", least, most, None)
+        if value is not None:
+            sampling[name] = _shortest(value)
+    top_k = fields.integer("general.sampling.top_k", 0, (1 << 31) - 1, None)
+    if top_k is not None:
+        sampling["top_k"] = top_k
     if sampling.get("temperature", 0.0) > 0.0:
         sampling["do_sample"] = True
-    return _token_ids(metadata) | sampling
+    return token_ids(vocabulary) | sampling
 
 
-class _Reader:
-    """Reads `<architecture>.<key>`; a list of equal values counts as its one value."""
+def token_ids(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The special ids as config.json and generation_config.json have them."""
+    ends = vocabulary.ends()
+    found = {
+        "bos_token_id": vocabulary.ids.get("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": vocabulary.ids.get("padding"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
-    def __init__(self, metadata: Mapping[str, Any], source: Path) -> None:
-        self._metadata, self.source = metadata, source
-        self.architecture = str(metadata["general.architecture"])
 
-    def __call__(self, key: str, default: Any = None) -> Any:
-        value = self._metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, list) and len(set(value)) == 1:
-            value = value[0]
-        if value is None or isinstance(value, list):
-            problem = "is missing" if value is None else "differs from block to block, which is not supported"
-            raise ModelError(f"{self.source}: {self.architecture}.{key} {problem}")
-        return value
+def _uniform(fields: Fields, key: str, blocks: int, most: int, default: int | None = None) -> int:
+    """An integer from 1 to `most`, which may be given once for each block if it is the same for all."""
+    value = fields.values.get(key, default)
+    if isinstance(value, list):
+        if len(value) != blocks or value != value[:1] * blocks:
+            raise fields.wrong(key, f"one number, or the same for each of the {blocks} blocks")
+        value = value[0]
+    return Fields({key: value}, fields.source).integer(key, 1, most)  # type: ignore[no-any-return]
 
 
 def _shortest(value: float) -> float:
@@ -156,65 +187,108 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    found = {
-        f"{ours}_token_id": metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    ends = [
-        found["eos_token_id"],
-        *(metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")),
-    ]
-    template = metadata.get("tokenizer.chat_template") or ""
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    ends += [tokens.index(token) for token in _TURN_ENDS if token in template and token in tokens]
-    ends = list(dict.fromkeys(end for end in ends if end is not None))
-    found["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _rotation(read: _Reader, head_dim: int, factors: Mapping[str, Floats]) -> dict[str, Any]:
+class _Rotation:
     """The fields of config.json that say how positions rotate, where they differ from the plain case."""
-    rotated = int(read("rope.dimension_count", head_dim))
-    context = int(read("context_length"))
-    fields: dict[str, Any] = {}
-    if rotated != head_dim:
-        if read.architecture != "phi3":
-            raise ModelError(f"{read.source}: rotating {rotated} of {head_dim} dimensions is not supported")
-        fields["partial_rotary_factor"] = rotated / head_dim
-    kind = str(read("rope.scaling.type", "none"))
-    original = int(read("rope.scaling.original_context_length", context))
-    if read.architecture == "phi3":
-        fields["original_max_position_embeddings"] = original
-    if "rope_factors_long.weight" in factors:
-        fields["rope_scaling"] = {
-            "rope_type": "longrope",
-            "short_factor": [_shortest(x) for x in factors["rope_factors_short.weight"]],
-            "long_factor": [_shortest(x) for x in factors["rope_factors_long.weight"]],
-        }
-    elif "rope_freqs.weight" in factors:
-        theta = float(read("rope.freq_base", 10000.0))
-        fields["rope_scaling"] = _llama3_scaling(factors["rope_freqs.weight"], rotated, theta, read.source)
-    elif kind in ("linear", "yarn"):
-        fields["rope_scaling"] = {"rope_type": kind, "factor": _shortest(read("rope.scaling.factor"))}
-        if kind == "yarn":
-            fields["rope_scaling"] |= {"original_max_position_embeddings": original} | _yarn_extras(read)
-    elif kind != "none":
-        raise ModelError(f"{read.source}: rope scaling {kind!r} is not supported; none, linear, yarn are")
-    return fields
+
+    def __init__(self, fields: Fields, architecture: str, config: Mapping[str, Any]) -> None:
+        self._fields, self._prefix = fields, f"{architecture}.rope."
+        self._is_phi3 = architecture == "phi3"
+        self._head_dim, self._theta = config["head_dim"], config["rope_theta"]
+        self._rotated = fields.integer(f"{self._prefix}dimension_count", 2, self._head_dim, self._head_dim)
+        positions, key = config["max_position_embeddings"], "scaling.original_context_length"
+        self._original = fields.integer(f"{self._prefix}{key}", 1, _MAX_POSITIONS, positions)
+
+    def fields(self, factors: Mapping[str, Floats]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if self._rotated % 2 or (self._rotated != self._head_dim and not self._is_phi3):
+            wanted = "an even number" if self._is_phi3 else f"the head's size, {self._head_dim}, and even"
+            raise self._fields.wrong(f"{self._prefix}dimension_count", wanted)
+        if self._rotated != self._head_dim:
+            fields["partial_rotary_factor"] = self._rotated / self._head_dim
+        if self._is_phi3:
+            fields["original_max_position_embeddings"] = self._original
+        scaling = self._scaling(factors)
+        return fields | ({"rope_scaling": scaling} if scaling else {})
+
+    def _scaling(self, factors: Mapping[str, Floats]) -> dict[str, Any] | None:
+        kinds = ("none", "linear", "yarn", "longrope")
+        kind = self._fields.string(f"{self._prefix}scaling.type", kinds, "linear")
+        factor = 1.0 if kind == "none" else self._factor()
+        magnitude = self._number("scaling.attn_factor", 1.0)
+        if "rope_factors_long.weight" in factors or "rope_factors_short.weight" in factors:
+            self._refuse_factor(factor)
+            both = {name: self._checked(factors, f"rope_factors_{name}.weight") for name in ("short", "long")}
+            return {
+                "rope_type": "longrope",
+                **{f"{name}_factor": [_shortest(value) for value in each] for name, each in both.items()},
+                "original_max_position_embeddings": self._original,
+                "attention_factor": _shortest(magnitude),  # transformers would derive it; llama.cpp takes 1
+            }
+        if "rope_freqs.weight" in factors:
+            stored = self._checked(factors, "rope_freqs.weight")
+            if scaling := _llama3_scaling(stored, self._rotated, self._theta, self._fields.source):
+                self._refuse_factor(factor)
+                self._refuse_magnitude(magnitude)
+                return scaling
+        if kind == "yarn" and factor != 1.0:
+            return self._yarn(factor, magnitude)
+        self._refuse_magnitude(magnitude)
+        if kind == "longrope":
+            raise self._fields.wrong(
+                f"{self._prefix}scaling.type", "none, linear or yarn in a file without rope_factors_long"
+            )
+        return {"rope_type": "linear", "factor": _shortest(factor)} if factor != 1.0 else None
+
+    def _factor(self) -> float:
+        """By what positions are divided; 0 stands for 1. `scale_linear` is the key's name of before November 2023."""
+        values = (
+            self._fields.number(f"{self._prefix}{key}", 0, _MAX_FACTOR, None)
+            for key in ("scaling.factor", "scale_linear")
+        )
+        return next((float(value) for value in values if value is not None), 0.0) or 1.0
+
+    def _refuse_factor(self, factor: float) -> None:
+        if factor != 1.0:
+            key = "scaling.factor" if f"{self._prefix}scaling.factor" in self._fields else "scale_linear"
+            raise self._fields.wrong(f"{self._prefix}{key}", "1 beside tensors that scale frequencies")
+
+    def _refuse_magnitude(self, magnitude: float) -> None:
+        if magnitude != 1.0:
+            raise self._fields.wrong(f"{self._prefix}scaling.attn_factor", "1, but for yarn and longrope")
+
+    def _number(self, key: str, default: float | None) -> Any:
+        return self._fields.number(f"{self._prefix}{key}", 0, _MAX_FACTOR, default, above=True)
+
+    def _checked(self, factors: Mapping[str, Floats], name: str) -> Floats:
+        half = self._rotated // 2
+        found = factors.get(name)
+        if found is None or found.shape != (half,) or not (np.isfinite(found) & (found > 0)).all():
+            raise ModelError(
+                f"{shown_path(self._fields.source)}: {name} must be {half} numbers above 0, one for each frequency"
+            )
+        return found
+
+    def _yarn(self, factor: float, magnitude: float) -> dict[str, Any]:
+        """`yarn_attn_factor` is what writers copy from transformers' attention_factor: all of it, where llama.cpp's own
+        `attn_factor` multiplies what the scaling gives, 0.1 ln factor + 1.
+        """
+        refused = {"yarn_ext_factor": (-1.0, 1.0), "yarn_log_multiplier": (0.0,)}
+        for key, allowed in refused.items():
+            if self._fields.number(f"{self._prefix}scaling.{key}", -1e6, 1e6, allowed[0]) not in allowed:
+                raise self._fields.wrong(f"{self._prefix}scaling.{key}", f"{allowed[-1]:g}, or absent")
+        scaling = {"rope_type": "yarn", "factor": _shortest(factor)}
+        scaling["original_max_position_embeddings"] = self._original
+        for key in ("beta_fast", "beta_slow"):
+            if (value := self._number(f"scaling.yarn_{key}", None)) is not None:
+                scaling[key] = _shortest(value)
+        stated = self._number("scaling.yarn_attn_factor", None)
+        if stated is not None or magnitude != 1.0:
+            whole = 0.1 * math.log(max(factor, 1.0)) + 1.0 if stated is None else stated
+            scaling["attention_factor"] = _shortest(whole * magnitude)
+        return scaling
 
 
-def _yarn_extras(read: _Reader) -> dict[str, float]:
-    names = {
-        "beta_fast": "yarn_beta_fast",
-        "beta_slow": "yarn_beta_slow",
-        "attention_factor": "yarn_attn_factor",
-    }
-    values = {ours: read(f"rope.scaling.{theirs}", math.nan) for ours, theirs in names.items()}
-    return {name: _shortest(value) for name, value in values.items() if not math.isnan(value)}
-
-
-def _llama3_scaling(stored: Floats, rotated: int, theta: float, source: Path) -> dict[str, Any] | None:
+def _llama3_scaling(stored: Floats, rotated: int, theta: float, source: object) -> dict[str, Any] | None:
     """The parameters of Llama 3's frequency scaling, of which a file only keeps the resulting divisors.
 
     stored: [rotated / 2]. Every Llama 3 release uses the same bands and original context and differs in the
@@ -226,8 +300,10 @@ def _llama3_scaling(stored: Floats, rotated: int, theta: float, source: Path) ->
     frequencies = theta ** -(np.arange(0, rotated, 2, dtype=np.float64) / rotated)
     smooth = np.clip((original * frequencies / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
     expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-    if expected.shape != stored.shape or not np.allclose(expected, stored, rtol=1e-3):
-        raise ModelError(f"{source}: its rope_freqs are not Llama 3's scaling, the only kind supported here")
+    if not np.allclose(expected, stored, rtol=1e-3):
+        raise ModelError(
+            f"{shown_path(source)}: its rope_freqs are not Llama 3's scaling, the only kind supported here"
+        )
     return {
         "rope_type": "llama3",
         "factor": factor,

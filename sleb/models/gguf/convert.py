@@ -2,7 +2,7 @@
 
 transformers has a GGUF loader. It is not used for the weights, because it needs a package more (accelerate),
 holds the whole model in memory, drops Llama 3's rope scaling, and knows neither SmolLM3 nor SmolLM's way of
-splitting text. The `gguf` package, which llama.cpp's authors keep, does the reading and the dequantising; here
+splitting text. The `gguf` package, which llama.cpp's authors keep, does the dequantising; here
 tensors are renamed, put into Hugging Face's row order, and written chunk by chunk, so memory stays small
 whatever the model's size.
 """
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sleb.errors import ModelError
+from sleb.fields import shown, shown_path
 from sleb.models.families import Family
 from sleb.models.gguf.config import (
     architecture_of,
@@ -27,8 +29,12 @@ from sleb.models.gguf.config import (
     generation_config,
     model_config,
     outer_tensors,
+    tensor_shapes,
+    token_ids,
 )
+from sleb.models.gguf.reader import Tensor, read_gguf
 from sleb.models.gguf.tokenizer import write_tokenizer
+from sleb.models.gguf.vocabulary import read_vocabulary
 
 Dtype = Literal["bfloat16", "float32"]
 Progress = Callable[[int, int], None]
@@ -38,6 +44,7 @@ _CHUNK_ELEMENTS = 1 << 22
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 _SAFETENSORS_NAME = {"bfloat16": "BF16", "float32": "F32"}
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_MAX_ROPE_FACTORS = 1 << 11  # half the largest head
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class _Planned:
 
     name: str
     shape: tuple[int, ...]
-    source: Any  # a gguf ReaderTensor
+    source: Tensor
     num_heads: int
 
     @property
@@ -67,64 +74,62 @@ def convert_gguf(
     `progress(done, total)` counts bytes of weights written. Not atomic: `sleb.models.store` sees to that. Raises
     ModelError for a file that is damaged or not supported, OSError when the folder cannot be written.
     """
-    metadata, tensors = read_gguf(source)
-    family = architecture_of(metadata, source)
+    fields, tensors = read_gguf(source, architecture_of)
+    family = architecture_of(fields)
     embedding = tensors.get("token_embd.weight")
-    if embedding is None or "tokenizer.ggml.tokens" not in metadata:
-        raise ModelError(f"{source} holds no language model (token_embd.weight or its vocabulary is missing)")
-    factors = {name: _values(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
-    vocabulary_size = int(embedding.shape[-1])
-    config = model_config(metadata, vocabulary_size, frozenset(tensors), factors, source, dtype)
+    if embedding is None or "tokenizer.ggml.tokens" not in fields:
+        raise ModelError(
+            f"{shown_path(source)} holds no language model (token_embd.weight or its vocabulary is missing)"
+        )
+    vocabulary = read_vocabulary(fields)
+    if len(vocabulary.tokens) > embedding.shape[0]:
+        rows = f"token_embd.weight has {embedding.shape[0]} rows"
+        raise ModelError(
+            f"{shown_path(source)}: its vocabulary has {len(vocabulary.tokens)} tokens, and {rows}: one for each"
+        )
+    factors = {name: _factors(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
+    config = model_config(fields, embedding.shape[0], frozenset(tensors), factors, dtype)
     plan = _plan(tensors, family, config, source)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config(metadata))
-    write_tokenizer(metadata, source, folder, config["max_position_embeddings"])
+    _write_json(folder / "config.json", config | token_ids(vocabulary))
+    _write_json(folder / "generation_config.json", generation_config(fields, vocabulary))
+    write_tokenizer(vocabulary, folder, config["max_position_embeddings"])
     _write_weights(plan, folder, dtype, shard_bytes, progress, source)
 
 
-def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata by key and tensors (mapped, not read) by name. Raises ModelError for a damaged file."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(source)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except FileNotFoundError as error:
-        raise ModelError(f"there is no file {source}") from error
-    except Exception as error:  # a damaged file fails wherever the reader happens to be
-        raise ModelError(
-            f"{source} is not a whole GGUF file ({type(error).__name__}: {error}): fetch it again"
-        ) from error
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
-
-
 def _plan(
-    tensors: Mapping[str, Any], family: Family, config: Mapping[str, Any], source: Path
+    tensors: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], source: Path
 ) -> list[_Planned]:
     """Every tensor of the model in the file's order. Raises ModelError if the file has others than the model."""
     renamed = _renamed(family, config)
     present = set(tensors) - set(_ROPE_FACTORS)
     if missing := sorted(set(renamed) - present):
         raise ModelError(
-            f"{source} lacks {len(missing)} tensors of a {family.model_type} model: {_few(missing)}"
+            f"{shown_path(source)} lacks {len(missing)} tensors of a {family.model_type} model: {_few(missing)}"
         )
     if extra := sorted(present - set(renamed)):
         raise ModelError(
-            f"{source} has {len(extra)} tensors that a {family.model_type} model has no place for: {_few(extra)}"
+            f"{shown_path(source)} has {len(extra)} tensors that a {family.model_type} model has no place for: "
+            f"{_few(extra)}"
         )
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    shapes = tensor_shapes(config)
     plan = []
     for name, tensor in tensors.items():
         if name not in renamed:
             continue
-        part = name.split(".")[-2]
-        num_heads = heads.get(part, 0) if family.gguf and family.gguf.interleaved else 0
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        if num_heads and shape[0] != num_heads * config["head_dim"]:
+        part, kind = name.split(".")[-2:]
+        wanted = shapes[part] if kind == "weight" else shapes[part][:1]
+        if tensor.shape != wanted:
+            told = f"{name} has shape {list(tensor.shape)}; by the metadata it must be {list(wanted)}"
+            raise ModelError(f"{shown_path(source)}: {told}")
+        if tensor.data.ndim != 2:
             raise ModelError(
-                f"{source}: {name} has {shape[0]} rows, not {num_heads} heads × {config['head_dim']} dimensions"
+                f"{shown_path(source)}: {name} is a quantised vector; only matrices may be quantised"
             )
-        plan.append(_Planned(renamed[name], shape, tensor, num_heads))
+        num_heads = heads.get(part, 0) if family.gguf and family.gguf.interleaved else 0
+        plan.append(_Planned(renamed[name], tensor.shape, tensor, num_heads))
+    for planned in {planned.source.kind: planned for planned in plan}.values():
+        _dequantized(planned.source.data[:1], planned.source, source)  # refused before the work, not amid it
     return plan
 
 
@@ -144,17 +149,27 @@ def _renamed(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return ", ".join(map(shown, names[:4])) + (", …" if len(names) > 4 else "")
 
 
-def _values(tensor: Any, source: Path) -> Any:
-    """A whole tensor as float32, in the shape that the file stores."""
+def _factors(tensor: Tensor, source: Path) -> Any:
+    """The vector `tensor` as float32."""
+    if len(tensor.shape) != 1 or tensor.shape[0] > _MAX_ROPE_FACTORS:
+        wanted = f"a vector of at most {_MAX_ROPE_FACTORS}"
+        raise ModelError(
+            f"{shown_path(source)}: {tensor.name} has shape {list(tensor.shape)}; it must be {wanted}"
+        )
+    return _dequantized(tensor.data, tensor, source).reshape(-1)
+
+
+def _dequantized(data: npt.NDArray[np.uint8], tensor: Tensor, source: Path) -> npt.NDArray[np.float32]:
+    """Rows of `tensor.data` as float32, contiguous and writable."""
     from gguf import dequantize
 
     try:
-        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        return np.require(dequantize(data, tensor.kind), np.float32, ["C", "W"])
     except (NotImplementedError, ValueError) as error:
-        raise ModelError(f"{source}: {tensor.name} cannot be dequantised ({error})") from error
+        raise ModelError(f"{shown_path(source)}: {tensor.name} cannot be dequantised ({error})") from error
 
 
 def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
@@ -164,7 +179,6 @@ def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
     files made for the former hold a head's rows as [d/2, 2], to be read here as [2, d/2].
     """
     import torch
-    from gguf import dequantize
 
     data = planned.source.data
     num_rows = planned.shape[0]
@@ -173,11 +187,7 @@ def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
         order = order.reshape(planned.num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
     step = max(1, _CHUNK_ELEMENTS * num_rows // planned.num_elements)
     for start in range(0, num_rows, step):
-        rows = data[order[start : start + step]]
-        try:
-            values = np.require(dequantize(rows, planned.source.tensor_type), np.float32, ["C", "W"])
-        except (NotImplementedError, ValueError) as error:
-            raise ModelError(f"{source}: {planned.source.name} cannot be dequantised ({error})") from error
+        values = _dequantized(data[order[start : start + step]], planned.source, source)
         if dtype == "bfloat16":
             values = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
         yield values.tobytes()
