@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import orjson
 
-from sleb.errors import ConfigError
+from sleb.errors import ConfigError, ModelError
+from sleb.models.config import MAX_VOCABULARY, read_config
 
 # Common English nouns: 64 of them, so that 16 words, a page of a prefix cache, are 96 bits of chance.
 _NOUNS = """
@@ -176,10 +177,9 @@ class TokenPrompts:
 
     def __init__(self, folder: Path, seed: int) -> None:
         try:
-            size = int(orjson.loads((folder / "config.json").read_bytes())["vocab_size"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"{folder} is no Hugging Face folder ({error})"
-            raise ConfigError(f"{problem}; peers want one, with a config.json") from None
+            size = read_config(folder).integer("vocab_size", 1, MAX_VOCABULARY)
+        except ModelError as error:
+            raise ConfigError(f"{error}; peers want a Hugging Face folder") from None
         added: set[int] = set()
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a tokenizer need not tell
             tokenizer = orjson.loads((folder / "tokenizer.json").read_bytes())

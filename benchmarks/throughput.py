@@ -314,9 +314,7 @@ def plain_token_ids(engine: Engine) -> list[int]:
     spec, tokenizer = engine.spec, engine.tokenizer
     special = set(engine.eos_token_ids)
     num_ids = spec.vocab_size
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(spec.config, name, None)
-        special |= {value} if isinstance(value, int) else set(value or ())
+    special.update(*spec.special_token_ids.values())
     if tokenizer is not None:
         special |= set(tokenizer.get_added_tokens_decoder())
         num_ids = min(num_ids, tokenizer.get_vocab_size())

@@ -79,7 +79,7 @@ class Engine:
         self.default_tier = (recommended or list(self.tiers))[0]
         self.text = TextProcessor(resolved.path)
         self.tokenizer = self.text.tokenizer
-        self.eos_token_ids = self.text.eos_token_ids(self.spec.config)
+        self.eos_token_ids = self.text.eos_token_ids(self.spec.special_token_ids["eos"])
         depths = [tier.depth for tier in self.tiers]
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
         self.spec = self.runner.spec

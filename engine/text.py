@@ -88,12 +88,12 @@ class TextProcessor:
             ) from error
         return self.encode(rendered[0][0], add_special_tokens=False)
 
-    def eos_token_ids(self, config: Any) -> frozenset[int]:
-        """End-of-sequence ids: the generation config's, else the model config's."""
-        for value in (self.generation_config.get("eos_token_id"), getattr(config, "eos_token_id", None)):
-            if value is not None:
-                return frozenset([value] if isinstance(value, int) else value)
-        return frozenset()
+    def eos_token_ids(self, of_config: Sequence[int]) -> frozenset[int]:
+        """End-of-sequence ids: the generation config's, else those of config.json."""
+        value = self.generation_config.get("eos_token_id")
+        if value is None:
+            return frozenset(of_config)
+        return frozenset([value] if isinstance(value, int) else value)
 
 
 def _read_generation_config(path: Path) -> dict[str, Any]:

@@ -39,11 +39,10 @@ class Fields:
 
     def wrong(self, name: str, wanted: str) -> SlebError:
         """The error that field `name` is not `wanted`: for checks that only the caller can make."""
-        if self.values.get(name) is None:
-            return self._error(f"{shown_path(self.source)}: {name} is missing; it must be {wanted}")
-        return self._error(
-            f"{shown_path(self.source)}: {name} is {shown(self.values[name])}; it must be {wanted}"
-        )
+        value = self.values.get(name)
+        found = "missing" if value is None else shown(value)
+        named = shown_text(name[:_SHOWN])  # it may come from the file
+        return self._error(f"{shown_path(self.source)}: {named} is {found}; it must be {wanted}")
 
     def integer(self, name: str, least: int, most: int, default: Any = _REQUIRED) -> Any:
         """An integer from `least` to `most`, both included."""

@@ -167,10 +167,8 @@ class CpuExecutor:
         if weights.final_norm is not None:
             model.has_final_norm = 1
             model.final_norm = self._norm(weights.final_norm)
-        if spec.position == "rope":
-            cos, sin = (
-                table.contiguous() for table in rotary_tables(spec, max_model_len, torch.device("cpu"))
-            )
+        if spec.rotary is not None:
+            cos, sin = rotary_tables(spec.rotary, max_model_len, torch.device("cpu"))
             self._kept += [cos, sin]
             model.rotary_half = cos.shape[1]
             model.cos, model.sin = cos.data_ptr(), sin.data_ptr()

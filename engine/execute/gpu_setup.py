@@ -57,7 +57,7 @@ class GpuSetup:
         """Bytes of the GPU's memory that steps and graphs will take, measured on a trial executor."""
         if not is_gpu(self.device) or self.config.kv_cache_memory is not None:
             return 0
-        longest = min(self.config.max_model_len or self.spec.max_positions, self.spec.max_positions)
+        longest = min(self.config.max_model_len or self.spec.max_positions, self.spec.longest_context)
         trial = self._executor(longest, 0)
         reserve = measure_reserve(trial, self.config.step_tokens, longest, self._buckets)
         del trial

@@ -73,8 +73,7 @@ def size_cache(
 
     reserve: bytes of a GPU's free memory that are needed for something else. Raises ConfigError.
     """
-    limit = spec.max_positions
-    wanted = config.max_model_len or limit
+    wanted, limit = config.max_model_len or spec.max_positions, spec.longest_context
     if wanted > limit:
         raise ConfigError(f"max_model_len is {wanted}, but the model has {limit} positions; ask for no more")
     num_pages = choose_num_pages(

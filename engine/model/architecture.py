@@ -4,15 +4,22 @@ config into a `DecoderSpec`, which is all that the decoder and the weight loader
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sleb.errors import ModelError
+from sleb.engine.model.rotary import Rotary, read_rotary
+from sleb.fields import Fields
 from sleb.kernels.reference.ops import ACTIVATIONS
-from sleb.models.families import FAMILIES, Family, TensorNames, model_fingerprint
+from sleb.models.config import (
+    checkpoint_dtype,
+    family_of,
+    model_fingerprint,
+    read_config,
+    read_fields,
+)
+from sleb.models.families import TensorNames
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,9 @@ class DecoderSpec:
         position_offset: added to positions before the learned table is read (2 in OPT).
         rotary_blocks: for each block, whether its queries and keys are rotated (SmolLM3 leaves some out).
         windows: for each block, the sliding window in tokens, or None.
-        config: the parsed Hugging Face config; read for rotary frequencies only.
+        rotary: how queries and keys are rotated; None with learned positions.
         fingerprint: of the shape, as layer maps record it.
+        special_token_ids: what config.json names as "bos", "eos" and "pad"; the vocabulary need not have them.
     """
 
     architecture: str
@@ -49,6 +57,7 @@ class DecoderSpec:
     gated: bool
     position: Literal["rope", "learned"]
     position_offset: int
+    rotary: Rotary | None
     rotary_blocks: tuple[bool, ...]
     windows: tuple[int | None, ...]
     qk_norm: bool
@@ -59,7 +68,12 @@ class DecoderSpec:
     names: TensorNames
     fingerprint: str
     checkpoint_dtype: str | None
-    config: Any = field(repr=False, compare=False)
+    special_token_ids: Mapping[str, tuple[int, ...]]
+
+    @property
+    def longest_context(self) -> int:
+        """What --max-model-len may ask for: more than `max_positions` where rotation is stretched past them."""
+        return max(self.max_positions, 0 if self.rotary is None else self.rotary.longest)
 
     @property
     def query_size(self) -> int:
@@ -70,120 +84,103 @@ class DecoderSpec:
         return self.num_kv_heads * self.head_dim
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The dictionary in `path`/config.json. Raises ModelError when it is absent or not a JSON object."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} has no config.json; MODEL must be a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}); download the model again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no JSON object; download the model again")
-    return config
-
-
 def resolve_spec(path: Path) -> DecoderSpec:
     """The DecoderSpec of the checkpoint folder `path`.
 
-    Raises ModelError for an architecture or a variant of one that sleb does not run, naming what it does.
+    Raises ModelError for an architecture or a variant of one that sleb does not run, naming what it does, and for a
+    field of config.json that is not what it may be.
     """
-    raw = read_config(path)
-    architecture = _architecture(raw, path)
-    family = FAMILIES[architecture]
-    config = _parse_config(path, architecture)
-    num_heads, num_blocks = int(config.num_attention_heads), int(config.num_hidden_layers)
-    num_kv_heads = int(_read(config, family, "num_key_value_heads") or num_heads)
-    head_dim = int(_read(config, family, "head_dim") or config.hidden_size // num_heads)
+    config = read_config(path)
+    family = family_of(config)
+    values = read_fields(config, family)
+    read = values.get
+    num_heads, num_blocks = values["num_attention_heads"], values["num_hidden_layers"]
+    num_kv_heads = read("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
-        raise ModelError(f"{path}: {num_heads} heads cannot share {num_kv_heads} key-value heads evenly")
-    activation = getattr(config, family.activation)
-    if activation not in ACTIVATIONS:
-        raise ModelError(
-            f"{path}: activation '{activation}' is not supported; known: {', '.join(ACTIVATIONS)}"
-        )
-    norm_first = bool(_read(config, family, "do_layer_norm_before", True))
+        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    head_dim = read("head_dim") or values["hidden_size"] // num_heads
+    if head_dim < 1:
+        raise config.wrong("hidden_size", f"num_attention_heads, {num_heads}, or more")
+    if values[family.activation] not in ACTIVATIONS:
+        raise config.wrong(family.activation, f"one of {', '.join(ACTIVATIONS)}")
+    norm_first = read("do_layer_norm_before", True)
+    rotary_blocks = (
+        _rotary_blocks(config, values, num_blocks) if family.position == "rope" else (False,) * num_blocks
+    )
     return DecoderSpec(
-        architecture=architecture,
+        architecture=family.architecture,
         num_blocks=num_blocks,
-        hidden_size=int(config.hidden_size),
-        embed_size=int(_read(config, family, "word_embed_proj_dim", config.hidden_size)),
-        intermediate_size=int(getattr(config, family.intermediate_size)),
+        hidden_size=values["hidden_size"],
+        embed_size=read("word_embed_proj_dim") or values["hidden_size"],
+        intermediate_size=values[family.intermediate_size],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=int(config.vocab_size),
-        max_positions=int(config.max_position_embeddings),
+        vocab_size=values["vocab_size"],
+        max_positions=values["max_position_embeddings"],
         norm=family.norm,
-        norm_eps=float(_value(family.norm_eps, config)),
-        norm_affine=bool(_read(config, family, "layer_norm_elementwise_affine", True)),
+        norm_eps=_value(family.norm_eps, values),
+        norm_affine=read("layer_norm_elementwise_affine", True),
         norm_first=norm_first,
-        final_norm=norm_first and not _read(config, family, "_remove_final_layer_norm", False),
-        activation=activation,
+        final_norm=norm_first and not read("_remove_final_layer_norm", False),
+        activation=values[family.activation],
         gated=family.gated,
         position=family.position,
         position_offset=family.position_offset,
-        rotary_blocks=_rotary_blocks(config, family, num_blocks),
-        windows=_windows(config, family, num_blocks),
+        rotary=read_rotary(config, values, head_dim) if family.position == "rope" else None,
+        rotary_blocks=rotary_blocks,
+        windows=_windows(config, values, num_blocks, rotary_blocks),
         qk_norm=family.qk_norm,
-        qkv_bias=bool(_value(family.qkv_bias, config)),
-        out_bias=bool(_value(family.out_bias, config)),
-        mlp_bias=bool(_value(family.mlp_bias, config)),
-        tied_embeddings=bool(config.tie_word_embeddings),
+        qkv_bias=_value(family.qkv_bias, values),
+        out_bias=_value(family.out_bias, values),
+        mlp_bias=_value(family.mlp_bias, values),
+        tied_embeddings=values["tie_word_embeddings"],
         names=family.names,
-        fingerprint=model_fingerprint(raw),
-        checkpoint_dtype=raw.get("dtype") or raw.get("torch_dtype"),
-        config=config,
+        fingerprint=model_fingerprint(config),
+        checkpoint_dtype=checkpoint_dtype(config),
+        special_token_ids={name: values[f"{name}_token_id"] for name in ("bos", "eos", "pad")},
     )
 
 
-def _architecture(raw: Mapping[str, Any], path: Path) -> str:
-    named = raw.get("architectures") or []
-    for architecture in named:
-        if architecture in FAMILIES:
-            return str(architecture)
-    if not named:
-        for architecture, family in FAMILIES.items():
-            if raw.get("model_type") == family.model_type:
-                return architecture
-    found = ", ".join(map(str, named)) or raw.get("model_type") or "none named"
-    raise ModelError(f"{path}: architecture {found} is not supported; sleb runs {', '.join(FAMILIES)}")
-
-
-def _parse_config(path: Path, architecture: str) -> Any:
-    """The typed config, with the architecture's defaults filled in; never runs code of the checkpoint."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{path}/config.json is not a valid {architecture} config: {error}") from error
-    if config.model_type != FAMILIES[architecture].model_type:
-        raise ModelError(f"{path}/config.json names {architecture} but model_type {config.model_type}")
-    return config
-
-
-def _read(config: Any, family: Family, name: str, default: Any = None) -> Any:
-    """A field that not every config has; one that the family does not name counts as absent."""
-    return getattr(config, name, default) if name in family.reads else default
-
-
-def _value(value: float | str, config: Any) -> Any:
+def _value(value: Any, values: Mapping[str, Any]) -> Any:
     """What a family says itself, or leaves to a field of the config."""
-    return getattr(config, value, False) if isinstance(value, str) else value
+    return values[value] if isinstance(value, str) else value
 
 
-def _rotary_blocks(config: Any, family: Family, num_blocks: int) -> tuple[bool, ...]:
-    if family.position != "rope":
-        return (False,) * num_blocks
-    pattern = _read(config, family, "no_rope_layers")  # named for its zeros: 1 means "rotate"
-    return tuple(bool(value) for value in pattern) if pattern else (True,) * num_blocks
+def _rotary_blocks(config: Fields, values: Mapping[str, Any], num_blocks: int) -> tuple[bool, ...]:
+    if "no_rope_layers" not in values:
+        return (True,) * num_blocks
+    pattern = values["no_rope_layers"]  # named for its zeros: 1 means "rotate"
+    if pattern is None:
+        interval = values["no_rope_layer_interval"]
+        pattern = [(block + 1) % interval for block in range(num_blocks)]
+    return _a_block_each(config, "no_rope_layers", [bool(value) for value in pattern], num_blocks)
 
 
-def _windows(config: Any, family: Family, num_blocks: int) -> tuple[int | None, ...]:
-    window = _read(config, family, "sliding_window")
-    if window is None or _read(config, family, "use_sliding_window", True) is False:
+def _windows(
+    config: Fields, values: Mapping[str, Any], num_blocks: int, rotary_blocks: Sequence[bool]
+) -> tuple[int | None, ...]:
+    """As transformers' configuration classes derive them where `layer_types` does not list them."""
+    window = values.get("sliding_window")
+    if window is None or not values.get("use_sliding_window", True):
         return (None,) * num_blocks
-    kinds = _read(config, family, "layer_types") or ["sliding_attention"] * num_blocks
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    if window == 0:
+        raise config.wrong("sliding_window", "1 or more, or null for none")
+    kinds = values.get("layer_types")
+    if kinds is not None:
+        slides = [kind == "sliding_attention" for kind in kinds]
+    elif "max_window_layers" in values:
+        slides = [block >= values["max_window_layers"] for block in range(num_blocks)]
+    elif "no_rope_layers" in values:
+        slides = [not rotates for rotates in rotary_blocks]
+    else:
+        slides = [True] * num_blocks
+    return tuple(
+        window if each else None for each in _a_block_each(config, "layer_types", slides, num_blocks)
+    )
+
+
+def _a_block_each(config: Fields, name: str, values: Sequence[bool], num_blocks: int) -> tuple[bool, ...]:
+    if len(values) < num_blocks:
+        raise config.wrong(name, f"a list with a value for each of {num_blocks} blocks; it has {len(values)}")
+    return tuple(values[:num_blocks])

@@ -54,7 +54,7 @@ class Decoder:
         self.kernels = kernels
         self.device = device
         self.scale = spec.head_dim**-0.5
-        self.tables = rotary_tables(spec, max_model_len, device) if spec.position == "rope" else None
+        self.tables = rotary_tables(spec.rotary, max_model_len, device) if spec.rotary else None
 
     def rotation(self, positions: Tensor) -> Rotation:
         """The Rotation of positions [T] int64."""

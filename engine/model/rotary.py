@@ -1,40 +1,179 @@
-"""Tables of rotary angles for every scaling rule that a checkpoint's config can name."""
+"""Rotary embedding: what a config says of it, as frequencies, and the tables of angles that come of them.
+
+The formulas are those of transformers' `modeling_rope_utils.py`, whose fields these are; frequencies are computed in
+float32, as there.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleb.engine.model.architecture import DecoderSpec
-from sleb.errors import ModelError
+from sleb.fields import Fields
+from sleb.models.config import MAX_POSITIONS
+
+_RULES = ("default", "linear", "llama3", "yarn", "longrope")
+_MAX_THETA = 1e15  # the largest in use are near 1e8
+_MAX_FACTOR = 1e6
 
 
-def rotary_tables(spec: DecoderSpec, max_model_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [max_model_len, rotary_dim / 2] float32, scaled as the checkpoint asks.
+@dataclass(frozen=True)
+class Rotary:
+    """How queries and keys are rotated by their positions.
 
-    The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`): linear, llama3, yarn and longrope. longrope has
-    two sets; one server uses one of them, the long set if max_model_len goes past the original context, because
-    keys in the cache cannot change their angles. Raises ModelError for rules whose angles depend on the length
-    reached so far.
+    Attributes:
+        frequencies: [R / 2], radians a position, scaled as the checkpoint asks.
+        scaling: what cos and sin are multiplied by.
+        longest: the positions that it is scaled for.
+        original: the context that it was trained in. long_frequencies: those of longer ones, where they differ.
     """
-    inverse_frequencies, scaling = _inverse_frequencies(spec, max_model_len)
-    positions = torch.arange(max_model_len, dtype=torch.float32)
-    angles = torch.outer(positions, inverse_frequencies.float())
-    return (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
+
+    frequencies: tuple[float, ...]
+    scaling: float
+    longest: int
+    original: int
+    long_frequencies: tuple[float, ...] | None = None
 
 
-def _inverse_frequencies(spec: DecoderSpec, max_model_len: int) -> tuple[Tensor, float]:
-    parameters = spec.config.rope_parameters
-    rule = parameters.get("rope_type", "default")
-    if rule == "default":
-        rotary_dim = int(spec.head_dim * parameters.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
-        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
-    if rule not in ("linear", "llama3", "yarn", "longrope"):
-        raise ModelError(
-            f"rope scaling '{rule}' is not supported; sleb knows default, linear, llama3, yarn and longrope"
+def rotary_tables(rotary: Rotary, max_model_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [max_model_len, R / 2] float32.
+
+    longrope has two sets of frequencies. transformers takes one by the length reached so far; one server uses one of
+    them, the long set if max_model_len goes past the original context, because keys in the cache cannot change their
+    angles.
+    """
+    long = rotary.long_frequencies if max_model_len > rotary.original else None
+    frequencies = torch.tensor(long or rotary.frequencies, dtype=torch.float32)
+    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
+    return (angles.cos() * rotary.scaling).to(device), (angles.sin() * rotary.scaling).to(device)
+
+
+def read_rotary(config: Fields, values: Mapping[str, Any], head_dim: int) -> Rotary:
+    """The Rotary of a config.json, of which `values` are its family's fields.
+
+    Older files have rope_theta and rope_scaling at the top, newer ones all of it in rope_parameters. Raises ModelError.
+    """
+    rope = next(
+        (
+            each
+            for name in ("rope_scaling", "rope_parameters")
+            if (each := config.object(name, None)) and each.values
+        ),
+        Fields({}, f"{config.source}: rope_parameters"),
+    )
+    for name, value in rope.values.items():
+        if isinstance(value, dict):  # other families' classes have one object a kind of layer
+            raise rope.wrong(name, "a value: rotation that differs from layer to layer is not supported")
+    theta = rope.number("rope_theta", 1.0, _MAX_THETA, values["rope_theta"], above=True)
+    rotated = int(head_dim * _partial(rope, values))
+    num_frequencies = -(-rotated // 2)
+    if rotated < 1 or 2 * num_frequencies > head_dim:
+        raise config.wrong(
+            "head_dim", f"even, and at least 2, to be rotated; it makes {rotated} of {head_dim} features"
         )
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+    plain = 1.0 / theta**exponents
+    positions = values["max_position_embeddings"]
+    rule = _rule(rope, "partial_rotary_factor" in values)
+    if rule == "default":
+        return _rotary(plain, 1.0, positions)
+    original = values["original_max_position_embeddings"] or rope.integer(
+        "original_max_position_embeddings", 2, MAX_POSITIONS, positions
+    )
+    match rule:
+        case "linear":
+            factor = _factor(rope)
+            return _rotary(plain / factor, 1.0, original, factor * original)
+        case "llama3":
+            return _rotary(_llama3(rope, plain, original), 1.0, original)
+        case "yarn":
+            factor = _factor(rope, positions / original)
+            frequencies = _yarn(rope, plain, theta, rotated, factor, original)
+            return _rotary(frequencies, _yarn_scaling(rope, factor), original, factor * original)
+        case _:
+            short, long = (
+                plain / _divisors(rope, name, num_frequencies) for name in ("short_factor", "long_factor")
+            )
+            factor = _factor(rope, positions / original)
+            scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            scaling = _attention_factor(rope, scaling)
+            return replace(_rotary(short, scaling, original), long_frequencies=tuple(long.tolist()))
 
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rule](spec.config, torch.device("cpu"), seq_len=max_model_len)
-    return frequencies, float(scaling)
+
+def _rotary(frequencies: Tensor, scaling: float, original: int, longest: float = 0) -> Rotary:
+    return Rotary(tuple(frequencies.tolist()), scaling, min(int(longest), MAX_POSITIONS), original)
+
+
+def _rule(rope: Fields, is_phi3: bool) -> str:
+    name = "rope_type" if "rope_type" in rope else "type"
+    older = ("su", "yarn") if is_phi3 else ()  # names that Phi-3's first files have for longrope
+    rule: str = rope.string(name, (*_RULES, *older), "default")
+    return "longrope" if rule in older else rule
+
+
+def _partial(rope: Fields, values: Mapping[str, Any]) -> float:
+    if "partial_rotary_factor" not in values:
+        return 1.0
+    share: float = rope.number("partial_rotary_factor", 0.0, 1.0, values["partial_rotary_factor"], above=True)
+    return share
+
+
+def _factor(rope: Fields, *default: float) -> float:
+    factor: float = rope.number("factor", 0.0, _MAX_FACTOR, *default, above=True)
+    return factor
+
+
+def _attention_factor(rope: Fields, default: float) -> float:
+    factor: float = rope.number("attention_factor", 0.0, _MAX_FACTOR, default, above=True)
+    return factor
+
+
+def _divisors(rope: Fields, name: str, count: int) -> Tensor:
+    found = rope.items(name, count)
+    divisors = [
+        Fields({name: each}, rope.source).number(name, 0.0, _MAX_FACTOR, above=True) for each in found
+    ]
+    if len(divisors) != count:
+        raise rope.wrong(name, f"a list of {count} numbers, one a pair of rotated features")
+    return torch.tensor(divisors, dtype=torch.float32)
+
+
+def _llama3(rope: Fields, plain: Tensor, original: int) -> Tensor:
+    """Long waves are stretched by the factor, short ones kept, and what lies between is interpolated."""
+    factor = _factor(rope)
+    low: float = rope.number("low_freq_factor", 0.0, _MAX_FACTOR, above=True)
+    high: float = rope.number("high_freq_factor", low, _MAX_FACTOR, above=True)
+    turns = original * plain / (2 * math.pi)  # of each frequency in the original context
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * plain / factor + smooth * plain
+
+
+def _yarn(rope: Fields, plain: Tensor, theta: float, rotated: int, factor: float, original: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): what turns often enough in the original context is kept, the rest interpolated."""
+    fast = rope.number("beta_fast", 0.0, _MAX_FACTOR, 32.0, above=True)
+    slow = rope.number("beta_slow", 0.0, _MAX_FACTOR, 1.0, above=True)
+
+    def place(num_turns: float) -> float:
+        return rotated * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(fast), place(slow)
+    if rope.boolean("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    ramp = (torch.arange(len(plain), dtype=torch.float32) - low) / ((high - low) or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    frequencies: Tensor = plain / factor * (1 - kept) + plain * kept
+    return frequencies
+
+
+def _yarn_scaling(rope: Fields, factor: float) -> float:
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    own, of_all = (rope.number(name, 0.0, _MAX_FACTOR, 0.0) for name in ("mscale", "mscale_all_dim"))
+    return _attention_factor(rope, scale(own) / scale(of_all) if own and of_all else scale(1.0))

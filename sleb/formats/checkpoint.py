@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sleb.engine.model.architecture import DecoderSpec, read_config
+from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.errors import ConfigError
 from sleb.formats.decilm import MODEL_FILE, decilm_config
@@ -27,6 +27,7 @@ from sleb.formats.safetensors_copy import (
 )
 from sleb.formats.source import Source
 from sleb.layer_map.units import Sublayer
+from sleb.models.config import read_config
 
 # Everything of a model's folder but its configuration, weights, code and papers.
 _COPIED = (
@@ -62,7 +63,7 @@ def export_folder(
     Raises ConfigError for what the notation cannot express or a place that cannot be written, ModelError for a
     checkpoint that is not whole.
     """
-    raw, checkpoint = read_config(source.path), open_checkpoint(source.path, source.spec)
+    raw, checkpoint = read_config(source.path).values, open_checkpoint(source.path, source.spec)
     config, choose = _PLANS[notation](raw, checkpoint.spec, removal)
     if checkpoint.spec.tied_embeddings != source.spec.tied_embeddings:
         config["tie_word_embeddings"] = checkpoint.spec.tied_embeddings

@@ -18,7 +18,7 @@ from sleb.formats.removal import Imported
 from sleb.formats.removal_list import read_removal_list, read_sleb_result
 from sleb.layer_map.layer_map import LayerMap, Unit
 from sleb.layer_map.units import is_int
-from sleb.models.families import model_fingerprint
+from sleb.models.config import model_fingerprint, read_config
 
 Note = Callable[[str], None]
 
@@ -145,11 +145,10 @@ def _name(model: str | None) -> str | None:
 
 
 def _configuration(model: str) -> tuple[str, Mapping[str, Any]]:
-    from sleb.engine.model.architecture import read_config
     from sleb.models.resolve import resolve_config
 
     resolved = resolve_config(model)
-    return resolved.name, read_config(resolved.path)
+    return resolved.name, read_config(resolved.path).values
 
 
 def _layer_map(found: Imported, shape: tuple[str, int, str | None]) -> LayerMap:

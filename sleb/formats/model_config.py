@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sleb.models.families import FAMILIES
+
 if TYPE_CHECKING:  # it needs torch, which reading a list does not
     from sleb.engine.model.architecture import DecoderSpec
 
@@ -25,8 +27,6 @@ _NOT_PER_BLOCK = frozenset(
         "rope_parameters",
     }
 )
-# Lists that configuration classes make up where config.json has none; they may be longer than the model.
-_PER_BLOCK = ("layer_types", "no_rope_layers")
 # Remote code is not copied, and a folder's own name means nothing elsewhere.
 _DROPPED = ("auto_map", "_name_or_path")
 
@@ -55,9 +55,14 @@ def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Seque
 
 
 def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, list[Any]]:
-    """The lists of the typed configuration that have a value for each block, cut to these blocks."""
-    lists = {name: getattr(spec.config, name, None) for name in _PER_BLOCK}
-    return {name: [values[block] for block in kept_blocks] for name, values in lists.items() if values}
+    """The lists that the family reads and that have a value for each block, cut to these blocks."""
+    windows = ["full_attention" if window is None else "sliding_attention" for window in spec.windows]
+    lists: dict[str, list[Any]] = {
+        "layer_types": windows,
+        "no_rope_layers": [int(rotates) for rotates in spec.rotary_blocks],
+    }
+    reads = FAMILIES[spec.architecture].fields
+    return {name: [lists[name][block] for block in kept_blocks] for name in lists if name in reads}
 
 
 def _cut(value: Any, num_blocks: int, kept_blocks: Sequence[int]) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from sleb.fields import Fields
 
 # The fields of the fingerprint and the names that configurations give them.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -19,20 +21,25 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def shape_fingerprint(
-    model_type: str, config: Mapping[str, Any], defaults: Sequence[int | None] | None
-) -> str:
+_MOST = 1 << 40  # of a shape that is only compared
+
+
+def shape_fingerprint(model_type: str, config: Fields, defaults: Mapping[str, Any]) -> str:
     """`"sha256:" + hex` over the shape in a config.json: family, blocks, widths, heads, vocabulary.
 
-    Names are normalised (OPT's `ffn_dim` is `intermediate_size`) and `defaults`, in the order of FIELDS, filled in, so
+    Names are normalised (OPT's `ffn_dim` is `intermediate_size`) and `defaults`, by the config's names, filled in, so
     that a configuration that writes a default and one that leaves it out agree. Weights, precision, rope and
-    generation settings do not count: a fine-tuned model keeps its base model's fingerprint.
+    generation settings do not count: a fine-tuned model keeps its base model's fingerprint. Raises the config's error
+    for a shape that is no number.
     """
-    missing = dict(zip(FIELDS, defaults or (None,) * len(FIELDS), strict=True))
     shape: dict[str, Any] = {}
     for field, names in FIELDS.items():
-        present = [config[name] for name in names if name in config]
-        shape[field] = present[0] if present else missing[field]
+        present = [name for name in names if name in config.values]
+        shape[field] = (
+            config.integer(present[0], 1, _MOST, None)
+            if present
+            else next((defaults[name] for name in names if name in defaults), None)
+        )
     if shape["num_kv_heads"] is None:
         shape["num_kv_heads"] = shape["num_heads"]
     if shape["head_dim"] is None and shape["hidden_size"] and shape["num_heads"]:

@@ -10,6 +10,8 @@ from sleb.errors import LayerMapError
 Part = Literal["block", "attention", "mlp"]
 Sublayer = tuple[int, Literal["attention", "mlp"]]
 
+MAX_BLOCKS = 1 << 10  # that a model may have: the deepest published has 126 (Llama 3.1 405B)
+
 
 def is_int(value: Any) -> TypeGuard[int]:
     """An integer that is not a truth value."""

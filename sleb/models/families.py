@@ -10,10 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sleb.layer_map.fingerprint import shape_fingerprint
-
-_HEADS = ("num_key_value_heads", "head_dim")
-
 
 @dataclass(frozen=True)
 class TensorNames:
@@ -56,18 +52,17 @@ class Family:
 
     Attributes:
         architecture: the name of its class in transformers. model_type: as its config.json has it.
-        shape_defaults: what transformers' configuration class fills in for a shape that config.json leaves out, in the
-            order of `sleb.layer_map.fingerprint.FIELDS`; None: derived from the others.
+        fields: those of config.json that are read, and no other one is; each with what transformers' configuration
+            class fills in where it is absent. Their types and bounds: `sleb.models.config`.
         norm_eps: a number, or the config's field. activation, intermediate_size: the config's fields.
         position_offset: added to positions before the learned table is read.
         qkv_bias, out_bias, mlp_bias: whether there are biases, or the config's field that says so.
-        reads: further fields of the config that are read, where it has them; no other one is.
         gguf: None where its GGUF files are not read, or say that they are of another family.
     """
 
     architecture: str
     model_type: str
-    shape_defaults: tuple[int | None, ...]
+    fields: Mapping[str, Any]
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float | str = "rms_norm_eps"
     position: Literal["rope", "learned"] = "rope"
@@ -79,18 +74,43 @@ class Family:
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
-    reads: tuple[str, ...] = _HEADS
     names: TensorNames = field(default_factory=TensorNames)
     gguf: Gguf | None = None
 
 
-_WINDOWS = (*_HEADS, "sliding_window", "use_sliding_window", "layer_types")
+def _rotary_fields(*shape: int | None, positions: int, **own: Any) -> dict[str, Any]:
+    """What all families with rotary embedding read; `shape` in the order of its names, `own` beside or instead."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    heads = ("num_key_value_heads", "head_dim", "vocab_size")
+    return {
+        **dict(zip(names + heads, shape, strict=True)),
+        "max_position_embeddings": positions,
+        "original_max_position_embeddings": None,  # rotary scaling takes it before the one in its own object
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **own,
+    }
+
+
+_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 
 _ALL = (
     Family(
         "LlamaForCausalLM",
         "llama",
-        (32, 4096, 11008, 32, None, None, 32000),
+        _rotary_fields(
+            *(32, 4096, 11008, 32, None, None, 32000),
+            positions=2048,
+            attention_bias=False,
+            mlp_bias=False,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -99,49 +119,94 @@ _ALL = (
     Family(
         "MistralForCausalLM",
         "mistral",
-        (32, 4096, 14336, 32, 8, None, 32000),
-        reads=(*_HEADS, "sliding_window"),
+        _rotary_fields(
+            *(32, 4096, 14336, 32, 8, None, 32000),
+            positions=131072,
+            sliding_window=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
     ),
     Family(
         "Qwen2ForCausalLM",
         "qwen2",
-        (32, 4096, 22016, 32, 32, None, 151936),
+        _rotary_fields(*(32, 4096, 22016, 32, 32, None, 151936), positions=32768, **_WINDOWS),
         qkv_bias=True,
-        reads=_WINDOWS,
         gguf=Gguf("qwen2"),
     ),
     Family(
         "Qwen3ForCausalLM",
         "qwen3",
-        (32, 4096, 22016, 32, 32, 128, 151936),
+        _rotary_fields(
+            *(32, 4096, 22016, 32, 32, 128, 151936), positions=32768, attention_bias=False, **_WINDOWS
+        ),
         qk_norm=True,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
-        reads=_WINDOWS,
         gguf=Gguf("qwen3"),
     ),
     Family(
         "SmolLM3ForCausalLM",
         "smollm3",
-        (36, 2048, 11008, 16, 4, None, 128256),
+        _rotary_fields(
+            *(36, 2048, 11008, 16, 4, None, 128256),
+            positions=32768,
+            rope_theta=2e6,
+            attention_bias=False,
+            mlp_bias=False,
+            use_sliding_window=False,
+            sliding_window=None,
+            layer_types=None,
+            no_rope_layers=None,
+            no_rope_layer_interval=4,
+            tie_word_embeddings=True,
+            bos_token_id=128000,
+            eos_token_id=128001,
+            pad_token_id=128004,
+        ),
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias="mlp_bias",
-        reads=(*_WINDOWS, "no_rope_layers"),
         gguf=Gguf("smollm3", interleaved=True),
     ),
     Family(
         "Phi3ForCausalLM",
         "phi3",
-        (32, 3072, 8192, 32, None, None, 32064),
-        reads=(*_HEADS, "sliding_window"),
+        _rotary_fields(
+            *(32, 3072, 8192, 32, None, None, 32064),
+            positions=4096,
+            original_max_position_embeddings=4096,
+            partial_rotary_factor=1.0,
+            rms_norm_eps=1e-5,
+            sliding_window=None,
+            bos_token_id=1,
+            eos_token_id=32000,
+            pad_token_id=32000,
+        ),
         names=TensorNames(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
         gguf=Gguf("phi3"),
     ),
     Family(
         "OPTForCausalLM",
         "opt",
-        (12, 768, 3072, 12, None, None, 50272),
+        {
+            "num_hidden_layers": 12,
+            "hidden_size": 768,
+            "ffn_dim": 3072,
+            "num_attention_heads": 12,
+            "vocab_size": 50272,
+            "max_position_embeddings": 2048,
+            "word_embed_proj_dim": None,
+            "activation_function": "relu",
+            "enable_bias": True,
+            "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
         norm="layer",
         norm_eps=1e-5,
         position="learned",
@@ -152,10 +217,6 @@ _ALL = (
         qkv_bias="enable_bias",
         out_bias="enable_bias",
         mlp_bias="enable_bias",
-        reads=(
-            *("word_embed_proj_dim", "do_layer_norm_before", "layer_norm_elementwise_affine"),
-            "_remove_final_layer_norm",
-        ),
         names=TensorNames(
             embed="model.decoder.embed_tokens",
             block="model.decoder.layers.{block}",
@@ -172,10 +233,3 @@ _ALL = (
     ),
 )
 FAMILIES: dict[str, Family] = {family.architecture: family for family in _ALL}
-
-
-def model_fingerprint(config: Mapping[str, Any]) -> str:
-    """The fingerprint of the shape in a config.json, with what its family fills in: see `shape_fingerprint`."""
-    model_type = str(config.get("model_type", "unknown"))
-    defaults = [family.shape_defaults for family in _ALL if family.model_type == model_type]
-    return shape_fingerprint(model_type, config, defaults[0] if defaults else None)

@@ -21,7 +21,7 @@ from sleb.formats.importing import import_map
 from sleb.formats.mergekit import write_mergekit
 from sleb.formats.removal import Removal
 from sleb.layer_map.layer_map import LayerMap, Unit, shipped_maps
-from sleb.models.families import model_fingerprint
+from sleb.models.config import model_fingerprint
 
 NUM_BLOCKS = 5
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from sleb.cli.show import find_map, print_map, strip
 from sleb.errors import LayerMapError
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, Unit, shipped_maps
-from sleb.models.families import model_fingerprint
+from sleb.models.config import model_fingerprint
 
 PARTS: tuple[Part, Part] = ("attention", "mlp")
 GOOD: dict[str, Any] = {

@@ -1,0 +1,162 @@
+"""config.json: read once, and only the fields that the model's family names, each of the type and size it may have.
+
+What is absent is what transformers' configuration class fills in. The bounds stand well above every published model;
+what lies beyond them is a damaged file, and nobody is to allocate or count so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb.errors import ModelError
+from sleb.fields import Fields, as_integer, read_json, shown, shown_path
+from sleb.layer_map.fingerprint import shape_fingerprint
+from sleb.layer_map.units import MAX_BLOCKS
+from sleb.models.families import FAMILIES, Family
+
+MAX_WIDTH = 1 << 17  # features of the residual stream: Llama 3.1 405B has 16,384
+MAX_INNER = 1 << 20  # features inside an MLP: 53,248
+MAX_HEADS = 1 << 10  # 128; and features of a head
+MAX_VOCABULARY = 1 << 23  # tokens: 262,144 in Gemma
+MAX_POSITIONS = 1 << 27  # tokens: the longest context that a model claims is 10 million
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_MAX_IDS = 1 << 10  # tokens that end a text
+
+Rule = Callable[[Fields, str, Any], Any]
+
+
+def read_config(path: Path) -> Fields:
+    """The fields of `path`/config.json. Raises ModelError when it is absent or not a JSON object."""
+    try:
+        return read_json(path / "config.json")
+    except FileNotFoundError:
+        raise ModelError(
+            f"{shown_path(path)} has no config.json; MODEL must be a Hugging Face model folder"
+        ) from None
+
+
+def family_of(config: Fields) -> Family:
+    """The family that `architectures` names, or model_type where that is empty. Raises ModelError for others."""
+    wanted = f"a list of names; sleb runs {', '.join(FAMILIES)}"
+    named = config.items("architectures", 64, [])
+    if not all(isinstance(each, str) for each in named):
+        raise config.wrong("architectures", wanted)
+    model_type = config.string("model_type", default=None)
+    for family in FAMILIES.values():
+        if family.architecture in named or (not named and family.model_type == model_type):
+            if model_type not in (None, family.model_type):
+                raise config.wrong(
+                    "model_type", f"{family.model_type}, since architectures names {family.architecture}"
+                )
+            return family
+    found = f"architectures {shown(named)}" if named else f"model_type {shown(model_type)}"
+    raise ModelError(
+        f"{shown_path(config.source)}: {found} is not supported; sleb runs {', '.join(FAMILIES)}"
+    )
+
+
+def read_fields(config: Fields, family: Family) -> dict[str, Any]:
+    """The value of every field that `family` reads, and of no other. Raises ModelError for the first wrong one."""
+    values = {}
+    for name, default in family.fields.items():
+        is_null = name in config.values and config.values[name] is None
+        values[name] = _RULES[name](config, name, None if is_null and name in _NULLABLE else default)
+    return values
+
+
+def checkpoint_dtype(config: Fields) -> str | None:
+    """What the weights are stored in, as the file says: one of DTYPES, or None."""
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    stated: str | None = config.string(name, default=None)
+    if stated is not None and stated.removeprefix("torch.") not in DTYPES:
+        raise config.wrong(name, f"one of {', '.join(DTYPES)}")
+    return None if stated is None else stated.removeprefix("torch.")
+
+
+def model_fingerprint(config: Fields | Mapping[str, Any]) -> str:
+    """The fingerprint of the shape in a config.json, with what its family fills in: see `shape_fingerprint`."""
+    fields = config if isinstance(config, Fields) else Fields(config, "config.json")
+    model_type = fields.string("model_type", default="unknown")
+    known = [family.fields for family in FAMILIES.values() if family.model_type == model_type]
+    return shape_fingerprint(model_type, fields, known[0] if known else {})
+
+
+def _integer(least: int, most: int) -> Rule:
+    return lambda config, name, default: config.integer(name, least, most, default)
+
+
+def _number(least: float, most: float, *, above: bool = False) -> Rule:
+    return lambda config, name, default: config.number(name, least, most, default, above=above)
+
+
+def _boolean(config: Fields, name: str, default: Any) -> Any:
+    return config.boolean(name, default)
+
+
+def _string(config: Fields, name: str, default: Any) -> Any:
+    return config.string(name, default=default)
+
+
+def _token_ids(config: Fields, name: str, default: Any) -> tuple[int, ...]:
+    """One id or a list of them; whether the vocabulary has them is not looked at."""
+    value = config.values.get(name, default)
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    ids = [as_integer(each) for each in found[: _MAX_IDS + 1]]
+    if len(ids) > _MAX_IDS or None in ids:
+        raise config.wrong(name, f"a token's id, or a list of at most {_MAX_IDS}")
+    return tuple(each for each in ids if each is not None)
+
+
+def _each_of(*choices: Any) -> Rule:
+    """A list with one of `choices` for every block; it may be longer."""
+
+    def read(config: Fields, name: str, default: Any) -> Any:
+        values = config.items(name, 4 * MAX_BLOCKS, default)
+        if values is not default and any(type(each) is bool or each not in choices for each in values):
+            raise config.wrong(name, f"a list of {' and '.join(map(str, choices))}")
+        return values
+
+    return read
+
+
+_RULES: Mapping[str, Rule] = {
+    "num_hidden_layers": _integer(1, MAX_BLOCKS),
+    **dict.fromkeys(("hidden_size", "word_embed_proj_dim"), _integer(1, MAX_WIDTH)),
+    **dict.fromkeys(("intermediate_size", "ffn_dim"), _integer(1, MAX_INNER)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), _integer(1, MAX_HEADS)),
+    "vocab_size": _integer(1, MAX_VOCABULARY),
+    "max_position_embeddings": _integer(1, MAX_POSITIONS),
+    "original_max_position_embeddings": _integer(2, MAX_POSITIONS),
+    "sliding_window": _integer(0, MAX_POSITIONS),
+    "max_window_layers": _integer(0, MAX_POSITIONS),
+    "no_rope_layer_interval": _integer(1, MAX_POSITIONS),
+    "rms_norm_eps": _number(0.0, 1.0),
+    "rope_theta": _number(1.0, 1e15, above=True),  # the largest in use are near 1e8
+    "partial_rotary_factor": _number(0.0, 1.0, above=True),
+    "layer_types": _each_of("full_attention", "sliding_attention"),
+    "no_rope_layers": _each_of(0, 1),
+    **dict.fromkeys(("hidden_act", "activation_function"), _string),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _token_ids),
+    **dict.fromkeys(
+        (
+            *("attention_bias", "mlp_bias", "enable_bias", "tie_word_embeddings", "use_sliding_window"),
+            *("do_layer_norm_before", "layer_norm_elementwise_affine", "_remove_final_layer_norm"),
+        ),
+        _boolean,
+    ),
+}
+# Where null is a value: it is not what an absent field stands for.
+_NULLABLE = frozenset(
+    {
+        "num_key_value_heads",
+        "head_dim",
+        "sliding_window",
+        "layer_types",
+        "no_rope_layers",
+        "word_embed_proj_dim",
+    }
+    | {"original_max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+)
