@@ -1,11 +1,16 @@
-"""Files that appear whole or not at all, and the folder where sleb keeps what it makes. The standard library alone."""
+"""Files that appear whole or not at all, what tells that one changed, and the folder where sleb keeps what it makes.
+
+The standard library alone.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +28,52 @@ def cache_dir() -> Path:
         return Path.home() / "Library" / "Caches" / "sleb"
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "sleb"
+
+
+def file_state(path: Path) -> str:
+    """A word that changes when the contents of `path` do; a few megabytes of them are read. Raises OSError.
+
+    It is made of inode, size, both times and 64 pieces of the contents, first and last among them. Size and time of
+    modification alone tell nothing: weights of one shape have one size, and `cp -p`, tar, rsync and os.utime set that
+    time. The time of change (ctime) no call can set: a write, a rename over the file, a setting of the other time each
+    make it the system's now. The pieces are for where it says less: filesystems that keep none (images that are
+    mounted read-only, Windows), and a write within the same tick of the clock, some milliseconds, as one that was seen.
+    A file that is moved, or gets a link or other rights, has a new word too: what was made of it is made once more.
+    """
+    facts = path.stat()
+    digest = hashlib.sha256(
+        f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}".encode()
+    )
+    count, length = 64, 1 << 16
+    with path.open("rb") as file:
+        for index in range(count):
+            file.seek(max(0, facts.st_size - length) * index // (count - 1))
+            digest.update(file.read(length))
+    return digest.hexdigest()[:32]
+
+
+def content_digest(path: Path, report: Callable[[int, int], None] | None = None) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal digits; remembered in the cache folder while `file_state` stays.
+
+    report: called with bytes read, and of how many, while they are read. Raises OSError if `path` cannot be read.
+    """
+    note = cache_dir() / "digests" / file_state(path)
+    with suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", remembered := note.read_text(encoding="ascii")):
+            return remembered
+    digest, size, num_read = hashlib.sha256(), path.stat().st_size, 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+            num_read += len(piece)
+            if report is not None:
+                report(num_read, size)
+    with suppress(OSError):
+        if file_state(path) == note.name:  # else it changed while it was read
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with replacement(note, durable=False) as temporary:
+                temporary.write_text(digest.hexdigest(), encoding="ascii")
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -1,14 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what tells that one changed."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from sleb.errors import ConfigError
-from sleb.files import cache_dir, check_writable, replacement, write_text
+from sleb.files import cache_dir, check_writable, content_digest, file_state, replacement, write_text
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -72,3 +74,64 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_dir() == Path.home() / ".cache" / "sleb"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache_dir() == Path.home() / "Library" / "Caches" / "sleb"
+
+
+SIZE = 8 << 20  # more than the samples cover
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+def sampled(offset: int) -> bool:
+    """Whether one of 64 pieces of 64 KiB, spread evenly from the first byte to the last, holds `offset`."""
+    starts = [(SIZE - 65536) * index // 63 for index in range(64)]
+    return any(start <= offset < start + 65536 for start in starts)
+
+
+def test_a_byte_that_no_sample_holds_changes_the_state(file: Path) -> None:
+    facts, before, digest = file.stat(), file_state(file), content_digest(file)
+    offset = next(offset for offset in range(SIZE) if not sampled(offset))
+    with file.open("r+b") as handle:
+        handle.seek(offset)
+        handle.write(b"\1")
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert file.stat().st_mtime_ns == facts.st_mtime_ns and file.stat().st_size == facts.st_size
+    assert file_state(file) != before
+    assert content_digest(file) == hashlib.sha256(file.read_bytes()).hexdigest() != digest
+
+
+def test_contents_count_where_a_file_system_keeps_no_time_of_change(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, before = file.stat(), file_state(file)
+    file.write_bytes(b"\1" * SIZE)
+    monkeypatch.setattr(Path, "stat", lambda *_args, **_options: facts)
+    assert file_state(file) != before
+
+
+def test_contents_are_read_once(file: Path) -> None:
+    read: list[tuple[int, int]] = []
+    first = content_digest(file, lambda *counts: read.append(counts))
+    assert first == hashlib.sha256(bytes(SIZE)).hexdigest() and read[-1] == (SIZE, SIZE)
+    read.clear()
+    assert content_digest(file, lambda *counts: read.append(counts)) == first and read == []
+    moved = file.rename(file.with_name("moved"))
+    assert content_digest(moved) == first
+
+
+@pytest.mark.parametrize("damage", [b"", b"no digest", b"\xff" * 64])
+def test_a_damaged_note_is_made_anew(damage: bytes, file: Path, tmp_path: Path) -> None:
+    first = content_digest(file)
+    [note] = (tmp_path / "cache" / "digests").iterdir()
+    note.write_bytes(damage)
+    assert content_digest(file) == first and note.read_text() == first
+
+
+def test_a_cache_that_cannot_be_written_costs_no_more_than_the_reading(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert content_digest(file) == hashlib.sha256(bytes(SIZE)).hexdigest()

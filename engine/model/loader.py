@@ -66,7 +66,8 @@ def load_weights(
         progress.add(plain[name] for name in names)
     quantized = {name: target for name, target in targets.items() if not isinstance(target, Tensor)}
     if quantized:
-        _quantize(WeightCache(path), stored, quantized, progress)
+        shards = {stored[name].file for name in quantized}
+        _quantize(WeightCache(path, shards), stored, quantized, progress)
     return weights
 
 

@@ -1,8 +1,8 @@
 """Quantised matrices kept on the disk, so that a checkpoint is quantised once.
 
 A file holds one checkpoint tensor in one format, and says in its header what it was made from. A file that does not
-fit, of another version, of a checkpoint that has changed, cut short or damaged, counts as absent and is written
-anew. Files are safetensors, never pickles, and appear whole: they are renamed into place.
+fit, of another version, of a checkpoint that has changed (`sleb.files.file_state`), cut short or damaged, counts as
+absent and is written anew. Files are safetensors, never pickles, and appear whole: they are renamed into place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sleb.files import cache_dir, replacement
+from sleb.files import cache_dir, file_state, replacement
 from sleb.kernels.quantization import VERSION, QuantizedWeight
 
 logger = logging.getLogger("sleb.engine")
@@ -30,13 +30,17 @@ _SECONDS_TO_WRITE = 3600.0  # no file takes that long: an older unfinished one h
 
 
 class WeightCache:
-    """Quantised tensors of the checkpoint folder `path`, under the cache folder (SLEB_CACHE)."""
+    """Quantised tensors of the checkpoint folder `path`, whose files are `shards`, under the cache folder (SLEB_CACHE).
 
-    def __init__(self, path: Path) -> None:
+    What the files hold is told once, before a tensor of them is read: a later change is seen at the next start.
+    """
+
+    def __init__(self, path: Path, shards: Iterable[Path]) -> None:
         place = os.path.realpath(path)
         digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
         slug = re.sub(r"[^\w.-]+", "-", Path(place).name).strip(".-")[:80] or "model"
         self._folder = cache_dir() / "quantized" / f"{slug}-{digest}"
+        self._states = {shard: file_state(shard) for shard in shards}
         self._writable = True
         self._sweep()
 
@@ -48,7 +52,7 @@ class WeightCache:
                 metadata = handle.metadata() or {}
                 stored = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
                 wanted = tensors_of(target)
-                if metadata != _metadata(name, shard, stored) or not _fits(stored, wanted):
+                if metadata != self._metadata(name, shard, stored) or not _fits(stored, wanted):
                     return False
                 for key, tensor in wanted.items():
                     tensor.copy_(stored[key])
@@ -66,7 +70,7 @@ class WeightCache:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacement(file, durable=False) as temporary:  # a checksum guards what is read
-                save_file(tensors, temporary, _metadata(name, shard, tensors))
+                save_file(tensors, temporary, self._metadata(name, shard, tensors))
         except (SafetensorError, OSError) as error:
             if self._writable:
                 self._writable = False
@@ -86,6 +90,20 @@ class WeightCache:
             except OSError:  # another process was quicker, or the folder is not ours
                 continue
 
+    def _metadata(self, name: str, shard: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """What a file says of its origin and contents: all of it must agree for the file to be used."""
+        checksum = 0
+        for key in sorted(tensors):
+            array: Any = tensors[key].numpy()
+            checksum = zlib.crc32(array, checksum)
+        return {
+            "version": str(VERSION),
+            "tensor": name,
+            "source": os.path.realpath(shard),
+            "state": self._states[shard],
+            "crc32": str(checksum),
+        }
+
     def _file(self, name: str, weight: QuantizedWeight) -> Path:
         return self._folder / weight.kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.safetensors"
 
@@ -93,23 +111,6 @@ class WeightCache:
 def tensors_of(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a quantised weight by the name of their field."""
     return {key: value for key, value in vars(weight).items() if isinstance(value, Tensor)}
-
-
-def _metadata(name: str, shard: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a file says of its origin and contents: all of it must agree for the file to be used."""
-    facts = shard.stat()
-    checksum = 0
-    for key in sorted(tensors):
-        array: Any = tensors[key].numpy()
-        checksum = zlib.crc32(array, checksum)
-    return {
-        "version": str(VERSION),
-        "tensor": name,
-        "source": os.path.realpath(shard),
-        "size": str(facts.st_size),
-        "mtime_ns": str(facts.st_mtime_ns),
-        "crc32": str(checksum),
-    }
 
 
 def _fits(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sleb.errors import ConfigError, ModelError
-from sleb.files import cache_dir
+from sleb.fields import shown_path
+from sleb.files import cache_dir, content_digest
 from sleb.models.hub import config_folder, snapshot
 from sleb.models.store import build_once, is_complete
 
@@ -70,7 +71,7 @@ def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
         if (path / "config.json").is_file():
             return ResolvedModel(path, name)
         return ResolvedModel(_convert(_only_gguf(path), None, progress), name)
-    if path.is_file():
+    if path.exists():
         if not _is_gguf(path):
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
         return ResolvedModel(_convert(path, None, progress), path.stem)
@@ -89,7 +90,7 @@ def check_model(model: str) -> None:
         return
     if path.is_dir():
         _only_gguf(path)
-    elif path.is_file():
+    elif path.exists():
         if not _is_gguf(path):
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
     else:
@@ -183,7 +184,9 @@ def _convert(gguf: Path, to: Path | None, progress: bool) -> Path:
     """The conversion of a .gguf file, in the cache unless `to` says otherwise."""
     if not _is_gguf(gguf):
         raise ModelError(f"{gguf} is not a GGUF file: fetch it again, or give a model's folder")
-    key = _content_key(gguf)
+    with _bar(f"Reading {gguf.name}", progress) as report:
+        digest = content_digest(gguf, report)  # a file that was moved or copied is not converted again
+    key = hashlib.sha256(f"{_CONVERTER} {digest}".encode()).hexdigest()[:16]
     folder = to if to is not None else cache_dir() / "models" / f"{_slug(gguf.stem)}-{key}"
 
     def build(target: Path, scratch: Path) -> None:
@@ -199,21 +202,6 @@ def _convert_file(gguf: Path, target: Path, report: Report | None) -> None:
     convert_gguf(gguf, target, progress=report)
 
 
-def _content_key(path: Path) -> str:
-    """Identifies a file by size, time of change and 64 samples of its bytes, header and end among them.
-
-    A whole hash would read gigabytes at every start. The samples tell apart what size and time might not (two
-    quick exports of one shape), and the path does not count, so a file that was moved is not converted again.
-    """
-    size, count, length = path.stat().st_size, 64, 1 << 16
-    digest = hashlib.sha256(f"{_CONVERTER} {size} {path.stat().st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        for index in range(count):
-            file.seek(max(0, size - length) * index // (count - 1))
-            digest.update(file.read(length))
-    return digest.hexdigest()[:16]
-
-
 def _only_gguf(folder: Path) -> Path:
     found = sorted(path for path in folder.glob("*.gguf") if path.is_file())  # a pipe would be waited for
     if len(found) == 1:
@@ -225,16 +213,26 @@ def _only_gguf(folder: Path) -> Path:
 
 def _is_gguf(path: Path) -> bool:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ModelError(f"{path} is no regular file; it must be one")
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
     except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error})") from error
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _path(model: str) -> Path:
     if not model:
         raise ModelError(f"no model is named: give a folder, a .gguf file, a hub id (owner/name) or {ALIAS}")
-    return Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a name too long, a folder that may not be looked into, no such user
+        raise ModelError(f"{shown_path(model)} cannot be read: {getattr(error, 'strerror', error)}") from None
+    return path
 
 
 def _hub_id(model: str) -> str:

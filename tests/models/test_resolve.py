@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -306,7 +307,13 @@ def test_a_gguf_file_is_converted_once_and_found_again_after_a_move(tmp_path: Pa
     moved.rename(path)
     again = resolve_model(str(path), progress=False)
     assert again.path == first.path and (again.path / MARKER).stat().st_mtime_ns == changed
-    write_tiny_gguf(tmp_path / "other.gguf", seed=1).rename(path)
+    copied = Path(shutil.copy(path, tmp_path / "copied.gguf"))
+    assert resolve_model(str(copied), progress=False).path.name.endswith(first.path.name[-16:])
+    facts = path.stat()
+    other = write_tiny_gguf(tmp_path / "other.gguf", seed=1)
+    os.utime(other, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    other.rename(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
     assert resolve_model(str(path), progress=False).path != first.path
 
 
@@ -344,6 +351,18 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + b"\xff" * 100)
     with pytest.raises(ModelError, match="GGUF version 4294967295; 2 and 3 are read"):
         resolve_model(str(path), progress=False)
+
+
+def test_pipes_and_names_that_the_system_refuses(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ModelError, match=r"pipe\.gguf is no regular file"):
+        resolve_model(str(tmp_path / "pipe.gguf"))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(str(tmp_path))
+    for name in ("x" * 5000, f"{tmp_path}/{'y' * 300}/z", "~no-such-user/model"):
+        with pytest.raises(ModelError) as caught:
+            resolve_model(name)
+        assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

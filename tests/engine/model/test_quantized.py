@@ -271,6 +271,23 @@ class TestCache:
         assert len(made) == 36 and not same(first, second)
         assert len(stored(cache_folder)) == 36  # in place of the old ones
 
+    @pytest.mark.parametrize("how", ["written over", "renamed over"])
+    def test_other_weights_of_the_same_size_and_times_are_quantised_again(self, how, folder, made):
+        file, tensors = folder / FILE, load_file(folder / FILE)
+        save_file(tensors, file)
+        first, facts = load(folder), file.stat()
+        tensors["model.layers.3.mlp.up_proj.weight"][7, 5:9] += 1.0
+        place = file if how == "written over" else folder / "other"
+        save_file(tensors, place)
+        os.utime(place, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        place.replace(file)
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+        made.clear()
+        second = load(folder)
+        assert len(made) == 36 and not same(first, second)
+        expected = quantize_int8(tensors["model.layers.3.mlp.up_proj.weight"]).dequantize(torch.float32)
+        assert torch.equal(second.mlp[3].up.weight.dequantize(torch.float32)[48:], expected)
+
     def test_another_folder_is_another_checkpoint(self, folder, made, tmp_path):
         other = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "model"))
         tensors = load_file(other / FILE)
