@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from sleb.engine.requests.sampling_params import COUNT_RANGES, NUMBER_RANGES
 from sleb.errors import ConfigError
 from sleb.kernels.names import ATTENTION_BACKENDS, DTYPE_ALIASES, DTYPES, KERNELS, QUANTIZED, check_device
 from sleb.layer_map.layer_map import LayerMap
@@ -14,6 +16,21 @@ from sleb.options import check_values, option
 
 _STEP_TOKENS_CPU, _STEP_TOKENS_GPU = 256, 2048
 _MODEL, _MEMORY, _COMPUTE = "Model", "Batch and memory", "Compute"
+_ANSWERS = "Answers, where a request does not say"
+
+
+def _sampling(name: str, help: str) -> Any:
+    """The default of a sampling field, in the range that requests have."""
+    low, high, above = NUMBER_RANGES.get(name) or (*COUNT_RANGES[name], False)
+    return option(
+        None,
+        help,
+        unset="the generation config's, else off",
+        minimum=None if above else low,
+        maximum=high,
+        above=low if above else None,
+        group=_ANSWERS,
+    )
 
 
 @dataclass
@@ -60,6 +77,9 @@ class EngineConfig:
         group=_MODEL,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", group=_MODEL, metavar="NAME")
+    chat_template: str | Path | None = option(
+        None, "Jinja file to write conversations by.", unset="the model's own", group=_MODEL, metavar="FILE"
+    )
     load_format: str = option(
         "auto",
         "Where weights come from; dummy: random ones, and only a config is needed.",
@@ -125,6 +145,24 @@ class EngineConfig:
         "Of requests without one, and of random weights.",
         unset="different in every run",
         group=_COMPUTE,
+    )
+    generation_config: str | Path = option(
+        "auto",
+        "JSON file with sampling values; auto: the model's own; none: every value off.",
+        group=_ANSWERS,
+        metavar="FILE",
+    )
+    temperature: float | None = _sampling("temperature", "0 is greedy.")
+    top_p: float | None = _sampling("top_p", "Share of the probability to draw from.")
+    top_k: int | None = _sampling("top_k", "Tokens to draw from; 0 or -1: all.")
+    min_p: float | None = _sampling("min_p", "Least probability, as a share of the best token's.")
+    repetition_penalty: float | None = _sampling("repetition_penalty", "1 is off.")
+    default_max_tokens: int | None = option(
+        None,
+        "Longest answer to a request that sets no limit.",
+        unset="what is left of the context",
+        minimum=1,
+        group=_ANSWERS,
     )
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)
     on_tuning: Callable[[str], None] | None = field(default=None, repr=False, compare=False)

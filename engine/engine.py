@@ -17,6 +17,7 @@ from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.grammar_masks import advance
 from sleb.engine.execute.sampler import SampledToken
+from sleb.engine.generation import load_defaults
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer, special_texts
@@ -77,9 +78,10 @@ class Engine:
         self.tiers = make_tiers(self.layer_map, self.model_name, config.tiers, shipped)
         recommended = [tier for tier in self.tiers if tier.depth == self.layer_map.depth]
         self.default_tier = (recommended or list(self.tiers))[0]
-        self.text = TextProcessor(resolved.path)
+        self.text = TextProcessor(resolved.path, self.spec.vocab_size, config.chat_template)
         self.tokenizer = self.text.tokenizer
-        self.eos_token_ids = self.text.eos_token_ids(self.spec.special_token_ids["eos"])
+        self.defaults = load_defaults(resolved.path, config, self.spec, self.text)
+        self.eos_token_ids = self.defaults.end_token_ids
         depths = [tier.depth for tier in self.tiers]
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
         self.spec = self.runner.spec
@@ -147,17 +149,18 @@ class Engine:
             raise RequestError(f"n is {params.n}; the engine takes each choice as a request", param="n")
         tier = self.tier(depth)
         tokens = list(prompt_token_ids)
-        params = params.resolved(self.text.generation_config)
+        params = self.defaults.resolve(params)
         self._check_prompt(tokens, params)
         self._check_token_ids(params.stop_token_ids, "stop_token_ids")
         self._check_token_ids(list(params.logit_bias or {}), "logit_bias")
         room = self.max_model_len - len(tokens)
+        most = self.defaults.max_tokens if params.max_tokens is None else params.max_tokens
         request = Request(
             request_id=request_id,
             tokens=tokens,
             num_prompt_tokens=len(tokens),
             params=params,
-            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            max_tokens=room if most is None else min(room, most),
             tier=tier,
             # As text, because random.Random takes the absolute value of a number.
             rng=random.Random(str(self._seeds.getrandbits(64) if params.seed is None else params.seed)),
@@ -196,13 +199,17 @@ class Engine:
         return self.text.encode(text, add_special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """The prompt of a conversation; see `TextProcessor.render_chat`."""
+        """The prompt of a conversation; see `ChatTemplates.render`."""
         return self.text.render_chat(messages, **options)
 
     @property
     def chat_template(self) -> str | None:
-        """The model's chat template; None if it has none."""
+        """The chat template of conversations without tools; None if the model has none."""
         return self.text.chat_template
+
+    def chat_template_for(self, with_tools: bool) -> str | None:
+        """The chat template of conversations with or without tools; None if the model has none."""
+        return self.text.chat_template_for(with_tools)
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""

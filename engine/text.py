@@ -1,113 +1,97 @@
-"""A model folder's tokenizer, chat template and generation config."""
+"""A model folder's tokenizer and chat templates: strings to token ids, conversations to prompts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
+from sleb.engine.chat_template import ChatTemplates
+from sleb.errors import ConfigError, ModelError, RequestError
+from sleb.fields import read_bytes, shown_path
+from sleb.models.tokenizer import is_panic, load_tokenizer
 
-from sleb.errors import ModelError, RequestError
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_MAX_TEMPLATE = 2**20  # bytes
 
 
 class TextProcessor:
     """Strings to token ids and conversations to prompts.
 
-    A folder without tokenizer files gives a processor that only knows the generation config: prompts must then
-    be token ids and answers have no text.
+    A folder without tokenizer files gives a processor that knows nothing: prompts must then be token ids and answers
+    have no text.
+
+    Args:
+        vocab_size: of the model; tokens of the tokenizer past it are left out, with a warning.
+        chat_template: a file with the template to use in place of the folder's own.
+
+    Raises ModelError for a folder's file, ConfigError for `chat_template`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.generation_config = _read_generation_config(path)
-        self.tokenizer: Tokenizer | None = None
-        self.chat_template: str | None = None
-        self.named_tokens: dict[str, str] = {}
-        if any((path / name).is_file() for name in _TOKENIZER_FILES):
-            self._load(path)
+    def __init__(
+        self, path: Path, vocab_size: int | None = None, chat_template: str | Path | None = None
+    ) -> None:
+        loaded = load_tokenizer(path, vocab_size)
+        self.tokenizer: Tokenizer | None = loaded.tokenizer
+        self.named_tokens = loaded.named_tokens
+        templates, source = loaded.templates, shown_path(path)
+        if chat_template is not None:
+            templates, source = {"default": _read_template(Path(chat_template))}, shown_path(chat_template)
+        self._templates = ChatTemplates(templates, source, self.named_tokens)
 
-    def _load(self, path: Path) -> None:
-        from transformers import AutoTokenizer
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template of conversations without tools; None if the model has none. Setting it replaces all."""
+        return self._templates.choose(with_tools=False)
 
-        try:
-            fast = AutoTokenizer.from_pretrained(path, trust_remote_code=False, use_fast=True)
-            self.tokenizer = fast.backend_tokenizer
-        except Exception as error:
-            raise ModelError(f"the tokenizer in {path} cannot be loaded: {error}") from error
-        template = fast.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        self.chat_template = template
-        for name in _NAMED_TOKENS:
-            token = getattr(fast, name, None)
-            if token is not None:
-                self.named_tokens[name] = str(token)
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        templates = {} if template is None else {"default": template}
+        self._templates = ChatTemplates(templates, "this model", self.named_tokens)
+
+    def chat_template_for(self, with_tools: bool) -> str | None:
+        """The chat template of conversations with or without tools, or None."""
+        return self._templates.choose(with_tools)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Raises RequestError when the model has no tokenizer."""
+        """Token ids of `text`. Raises RequestError when the model has no tokenizer, ModelError when that fails."""
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer; send token ids", param="prompt")
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeError):
+            raise RequestError("the text is no Unicode: it holds half of a surrogate pair") from None
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise ModelError("the model's tokenizer fails at this text") from error
         return ids
 
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **template_kwargs: Any,
-    ) -> list[int]:
-        """The prompt of a conversation, by the model's own chat template.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The prompt of a conversation, by the model's own chat template: `ChatTemplates.render`, as token ids."""
+        return self.encode(self._templates.render(messages, **options), add_special_tokens=False)
 
-        Raises RequestError when the model has no template or the template refuses the messages (its own words).
-        """
-        if self.chat_template is None:
-            raise RequestError("this model has no chat template; use completions instead", param="messages")
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        reserved = {"tools", "documents", "chat_template", "conversations", "add_generation_prompt"}
-        variables = {name: value for name, value in template_kwargs.items() if name not in reserved}
-        try:
-            rendered = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                **(self.named_tokens | variables),
-            )
-        except Exception as error:
-            raise RequestError(
-                f"the chat template refuses the messages: {error}", param="messages"
-            ) from error
-        return self.encode(rendered[0][0], add_special_tokens=False)
-
-    def eos_token_ids(self, of_config: Sequence[int]) -> frozenset[int]:
-        """End-of-sequence ids: the generation config's, else those of config.json."""
-        value = self.generation_config.get("eos_token_id")
-        if value is None:
-            return frozenset(of_config)
-        return frozenset([value] if isinstance(value, int) else value)
+    def end_token_ids(self) -> set[int]:
+        """The tokenizer's end of text, and the special token with which the chat template ends a turn."""
+        if self.tokenizer is None:
+            return set()
+        behind = self._templates.after_answer()
+        special = (
+            (token.content, token_id)
+            for token_id, token in self.tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content and behind.startswith(token.content)
+        )
+        ends = {max(special, key=lambda each: len(each[0]), default=("", None))[1]}
+        ends.add(self.tokenizer.token_to_id(self.named_tokens.get("eos_token", "")))
+        return {token_id for token_id in ends if token_id is not None}
 
 
-def _read_generation_config(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return {}
+def _read_template(path: Path) -> str:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({error}); remove it or download it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no JSON object; remove it or download it again")
-    if config.get("do_sample") is False:  # then the file's sampling values are not in use
-        return {
-            name: value for name, value in config.items() if name not in ("temperature", "top_p", "top_k")
-        }
-    return config
+        return read_bytes(path, ConfigError, _MAX_TEMPLATE).decode()
+    except FileNotFoundError:
+        raise ConfigError(f"--chat-template {shown_path(path)} does not exist; name a Jinja file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--chat-template {shown_path(path)} is not text in UTF-8") from None

@@ -36,6 +36,7 @@ class ServerContext:
     created: int = field(default_factory=lambda: int(time.time()))
     unknown_fields: Counter[str] = field(default_factory=Counter)
     warm: bool = True
+    warm_up_failure: str | None = None
 
     @classmethod
     def create(cls, engine: Engine, options: ServeOptions, max_num_seqs: int) -> ServerContext:

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypeAliasType
 
+from sleb.engine.chat_template import OWN_NAMES, check_variables
 from sleb.engine.requests.sampling_params import (
     COUNT_RANGES,
     MAX_STOP_LENGTH,
@@ -53,7 +54,6 @@ MAX_PROMPTS = 2048
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
 MAX_TOKENS = 2**20  # of /detokenize
-OWN_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "logit_bias",  # its keys are strings in JSON
     "grammar",  # is compiled from other fields
@@ -95,13 +95,8 @@ def whole_numbers(values: Any) -> Any:
     return values
 
 
-def _without_own_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name in OWN_ARGUMENTS:
-        if name in arguments:
-            raise RequestError(
-                f"'{name}' cannot be given in chat_template_kwargs; it is a field of the request",
-                param="chat_template_kwargs",
-            )
+def _without_own_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    check_variables(arguments)
     return arguments
 
 
@@ -146,10 +141,10 @@ Messages = Annotated[
 ]
 TemplateArguments = Annotated[
     dict[str, Any],
-    AfterValidator(_without_own_arguments),
+    AfterValidator(_without_own_names),
     Field(
         description="Arguments of the model's chat template.",
-        json_schema_extra={"propertyNames": {"not": {"enum": list(OWN_ARGUMENTS)}}},
+        json_schema_extra={"propertyNames": {"not": {"enum": list(OWN_NAMES)}}},
     ),
 ]
 

@@ -115,7 +115,7 @@ class _Evaluation:
                 raise ConfigError(
                     f"--seqlen {seqlen} is longer than the context of {resolved.name}: {most} at most"
                 )
-            processor = TextProcessor(resolved.path)
+            processor = TextProcessor(resolved.path, spec.vocab_size)
             self.texts = [cut_text(text, processor, scheme, seqlen, options.windows) for text in texts]
             settings |= {"windows_like": scheme, "seqlen": seqlen}
         self.result = Result("eval", {}, settings)

@@ -100,9 +100,6 @@ def cut_text(
     tokenizer = processor.tokenizer
     if tokenizer is None:
         raise ConfigError("the model has no tokenizer; add its tokenizer.json to the model's folder")
-    # A tokenizer file may carry a limit that would silently cut the text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     token_ids = processor.encode(text.content, add_special_tokens=scheme == "sleb")
     if scheme == "sleb":
         windows, least, remedy = packed_windows(token_ids, seqlen), f" of {seqlen}", " or a shorter --seqlen"

@@ -122,7 +122,7 @@ class Sampler:
             [each.temperature or 1.0 for each in params],
             [each.top_k or 0 for each in params],
             [each.top_p or 1.0 for each in params],
-            [each.min_p for each in params],
+            [each.min_p or 0.0 for each in params],
             [requests[row].rng.random() for row in sampled],
         )
         if rows is None:

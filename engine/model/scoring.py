@@ -67,7 +67,7 @@ class DecoderScorer:
         )
         kernels = select_kernels("torch", target)
         decoder = Decoder(spec, loaded, kernels, spec.max_positions, target)
-        return cls(decoder, resolved.name, TextProcessor(resolved.path))
+        return cls(decoder, resolved.name, TextProcessor(resolved.path, spec.vocab_size))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [W, L] int64 to hidden states [W, L, E]."""

@@ -31,7 +31,7 @@ class Request:
 
     parent is a request with the same prompt and tier whose pages this one takes over once they are computed: a fork.
 
-    params is resolved (`SamplingParams.resolved`) and max_tokens is an integer that fits the context.
+    params is resolved (`GenerationDefaults.resolve`) and max_tokens is an integer that fits the context.
     """
 
     request_id: str

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sleb.engine.requests.grammar import GrammarSource
 from sleb.errors import RequestError
+
+if TYPE_CHECKING:
+    from sleb.engine.requests.grammar import GrammarSource
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -61,7 +63,7 @@ def _refuse(name: str, value: object, allowed: str) -> NoReturn:
 class SamplingParams:
     """Sampling fields under the names of the HTTP contract.
 
-    A field that is None follows the model's generation config where that has it, and is off otherwise.
+    A sampling field that is None follows the engine's defaults (`sleb.engine.generation`).
 
     Attributes:
         max_tokens: new tokens at most; None or -1: to the end of the context; 0: score the prompt and stop.
@@ -83,7 +85,7 @@ class SamplingParams:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    min_p: float = 0.0
+    min_p: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
@@ -119,16 +121,6 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """A copy in which what is None is taken from `defaults` (a generation config), else switched off."""
-        fallback = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-        chosen: dict[str, Any] = {}
-        for name, off in fallback.items():
-            if getattr(self, name) is None:
-                value = defaults.get(name)
-                chosen[name] = off if value is None else value
-        return replace(self, **chosen) if chosen else self
-
     def for_choice(self, number: int) -> SamplingParams:
         """The parameters of one of the `n` answers to a prompt: a seed gives each its own random numbers."""
         seed = None if self.seed is None else (self.seed + number) % 2**64
@@ -149,7 +141,7 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         for name, (low, high, above) in NUMBER_RANGES.items():
             value = getattr(self, name)
-            if value is None and name in ("temperature", "top_p", "repetition_penalty"):
+            if value is None and name in ("temperature", "top_p", "min_p", "repetition_penalty"):
                 continue
             if not is_number(value) or not low <= value <= high or (above and value == low):
                 _refuse(name, value, f"a number{' above 0' if above else ''} from {low:g} to {high:g}")

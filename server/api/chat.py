@@ -156,7 +156,7 @@ class _Reading:
     def __init__(self, context: ServerContext, body: ChatBody, tools: ToolUse | None, prompt: Prompt) -> None:
         engine = context.engine.engine
         self._tools = tools
-        self._template = engine.chat_template
+        self._template = engine.chat_template_for(tools is not None)
         self._tokenizer = engine.tokenizer
         self._thought_open = _opens_thought(body, prompt, self._tokenizer)
         known = self._tokenizer is not None and self._tokenizer.token_to_id(THINK) is not None
@@ -204,10 +204,12 @@ def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) 
 
 async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
     messages = normalise_messages(body.messages)
-    options = dict(body.chat_template_kwargs or {})
-    options["add_generation_prompt"] = body.add_generation_prompt is not False
-    options["continue_final_message"] = body.continue_final_message
-    if not knows_tools(context.engine.engine.chat_template):
+    options: dict[str, Any] = {
+        "add_generation_prompt": body.add_generation_prompt is not False,
+        "continue_final_message": body.continue_final_message,
+        "variables": body.chat_template_kwargs or {},
+    }
+    if not knows_tools(context.engine.engine.chat_template_for(tools is not None)):
         messages = offer_in_text(messages, [] if tools is None else tools.tools)
     elif tools is not None:
         options["tools"] = tools.tools

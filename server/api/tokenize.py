@@ -147,8 +147,9 @@ def _tokens(context: ServerContext, body: TokenizeBody) -> list[int]:
         "tools": body.tools,
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": bool(body.continue_final_message),
+        "variables": body.chat_template_kwargs or {},
     }
-    return engine.render_chat(normalise_messages(body.messages), **(body.chat_template_kwargs or {}), **own)
+    return engine.render_chat(normalise_messages(body.messages), **own)
 
 
 def _tokenizer(context: ServerContext) -> Tokenizer:

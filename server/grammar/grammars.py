@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sleb.errors import RequestError
+from sleb.errors import ModelError, RequestError
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.notation import GrammarError, as_llguidance, in_words
 
@@ -144,21 +144,17 @@ class GrammarCompiler:
 
     def _token_table(self) -> Any:
         from llguidance import LLTokenizer
-        from tokenizers import Tokenizer
 
         with self._table_lock:
             if self._table is None:
                 assert self._tokenizer is not None
-                copy = Tokenizer.from_str(self._tokenizer.to_str())
-                copy.no_padding()
-                copy.no_truncation()
                 try:
                     self._table = LLTokenizer(
-                        copy.to_str(), n_vocab=self._vocab_size, eos_token=self._eos or None
+                        self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._eos or None
                     )
-                except ValueError as error:
-                    raise GrammarError(
-                        f"this model's tokenizer cannot be used: {in_words(str(error))}"
+                except ValueError as error:  # no fault of the request's
+                    raise ModelError(
+                        f"llguidance cannot use this model's tokenizer: {in_words(str(error))}"
                     ) from None
             return self._table
 

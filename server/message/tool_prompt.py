@@ -31,7 +31,7 @@ def offer_in_text(
     if tools:
         listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         explanation = _EXPLANATION.format(tools=listed)
-        if told and told[0].get("role") == "system":
+        if told and told[0].get("role") in ("system", "developer"):
             told[0] = told[0] | {"content": f"{told[0].get('content') or ''}\n\n{explanation}"}
         else:
             told.insert(0, {"role": "system", "content": explanation})

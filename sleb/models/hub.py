@@ -10,7 +10,7 @@ from sleb.errors import ModelError
 from sleb.models.store import build_once
 from sleb.models.weight_files import INDEX, NOT_WEIGHTS, read_index
 
-WANTED = [
+_ROOT = [
     "config.json",
     "generation_config.json",
     "*.safetensors",
@@ -23,10 +23,12 @@ WANTED = [
     "chat_template.json",
     "vocab.json",
     "merges.txt",
-    "*.jinja",
+    "chat_template.jinja",
 ]
+_TEMPLATES = "additional_chat_templates"
+WANTED = [*_ROOT, f"{_TEMPLATES}/*.jinja"]
 # Patterns match across slashes: subfolders hold other formats, and these names other layouts of the same weights.
-UNWANTED = ["*/*", *NOT_WEIGHTS]
+UNWANTED = [*(f"*/{name}" for name in _ROOT), f"{_TEMPLATES}/*/*", *NOT_WEIGHTS]
 
 
 def snapshot(repository: str, to: Path | None = None, *, progress: bool = True) -> Path:
@@ -41,9 +43,11 @@ def snapshot(repository: str, to: Path | None = None, *, progress: bool = True) 
         return folder
 
     def build(target: Path, scratch: Path) -> None:
-        for file in sorted(folder.iterdir()):
+        for file in sorted([*folder.iterdir(), *(folder / _TEMPLATES).glob("*.jinja")]):
             if file.is_file():
-                _link_or_copy(file.resolve(), target / file.name)
+                place = target / file.relative_to(folder)
+                place.parent.mkdir(exist_ok=True)
+                _link_or_copy(file.resolve(), place)
 
     return build_once(to, {"repository": repository, "revision": folder.name}, build)
 

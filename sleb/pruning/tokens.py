@@ -170,11 +170,11 @@ class _Writer:
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        text = llm.engine.text
         end, begin = self._named("eos_token"), self._named("bos_token")
         self._end = min(llm.engine.eos_token_ids, default=None) if end is None else end
         if begin is None:  # some tokenizers leave it to the generation config
-            begin = text.generation_config.get("bos_token_id", self._end)
+            begin = llm.engine.defaults.begin_token_id
+            begin = self._end if begin is None else begin
         self._begin = begin
 
     def write(
@@ -193,6 +193,7 @@ class _Writer:
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
+                min_p=0.0,
                 repetition_penalty=1.0,
                 max_tokens=max_tokens - len(tokens),
                 seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -113,7 +115,7 @@ def test_real_answers(tiny_model_dir, tiny_chain):
 
     options = {"dtype": "float32", "device": "cpu", "kernels": "torch", "kv_cache_memory": 0.02}
     llm = LLM(tiny_model_dir, tiny_chain, [0, 2], **options)
-    llm.engine.text.generation_config |= {"temperature": 2.0, "repetition_penalty": 1.5}
+    llm.engine.defaults = replace(llm.engine.defaults, temperature=2.0, repetition_penalty=1.5)
     seen = []
     (dense, _), (pruned, _) = generate_answers(
         llm, PROMPTS[:4], (0, 2), 24, lambda depth, done, total: seen.append((depth, done, total))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from sleb.benchmarks.quality.texts import (
     Text,
@@ -102,9 +103,11 @@ class TestCut:
         first = cut_text(text, processor, "lm-eval", 4, 2)
         assert len(first.windows) == 2 and not first.is_whole
 
-    def test_a_limit_in_the_tokenizer_does_not_cut_the_text(self, tiny_model_dir):
-        processor = TextProcessor(tiny_model_dir)
-        processor.tokenizer.enable_truncation(5)
+    def test_a_limit_in_the_tokenizer_does_not_cut_the_text(self, tiny_model_dir, tmp_path):
+        tokenizer = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
+        tokenizer.enable_truncation(5)
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        processor = TextProcessor(tmp_path)
         assert scored(cut_text(Text("t", "x" * 40), processor, "sleb", 10, None)) == 36
 
     def test_the_number_of_windows_of_the_text_itself(self, tiny_model_dir):

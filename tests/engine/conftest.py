@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sleb.engine.engine import Engine
 from sleb.engine.execute.step_arrays import StepArrays
+from sleb.engine.generation import GenerationDefaults
 from sleb.engine.llm import LLM
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
@@ -65,7 +66,7 @@ def make_request() -> Callable[..., Request]:
         num_prompt_tokens: int | None = None,
         **params: Any,
     ) -> Request:
-        resolved = SamplingParams(**params).resolved({})
+        resolved = GenerationDefaults().resolve(SamplingParams(**params))
         return Request(
             request_id=f"request-{next(numbers)}",
             tokens=list(tokens),

@@ -445,7 +445,7 @@ class TestText:
             json.dumps({"do_sample": True, "top_k": 1, "eos_token_id": 0})
         )
         llm = LLM(folder)
-        assert llm.engine.eos_token_ids == {0}
+        assert llm.engine.eos_token_ids == {0, 258}  # 258: the template's end of a turn
         unset = SamplingParams(max_tokens=10, ignore_eos=True)
         greedy = llm.generate(["abc"], GREEDY)[0].token_ids[:10]
         assert llm.generate(["abc"], unset)[0].token_ids == greedy

@@ -390,6 +390,10 @@ def test_what_cannot_be_a_hub_id_never_reaches_the_hub(
 # ---- the hub ----
 
 
+def files_below(folder: Path) -> set[str]:
+    return {entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file()}
+
+
 def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str]) -> None:
     """Answers snapshot_download with those of `names` that its patterns let through."""
 
@@ -398,6 +402,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str]) ->
         for name in filter_repo_objects(
             names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         ):
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("{}")
         return str(folder)
 
@@ -411,18 +416,21 @@ def test_a_hub_snapshot_has_safetensors_and_tokenizer_files_only(
         "config.json", "generation_config.json", "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
     ]  # fmt: skip
     unwanted = [
         "pytorch_model.bin", "model.pt", "modeling_x.py", "original/model.safetensors", "onnx/model.onnx", "README.md",
+        "onnx/config.json", "a/chat_template.jinja", "a/additional_chat_templates/x.jinja",
+        "additional_chat_templates/a/x.jinja", "other.jinja",
         "consolidated.safetensors", "training_args.bin", "flax_model.msgpack", ".gitattributes",
     ]  # fmt: skip
     fake_hub(monkeypatch, tmp_path / "0123abc", wanted + unwanted)
     resolved = resolve_model("Owner/Some-Model-1B")
     assert resolved.name == "Some-Model-1B"
-    assert sorted(entry.name for entry in resolved.path.iterdir()) == sorted(wanted)
+    assert files_below(resolved.path) == set(wanted)
     copied = fetch_model("Owner/Some-Model-1B", tmp_path / "copy")
     assert is_complete(copied)
-    assert {entry.name for entry in copied.iterdir()} == {*wanted, MARKER}
+    assert files_below(copied) == {*wanted, MARKER}
 
 
 def test_a_repository_of_pickles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

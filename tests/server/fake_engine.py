@@ -98,11 +98,22 @@ class FakeEngine:
     def encode(self, text, add_special_tokens=True):
         return self.tokenizer.encode(text).ids
 
-    def render_chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, **kwargs):
+    def chat_template_for(self, with_tools):
+        return self.chat_template
+
+    def render_chat(
+        self,
+        messages,
+        *,
+        tools=None,
+        add_generation_prompt=True,
+        continue_final_message=False,
+        variables=None,
+    ):
         if any(message["role"] == "forbidden" for message in messages):
             raise RequestError("the chat template refuses the messages: no such role", param="messages")
         return self.encode(
-            "".join(str(message["content"]) for message in messages) + kwargs.get("suffix", "")
+            "".join(str(message["content"]) for message in messages) + (variables or {}).get("suffix", "")
         )
 
     @property

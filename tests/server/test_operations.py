@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import logging
@@ -14,6 +15,7 @@ import time
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import openai
@@ -23,7 +25,9 @@ import pytest
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.errors import ConfigError
+from sleb.server.api import health
 from sleb.server.bench_result import BenchResult
+from sleb.server.errors import OverloadedError
 from sleb.server.logs import JsonFormatter, SafeHandler, UnblockedStream
 from sleb.terminal import LineFormatter
 
@@ -53,13 +57,43 @@ def test_requests_are_served_while_it_warms_up(serve_engine, fake_engine):
     assert server.complete("ab").json()["choices"][0]["text"] == "ab"
 
 
-def test_a_warm_up_that_is_refused_does_not_keep_clients_away(serve_engine, fake_engine, wait_until, caplog):
+def test_a_server_that_could_not_warm_up_is_not_ready_and_says_why(
+    serve_engine, fake_engine, wait_until, caplog
+):
     from sleb.errors import RequestError
 
     fake_engine.add_error = RequestError("no")
     server = serve_engine(fake_engine, warm_up=True)
-    wait_until(lambda: server.http.get("/ready").status_code == 200)
+    wait_until(lambda: server.context.warm)
     assert "warming up failed: no" in caplog.text
+    response = server.http.get("/ready")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "warm_up_failed"
+    assert response.json()["error"]["message"] == "the server could not warm up: no"
+    fake_engine.add_error = None  # clients may try
+    assert server.complete("ab").json()["choices"][0]["text"] == "ab"
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_full_queue_is_no_failure_to_warm_up():
+    tries = []
+
+    class Busy:
+        engine = SimpleNamespace(max_model_len=64, tiers=[SimpleNamespace(depth=0)])
+
+        async def submit(self, jobs):
+            tries.append(jobs)
+            if len(tries) < 3:
+                raise OverloadedError("the queue is full")
+
+            async def nothing():
+                return []
+
+            return SimpleNamespace(next=nothing, close=lambda: None)
+
+    context = SimpleNamespace(engine=Busy(), warm=False, warm_up_failure=None)
+    asyncio.run(health.warm_up(context))
+    assert len(tries) == 3 and context.warm and context.warm_up_failure is None
 
 
 def test_a_dead_engine_is_never_ready(serve_engine, fake_engine, wait_until):

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from sleb import LLM, LayerMap, SamplingParams
 from sleb.cli.prune import prune as prune_command
+from sleb.engine.generation import GenerationDefaults
 from sleb.engine.model.scoring import DecoderScorer
+from sleb.engine.outputs import Choice, Output
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError
 from sleb.pruning.calibration import Calibration, calibration_windows, generated
@@ -178,11 +180,16 @@ def test_what_a_document_begins_and_ends_with(
 
     def generate(prompts: Any, params: Any, depth: int, on_progress: Any) -> list[Any]:
         asked.extend(zip(prompts, params, strict=True))
-        return [SimpleNamespace(token_ids=[7, 8], finish_reason="length") for _ in prompts]
+        answer = Choice(token_ids=[7, 8], finish_reason="length")
+        return [Output(list(prompt), depth, [answer], None, 0, None) for prompt in prompts]
 
     tokenizer = SimpleNamespace(token_to_id={"<b>": 1, "<e>": 2}.get)
-    text = SimpleNamespace(named_tokens=named, generation_config=config, tokenizer=tokenizer)
-    engine = SimpleNamespace(text=text, eos_token_ids=frozenset(ends), spec=SimpleNamespace(vocab_size=50))
+    engine = SimpleNamespace(
+        text=SimpleNamespace(named_tokens=named, tokenizer=tokenizer),
+        defaults=GenerationDefaults(begin_token_id=config.get("bos_token_id")),
+        eos_token_ids=frozenset(ends),
+        spec=SimpleNamespace(vocab_size=50),
+    )
     llm: Any = SimpleNamespace(engine=engine, generate=generate)
     documents = _Writer(llm).write([11, 12, 13], 3, lambda new: None)
     ending = [] if end is None else [end]
