@@ -1,7 +1,7 @@
 // The list of conversations: choose, rename, delete (with a way back), export.
 
 import { $, el, iconButton, saveFile, toast } from "./dom.js";
-import { deleteChat, listChats, loadChat, saveChat } from "./store.js";
+import { deleteChat, listChats, storedChat } from "./store.js";
 
 export const titleOf = (chat) => chat.title || "New conversation";
 
@@ -14,18 +14,16 @@ export function renderSidebar(actions) {
 }
 
 export function exportAll() {
-  saveFile("sleb-conversations.json", JSON.stringify(listChats(), null, 2));
+  saveFile("sleb-conversations.json", JSON.stringify(listChats().filter((chat) => chat.turns), null, 2));
 }
 
 function row(chat, actions) {
   const current = chat.id === actions.opened();
   const open = el("button", { type: "button", class: "chat-title", text: titleOf(chat), title: titleOf(chat),
-    "aria-current": current ? "true" : null, onclick: () => actions.open(chat.id) });
+    disabled: !chat.turns, "aria-current": current ? "true" : null, onclick: () => actions.open(chat.id) });
   const item = el("li", { class: current ? "current" : "" }, open, el("span", { class: "actions" },
-    iconButton("edit", `Rename: ${titleOf(chat)}`, () => rename(chat, item, actions)),
-    iconButton("save", `Export: ${titleOf(chat)}`, () => {
-      saveFile(`sleb-${chat.id}.json`, JSON.stringify(loadChat(chat.id), null, 2));
-    }),
+    chat.turns ? iconButton("edit", `Rename: ${titleOf(chat)}`, () => rename(chat, item, actions)) : null,
+    iconButton("save", `Export: ${titleOf(chat)}`, () => saveFile(`sleb-${chat.id}.json`, storedChat(chat.id))),
     iconButton("delete", `Delete: ${titleOf(chat)}`, () => remove(chat, actions))));
   return item;
 }
@@ -55,11 +53,10 @@ function rename(chat, item, actions) {
 
 function remove(chat, actions) {
   actions.removed(chat.id);
-  const kept = loadChat(chat.id);
-  deleteChat(chat.id);
+  const restore = deleteChat(chat.id);
   renderSidebar(actions);
   toast("Conversation deleted.", "Undo", () => {
-    saveChat(kept);
+    restore();
     renderSidebar(actions);
   });
 }

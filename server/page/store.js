@@ -39,20 +39,28 @@ export function newChat() {
   return { id, title: "", created: Date.now(), updated: Date.now(), turns: [] };
 }
 
+const isText = (value) => typeof value === "string";
+const isNumber = (value) => value === null || value === undefined || typeof value === "number";
+const isStats = (stats) => ["rate", "firstMs", "tokens", "promptTokens", "promptRate"].every((name) => isNumber(stats?.[name]));
+const isAnswer = (answer) => [answer?.model, answer?.content, answer?.reasoning].every(isText) && isStats(answer.stats);
+const isTurn = (turn) => isText(turn?.text) && Array.isArray(turn.answers) && turn.answers.every(isAnswer);
+
+/** A conversation as it was stored; null if there is none that could be shown. */
 export function loadChat(id) {
   const chat = read(local, CHAT + id);
-  if (!Array.isArray(chat?.turns)) return null;
+  if (!Array.isArray(chat?.turns) || !chat.turns.every(isTurn)) return null;
   for (const answer of chat.turns.flatMap((turn) => turn.answers)) {
     if (answer.state === "running") answer.state = "stopped"; // the page was closed on it
   }
   return chat;
 }
 
-/** All conversations, the latest first. */
+/** All conversations, the latest first; one that cannot be shown has no turns. */
 export function listChats() {
   const keys = Array.from({ length: local.length }, (_, index) => local.key(index));
-  return keys.filter((key) => key?.startsWith(CHAT)).map((key) => loadChat(key.slice(CHAT.length)))
-    .filter((chat) => chat !== null).sort((a, b) => b.updated - a.updated);
+  const ids = keys.filter((key) => key?.startsWith(CHAT)).map((key) => key.slice(CHAT.length));
+  return ids.map((id) => loadChat(id) ?? { id, title: "Cannot be shown", updated: 0 })
+    .sort((a, b) => b.updated - a.updated);
 }
 
 /** False if the browser has no room left. */
@@ -65,8 +73,16 @@ export function saveChat(chat) {
   }
 }
 
+/** The text that is stored, whatever it is. */
+export function storedChat(id) {
+  return local.getItem(CHAT + id);
+}
+
+/** Returns what brings it back, where the browser has room for it still. */
 export function deleteChat(id) {
+  const stored = storedChat(id);
   local.removeItem(CHAT + id);
+  return () => local.setItem(CHAT + id, stored);
 }
 
 /** Calls back when another tab has changed the conversations. */

@@ -2,9 +2,10 @@
 
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { diffWords } from "./diff.js";
-import { renderMarkdown } from "./markdown.js";
+import { showMarkdown, showPlain } from "./markdown.js";
 import { blocksText, blockStrip } from "./tiers.js";
 
+const MAX_COMPARED = 100_000; // characters
 const FRAME_MS = 60; // between two renderings of a stream, longer where rendering itself is slow
 
 /** "41.3 tokens/s · first token 0.12 s · 128 tokens" */
@@ -36,7 +37,9 @@ export class AnswerView {
     this.answer = answer;
     this.onrendered = onrendered;
     this.pieces = null; // of the difference view
-    this.timer = null;
+    this.timer = null; // of the next rendering
+    this.lastMs = 0;
+    this.isRendering = this.isStale = false;
     this.thought = el("div", { class: "markdown" });
     this.thinking = el("details", { class: "reasoning", hidden: true }, el("summary", { text: "Reasoning" }), this.thought);
     this.body = el("div", { class: "markdown" });
@@ -53,45 +56,50 @@ export class AnswerView {
   }
 
   changed() {
+    this.isStale = true;
+    if (this.isRendering) return; // which ends with this
     if (this.answer.state !== "running") {
       clearTimeout(this.timer);
-      this.timer = null;
       this.render();
-    } else if (this.timer === null) {
-      this.timer = setTimeout(() => {
-        this.timer = null;
-        this.render();
-      }, Math.max(FRAME_MS, 4 * (this.lastMs ?? 0)));
+    } else {
+      this.timer ??= setTimeout(() => this.render(), Math.max(FRAME_MS, 4 * this.lastMs));
     }
   }
 
-  render() {
+  async render() {
+    this.timer = null;
+    this.isRendering = true;
+    this.isStale = false;
     const begin = performance.now();
     const { answer } = this;
     const running = answer.state === "running";
     this.element.setAttribute("aria-busy", String(running));
     this.element.classList.toggle("waiting", running && !answer.content && !answer.reasoning);
     this.thinking.hidden = !answer.reasoning;
-    if (answer.reasoning) this.thought.replaceChildren(renderMarkdown(answer.reasoning));
     this.thinking.classList.toggle("live", running && !answer.content);
-    this.renderBody();
+    await Promise.all([showMarkdown(this.thought, answer.reasoning), this.renderBody()]);
     this.renderNotice();
     this.stats.textContent = statsText(answer);
     this.stats.title = detailsText(answer);
     this.lastMs = performance.now() - begin;
+    this.isRendering = false;
     this.onrendered();
+    if (this.isStale) this.changed();
   }
 
   renderBody() {
     if (this.pieces) {
+      const body = el("div", { class: "markdown" }); // a new one: what may still be on its way goes to the old one
+      this.body.replaceWith(body);
+      this.body = body;
       const marked = this.pieces.flatMap(({ text, same }) => {
         const words = text.trimEnd();
         return same ? [text] : [el("mark", { text: words }), text.slice(words.length)];
       });
-      this.body.replaceChildren(el("p", { class: "diff" }, ...marked));
-    } else {
-      this.body.replaceChildren(renderMarkdown(this.answer.content));
+      body.append(el("p", { class: "diff" }, ...marked));
+      return undefined;
     }
+    return showMarkdown(this.body, this.answer.content);
   }
 
   renderNotice() {
@@ -143,7 +151,8 @@ export class TurnView {
       view.actions.replaceChildren(...buttons);
     }
     const settled = this.turn.answers.every((answer) => answer.state !== "running");
-    this.compareBar.hidden = this.answers.length < 2 || !settled;
+    const isLong = this.turn.answers.some(({ content }) => content.length > MAX_COMPARED);
+    this.compareBar.hidden = this.answers.length < 2 || !settled || isLong;
     if (!this.compareBar.hidden) this.showCompareBar();
   }
 
@@ -151,7 +160,9 @@ export class TurnView {
     const { text } = this.turn;
     const buttons = [copyButton("Copy the message", () => text)];
     if (mayChange) buttons.unshift(iconButton("edit", "Edit the message", () => this.edit()));
-    this.question.replaceChildren(el("div", { class: "bubble", text }), el("span", { class: "actions" }, ...buttons));
+    const bubble = el("div", { class: "bubble" });
+    showPlain(bubble, text);
+    this.question.replaceChildren(bubble, el("span", { class: "actions" }, ...buttons));
   }
 
   edit() {
@@ -174,16 +185,16 @@ export class TurnView {
 
   showCompareBar() {
     const [left, right] = this.turn.answers.map((answer) => answer.content);
-    const difference = diffWords(left, right);
+    this.difference ??= diffWords(left, right); // a turn that is answered again has a new view
     const pressed = this.answers[0].pieces !== null;
     const toggle = el("button", { type: "button", class: "button", "aria-pressed": String(pressed), onclick: () => {
       const shown = this.answers[0].pieces !== null;
-      this.answers[0].pieces = shown ? null : difference.left;
-      this.answers[1].pieces = shown ? null : difference.right;
+      this.answers[0].pieces = shown ? null : this.difference.left;
+      this.answers[1].pieces = shown ? null : this.difference.right;
       for (const view of this.answers) view.renderBody();
       toggle.setAttribute("aria-pressed", String(!shown));
     } }, icon("diff"), "Show differences");
-    const percent = Math.round(difference.share * 100);
+    const percent = Math.round(this.difference.share * 100);
     const summary = left === right ? "The answers are the same." : `${percent} % of the words in common`;
     const seed = this.turn.answers[0].seed;
     this.compareBar.replaceChildren(toggle, el("span", { class: "muted",

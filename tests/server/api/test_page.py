@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from urllib.parse import urljoin, urlsplit
 
@@ -91,7 +94,7 @@ def test_policy_forbids_other_hosts_and_inline_code(server, path):
         name, *sources = directive.split()
         policy[name] = sources
     assert policy["default-src"] == ["'none'"]
-    for name in ("script-src", "style-src", "img-src", "connect-src", "font-src"):
+    for name in ("script-src", "worker-src", "style-src", "img-src", "connect-src", "font-src"):
         assert policy[name] == ["'self'"]
     for name in ("base-uri", "form-action", "frame-ancestors"):
         assert policy[name] == ["'none'"]
@@ -176,7 +179,7 @@ def references():
                 yield "index.html", value
     for name in MODULES:
         text = (FOLDER / name).read_text("utf-8")
-        yield from ((name, found) for found in re.findall(r'\bfrom "([^"]+)"', text))
+        yield from ((name, found) for found in re.findall(r'\b(?:from|new URL\()\s*"(\./[^"]+)"', text))
     for name in (name for name in OWN if name.endswith(".css")):
         text = (FOLDER / name).read_text("utf-8")
         yield from ((name, found) for found in re.findall(r"url\(([^)]*)\)", text))
@@ -210,3 +213,37 @@ def test_controls_have_names():
         if tag in ("button", "input", "textarea"):
             name = attributes.get("id")
             assert texts or attributes.get("aria-label") or name in labelled | filled_by_script, attributes
+
+
+NODE = shutil.which("node")
+RENDER = """
+import { toHtml } from "./markdown-html.js";
+let input = "";
+for await (const piece of process.stdin) input += piece;
+console.log(JSON.stringify(JSON.parse(input).map(toHtml)));
+"""
+
+
+@pytest.mark.skipif(NODE is None, reason="there is no Node.js here")
+def test_markdown_is_bounded_in_depth_and_size(tmp_path):
+    """What Markdown means is marked's; the bounds are ours, and HTML of a text is text."""
+    shutil.copytree(FOLDER / "vendor", tmp_path / "vendor")
+    shutil.copy(FOLDER / "markdown-html.js", tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "render.js").write_text(RENDER)
+    shown = {
+        "*a* <b onclick=x>": "<p><em>a</em> &lt;b onclick=x&gt;</p>\n",
+        "![p](https://a.b/c)": '<p><a href="https://a.b/c">p</a></p>\n',
+        "> a\n" * 2000: None,  # any
+        "> " * 49 + "a": None,
+        "a\n" * 2400: None,
+    }
+    plain = ["> " * 50 + "a", ">" * 2000, "- " * 2000 + "x", "a\n\n" * 5001, "[a](b)" * 5001, "a" * 200_001]
+    given = json.dumps([*shown, *plain])
+    done = subprocess.run(
+        [NODE, "render.js"], input=given, capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    answers = json.loads(done.stdout)
+    for text, wanted, found in zip(shown, shown.values(), answers, strict=False):
+        assert found is not None and wanted in (None, found), text[:20]
+    assert answers[len(shown) :] == [None] * len(plain)

@@ -164,6 +164,7 @@ def turn(content, **fields):
 
 def test_an_answer_streams_and_is_there_after_a_reload(server, engine, open_page):
     page = open_page(server.url)
+    page.locator("#tier-a .name").wait_for()
     assert page.locator("#empty-tiers .name").all_inner_texts() == TIERS
     engine.delay = 0.05
     send(page)
@@ -176,7 +177,7 @@ def test_an_answer_streams_and_is_there_after_a_reload(server, engine, open_page
     assert "tokens/s" in page.locator(".stats").inner_text()
     assert "first token" in page.locator(".stats").inner_text()
     page.reload()
-    page.locator(".answer").wait_for()
+    page.locator(".stats:has-text('24 tokens')").wait_for()
     assert answers(page) == [text]
     assert page.locator(".bubble").inner_text() == "Say something, 世界!"
     assert page.locator("#chats .chat-title").all_inner_texts() == ["Say something, 世界!"]
@@ -239,7 +240,7 @@ def test_compare_asks_two_tiers_with_one_seed_at_once(server, engine, open_page,
     page.click("text=Show differences")
     assert page.locator(".diff mark").count() >= 1
     page.click("text=Show differences")
-    assert answers(page) == before
+    wait_until(lambda: answers(page) == before)
     strips = page.locator(".answer .strip")
     assert strips.nth(0).locator("i.out").count() == 0
     # 3, 1 and 2 as blocks, the attention and the MLP of 4: four blocks of two halves
@@ -367,8 +368,9 @@ def test_what_a_model_writes_cannot_do_harm(server, open_page):
     )
     page = open_page(server.url)
     add_chat(page, turn(hostile, reasoning="<iframe src='https://example.com'></iframe>\n\n*why*"))
-    assert page.evaluate("window.harm") is None
     answer = page.locator(".answer")
+    answer.locator(".code").wait_for()
+    assert page.evaluate("window.harm") is None
     assert answer.locator("script, img, iframe, [onclick], [onerror], [style]").count() == 0
     hrefs = answer.locator("a[href]").evaluate_all("links => links.map((a) => a.getAttribute('href'))")
     assert hrefs == ["https://example.com/?q", "https://example.com/p.png"]
@@ -377,6 +379,130 @@ def test_what_a_model_writes_cannot_do_harm(server, open_page):
     assert answer.locator("input[type=checkbox]:disabled:checked").count() == 1
     assert answer.locator("td[align=center]").inner_text() == "1"
     assert answer.locator(".reasoning em").text_content() == "why"
+
+
+HOSTILE = {
+    "lines of quotes": "> a\n" * 2000,
+    "signs of quotes": ">" * 2000,
+    "quotes": "> " * 2000 + "x",
+    "lists in a line": "- " * 2000 + "x",
+    "numbered lists in a line": "1. " * 2000 + "x",
+    "lists that deepen": "\n".join("  " * depth + "- a" for depth in range(1000)),
+    "lists that deepen a little": "\n".join("  " * depth + "- a" for depth in range(200)),
+    "rules": "- " * 50_000 + "x",
+    "emphasis": "*a" * 20_000,
+    "underscores": "_a" * 20_000,
+    "links": "[a](b)" * 20_000,
+    "half links": "[a](" * 20_000,
+    "brackets": "[" * 50_000,
+    "backticks": "a".join("`" * number for number in range(1, 600)),
+    "fences": "```\n" * 100_000,
+    "blocks of code": "```\na\n```\n" * 8_000,
+    "a wide table": "|" + "a|" * 1000 + "\n|" + "-|" * 1000 + "\n" + ("|" + "a|" * 1000 + "\n") * 100,
+    "a tall table": "|a|\n|-|\n" + "|a|\n" * 50_000,
+    "an address": "a." * 50_000 + "@",
+    "a long link": "https://a.b/" + "a" * 1_000_000,
+    "a shorter link": "https://a.b/" + "a" * 190_000,
+    "one line": "a" * 1_000_000,
+    "a shorter line": "a" * 190_000,
+    "words": "word " * 200_000,
+    "lines": "a\n" * 500_000,
+    "paragraphs": "a\n\n" * 60_000,
+    "a long block of code": "```\n" + "a\n" * 90_000,
+    "tags": "<a " * 50_000,
+    # As much as is shown as Markdown.
+    "many links": "[a](b) " * 4_900,
+    "many items": "- a\n" * 2_400,
+    "many blocks of code": "```\na\n```\n" * 800,
+    "many cells": "|" + "a|" * 45 + "\n|" + "-|" * 45 + "\n" + ("|" + "a|" * 45 + "\n") * 50,
+    "many lines": "```\n" + "a\n" * 4_900,
+}
+# How long the page did nothing else: the longest time between two turns of its event loop.
+HEARTBEAT = """
+window.longest = 0;
+let last = performance.now();
+setInterval(() => {
+  const now = performance.now();
+  window.longest = Math.max(window.longest, now - last);
+  last = now;
+}, 5);
+"""
+
+
+def test_no_text_holds_the_page(server, open_page):
+    page = open_page(server.url)
+    page.context.add_init_script(HEARTBEAT)
+    for name, text in HOSTILE.items():
+        add_chat(page, turn(text, reasoning=text) | {"text": text})
+        answer = page.locator(".answer > .markdown")
+        answer.locator(":scope > :not(.plain), :scope > .too-much").first.wait_for()
+        assert page.evaluate("window.longest") < 1000, name
+        if name.startswith("many"):
+            assert answer.locator(".plain").count() == 0, name
+        elif answer.locator(".plain").count():  # whole, but for what is not in sight
+            assert answer.evaluate("(each) => each.textContent") == text, name
+    page.locator("#chats li").first.hover()
+    page.get_by_label("Delete: Made").click()
+    assert page.locator(".turn").count() == 0
+
+
+def test_a_stream_that_turns_hostile_is_shown_as_it_is(server, open_page):
+    text = "Some *words*.\n\n" + ">" * 2000
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": text[i : i + 10]}}]} for i in range(0, len(text), 10)
+    ]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    page = open_page(server.url)
+    page.locator("#tier-a .name").wait_for()
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body),
+    )
+    page.fill("#text", "go on")
+    page.keyboard.press("Enter")
+    page.locator(".answer .too-much").wait_for()
+    wait_done(page)
+    assert page.locator(".answer > .markdown").evaluate("(each) => each.textContent") == text
+    page.unroute("**/v1/chat/completions")
+    page.locator("#sidebar .new-chat").click()
+    send(page)  # the page lives, and another answer is Markdown
+    wait_done(page)
+    page.locator(".answer .markdown > p").wait_for()
+
+
+def test_without_a_worker_texts_are_shown_as_they_are(server, open_page):
+    page = open_page(server.url)
+    page.expected = {404}
+    page.route("**/markdown-worker.js", lambda route: route.fulfill(status=404))
+    add_chat(page, turn("*a*"), turn("*b*"))
+    page.locator(".answer .too-much").nth(1).wait_for()
+    assert answers(page) == ["*a*", "*b*"]
+
+
+@pytest.mark.parametrize(
+    "stored", ["{", "[]", '{"turns": [{}]}', '{"turns": [{"text": "a", "answers": [{"content": 1}]}]}']
+)
+def test_a_conversation_that_cannot_be_shown_can_be_deleted(server, open_page, stored):
+    page = open_page(server.url)
+    page.locator("#tier-a .name").wait_for()
+    page.evaluate(
+        "(text) => { localStorage['sleb.chat.bad'] = text; sessionStorage['sleb.current'] = 'bad'; }", stored
+    )
+    page.reload()
+    page.locator("#tier-a .name").wait_for()
+    assert page.locator("#chats .chat-title").all_inner_texts() == ["Cannot be shown"]
+    page.locator("#chats li").hover()
+    with page.expect_download() as download:
+        page.get_by_label("Export: Cannot be shown").click()
+    assert download.value.path().read_text() == stored
+    page.locator("#chats li").hover()
+    page.get_by_label("Delete: Cannot be shown").click()
+    assert page.evaluate("localStorage['sleb.chat.bad'] ?? null") is None
+    page.click("text=Undo")
+    assert page.evaluate("localStorage['sleb.chat.bad']") == stored
+    send(page)
+    wait_done(page)
+    page.locator(".stats:has-text('tokens')").wait_for()
 
 
 def test_reasoning_streams_into_its_own_part(server, open_page):
