@@ -37,10 +37,13 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
+    def beside(self, values: Mapping[str, Any]) -> Fields:
+        """Other values of the same source: those of a list, by what messages call each."""
+        return Fields(values, self.source, self._error)
+
     def wrong(self, name: str, wanted: str) -> SlebError:
         """The error that field `name` is not `wanted`: for checks that only the caller can make."""
-        value = self.values.get(name)
-        found = "missing" if value is None else shown(value)
+        found = shown(self.values[name]) if name in self.values else "missing"
         named = shown_text(name[:_SHOWN])  # it may come from the file
         return self._error(f"{shown_path(self.source)}: {named} is {found}; it must be {wanted}")
 
@@ -115,17 +118,21 @@ def read_json(path: Path, error: type[SlebError] = ModelError) -> Fields:
     is nested too deeply, or holds something other than an object; FileNotFoundError, for callers that know what its
     absence means.
     """
-    data = read_bytes(path, error)
+    return parse_json(read_bytes(path, error), path, error)
+
+
+def parse_json(data: bytes | str, source: object, error: type[SlebError] = ModelError) -> Fields:
+    """The object in a JSON text. Raises `error` as `read_json` does."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as problem:  # a UnicodeDecodeError is a ValueError
         reason = (
             "it is nested too deeply" if isinstance(problem, RecursionError) else shown_text(str(problem))
         )
-        raise error(f"{shown_path(path)} cannot be read as JSON: {reason}") from None
+        raise error(f"{shown_path(source)} cannot be read as JSON: {reason}") from None
     if not isinstance(values, dict):
-        raise error(f"{shown_path(path)} is {shown(values)}; it must be a JSON object")
-    return Fields(values, path, error)
+        raise error(f"{shown_path(source)} is {shown(values)}; it must be a JSON object")
+    return Fields(values, source, error)
 
 
 def read_bytes(path: Path, error: type[SlebError] = ModelError, max_bytes: int = MAX_BYTES) -> bytes:

@@ -45,10 +45,10 @@ def test_a_number_is_finite_and_in_its_range(value: Any) -> None:
 
 def test_absent_and_null_fields_have_the_default_or_are_missing() -> None:
     fields = Fields({"a": None}, "map.json", LayerMapError)
-    for name in ("a", "b"):
+    for name, found in (("a", "null"), ("b", "missing")):
         assert fields.boolean(name, default=None) is None
         assert name not in fields
-        with pytest.raises(LayerMapError, match=rf"^map.json: {name} is missing; it must be a string$"):
+        with pytest.raises(LayerMapError, match=rf"^map.json: {name} is {found}; it must be a string$"):
             fields.string(name)
 
 

@@ -135,9 +135,7 @@ def _attention_factor(rope: Fields, default: float) -> float:
 
 def _divisors(rope: Fields, name: str, count: int) -> Tensor:
     found = rope.items(name, count)
-    divisors = [
-        Fields({name: each}, rope.source).number(name, 0.0, _MAX_FACTOR, above=True) for each in found
-    ]
+    divisors = [rope.beside({name: each}).number(name, 0.0, _MAX_FACTOR, above=True) for each in found]
     if len(divisors) != count:
         raise rope.wrong(name, f"a list of {count} numbers, one a pair of rotated features")
     return torch.tensor(divisors, dtype=torch.float32)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from sleb.errors import ConfigError, LayerMapError
+from sleb.fields import shown_path
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.units import CalibrationRecord, Sublayer, Unit, is_int
 
@@ -22,9 +23,8 @@ class Removal:
     def __post_init__(self) -> None:
         if not is_int(self.depth) or not 1 <= self.depth <= self.layer_map.max_depth:
             what = "removes nothing" if self.depth == 0 else "is not in the layer map"
-            raise ConfigError(
-                f"depth {self.depth} {what} of {self.layer_map.model}: choose 1 to {self.layer_map.max_depth}"
-            )
+            model = shown_path(self.layer_map.model)
+            raise ConfigError(f"depth {self.depth} {what} of {model}: choose 1 to {self.layer_map.max_depth}")
         if not self.kept_blocks:
             raise ConfigError(f"depth {self.depth} removes every block: choose a smaller one")
 

@@ -6,19 +6,20 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from sleb.errors import LayerMapError
-from sleb.layer_map.units import CalibrationRecord, SearchRecord, Unit, is_int
+from sleb.fields import Fields, as_integer, as_number
+from sleb.layer_map.units import MAX_BLOCKS, CalibrationRecord, SearchRecord, Unit
 
 SCHEMA_VERSION = 1
 _LATER_FIELDS = ("search", "held_out", "held_out_losses")  # that maps without them need not name
+_MAX_UNITS = 2 * MAX_BLOCKS  # in an order: the attention and the MLP of every block
+_MAX_TEXT = 1 << 12  # characters of a name or a citation
+_MOST = 1 << 64  # of a seed
 
 Record = TypeVar("Record", CalibrationRecord, SearchRecord)
-_TYPE_NAMES: dict[type, str] = {
-    dict: "an object", list: "a list", str: "a string", int: "an integer", float: "a number",
-    bool: "true or false", type(None): "null",
-}  # fmt: skip
+Convert = Callable[[Fields, str], Any]
 
 
 def dump_document(values: Mapping[str, Any]) -> str:
@@ -39,127 +40,86 @@ def dump_document(values: Mapping[str, Any]) -> str:
     return json.dumps(dict(sorted(document.items())), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def parse_document(text: str) -> dict[str, Any]:
-    """The fields of a LayerMap from its JSON; LayerMapError for text that is not one of schema 1."""
-    try:
-        document = json.loads(text, parse_constant=_reject_constant)
-    except (ValueError, RecursionError) as error:
-        raise LayerMapError(f"it is not JSON, or is cut short: {error}") from None
-    if not isinstance(document, dict):
-        found = _TYPE_NAMES[type(document)]
-        raise LayerMapError(
-            f"its top level is {found}; a layer map is an object with model, num_blocks, removed"
+def read_document(document: Fields) -> dict[str, Any]:
+    """The fields of a LayerMap from those of its JSON; LayerMapError for what is not one of schema 1."""
+    version = document.integer("schema_version", -_MOST, _MOST)
+    if version > SCHEMA_VERSION:
+        raise document.wrong(
+            "schema_version", f"{SCHEMA_VERSION}: install a newer sleb, which reads later ones"
         )
-    _check_schema(document)
-    calibration, held_out, search = (
-        _get(document, name, dict, optional=True) for name in ("calibration", "held_out", "search")
-    )
-    removed = _get(document, "removed", list)
+    if version < 1:
+        raise document.wrong("schema_version", f"an integer from 1 to {SCHEMA_VERSION}")
+    removed = _each(document, "removed", _unit)
     return {
-        "model": _get(document, "model", str),
-        "fingerprint": _get(document, "fingerprint", str, optional=True),
-        "num_blocks": _get(document, "num_blocks", int),
-        "removed": tuple(_unit(value, f"removed[{index}]") for index, value in enumerate(removed)),
-        "losses": _each(_get(document, "losses", list, optional=True), _loss, "losses"),
-        "candidate_losses": _each(
-            _get(document, "candidate_losses", list, optional=True), _candidates, "candidate_losses"
-        ),
-        "calibration": None
-        if calibration is None
-        else _record(calibration, CalibrationRecord, "calibration"),
-        "depth": len(removed) if document.get("depth") is None else _depth(document["depth"]),
-        "source": _get(document, "source", str, optional=True),
-        "search": None if search is None else _record(search, SearchRecord, "search"),
-        "held_out": None if held_out is None else _record(held_out, CalibrationRecord, "held_out"),
-        "held_out_losses": _each(
-            _get(document, "held_out_losses", list, optional=True), _loss, "held_out_losses"
-        ),
+        "model": _text(document, "model"),
+        "fingerprint": _text(document, "fingerprint", None),
+        "num_blocks": document.integer("num_blocks", 1, MAX_BLOCKS),
+        "removed": removed,
+        "losses": _each(document, "losses", _loss, None),
+        "candidate_losses": _each(document, "candidate_losses", _candidates, None),
+        "calibration": _record(document, "calibration", CalibrationRecord),
+        # -1 stands for "the whole order" in memory only.
+        "depth": document.integer("depth", 0, len(removed), len(removed)),
+        "source": _text(document, "source", None),
+        "search": _record(document, "search", SearchRecord),
+        "held_out": _record(document, "held_out", CalibrationRecord),
+        "held_out_losses": _each(document, "held_out_losses", _loss, None),
     }
 
 
-def _reject_constant(name: str) -> NoReturn:
-    raise LayerMapError(
-        f"it holds {name}: every loss must be a finite number (null for a disqualified candidate)"
-    )
+def _text(document: Fields, name: str, *default: None) -> Any:
+    text = document.string(name, None, *default)
+    if text is not None and len(text) > _MAX_TEXT:
+        raise document.wrong(name, f"a string of at most {_MAX_TEXT} characters")
+    return text
 
 
-def _check_schema(document: dict[str, Any]) -> None:
-    version = _get(document, "schema_version", int)
-    if version > SCHEMA_VERSION:
-        raise LayerMapError(
-            f"it has schema version {version}; this sleb reads up to {SCHEMA_VERSION}: install a newer sleb"
-        )
-    if version < 1:
-        raise LayerMapError(
-            f"its schema version {version} does not exist; this sleb reads 1 to {SCHEMA_VERSION}"
-        )
-
-
-def _wrong(where: str, value: object, wanted: str) -> LayerMapError:
-    return LayerMapError(f"{where} is {json.dumps(value)[:60]}; it must be {wanted}")
-
-
-def _get(document: Mapping[str, Any], key: str, kind: type, *, optional: bool = False) -> Any:
-    value = document.get(key)
-    if value is None and optional:
-        return None
-    if key not in document:
-        raise LayerMapError(f"it has no {key}, which must be {_TYPE_NAMES[kind]}")
-    if not (is_int(value) if kind is int else isinstance(value, kind)):
-        raise _wrong(key, value, _TYPE_NAMES[kind] + (" or null" if optional else ""))
-    return value
-
-
-def _each(values: list[Any] | None, convert: Callable[[Any, str], Any], name: str) -> tuple[Any, ...] | None:
+def _each(document: Fields, name: str, convert: Convert, *default: None) -> Any:
+    values = document.items(name, _MAX_UNITS + 1, *default)
     if values is None:
         return None
-    return tuple(convert(value, f"{name}[{index}]") for index, value in enumerate(values))
+    items = document.beside({f"{name}[{index}]": value for index, value in enumerate(values)})
+    return tuple(convert(items, where) for where in items.values)
 
 
-def _unit(value: Any, where: str) -> Unit:
-    wanted = 'a block\'s number, or a part of one like "7.attention" or "7.mlp"'
-    if is_int(value) and value >= 0:
-        return Unit(value)
-    if isinstance(value, str):
-        try:
-            return Unit.parse(value)
-        except LayerMapError:
-            pass
-    raise _wrong(where, value, wanted)
-
-
-def _loss(value: Any, where: str) -> float:
-    if not is_int(value) and not isinstance(value, float):
-        raise _wrong(where, value, "a number")
+def _unit(items: Fields, where: str) -> Unit:
+    value = items.values[where]
+    number = as_integer(value)
     try:
-        loss = float(value)
-    except OverflowError:
-        loss = math.inf
-    if not math.isfinite(loss):
-        raise LayerMapError(f"{where} is {loss}: every loss must be a finite number")
+        return Unit.parse(value if isinstance(value, str) else str(number))
+    except LayerMapError:
+        wanted = 'a block\'s number, or a part of one like "7.attention" or "7.mlp"'
+        raise items.wrong(where, wanted) from None
+
+
+def _loss(items: Fields, where: str) -> float:
+    loss = as_number(items.values[where])
+    if loss is None:
+        raise items.wrong(where, "a number, and a finite number")
     return loss
 
 
-def _candidates(value: Any, where: str) -> dict[Unit, float]:
-    if not isinstance(value, dict):
-        raise _wrong(where, value, 'an object of losses like {"14": 2.5}')
-    return {
-        _unit(key, f"a unit of {where}"): math.inf if loss is None else _loss(loss, f"{where} of unit {key}")
-        for key, loss in value.items()
-    }
+def _candidates(items: Fields, where: str) -> dict[Unit, float]:
+    """A disqualified unit's loss is null."""
+    candidates = items.object(where).values
+    if len(candidates) > 2 * _MAX_UNITS:
+        raise items.wrong(where, "an object with a loss for a unit")
+    units = [_unit(items.beside({(key := f"a unit of {where}"): name}), key) for name in candidates]
+    losses = items.beside({f"{where} of unit {name}": loss for name, loss in candidates.items()})
+    found = [math.inf if losses.values[each] is None else _loss(losses, each) for each in losses.values]
+    return dict(zip(units, found, strict=True))
 
 
-def _record(value: dict[str, Any], kind: type[Record], where: str) -> Record:
-    kinds: dict[str, type] = {"seed": int, "seqlen": int, "windows": int, "special_tokens": bool}
-    known = {each.name: kinds.get(each.name, str) for each in fields(kind)}
-    try:
-        return kind(**{name: _get(value, name, found, optional=True) for name, found in known.items()})
-    except LayerMapError as error:
-        raise LayerMapError(f"in {where}: {error}") from None
+def _record(document: Fields, name: str, kind: type[Record]) -> Record | None:
+    record = document.object(name, None)
+    if record is None:
+        return None
+    readers: dict[str, Convert] = {"special_tokens": lambda each, key: each.boolean(key, None)}
+    for key in ("seed", "seqlen", "windows"):
+        readers[key] = lambda each, key: each.integer(key, -_MOST, _MOST, None)
+    found = {each.name: readers.get(each.name, _optional_text)(record, each.name) for each in fields(kind)}
+    return kind(**found)
 
 
-def _depth(value: Any) -> int:
-    # -1 stands for "the whole order" in memory only.
-    if not is_int(value) or value < 0:
-        raise _wrong("depth", value, "an integer of 0 or more, or null")
-    return value
+def _optional_text(document: Fields, name: str) -> Any:
+    return _text(document, name, None)

@@ -27,9 +27,18 @@ from pathlib import Path
 from typing import cast
 
 from sleb.errors import LayerMapError
+from sleb.fields import Fields, parse_json, read_json, shown_path
 from sleb.files import replacement
-from sleb.layer_map.json_form import dump_document, parse_document
-from sleb.layer_map.units import CalibrationRecord, Part, SearchRecord, Sublayer, Unit, is_int
+from sleb.layer_map.json_form import dump_document, read_document
+from sleb.layer_map.units import (
+    MAX_BLOCKS,
+    CalibrationRecord,
+    Part,
+    SearchRecord,
+    Sublayer,
+    Unit,
+    is_int,
+)
 
 __all__ = [
     "CalibrationRecord",
@@ -66,8 +75,8 @@ class LayerMap:
     held_out_losses: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not is_int(self.num_blocks) or self.num_blocks < 1:
-            raise LayerMapError(f"num_blocks {self.num_blocks!r} must be an integer of 1 or more")
+        if not is_int(self.num_blocks) or not 1 <= self.num_blocks <= MAX_BLOCKS:
+            raise LayerMapError(f"num_blocks {self.num_blocks!r} must be an integer from 1 to {MAX_BLOCKS}")
         object.__setattr__(self, "removed", tuple(self.removed))
         self._check_units(self.removed, "removed")
         self._check_repeats()
@@ -86,7 +95,9 @@ class LayerMap:
         for unit in units:
             if unit.block >= self.num_blocks:
                 allowed = f"its {self.num_blocks} blocks are 0 to {self.num_blocks - 1}"
-                raise LayerMapError(f"unit {unit} in {name} is not in the model {self.model}: {allowed}")
+                raise LayerMapError(
+                    f"unit {unit} in {name} is not in the model {shown_path(self.model)}: {allowed}"
+                )
 
     def _check_repeats(self) -> None:
         owner: dict[Sublayer, Unit] = {}
@@ -127,7 +138,7 @@ class LayerMap:
     def _depth(self, depth: int) -> int:
         if not is_int(depth) or not 0 <= depth <= self.max_depth:
             raise LayerMapError(
-                f"depth {depth!r} is not in the layer map of {self.model}: "
+                f"depth {depth!r} is not in the layer map of {shown_path(self.model)}: "
                 f"it has depths 0 to {self.max_depth}"
             )
         return depth
@@ -208,15 +219,16 @@ class LayerMap:
         self, *, num_blocks: int, fingerprint: str | None = None, model: str = "the model"
     ) -> None:
         """LayerMapError if the map was found on a model of another shape; an unknown fingerprint fits any."""
+        found, model = shown_path(self.model), shown_path(model)
         remedy = f"use a map found on {model}, or make one with `sleb prune`"
         if num_blocks != self.num_blocks:
             raise LayerMapError(
-                f"the layer map is for {self.model} with {self.num_blocks} blocks, "
+                f"the layer map is for {found} with {self.num_blocks} blocks, "
                 f"but {model} has {num_blocks}; {remedy}"
             )
         if fingerprint is not None and self.fingerprint is not None and fingerprint != self.fingerprint:
             raise LayerMapError(
-                f"the layer map is for {self.model} (fingerprint {self.fingerprint}), "
+                f"the layer map is for {found} (fingerprint {shown_path(self.fingerprint)}), "
                 f"but {model} has another shape (fingerprint {fingerprint}); {remedy}"
             )
 
@@ -227,22 +239,24 @@ class LayerMap:
     @classmethod
     def from_json(cls, text: str) -> LayerMap:
         """Read and validate the JSON form; LayerMapError says what is wrong with it."""
-        return cls(**parse_document(text))
+        return cls._read(parse_json(text, "layer map", LayerMapError))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerMap:
         """Read a map file; every LayerMapError names the file."""
         try:
-            return cls.from_json(Path(path).read_bytes().decode("utf-8-sig"))
+            return cls._read(read_json(Path(path), LayerMapError))
         except FileNotFoundError:
             remedy = "make one with `sleb prune`, or name one that exists"
-            raise LayerMapError(f"layer map {path} does not exist; {remedy}") from None
-        except OSError as error:
-            raise LayerMapError(f"layer map {path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise LayerMapError(f"layer map {path} is not JSON: it is not UTF-8 text") from None
+            raise LayerMapError(f"layer map {shown_path(path)} does not exist; {remedy}") from None
+
+    @classmethod
+    def _read(cls, document: Fields) -> LayerMap:
+        values = read_document(document)
+        try:
+            return cls(**values)
         except LayerMapError as error:
-            raise LayerMapError(f"layer map {path}: {error}") from None
+            raise LayerMapError(f"{shown_path(document.source)}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form atomically: a reader, or a crash, sees the old file or the new one."""
