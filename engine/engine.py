@@ -15,6 +15,7 @@ import torch
 
 from sleb.engine.chain import load_layer_map
 from sleb.engine.config import EngineConfig
+from sleb.engine.encoding import MAX_TOKENS
 from sleb.engine.execute.grammar_masks import advance
 from sleb.engine.execute.sampler import SampledToken
 from sleb.engine.generation import load_defaults
@@ -86,6 +87,7 @@ class Engine:
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)
         self.spec = self.runner.spec
         self.max_model_len = self.runner.max_model_len
+        self.text.max_tokens = max(MAX_TOKENS, 2 * self.max_model_len)
         executor = self.runner.executor
         if config.overlap and not executor.asynchronous:
             raise ConfigError(
@@ -195,7 +197,7 @@ class Engine:
         return self.default_tier if name is None else find_tier(self.tiers, name)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Raises RequestError when the model has no tokenizer."""
+        """Token ids of `text`; see `TextProcessor.encode`."""
         return self.text.encode(text, add_special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
@@ -267,7 +269,6 @@ class Engine:
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
         if not tokens:
             raise RequestError("the prompt is empty; send at least one token", param="prompt")
-        self._check_token_ids(tokens, "prompt")
         needed = len(tokens) + (params.max_tokens != 0)  # scoring alone may fill the context
         if needed > self.max_model_len:
             raise RequestError(
@@ -276,6 +277,7 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        self._check_token_ids(tokens, "prompt")
 
     def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         for token_id in token_ids:

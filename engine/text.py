@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleb.engine.chat_template import ChatTemplates
+from sleb.engine.encoding import MAX_TOKENS, encode_text
 from sleb.errors import ConfigError, ModelError, RequestError
 from sleb.fields import read_bytes, shown_path
 from sleb.models.tokenizer import is_panic, load_tokenizer
@@ -21,7 +22,7 @@ class TextProcessor:
     """Strings to token ids and conversations to prompts.
 
     A folder without tokenizer files gives a processor that knows nothing: prompts must then be token ids and answers
-    have no text.
+    have no text. `max_tokens`: of a text that is encoded (`encode_text`).
 
     Args:
         vocab_size: of the model; tokens of the tokenizer past it are left out, with a warning.
@@ -29,6 +30,8 @@ class TextProcessor:
 
     Raises ModelError for a folder's file, ConfigError for `chat_template`.
     """
+
+    max_tokens = MAX_TOKENS
 
     def __init__(
         self, path: Path, vocab_size: int | None = None, chat_template: str | Path | None = None
@@ -56,18 +59,20 @@ class TextProcessor:
         return self._templates.choose(with_tools)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Raises RequestError when the model has no tokenizer, ModelError when that fails."""
+        """Token ids of `text`.
+
+        Raises RequestError when the model has no tokenizer, or for far too long a text; ModelError when that fails.
+        """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer; send token ids", param="prompt")
         try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return encode_text(self.tokenizer, text, add_special_tokens, self.max_tokens)
         except (TypeError, UnicodeError):
             raise RequestError("the text is no Unicode: it holds half of a surrogate pair") from None
         except BaseException as error:
             if not is_panic(error):
                 raise
             raise ModelError("the model's tokenizer fails at this text") from error
-        return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The prompt of a conversation, by the model's own chat template: `ChatTemplates.render`, as token ids."""

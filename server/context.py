@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from sleb.engine.encoding import longest_token
 from sleb.errors import ConfigError, RequestError
 from sleb.server.answer.token_text import TokenTexts
 from sleb.server.engine_thread.async_engine import AsyncEngine
@@ -26,6 +27,7 @@ class ServerContext:
     """The engine, the options and what is remembered between requests.
 
     names: every name that a request may give, in the order in which they are listed: ids, then aliases.
+    max_characters: of a prompt; a longer one cannot fit the context, whatever its tokens are.
     """
 
     engine: AsyncEngine
@@ -33,6 +35,7 @@ class ServerContext:
     token_texts: TokenTexts
     names: dict[str, Tier]
     metrics: ServerMetrics
+    max_characters: int
     created: int = field(default_factory=lambda: int(time.time()))
     unknown_fields: Counter[str] = field(default_factory=Counter)
     warm: bool = True
@@ -52,9 +55,27 @@ class ServerContext:
             token_texts=TokenTexts(engine.tokenizer),
             names=name_tiers(engine, options.served_model_names),
             metrics=ServerMetrics(behind_loop, unknown_fields),
+            max_characters=engine.max_model_len * longest_token(engine.tokenizer),
             unknown_fields=unknown_fields,
             warm=not options.warm_up,
         )
+
+    @property
+    def max_body_bytes(self) -> int:
+        """What the operator said, else room for any prompt that fits the context, and 4 MiB at least."""
+        return self.options.max_body_bytes or max(4 * 2**20, 16 * self.engine.engine.max_model_len)
+
+    def check_length(self, num_characters: int) -> None:
+        """Raises RequestError context_length_exceeded for a conversation that has too many tokens in any case."""
+        if num_characters > self.max_characters:
+            most = self.engine.engine.max_model_len
+            least = num_characters * most // self.max_characters if self.max_characters else num_characters
+            raise RequestError(
+                f"the prompt has {least} tokens or more, but the context holds {most} tokens of prompt and answer "
+                "together; shorten the prompt",
+                param="messages",
+                code="context_length_exceeded",
+            )
 
     def tier(self, name: str | None) -> Tier:
         """The tier that a request's `model` names, whatever its case. Raises RequestError model_not_found."""

@@ -70,7 +70,14 @@ class ServeOptions:
         maximum=_DAY,
         group=_LIMITS,
     )
-    max_body_mb: float = option(32.0, "MiB of a request's body.", minimum=0.001, maximum=1024, group=_LIMITS)
+    max_body_mb: float | None = option(
+        None,
+        "MiB of a request's body.",
+        unset="4, or 16 bytes a token of the context if that is more",
+        minimum=0.001,
+        maximum=1024,
+        group=_LIMITS,
+    )
     drain_timeout: float = option(
         30.0, "Seconds to finish open requests on SIGTERM.", minimum=0, maximum=_DAY, group=_LIMITS
     )
@@ -88,8 +95,8 @@ class ServeOptions:
         _ = self.keys, self.origins, self.results
 
     @property
-    def max_body_bytes(self) -> int:
-        return int(self.max_body_mb * 2**20)
+    def max_body_bytes(self) -> int | None:
+        return None if self.max_body_mb is None else int(self.max_body_mb * 2**20)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:

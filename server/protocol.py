@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-import orjson
 from fastapi import Request
 from pydantic import (
     AfterValidator,
@@ -44,6 +43,7 @@ from sleb.server.grammar.structured import (
     ResponseFormat,
     StructuredOutputs,
 )
+from sleb.server.json_input import MAX_VALUES, load_json
 from sleb.server.message.incoming import MAX_MESSAGES, IncomingMessage
 from sleb.server.message.tools import MAX_TOOLS, Function, FunctionName, NamedTool, Tool
 from sleb.server.peer_fields import SAME_AS, honoured
@@ -53,7 +53,8 @@ logger = logging.getLogger("sleb.server")
 MAX_PROMPTS = 2048
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 4096
-MAX_TOKENS = 2**20  # of /detokenize
+MAX_FIELDS = 4096  # of the body, and of an object in it
+MAX_TOKENS = 2**18  # of /detokenize
 _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "logit_bias",  # its keys are strings in JSON
     "grammar",  # is compiled from other fields
@@ -62,6 +63,7 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "prompt_logprobs",
 }
 _MAX_FIELDS_NAMED = 1000  # unknown field names that are remembered
+_MAX_NAMED_AT_ONCE = 16
 _OTHER_FIELDS = ""  # where those past that are counted
 
 Model = TypeVar("Model", bound="Body")
@@ -136,7 +138,7 @@ Prompts = (
     | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS)]
 )
 Messages = Annotated[
-    list[dict[str, Any]],
+    Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True)],
     described_as(Annotated[list[IncomingMessage], Field(min_length=1, max_length=MAX_MESSAGES)]),
 ]
 TemplateArguments = Annotated[
@@ -218,7 +220,9 @@ class GenerationBody(Body):
     response_format: Annotated[dict[str, Any] | None, described_as(ResponseFormat | None)] = None
     guided_json: Annotated[Any, described_as(JsonSchema | None)] = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str] | None, described_as(AnswerChoices | None)] = None
+    guided_choice: Annotated[
+        Annotated[list[str], Field(fail_fast=True)] | None, described_as(AnswerChoices | None)
+    ] = None
     guided_grammar: Annotated[str | None, Field(description=GRAMMARS)] = None
     structured_outputs: Annotated[dict[str, Any] | None, described_as(StructuredOutputs | None)] = None
     json_schema: Annotated[Any, described_as(JsonSchema | None)] = None
@@ -262,7 +266,9 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
-    modalities: Annotated[list[str] | None, described_as(list[Literal["text"]] | None)] = None
+    modalities: Annotated[
+        Annotated[list[str], Field(fail_fast=True)] | None, described_as(list[Literal["text"]] | None)
+    ] = None
     audio: Annotated[Any, described_as(None)] = None
     chat_template_kwargs: TemplateArguments | None = None
     add_generation_prompt: bool | None = None
@@ -320,7 +326,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = Field(None, description="True unless given; for messages.")
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateArguments | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]] | None, Field(max_length=MAX_TOOLS)] = None
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -339,7 +345,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[KnownTokenId], Field(max_length=MAX_TOKENS), WHOLE_NUMBERS]
+    tokens: Annotated[list[KnownTokenId], Field(max_length=MAX_TOKENS, fail_fast=True), WHOLE_NUMBERS]
 
 
 def _check_one_end(body: ChatBody | TokenizeBody) -> None:
@@ -369,14 +375,20 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse_body(data: bytes, model: type[Model], unknown_fields: Counter[str]) -> Model:
-    """The fields of a JSON body. Raises RequestError for what is no JSON object, or has a field of a wrong type."""
+def parse_body(
+    data: bytes, model: type[Model], unknown_fields: Counter[str], max_values: int = MAX_VALUES
+) -> Model:
+    """The fields of a JSON body.
+
+    Raises RequestError for what is no JSON object, has a field of a wrong type, or more than `max_values` values.
+    """
     try:
-        content = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
+        content = load_json(data, max_values)
+    except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
+    _check_num_fields(content)
     content = model.prepare(content)
     try:
         body = model.model_validate(content)
@@ -411,11 +423,23 @@ def _reason(error: ErrorDetails) -> str:
     return error["msg"][0].lower() + error["msg"][1:]
 
 
+def _check_num_fields(content: dict[str, Any]) -> None:
+    """Raises RequestError for more fields than any request has: a validator would look at all of them first."""
+    for name, value in (
+        [(None, content), *content.items()] if len(content) <= MAX_FIELDS else [(None, content)]
+    ):
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            what = "the body" if name is None else f"'{shorten(name)[1:-1]}'"
+            raise RequestError(f"{what} has {len(value)} fields; at most {MAX_FIELDS} are taken", param=name)
+
+
 def _count_unknown_fields(body: Body, counts: Counter[str]) -> None:
-    """Counts them, and names each in the log when it first comes."""
+    """Counts them, and names each in the log when it first comes, those of one request to a bound."""
+    num_named = 0
     for name in (name[:200] for name in body.unknown_names()):
         if name not in counts:
-            if len(counts) >= _MAX_FIELDS_NAMED:
+            num_named += 1
+            if len(counts) >= _MAX_FIELDS_NAMED or num_named > _MAX_NAMED_AT_ONCE:
                 name = _OTHER_FIELDS
             else:
                 logger.warning("unknown request field %s is ignored (said once)", shorten(name))

@@ -62,9 +62,10 @@ class Route(APIRoute):
 
         async def handle(request: Request) -> Response:
             context = get_context(request)
-            data = await read_body(request, context.options.max_body_bytes)
+            data = await read_body(request, context.max_body_bytes)
             request.state.num_bytes = len(data)
-            body = parse_body(data, model, context.unknown_fields)
+            body = parse_body(data, model, context.unknown_fields, 2 * context.engine.engine.max_model_len)
+            del data  # an answer may take long
             response: Response = await self.endpoint(request, body)
             return response
 

@@ -26,8 +26,6 @@ logger = logging.getLogger("sleb.server")
 
 T = TypeVar("T")
 
-LARGE_TEXT = 4096  # characters from which on tokenizing leaves the event loop for a thread
-
 
 @dataclass(frozen=True)
 class Prompt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Body, Request, Response
@@ -10,12 +9,13 @@ from pydantic import Field, Json
 from typing_extensions import TypedDict
 
 from sleb.server.answer.chat_writer import ChatWriter
-from sleb.server.answer.generation import LARGE_TEXT, Generation, Prompt
+from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.answer_models import Answer, Choice, Count, Error, FinishReason, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.grammar_spec import GrammarSpec
 from sleb.server.grammar.grammars import compiler_for
 from sleb.server.grammar.structured import answer_grammar
+from sleb.server.json_input import num_characters
 from sleb.server.message.incoming import normalise_messages
 from sleb.server.message.parser import MessageParser, MessageShape
 from sleb.server.message.reasoning import END_THINK, THINK, ReasoningParser
@@ -25,6 +25,7 @@ from sleb.server.message.tool_prompt import offer_in_text
 from sleb.server.message.tools import ToolUse, call_format, knows_tools, read_tools
 from sleb.server.protocol import ChatBody
 from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
+from sleb.server.text_threads import run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -213,7 +214,6 @@ async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None,
         messages = offer_in_text(messages, [] if tools is None else tools.tools)
     elif tools is not None:
         options["tools"] = tools.tools
-    render = context.engine.engine.render_chat
-    if num_bytes < LARGE_TEXT:
-        return render(messages, **options)
-    return await asyncio.to_thread(render, messages, **options)
+    if num_bytes > context.max_characters:  # they may be escapes and names
+        context.check_length(num_characters([messages, options]))
+    return await run(lambda: context.engine.engine.render_chat(messages, **options), num_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Body, Request, Response
@@ -11,7 +10,7 @@ from typing_extensions import TypedDict
 
 from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.errors import RequestError
-from sleb.server.answer.generation import LARGE_TEXT, Generation, Prompt
+from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.answer.logprobs import completion_logprobs
 from sleb.server.answer.token_text import TextOffsets
 from sleb.server.answer.writer import AnswerWriter, Piece
@@ -21,6 +20,7 @@ from sleb.server.grammar.grammars import compiler_for
 from sleb.server.grammar.structured import answer_grammar
 from sleb.server.protocol import MAX_PROMPTS, CompletionBody, whole_numbers
 from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
+from sleb.server.text_threads import run
 
 router = APIRouter(route_class=Route)
 
@@ -122,7 +122,7 @@ async def _encode(
             for prompt in prompts
         ]
 
-    return work() if num_bytes < LARGE_TEXT else await asyncio.to_thread(work)
+    return await run(work, num_bytes)
 
 
 class CompletionWriter(AnswerWriter):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 from fastapi import APIRouter, Body, Request, Response
 from typing_extensions import TypedDict
 
 from sleb.errors import RequestError
-from sleb.server.answer.generation import LARGE_TEXT
 from sleb.server.answer_models import Count
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import json_response
 from sleb.server.message.incoming import normalise_messages
 from sleb.server.protocol import DetokenizeBody, TokenizeBody
 from sleb.server.routing import Route, errors, success
+from sleb.server.text_threads import run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,8 +24,6 @@ router = APIRouter(route_class=Route)
 _QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 _TOKENS = {"tokens": [3, 1, 2]}
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
-T = TypeVar("T")
 
 
 class Tokens(TypedDict):
@@ -79,7 +75,7 @@ async def tokenize(
     """Token ids of a prompt, or of a conversation by the model's chat template."""
     context = get_context(request)
     context.tier(body.model)
-    tokens = await _run(lambda: _tokens(context, body), request.state.num_bytes)
+    tokens = await run(lambda: _tokens(context, body), request.state.num_bytes)
     answer = {
         "count": len(tokens),
         "max_model_len": context.engine.engine.max_model_len,
@@ -110,8 +106,9 @@ async def detokenize(
             raise RequestError(
                 f"{token_id} in tokens is not a token id; ids go from 0 to {size - 1}", param="tokens"
             )
-    text = await _run(
-        lambda: tokenizer.decode(body.tokens, skip_special_tokens=False), request.state.num_bytes
+    # A batch of one, because `decode` holds the interpreter's lock.
+    [text] = await run(
+        lambda: tokenizer.decode_batch([body.tokens], skip_special_tokens=False), request.state.num_bytes
     )
     return json_response({"prompt": text})
 
@@ -157,8 +154,3 @@ def _tokenizer(context: ServerContext) -> Tokenizer:
     if tokenizer is None:
         raise RequestError("this model has no tokenizer; send and read token ids")
     return tokenizer
-
-
-async def _run(work: Callable[[], T], num_bytes: int) -> T:
-    """The result of `work`, off the event loop when it may take long."""
-    return work() if num_bytes < LARGE_TEXT else await asyncio.to_thread(work)

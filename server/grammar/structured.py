@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
 from sleb.server.grammar.grammar_spec import GrammarSpec, Kind, Part
+from sleb.server.json_input import load_json
 
 if TYPE_CHECKING:
     from sleb.server.protocol import GenerationBody
@@ -88,8 +89,8 @@ def schema_text(schema: Any, param: str) -> str:
     """A JSON schema as text. Raises RequestError for what is no JSON object, or is nested too deeply."""
     if isinstance(schema, str):
         try:
-            schema = orjson.loads(schema)
-        except orjson.JSONDecodeError as error:
+            schema = load_json(schema)
+        except ValueError as error:
             raise RequestError(f"{param} is not valid JSON: {str(error)[:200]}", param=param) from None
     if not isinstance(schema, dict):
         raise RequestError(f"{param} is {shorten(schema)}; it must be a JSON schema, an object", param=param)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import BaseModel, Field
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
+from sleb.server.json_input import MAX_OBJECTS, load_json, num_objects
 
 MAX_MESSAGES = 4096
 _MAX_ROLE = 64  # characters
@@ -56,10 +57,18 @@ def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose content is a string. Raises RequestError for what a text model cannot read."""
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise RequestError(f"there are {len(messages)} messages; send 1 to {MAX_MESSAGES}", param="messages")
-    return [_normalise(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    room = _Room(MAX_OBJECTS)
+    return [_normalise(message, f"messages[{index}]", room) for index, message in enumerate(messages)]
 
 
-def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
+@dataclass
+class _Room:
+    """Lists and objects that may yet be read from the arguments of calls, which are JSON in strings."""
+
+    left: int
+
+
+def _normalise(message: dict[str, Any], where: str, room: _Room) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not 0 < len(role) <= _MAX_ROLE:
         raise RequestError(
@@ -70,10 +79,10 @@ def _normalise(message: dict[str, Any], where: str) -> dict[str, Any]:
         raise RequestError(f"{where}.content is missing", param=f"{where}.content")
     # A template would write a null as "None".
     message = message | {"content": _join_parts(content, f"{where}.content") or ""}
-    return _normalise_calls(message, where)
+    return _normalise_calls(message, where, room)
 
 
-def _normalise_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _normalise_calls(message: dict[str, Any], where: str, room: _Room) -> dict[str, Any]:
     """Calls as templates take them, with arguments that are objects; the old fields for them become today's."""
     if message["role"] == "function":
         message = message | {"role": "tool"}
@@ -81,16 +90,16 @@ def _normalise_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
     if calls is not None and not isinstance(calls, list):
         raise RequestError(f"{where}.tool_calls must be a list of calls", param=f"{where}.tool_calls")
     normalised = [
-        _normalise_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls or ())
+        _normalise_call(call, f"{where}.tool_calls[{index}]", room) for index, call in enumerate(calls or ())
     ]
     if function is not None:
-        old = _normalise_call({"type": "function", "function": function}, f"{where}.function_call")
+        old = _normalise_call({"type": "function", "function": function}, f"{where}.function_call", room)
         normalised = normalised or [old]
     message = {name: value for name, value in message.items() if name not in ("tool_calls", "function_call")}
     return message | {"tool_calls": normalised} if normalised else message
 
 
-def _normalise_call(call: Any, where: str) -> dict[str, Any]:
+def _normalise_call(call: Any, where: str, room: _Room) -> dict[str, Any]:
     function: Any = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RequestError(f"{where} must have a function with a name", param=where)
@@ -98,9 +107,12 @@ def _normalise_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, str | dict | None):
         raise RequestError(f"the arguments of {where} must be JSON, as a string or an object", param=where)
     if isinstance(arguments, str):
+        room.left -= num_objects(arguments)
+        if room.left < 0:
+            raise RequestError(f"there are too many values in the arguments of {where}", param=where)
         try:
-            arguments = orjson.loads(arguments)
-        except orjson.JSONDecodeError:
+            arguments = load_json(arguments)
+        except ValueError:
             pass  # as the model wrote them: broken arguments of its own must not end a conversation
     normalised: dict[str, Any] = {"type": "function"} | call
     normalised["function"] = function | {"arguments": arguments or {}}

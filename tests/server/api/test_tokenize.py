@@ -118,7 +118,7 @@ def test_tokenizer_info_is_what_lm_eval_needs(server, tokenizer):
         ("/detokenize", {"tokens": [2**32 + 1]}, "tokens"),
         ("/detokenize", {"tokens": [10**30]}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),
-        ("/detokenize", {"tokens": [0] * (2**20 + 1)}, "tokens"),
+        ("/detokenize", {"tokens": [0] * (2**18 + 1)}, "tokens"),
     ],
 )
 def test_refusals(server, path, fields, param):
