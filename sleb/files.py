@@ -30,6 +30,36 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sleb"
 
 
+def make_folder(path: Path) -> None:
+    """Makes `path` and what is missing above it, for others to read but not to write, whatever the umask.
+
+    Raises OSError.
+    """
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o755, exist_ok=True)
+
+
+def untrusted(path: Path, root: Path) -> str | None:
+    """Why somebody else may have made what is at `path`, and the remedy; None where only this user or root can have.
+
+    Those and nobody else must own, and be able to write, `path` and each folder from it up to `root`. Of use for what
+    is run: a library that is loaded, say. Raises OSError if it cannot be looked at.
+    """
+    if sys.platform == "win32":  # whose rights os.stat does not tell
+        return None
+    path, root = path.resolve(), root.resolve()
+    for place in (path, *path.parents):
+        facts = place.stat()
+        if facts.st_uid not in (0, os.geteuid()):
+            return f"{place} belongs to another user (number {facts.st_uid}): remove it, or point SLEB_CACHE elsewhere"
+        if facts.st_mode & 0o022:
+            return f"other users can write {place}: run `chmod go-w {place}`, or point SLEB_CACHE elsewhere"
+        if place == root:
+            break
+    return None
+
+
 def file_state(path: Path) -> str:
     """A word that changes when the contents of `path` do; a few megabytes of them are read. Raises OSError.
 
@@ -70,7 +100,7 @@ def content_digest(path: Path, report: Callable[[int, int], None] | None = None)
                 report(num_read, size)
     with suppress(OSError):
         if file_state(path) == note.name:  # else it changed while it was read
-            note.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(note.parent)
             with replacement(note, durable=False) as temporary:
                 temporary.write_text(digest.hexdigest(), encoding="ascii")
     return digest.hexdigest()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sleb.files import cache_dir, file_state, replacement
+from sleb.files import cache_dir, file_state, make_folder, replacement
 from sleb.kernels.quantization import VERSION, QuantizedWeight
 
 logger = logging.getLogger("sleb.engine")
@@ -68,7 +68,7 @@ class WeightCache:
         # Copies: the tensors may be rows of a larger matrix, or on another device.
         tensors = {key: tensor.cpu().clone() for key, tensor in tensors_of(weight).items()}
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             with replacement(file, durable=False) as temporary:  # a checksum guards what is read
                 save_file(tensors, temporary, self._metadata(name, shard, tensors))
         except (SafetensorError, OSError) as error:

@@ -11,6 +11,7 @@ standard library is imported, because setup.py loads this file by its path.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
@@ -23,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "src"
@@ -177,25 +179,53 @@ def why_unavailable() -> str | None:
 def _find(tell: Callable[[str], None], folder: Path) -> Path:
     if reason := unsupported():
         raise CompileError(reason)
-    from sleb.files import cache_dir  # here, since setup.py calls compile_library before sleb can be imported
+    # Here, since setup.py calls compile_library before sleb can be imported.
+    from sleb.files import cache_dir, make_folder
 
     key = source_key(folder)
-    cached = cache_dir() / f"{Path(LIBRARY_NAME).stem}-{key}.so"
-    for library in (folder / LIBRARY_NAME, cached):
-        if has_key(library, key):
-            return library
+    library = cache_dir() / f"{Path(LIBRARY_NAME).stem}-{key}.so"
+    if has_key(folder / LIBRARY_NAME, key):
+        return folder / LIBRARY_NAME
+    # A library runs as whoever loads it: one that somebody else can have put there is not loaded, nor one made there.
+    if refusal := _refusal(library):
+        library = _private_folder(key) / LIBRARY_NAME
+    if has_key(library, key):
+        return library
     if compiling_is_off():
-        raise CompileError("the CPU kernels are not compiled, and SLEB_NO_COMPILE forbids it: unset it")
+        raise CompileError(
+            f"{refusal}the CPU kernels are not compiled, and SLEB_NO_COMPILE forbids it: unset it"
+        )
     if find_compiler() is None:
-        raise CompileError(_no_compiler())
-    tell("compiling the CPU kernels (once)…")
+        raise CompileError(f"{refusal}{_no_compiler()}")
+    tell(f"{refusal}compiling the CPU kernels ({'for this run alone' if refusal else 'once'})…")
     try:
-        compile_library(cached, folder=folder)
+        make_folder(library.parent)
+        compile_library(library, folder=folder)
     except OSError as error:
         raise CompileError(
-            f"cannot write the CPU kernels to {cached} ({error}): point SLEB_CACHE at another place"
+            f"cannot write the CPU kernels to {library} ({error}): point SLEB_CACHE at another place"
         ) from error
-    return cached
+    return library
+
+
+def _refusal(library: Path) -> str:
+    """What goes before a message where `library`, or the folder that it would be made in, is not to be trusted."""
+    from sleb.files import untrusted
+
+    try:
+        found = library if library.exists() else library.parent
+        reason = untrusted(found, library.parent) if found.exists() else None
+    except OSError as error:
+        reason = f"{error.strerror}: point SLEB_CACHE elsewhere"
+    return f"{library} is not used: {reason}; " if reason else ""
+
+
+@cache
+def _private_folder(key: str) -> Path:
+    """A folder for this process alone, for the library of that key; it goes with it."""
+    folder = tempfile.TemporaryDirectory(prefix="sleb-kernels-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def compiling_is_off() -> bool:

@@ -21,7 +21,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from sleb.files import cache_dir, replacement
+from sleb.files import cache_dir, make_folder, replacement
 from sleb.kernels.triton.runtime import INTERPRETED
 
 logger = logging.getLogger("sleb.kernels")
@@ -133,7 +133,7 @@ def _save() -> None:
     path = _file(identity)
     stored = {"gpu": identity, "configs": dict(sorted(_state.table.items()))}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with replacement(path, durable=False) as temporary:
             temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

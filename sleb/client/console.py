@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from sleb.files import make_folder
 from sleb.terminal import Console
 
 try:
@@ -46,7 +47,7 @@ class ChatConsole:
     def __exit__(self, *exception: object) -> None:
         if self._history is not None and readline is not None:
             with contextlib.suppress(OSError):
-                self._history.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(self._history.parent)
                 os.close(os.open(self._history, os.O_CREAT | os.O_WRONLY, 0o600))  # what one asks is private
                 readline.write_history_file(self._history)
 

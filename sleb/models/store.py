@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from sleb.errors import ModelError
-from sleb.files import cache_dir, sync
+from sleb.files import cache_dir, make_folder, sync
 
 MARKER = ".sleb-model.json"
 FORMAT = 1  # raise it when the converter changes what it writes: older folders are then built anew
@@ -50,7 +50,7 @@ def build_once(folder: Path, source: dict[str, Any], build: Callable[[Path, Path
     if is_complete(folder, source):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with _locked(folder):
             _sweep(folder)
             if not is_complete(folder, source):
@@ -73,7 +73,7 @@ def disk_error(error: OSError, folder: Path) -> ModelError:
 def _locked(folder: Path) -> Iterator[None]:
     """Exclusive among processes; the system lets go of it when its holder dies."""
     locks = cache_dir() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
+    make_folder(locks)
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     with FileLock(locks / f"{name}.lock"):
         yield

@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from sleb.files import cache_dir, make_folder
 from sleb.kernels.cpu import build
 from sleb.kernels.cpu.build import CompileError, compile_library, find_library, source_key, why_unavailable
 
@@ -232,6 +234,90 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("CC", "cc")
     assert find_library(lambda _: None, folder) is None
     assert "point SLEB_CACHE at another place" in (why_unavailable() or "")
+
+
+def spoil_owner(place: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Gives `place` to another user; where that takes rights that we lack, os.stat says so."""
+    if os.geteuid() == 0:
+        os.chown(place, 12345, 12345)
+    else:
+        number = os.geteuid() + 1
+        own = place.stat()
+        stat = Path.stat
+
+        def spoiled(path: Path, **options: bool) -> os.stat_result:
+            facts = stat(path, **options)
+            fields = list(facts)
+            fields[4] = number if os.path.samestat(facts, own) else facts.st_uid
+            return os.stat_result(fields)
+
+        monkeypatch.setattr(Path, "stat", spoiled)
+    return "belongs to another user"
+
+
+def spoil_group(place: Path, _: pytest.MonkeyPatch) -> str:
+    place.chmod(0o775 if place.is_dir() else 0o664)
+    return f"other users can write .*run `chmod go-w {place}`"
+
+
+def spoil_others(place: Path, _: pytest.MonkeyPatch) -> str:
+    place.chmod(0o1777 if place.is_dir() else 0o646)
+    return f"other users can write .*run `chmod go-w {place}`"
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", [spoil_owner, spoil_group, spoil_others])
+@pytest.mark.parametrize("what", ["library", "folder", "empty folder"])
+def test_a_library_that_another_user_may_have_put_there_is_not_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, spoil: Callable[[Path, pytest.MonkeyPatch], str]
+) -> None:
+    build._private_folder.cache_clear()
+    planted = cache_dir() / f"libsleb_cpu-{source_key(folder)}.so"
+    make_folder(planted.parent)
+    compile_library(planted, folder=folder)
+    if what == "empty folder":
+        planted.unlink()
+    wanted = spoil(planted if what == "library" else planted.parent, monkeypatch)
+    told: list[str] = []
+    found = find_library(told.append, folder)
+    assert found is not None and cache_dir() not in found.parents
+    assert found.parent.stat().st_mode & 0o777 == 0o700
+    assert loaded_key(found) == source_key(folder)
+    [line] = told
+    assert line.startswith(f"{planted} is not used: ")
+    assert re.search(wanted, line)
+    assert line.endswith("; compiling the CPU kernels (for this run alone)…")
+    assert find_library(pytest.fail, folder) == found  # once a run
+    build._private_folder.cache_clear()
+    monkeypatch.setenv("SLEB_NO_COMPILE", "1")
+    assert find_library(pytest.fail, folder) is None
+    assert re.search(wanted, why_unavailable() or "")
+
+
+@needs_compiler
+def test_a_cache_of_ours_is_for_us_to_write_whatever_the_umask(folder: Path, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_folder(cache_dir() / "quantized")
+        found = find_library(lambda _: None, folder)
+    finally:
+        os.umask(before)
+    assert found is not None and found.parent == cache_dir()
+    assert find_library(pytest.fail, folder) == found
+
+
+@needs_compiler
+def test_a_cache_behind_a_link_is_looked_at_where_it_lies(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "link"))
+    found = find_library(lambda _: None, folder)
+    assert find_library(pytest.fail, folder) == found == cache_dir() / (found or Path()).name
+    (tmp_path / "other").chmod(0o777)
+    again = find_library(lambda _: None, folder)
+    assert again is not None and again != found
 
 
 def test_other_systems_do_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
