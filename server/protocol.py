@@ -52,6 +52,9 @@ logger = logging.getLogger("sleb.server")
 
 MAX_PROMPTS = 2048
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 128
 MAX_LOGIT_BIAS = 4096
 MAX_FIELDS = 4096  # of the body, and of an object in it
 MAX_TOKENS = 2**18  # of /detokenize
@@ -118,6 +121,7 @@ FalseByDefault = Annotated[bool, _default_for_null(False)]
 # Named, so that the description can say how many there are: it depends on the served model.
 TokenId = TypeAliasType("TokenId", Annotated[int, Field(ge=0)])
 KnownTokenId = TypeAliasType("KnownTokenId", Annotated[int, Field(ge=0)])  # that the tokenizer has a text for
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 LogitBias = Annotated[
     dict[
@@ -206,8 +210,17 @@ class GenerationBody(Body):
         None
     )
     include_stop_str_in_output: FalseByDefault = False
+    truncate_prompt_tokens: Annotated[
+        Literal[-1] | Annotated[int, Field(ge=1)] | None,
+        Field(description="How many of a prompt's last tokens to keep; -1: as many as fit."),
+        WHOLE,
+    ] = None
     seed: Annotated[int | None, _in_range("seed"), WHOLE] = None
     logit_bias: LogitBias | None = None
+    allowed_token_ids: Annotated[
+        list[TokenId] | None, Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS), WHOLE_NUMBERS
+    ] = None
+    bad_words: Annotated[list[BadWord] | None, Field(max_length=MAX_BAD_WORDS)] = None
     presence_penalty: Annotated[float | None, _in_range("presence_penalty")] = None
     frequency_penalty: Annotated[float | None, _in_range("frequency_penalty")] = None
     repetition_penalty: Annotated[float | None, _in_range("repetition_penalty", "1 is off.")] = None
@@ -287,6 +300,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[Any, described_as(Prompts)]
     echo: FalseByDefault = False
+    add_special_tokens: TrueByDefault = True
     logprobs: Annotated[int | None, _in_range("logprobs"), WHOLE] = None
     suffix: Annotated[str | None, described_as(Annotated[str, Field(max_length=0)] | None)] = Field(
         None, description="Not supported."

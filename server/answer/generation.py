@@ -34,6 +34,15 @@ class Prompt:
     token_ids: list[int]
     text: str | None = None
 
+    def cut(self, limit: int | None, max_tokens: int | None, max_model_len: int) -> Prompt:
+        """Its last `limit` tokens; None: all, -1: as many as fit the context beside an answer of `max_tokens`."""
+        if limit == -1:
+            room = max_tokens if max_tokens and 0 < max_tokens < max_model_len else 1
+            limit = max_model_len - room
+        if limit is None or len(self.token_ids) <= limit:
+            return self
+        return Prompt(self.token_ids[-limit:])
+
 
 class Generation:
     """All answers that one HTTP request asked for: choice number = prompt number × n + sample number.

@@ -13,8 +13,8 @@ from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.answer_models import Answer, Choice, Count, Error, FinishReason, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.grammar_spec import GrammarSpec
-from sleb.server.grammar.grammars import compiler_for
 from sleb.server.grammar.structured import answer_grammar
+from sleb.server.grammar.token_rules import grammar_source
 from sleb.server.json_input import num_characters
 from sleb.server.message.incoming import normalise_messages
 from sleb.server.message.parser import MessageParser, MessageShape
@@ -139,11 +139,11 @@ async def create_chat_completion(
     special: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": num_logprobs}
     body.sampling_params(**special)  # a value out of range is told before anything is computed
     tools, answer = read_tools(body), answer_grammar(body)
-    prompt = Prompt(await _render(context, body, tools, request.state.num_bytes))
+    prompt = Prompt(await _render(context, body, tools, request.state.num_bytes)).cut(
+        body.truncate_prompt_tokens, max_tokens, context.engine.engine.max_model_len
+    )
     reading = _Reading(context, body, tools, prompt)
-    grammar = reading.grammar(answer)
-    if grammar is not None:
-        special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
+    special["grammar"] = await grammar_source(context.engine.engine, body, reading.grammar(answer))
     special["shown_special_ids"] = reading.shown_special_ids
     params = body.sampling_params(**special)
     generation = Generation(context, request.state.request_id, tier, [prompt], params)

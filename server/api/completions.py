@@ -16,8 +16,8 @@ from sleb.server.answer.token_text import TextOffsets
 from sleb.server.answer.writer import AnswerWriter, Piece
 from sleb.server.answer_models import Answer, Choice, Error, FinishReason, Usage
 from sleb.server.context import ServerContext, get_context
-from sleb.server.grammar.grammars import compiler_for
 from sleb.server.grammar.structured import answer_grammar
+from sleb.server.grammar.token_rules import grammar_source
 from sleb.server.protocol import MAX_PROMPTS, CompletionBody, whole_numbers
 from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
 from sleb.server.text_threads import run
@@ -80,11 +80,13 @@ async def create_completion(
     special: dict[str, Any] = {"logprobs": body.logprobs}
     if body.echo:
         special["prompt_logprobs"] = body.logprobs
-    grammar = answer_grammar(body)
-    if grammar is not None:
-        special["grammar"] = await compiler_for(context.engine.engine).compile(grammar)
+    special["grammar"] = await grammar_source(context.engine.engine, body, answer_grammar(body))
     params = body.sampling_params(**special)
-    prompts = await _encode(context, split_prompts(body.prompt), request.state.num_bytes)
+    prompts = await _encode(context, body, request.state.num_bytes)
+    prompts = [
+        prompt.cut(body.truncate_prompt_tokens, params.max_tokens, context.engine.engine.max_model_len)
+        for prompt in prompts
+    ]
     generation = Generation(context, request.state.request_id, tier, prompts, params)
     return await CompletionWriter(context, generation, body).answer(request)
 
@@ -111,15 +113,15 @@ def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token_id) is int for token_id in value)
 
 
-async def _encode(
-    context: ServerContext, prompts: list[str] | list[list[int]], num_bytes: int
-) -> list[Prompt]:
+async def _encode(context: ServerContext, body: CompletionBody, num_bytes: int) -> list[Prompt]:
     encode = context.engine.engine.encode
 
     def work() -> list[Prompt]:
         return [
-            Prompt(encode(prompt), prompt) if isinstance(prompt, str) else Prompt(prompt)
-            for prompt in prompts
+            Prompt(encode(prompt, body.add_special_tokens), prompt)
+            if isinstance(prompt, str)
+            else Prompt(prompt)
+            for prompt in split_prompts(body.prompt)
         ]
 
     return await run(work, num_bytes)

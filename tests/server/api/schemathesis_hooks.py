@@ -25,6 +25,8 @@ GRAMMARS = (
     "ebnf",
     "format",
 )
+TOOLS = ("tools", "functions")
+RULES_OF_TOKENS = ("allowed_token_ids", "bad_words")
 LIMITS = ("max_tokens", "max_completion_tokens", "n_predict", "num_predict", "max_new_tokens")
 
 
@@ -84,8 +86,9 @@ RULES = [
     (r"\d+ in logit_bias is not a token id", lambda body: body["logit_bias"]),
     (
         r"\S+ and \S+ exclude each other",
-        lambda body: sum(body.get(name) is not None for name in GRAMMARS) > 1,
+        lambda body: sum(body.get(name) is not None for name in (*GRAMMARS, *RULES_OF_TOKENS, *TOOLS)) > 1,
     ),
+    (r"bad_words has .*, which makes no token", lambda body: not all(map(str.strip, body["bad_words"]))),
     (r"structured_outputs and structured_outputs exclude", lambda body: len(body["structured_outputs"]) > 1),
     (
         rf"({'|'.join(GRAMMARS)}|tools) (cannot be used|is not valid JSON|is .*; it must be a JSON schema)",
