@@ -96,7 +96,9 @@ class Engine:
         self.overlap = executor.asynchronous if config.overlap is None else config.overlap
         self._in_flight: SampledStep | None = None
         block_manager = BlockManager(self.runner.num_pages, executor.page_size, config.prefix_caching)
-        self.scheduler = Scheduler(block_manager, config.max_num_seqs, config.step_tokens)
+        self.scheduler = Scheduler(
+            block_manager, config.max_num_seqs, config.step_tokens, self.spec.short_context
+        )
         self._requests: dict[str, Request] = {}
         self._num_open: Counter[int] = Counter()  # by depth
         self._seeds = random.Random(config.seed)

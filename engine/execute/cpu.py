@@ -13,7 +13,7 @@ from torch import Tensor
 from sleb.engine.execute.executor import Forward, PlannedSublayer
 from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.engine.model.rotary import rotary_tables
+from sleb.engine.model.rotary import RotaryTables
 from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
 from sleb.kernels.cpu import records
 from sleb.kernels.cpu.library import ACTIVATIONS, FORMATS, NORMS, PAGE_SIZES, CpuKernels
@@ -64,6 +64,7 @@ class CpuExecutor:
         self._max_tokens = max_num_tokens
         self._kept: list[object] = []  # what the records point to
         self._logits = torch.empty(0)
+        self._tables: RotaryTables | None = None
         self._argmax = (ctypes.c_int32 * max_num_seqs)()
         self._dtype = weights.dtype
         self._head = kernels.pack(weights.head.weight, weights.head.bias)
@@ -99,6 +100,8 @@ class CpuExecutor:
         """One step; see `sleb.engine.execute.executor.Executor`."""
         assert step.sources is None, "this executor takes tokens from the host alone"
         assert step.num_tokens <= self._max_tokens, "a step has more tokens than the workspace"
+        if self._tables is not None:
+            self._tables.select(step.long_context)
         sampled = array("i", samples)
         record = records.Step(
             num_tokens=step.num_tokens,
@@ -168,10 +171,9 @@ class CpuExecutor:
             model.has_final_norm = 1
             model.final_norm = self._norm(weights.final_norm)
         if spec.rotary is not None:
-            cos, sin = rotary_tables(spec.rotary, max_model_len, torch.device("cpu"))
-            self._kept += [cos, sin]
-            model.rotary_half = cos.shape[1]
-            model.cos, model.sin = cos.data_ptr(), sin.data_ptr()
+            self._tables = tables = RotaryTables(spec.rotary, max_model_len, torch.device("cpu"))
+            model.rotary_half = tables.cos.shape[1]
+            model.cos, model.sin = tables.cos.data_ptr(), tables.sin.data_ptr()
         return model
 
     def _norm(self, norm: Norm) -> records.Norm:

@@ -70,6 +70,7 @@ class EagerExecutor:
             to_device(values, torch.int64, decoder.device)
             for values in (step.token_ids, step.positions, step.slots, step.page_table)
         )
+        decoder.select_context(step.long_context)
         residual = decoder.embed(token_ids, positions)
         rotation = decoder.rotation(positions)
         batches: dict[int, PagedBatch] = {}

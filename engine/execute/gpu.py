@@ -105,6 +105,7 @@ class GpuExecutor:
         self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None = None
     ) -> Forward:
         """One step; see `sleb.engine.execute.executor.Executor`."""
+        self._decoder.decoder.select_context(step.long_context)
         graph = self._find_graph(step)
         if graph is not None:
             return self._replay(graph, step, samples, greedy, last)

@@ -108,12 +108,12 @@ class GpuDecoder:
 
     def _attend(self, block: int, inputs: Tensor, positions: Tensor, slots: Tensor, unit: UnitRows) -> Tensor:
         spec, weights, kernels = self.decoder.spec, self.decoder.weights.attention[block], self._kernels
-        heads = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias)
+        heads, tables = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias), self.decoder.tables
         key_cache, value_cache = self.kv_cache.layer(block)
         query = kernels.rope_store(
             heads.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim),
             spec.num_heads,
-            self.decoder.tables if spec.rotary_blocks[block] else None,
+            (tables.cos, tables.sin) if tables is not None and spec.rotary_blocks[block] else None,
             positions[: unit.num_tokens],
             None if weights.query_norm is None else weights.query_norm.weight,
             None if weights.key_norm is None else weights.key_norm.weight,

@@ -51,6 +51,7 @@ class StepArrays:
         context_lens: [S], tokens whose K and V are in the cache once this step's are stored.
         pages: those of each sequence, one sequence after another; page_starts: [S], where each one's begin.
         unit_rows: [U], how many sequences run each unit; see `unit_rows`.
+        long_context: whether the sequences, all of them, are past the original context: see `RotaryTables`.
     """
 
     page_size: int
@@ -63,6 +64,7 @@ class StepArrays:
     pages: array[int]
     page_starts: array[int]
     unit_rows: array[int]
+    long_context: bool = False
 
     @classmethod
     def of(
@@ -114,6 +116,7 @@ class StepArrays:
             pages,
             page_starts,
             unit_rows(depths, removed_at),
+            rows[0].request.long_context,
         )
 
     @property

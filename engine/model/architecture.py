@@ -76,6 +76,11 @@ class DecoderSpec:
         return max(self.max_positions, 0 if self.rotary is None else self.rotary.longest)
 
     @property
+    def short_context(self) -> int | None:
+        """The length past which all of a sequence is rotated by other frequencies; None: one set serves all."""
+        return self.rotary.original if self.rotary is not None and self.rotary.long_frequencies else None
+
+    @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
 

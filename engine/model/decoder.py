@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.engine.model.rotary import rotary_tables
+from sleb.engine.model.rotary import RotaryTables
 from sleb.engine.model.weights import DecoderWeights, Norm
 from sleb.kernels.reference.ops import embedding
 from sleb.kernels.registry import Kernels
@@ -54,13 +54,18 @@ class Decoder:
         self.kernels = kernels
         self.device = device
         self.scale = spec.head_dim**-0.5
-        self.tables = rotary_tables(spec.rotary, max_model_len, device) if spec.rotary else None
+        self.tables = RotaryTables(spec.rotary, max_model_len, device) if spec.rotary else None
+
+    def select_context(self, long: bool) -> None:
+        """Whether the sequences of what follows are past the original context: see `RotaryTables`."""
+        if self.tables is not None:
+            self.tables.select(long)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """The Rotation of positions [T] int64."""
         if self.tables is None:
             return Rotation(None, None)
-        return Rotation(self.tables[0][positions], self.tables[1][positions])
+        return Rotation(self.tables.cos[positions], self.tables.sin[positions])
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids and positions [T] int64 to the residual stream [T, E]."""

@@ -7,7 +7,7 @@ float32, as there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,17 +40,34 @@ class Rotary:
     long_frequencies: tuple[float, ...] | None = None
 
 
-def rotary_tables(rotary: Rotary, max_model_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [max_model_len, R / 2] float32.
+class RotaryTables:
+    """cos and sin, each [max_model_len, R / 2] float32: of contexts up to the original one, or of longer ones.
 
-    longrope has two sets of frequencies. transformers takes one by the length reached so far; one server uses one of
-    them, the long set if max_model_len goes past the original context, because keys in the cache cannot change their
-    angles.
+    longrope has frequencies for both, and rotates all of a sequence by those of the length that it has reached, as
+    transformers does: what `select` has chosen counts for a whole step.
     """
-    long = rotary.long_frequencies if max_model_len > rotary.original else None
-    frequencies = torch.tensor(long or rotary.frequencies, dtype=torch.float32)
-    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
-    return (angles.cos() * rotary.scaling).to(device), (angles.sin() * rotary.scaling).to(device)
+
+    def __init__(self, rotary: Rotary, max_model_len: int, device: torch.device) -> None:
+        self._sets = [_tables(rotary.frequencies, rotary.scaling, max_model_len, device)]
+        if rotary.long_frequencies is not None and max_model_len > rotary.original:
+            self._sets.append(_tables(rotary.long_frequencies, rotary.scaling, max_model_len, device))
+        self._long = False
+        self.cos, self.sin = (table.clone() for table in self._sets[0]) if self._sets[1:] else self._sets[0]
+
+    def select(self, long: bool) -> None:
+        """Fills the tables, in place: kernels and graphs hold their addresses."""
+        if long != self._long and len(self._sets) > 1:
+            for table, values in zip((self.cos, self.sin), self._sets[long], strict=True):
+                table.copy_(values)
+            self._long = long
+
+
+def _tables(
+    frequencies: Sequence[float], scaling: float, max_model_len: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    positions = torch.arange(max_model_len, dtype=torch.float32)
+    angles = torch.outer(positions, torch.tensor(frequencies, dtype=torch.float32))
+    return (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
 
 
 def read_rotary(config: Fields, values: Mapping[str, Any], head_dim: int) -> Rotary:

@@ -77,6 +77,8 @@ class DecoderScorer:
     def run(self, unit: Unit, hidden: Tensor) -> Tensor:
         """Hidden states [W, L, E] after `unit`, as a new tensor; a block is its attention, then its MLP."""
         num_windows, length, _ = hidden.shape
+        short = self._decoder.spec.short_context
+        self._decoder.select_context(short is not None and length > short)
         rotation = self._decoder.rotation(self._positions(num_windows, length))
         flat = hidden.reshape(num_windows * length, -1)
 

@@ -31,6 +31,8 @@ class Request:
 
     parent is a request with the same prompt and tier whose pages this one takes over once they are computed: a fork.
 
+    long_context: whether its K are rotated for more than the original context; see `Scheduler`.
+
     params is resolved (`GenerationDefaults.resolve`) and max_tokens is an integer that fits the context.
     """
 
@@ -47,6 +49,7 @@ class Request:
     num_pending: int = 0
     pages: list[int] = field(default_factory=list)
     parent: Request | None = None
+    long_context: bool = False
     page_ids: array[int] = field(default_factory=lambda: array("i"))
     num_cached_tokens: int = 0
     num_registered_pages: int = 0

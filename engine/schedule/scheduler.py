@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.block_manager import BlockManager
@@ -18,14 +18,25 @@ class Scheduler:
     hits and resumption after preemption are nothing special: they are other starting values of num_computed.
     When pages run out, the latest admitted of the running gives its pages back and waits to be recomputed.
 
+    A model with other rotary frequencies past its original context has steps of short sequences and steps of long
+    ones, in turns: `short_context` is the length of the former. Who outgrows it is computed anew: all its keys change.
+
     It must be possible to hold one request of the longest allowed length alone, or nothing would ever finish:
     the engine limits max_model_len to the pages there are.
     """
 
-    def __init__(self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        short_context: int | None = None,
+    ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.short_context = short_context
+        self._long_turn = False
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
         self.num_preemptions = 0
@@ -44,11 +55,14 @@ class Scheduler:
         """The next step; its rows are empty when there is nothing to do."""
         rows: list[ScheduledRow] = []
         budget = self.max_num_batched_tokens
-        preempted = False
+        preempted = self._outgrow()
+        self._take_turn()
         for request in list(self.running):
             if budget == 0:
                 break
             if request not in self.running:  # preempted for one before it
+                continue
+            if request.long_context != self._long_turn:
                 continue
             num_tokens = min(request.num_missing, budget)
             if num_tokens == 0:  # its last token is on its way
@@ -84,7 +98,7 @@ class Scheduler:
             num_known = min(request.num_computed, len(request.tokens))
             if num_known // self.block_manager.page_size <= request.num_registered_pages:
                 continue
-            root = request.tier.digest
+            root = self._root(request)
             request.num_registered_pages, request.last_content = self.block_manager.register(
                 root,
                 request.tokens[:num_known],
@@ -105,6 +119,31 @@ class Scheduler:
             assert request.num_computed <= min(held, len(request.tokens) + request.num_pending), (
                 f"{request.request_id} is past its pages"
             )
+
+    def _is_long(self, request: Request) -> bool:
+        return (
+            self.short_context is not None and len(request.tokens) + request.num_pending > self.short_context
+        )
+
+    def _outgrow(self) -> bool:
+        """Sends those that have outgrown the short context back to be computed anew; whether there were any."""
+        grown = [each for each in self.running if self._is_long(each) and not each.long_context]
+        grown = [each for each in grown if each.num_missing]  # others are about to end
+        for request in grown:
+            self._preempt(request)
+        return bool(grown)
+
+    def _take_turn(self) -> None:
+        """Chooses the sequences of this step, where there are short and long ones the kind that was not last."""
+        kinds = {request.long_context for request in self.running}
+        if self.waiting:
+            kinds.add(self._is_long(self.waiting[0]))
+        self._long_turn = not self._long_turn if len(kinds) > 1 else True in kinds
+
+    @staticmethod
+    def _root(request: Request) -> Hashable:
+        """What a known prefix begins with: the same tokens have other K at other depths, and past the short context."""
+        return (request.tier.digest, "long") if request.long_context else request.tier.digest
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Grows the request's pages, preempting the latest admitted as needed, in the end the request itself."""
@@ -137,6 +176,9 @@ class Scheduler:
             if request.parent is not None and not self._may_fork(request, request.parent):
                 forks.append(self.waiting.popleft())
                 continue
+            request.long_context = self._is_long(request)
+            if request.long_context != self._long_turn:
+                return
             hit = self._known_pages(request)
             num_computed = len(hit) * self.block_manager.page_size
             num_tokens = min(len(request.tokens) - num_computed, budget)
@@ -167,9 +209,9 @@ class Scheduler:
         """
         if request.wants_prompt_logprobs:
             return []
-        hit = self.block_manager.match_prefix(request.tier.digest, request.tokens)
+        hit = self.block_manager.match_prefix(self._root(request), request.tokens)
         parent = request.parent
-        if parent is None or not parent.pages:
+        if parent is None or not parent.pages or parent.long_context != request.long_context:
             return hit
         num_full = (request.num_prompt_tokens - 1) // self.block_manager.page_size
         return hit if len(hit) >= num_full else parent.pages[:num_full]

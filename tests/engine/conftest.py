@@ -88,7 +88,9 @@ def forward() -> Callable[..., Tensor]:
     """forward(engine, [(request, start, end), …]): logits [T, V] of a step made by hand, past the scheduler."""
 
     def run(engine: Engine, rows: Sequence[tuple[Request, int, int]]) -> Tensor:
-        executor = engine.runner.executor
+        executor, short = engine.runner.executor, engine.spec.short_context
+        for request, _, _ in rows:
+            request.long_context = short is not None and len(request.tokens) > short
         scheduled = [ScheduledRow(request, start, end - start) for request, start, end in rows]
         step = StepArrays.of(scheduled, executor.removed_at, executor.page_size)
         with torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
-from sleb.engine.model.rotary import rotary_tables
+from sleb.engine.model.rotary import RotaryTables
 from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ConfigError, ModelError
 from sleb.models.families import FAMILIES, Family
@@ -366,8 +367,10 @@ def test_the_names_that_phi3_has_for_longrope(name: str, tmp_path: Path) -> None
     config |= {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
     rotary = spec_of(tmp_path, config).rotary
     assert rotary is not None and rotary.original == 32
-    cos, _ = rotary_tables(rotary, 33, torch.device("cpu"))
-    assert cos[2, 0] / rotary.scaling == pytest.approx(torch.tensor(2 / 2.0).cos().item())
+    tables = RotaryTables(rotary, 33, torch.device("cpu"))
+    for long, divisor in ((False, 1.0), (True, 2.0), (False, 1.0)):
+        tables.select(long)
+        assert tables.cos[2, 0] / rotary.scaling == pytest.approx(math.cos(2 / divisor))
 
 
 absurd = st.one_of(
@@ -435,8 +438,8 @@ def check_any_config(folder: Path, config: dict[str, Any]) -> None:
     _, targets = allocate(spec, all_sublayers(spec), torch.float32, torch.device("meta"))
     assert len(targets) < 20 * 1024
     if spec.rotary is not None:
-        tables = rotary_tables(spec.rotary, 3, torch.device("cpu"))
-        assert all(table.isfinite().all() for table in tables)
+        tables = RotaryTables(spec.rotary, 3, torch.device("cpu"))
+        assert tables.cos.isfinite().all() and tables.sin.isfinite().all()
 
 
 def configs() -> st.SearchStrategy[dict[str, Any]]:

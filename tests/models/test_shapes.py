@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sleb.engine.model.architecture import resolve_spec
-from sleb.engine.model.rotary import rotary_tables
+from sleb.engine.model.rotary import RotaryTables
 from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap, shipped_maps
@@ -53,9 +53,9 @@ def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
 def test_rotary_angles_follow_the_config() -> None:
     """The second feature pair turns by theta^(−2/128) a position; Llama 3.1 slows low frequencies eightfold."""
     for name, theta in (("llama-2-7b", 1e4), ("qwen3-8b", 1e6), ("llama-3.1-8b", 5e5)):
-        cos, _ = rotary_tables(resolve_spec(shape_folder(name)).rotary, 2, torch.device("cpu"))
+        cos = RotaryTables(resolve_spec(shape_folder(name)).rotary, 2, torch.device("cpu")).cos
         assert float(cos[1, 1]) == pytest.approx(math.cos(theta ** (-2 / 128)))
-    _, sin = rotary_tables(resolve_spec(shape_folder("llama-3.1-8b")).rotary, 2, torch.device("cpu"))
+    sin = RotaryTables(resolve_spec(shape_folder("llama-3.1-8b")).rotary, 2, torch.device("cpu")).sin
     assert float(sin[1, 63]) == pytest.approx(5e5 ** (-126 / 128) / 8, rel=1e-4)
 
 

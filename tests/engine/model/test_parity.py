@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sleb.engine.requests.sampling_params import SamplingParams
+from sleb.kernels.cpu.features import cpu_features
 from sleb.layer_map.layer_map import Unit
 
 TOLERANCE = 1e-4
@@ -100,20 +101,39 @@ def test_post_norm_sublayer_takes_its_norm_with_it(tiny_model, make_llm, make_re
     close(forward(engine, [(request, 0, len(PROMPT))]), model.without((1, 3)).logits(PROMPT))
 
 
-def test_longrope_uses_the_short_factors_within_the_original_context(
-    tiny_model, make_llm, make_request, forward
-):
-    """The set of factors is chosen once, by max_model_len: 24 is the original context of this model."""
+def test_longrope_is_that_of_the_length_reached(tiny_model, make_llm, make_request, forward):
+    """Short factors up to the original context, which is 24 here, and long ones past it, by one engine."""
     model = tiny_model("phi3-longrope")
-    prompt = PROMPT[:24]
-    engine = make_llm(model, max_model_len=24).engine
-    request = make_request(prompt, engine.default_tier, own_pages(len(prompt)))
-    short = forward(engine, [(request, 0, len(prompt))])
-    close(short, model.logits(prompt))
+    engine = make_llm(model).engine
+    for length in (24, 25, 24, len(PROMPT)):
+        request = make_request(PROMPT[:length], engine.default_tier, own_pages(length))
+        found = forward(engine, [(request, 0, length)])
+        close(found, model.logits(PROMPT[:length]))
 
-    engine = make_llm(model, max_model_len=25).engine
-    request = make_request(prompt, engine.default_tier, own_pages(len(prompt)))
-    assert (forward(engine, [(request, 0, len(prompt))]) - short).abs().max() > 0.1
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 5}, {"kv_cache_memory": 2e-4}])
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+def test_longrope_across_the_original_context(kernels, options, tiny_model, make_llm):
+    """Answers that grow past it beside others, and prompts that begin alike: transformers' own tokens, one by one."""
+    if kernels == "cpu" and cpu_features().level == "none":
+        pytest.skip("the C kernels need AVX-512 with VNNI")
+    model = tiny_model("phi3-longrope")
+    llm = make_llm(model, kernels=kernels, page_size=4 if kernels == "torch" else 16, **options)
+    prompts = [PROMPT[:20], PROMPT[:30], PROMPT[:24], PROMPT[:3], PROMPT[:23], PROMPT[:20]]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=1)
+    outputs = llm.generate(prompts, params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = list(prompt)
+        for entry in output.logprobs:
+            wanted = model.logprobs(tokens)[-1]
+            assert entry.token_id == wanted.argmax()
+            assert abs(entry.logprob - wanted.max()) < 1e-4
+            tokens.append(entry.token_id)
+        assert len(tokens) == len(prompt) + 12
+    for length in (20, 24, 25, 31):
+        wanted = model.logprobs(PROMPT[:length])[:-1]
+        chosen = wanted.gather(1, torch.tensor(PROMPT[1:length])[:, None])[:, 0]
+        assert (llm.score(PROMPT[:length]) - chosen).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "llama-yarn", "phi3-longrope", "qwen3-window"])
