@@ -78,7 +78,9 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._eos = sorted(eos_token_ids)
+        # A model may end in a token of its padding, of which the tokenizer has no text, and llguidance no entry.
+        known = [each for each in eos_token_ids if tokenizer is not None and tokenizer.id_to_token(each)]
+        self._eos = sorted(known)
         self._table: Any = None
         self._table_lock = threading.Lock()
         self._kept: OrderedDict[tuple[Part, ...], CompiledGrammar] = OrderedDict()

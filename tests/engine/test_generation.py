@@ -271,7 +271,7 @@ def fuzz(examples: int) -> Any:
     )
 
 
-@fuzz(200)
+@fuzz(100)
 @given(content=FILES | JSON)
 def test_any_generation_config_is_read_or_refused_in_a_line(folder: Path, content: Any) -> None:
     check_any(folder, content)

@@ -111,3 +111,43 @@ def test_logits_within_1e_4(llm, reference):
             logprobs = reference[depth](torch.tensor([ids]), use_cache=False).logits[0].log_softmax(dim=-1)
         expected = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
         torch.testing.assert_close(llm.score(ids, depth=depth), expected, atol=1e-4, rtol=0)
+
+
+def changed_folder(tmp_path, **changes):
+    """The model's folder with fields of its files changed: {name of a file: change of its JSON}."""
+    import json
+    import shutil
+
+    from sleb.models.resolve import resolve_model
+
+    folder = shutil.copytree(resolve_model("smollm2").path, tmp_path / "model", copy_function=os.symlink)
+    for name, fields in changes.items():
+        file = folder / f"{name}.json"
+        content = json.loads(file.read_text()) | fields
+        file.unlink()  # it is a link
+        file.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_limit_in_the_tokenizer_s_file_cuts_no_conversation(tmp_path, llm):
+    from transformers import AutoTokenizer
+
+    question = "The rest are words: " + "river stone cloud " * 85 + " What is the capital of France?"
+    messages = [{"role": "user", "content": question}]
+    wanted = AutoTokenizer.from_pretrained(changed_folder(tmp_path / "as it is")).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    limit = {"max_length": 128, "direction": "Right", "strategy": "LongestFirst", "stride": 0}
+    cut = LLM(changed_folder(tmp_path, tokenizer={"truncation": limit}), dtype="float32", max_model_len=512)
+    prompt = cut.engine.render_chat(messages)
+    assert prompt == wanted and len(prompt) > 256
+    [output] = cut.generate([prompt], SamplingParams(temperature=0.0, max_tokens=16))
+    assert "Paris" in output.text
+
+
+def test_an_answer_ends_with_its_turn_though_the_generation_config_names_another_end(tmp_path):
+    folder = changed_folder(tmp_path, generation_config={"eos_token_id": 0})
+    llm = LLM(folder, dtype="float32", max_model_len=512)
+    prompt = llm.engine.render_chat([{"role": "user", "content": "What is the capital of France?"}])
+    [output] = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=128))
+    assert output.finish_reason == "stop" and "Paris" in output.text and "user" not in output.text

@@ -209,7 +209,7 @@ def fuzz(examples: int) -> Any:
     )
 
 
-@fuzz(100)
+@fuzz(50)
 @given(name=st.sampled_from(FIELDS), value=JSON)
 def test_any_value_of_any_field_of_the_tokenizer_s_config(folder: Path, name: str, value: Any) -> None:
     original = (folder / "tokenizer_config.json").read_text()
@@ -233,7 +233,7 @@ def put(data: Any, place: tuple[Any, ...], value: Any) -> Any:
     return data
 
 
-@fuzz(100)
+@fuzz(50)
 @given(draw=st.data(), value=JSON)
 def test_any_value_anywhere_in_the_tokenizer(folder: Path, draw: st.DataObject, value: Any) -> None:
     original = (folder / "tokenizer.json").read_text()
