@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from sleb.server import api
 from sleb.server.api import docs, health
+from sleb.server.browsers import Callers
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
@@ -61,7 +62,8 @@ def create_app(context: ServerContext) -> FastAPI:
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     docs.install(app, routes)
     keys = ApiKeys(context.options.keys, [route for route in routes if route.is_open])
-    app.add_middleware(Gate, keys=keys, routes=routes, metrics=context.metrics)
+    callers = Callers(context.options.host, context.options.allowed_hosts, context.options.origins)
+    app.add_middleware(Gate, callers=callers, keys=keys, routes=routes, metrics=context.metrics)
     if context.options.origins:  # outermost: a browser asks first, without the key
         app.add_middleware(
             CORSMiddleware,

@@ -12,6 +12,7 @@ from fastapi import Request
 from sleb.engine.encoding import longest_token
 from sleb.errors import ConfigError, RequestError
 from sleb.server.answer.token_text import TokenTexts
+from sleb.server.body_reader import BodyReader
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import shorten
@@ -20,6 +21,9 @@ from sleb.server.options import ServeOptions
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
     from sleb.engine.requests.tier import Tier
+
+_LEAST_MAX_BODY = 4 * 2**20  # bytes
+_BYTES_PER_TOKEN = 16  # escapes of JSON included
 
 
 @dataclass
@@ -35,6 +39,7 @@ class ServerContext:
     token_texts: TokenTexts
     names: dict[str, Tier]
     metrics: ServerMetrics
+    bodies: BodyReader
     max_characters: int
     created: int = field(default_factory=lambda: int(time.time()))
     unknown_fields: Counter[str] = field(default_factory=Counter)
@@ -49,21 +54,21 @@ class ServerContext:
         """
         behind_loop = AsyncEngine(engine, max_num_seqs + options.max_queue)
         unknown_fields: Counter[str] = Counter()
+        # Room for any prompt that fits the context.
+        max_body_bytes = options.max_body_bytes or max(
+            _LEAST_MAX_BODY, _BYTES_PER_TOKEN * engine.max_model_len
+        )
         return cls(
             engine=behind_loop,
             options=options,
             token_texts=TokenTexts(engine.tokenizer),
             names=name_tiers(engine, options.served_model_names),
             metrics=ServerMetrics(behind_loop, unknown_fields),
+            bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=engine.max_model_len * longest_token(engine.tokenizer),
             unknown_fields=unknown_fields,
             warm=not options.warm_up,
         )
-
-    @property
-    def max_body_bytes(self) -> int:
-        """What the operator said, else room for any prompt that fits the context, and 4 MiB at least."""
-        return self.options.max_body_bytes or max(4 * 2**20, 16 * self.engine.engine.max_model_len)
 
     def check_length(self, num_characters: int) -> None:
         """Raises RequestError context_length_exceeded for a conversation that has too many tokens in any case."""

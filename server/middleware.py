@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import time
 import uuid
@@ -15,15 +16,19 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sleb.fields import shown_text
+from sleb.server.browsers import Callers
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import ApiError, to_api_error
 from sleb.server.exchange import EXCHANGE, Exchange
 from sleb.server.routing import Route
 
-MAX_HEADER_BYTES = 64 * 1024
+logger = logging.getLogger("sleb.server")
+
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _CLIENT_GONE = 499
+_MAX_PATH = 200  # characters of it in the log
 _SLASHES = re.compile(r"/{2,}")
 
 
@@ -75,8 +80,16 @@ def server_timing(exchange: Exchange, total: float) -> str:
 class Gate:
     """ASGI middleware around the routes; plain rather than BaseHTTPMiddleware, which delays disconnects."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, routes: Sequence[Route], metrics: ServerMetrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        callers: Callers,
+        keys: ApiKeys,
+        routes: Sequence[Route],
+        metrics: ServerMetrics,
+    ) -> None:
         self._app = app
+        self._callers = callers
         self._keys = keys
         self._routes = routes
         self._metrics = metrics
@@ -105,7 +118,7 @@ class Gate:
             inner["method"] = "GET"
         token = EXCHANGE.set(exchange)
         try:
-            self._check_headers(headers)
+            self._callers.check(scope["method"], headers)
             self._keys.check(path, headers)
             if scope["method"] == "OPTIONS":
                 await self._options(inner)(inner, receive, send_with_id)
@@ -121,12 +134,27 @@ class Gate:
         finally:
             EXCHANGE.reset(token)
             route = getattr(inner.get("route"), "path", "other")
+            is_open = getattr(inner.get("route"), "is_open", False)  # what a probe asks every second
+            if status >= 400 and status != _CLIENT_GONE and not is_open:
+                self._log_refusal(scope, status, exchange, identifier)
             self._metrics.count_exchange(exchange, scope["method"], route, status or _CLIENT_GONE)
 
     @staticmethod
-    def _check_headers(headers: Headers) -> None:
-        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
-            raise ApiError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes")
+    def _log_refusal(scope: Scope, status: int, exchange: Exchange, identifier: str) -> None:
+        client = scope.get("client")
+        facts = {
+            "request": identifier,
+            "method": scope["method"],
+            "path": shown_text(scope["path"][:_MAX_PATH]),
+            "status": status,
+            "code": exchange.failure or str(status),
+            "client": client[0] if client else "unknown",
+        }
+        logger.warning(
+            "refused %(method)s %(path)s from %(client)s: %(status)d %(code)s, request %(request)s",
+            facts,
+            extra={"facts": facts},
+        )
 
     def _options(self, scope: Scope) -> Response:
         """The methods of a path, as a bare OPTIONS asks."""

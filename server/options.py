@@ -46,6 +46,14 @@ class ServeOptions:
         flags=("--cors-origin",),
         group=_ADDRESS,
     )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "A name by which clients may know this server, or *; repeatable. Addresses and local names need none.",
+        unset="none",
+        flags=("--allowed-host",),
+        metavar="NAME",
+        group=_ADDRESS,
+    )
     served_model_names: tuple[str, ...] = option(
         (),
         "Another name of the model; repeatable. Depth k is then NAME:sleb-k too.",
@@ -76,6 +84,23 @@ class ServeOptions:
         unset="4, or 16 bytes a token of the context if that is more",
         minimum=0.001,
         maximum=1024,
+        group=_LIMITS,
+    )
+    max_connections: int = option(
+        4096, "Open connections; an idle one gives way to a new one.", minimum=1, maximum=10**6, group=_LIMITS
+    )
+    read_timeout: float = option(
+        30.0,
+        "Seconds that a request's headers may take, and its body; a second more for each 16 KiB of it.",
+        minimum=0.1,
+        maximum=_DAY,
+        group=_LIMITS,
+    )
+    write_timeout: float = option(
+        60.0,
+        "Seconds for which a client may read nothing of its answer.",
+        minimum=0.1,
+        maximum=_DAY,
         group=_LIMITS,
     )
     drain_timeout: float = option(

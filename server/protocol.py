@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import Request
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -35,7 +34,7 @@ from sleb.engine.requests.sampling_params import (
     SamplingParams,
 )
 from sleb.errors import RequestError
-from sleb.server.errors import ApiError, shorten
+from sleb.server.errors import shorten
 from sleb.server.grammar.structured import (
     GRAMMARS,
     AnswerChoices,
@@ -372,21 +371,6 @@ def _check_one_end(body: ChatBody | TokenizeBody) -> None:
 
 def _unsupported(param: str, what: str, remedy: str) -> None:
     raise RequestError(f"{what} not supported in this version; {remedy}", param=param, code="unsupported")
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body. Raises ApiError 413 as soon as it is known to be too large, whether or not it says so first."""
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes, which is what this server takes")
-    if int(request.headers.get("content-length") or 0) > max_bytes:
-        raise too_large
-    chunks: list[bytes] = []
-    num_bytes = 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 def parse_body(

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from sleb.server.answer_models import Error
 from sleb.server.context import get_context
-from sleb.server.protocol import parse_body, read_body
+from sleb.server.protocol import parse_body
 
 REFERENCE = "#/components/schemas/{model}"
 HEADERS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Route(APIRoute):
 
         async def handle(request: Request) -> Response:
             context = get_context(request)
-            data = await read_body(request, context.max_body_bytes)
+            data = await context.bodies.read(request)
             request.state.num_bytes = len(data)
             body = parse_body(data, model, context.unknown_fields, 2 * context.engine.engine.max_model_len)
             del data  # an answer may take long

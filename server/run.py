@@ -10,8 +10,9 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
@@ -22,6 +23,7 @@ from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.errors import ShuttingDownError
 from sleb.server.logs import Teller, configure, drain_stderr
 from sleb.server.options import ServeOptions
+from sleb.server.wire import BoundedProtocol, WireLimits
 
 if TYPE_CHECKING:
     from sleb.engine.config import EngineConfig
@@ -95,9 +97,11 @@ class Server(uvicorn.Server):
 
 def make_server(context: ServerContext) -> Server:
     """A server for `context`, to be run with a bound socket."""
+    options = context.options
+    limits = WireLimits(options.read_timeout, options.write_timeout, options.max_connections)
     config = uvicorn.Config(
         create_app(context),
-        http="httptools",
+        http=cast("type[asyncio.Protocol]", partial(BoundedProtocol, limits)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -107,7 +111,7 @@ def make_server(context: ServerContext) -> Server:
         timeout_keep_alive=_SECONDS_IDLE,
         timeout_graceful_shutdown=int(_SECONDS_TO_FLUSH),
     )
-    return Server(config, context.engine, context.options.drain_timeout)
+    return Server(config, context.engine, options.drain_timeout)
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
