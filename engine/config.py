@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sleb.engine.requests.repetition import MAX_COUNT
 from sleb.engine.requests.sampling_params import COUNT_RANGES, NUMBER_RANGES
 from sleb.errors import ConfigError
 from sleb.kernels.names import ATTENTION_BACKENDS, DTYPE_ALIASES, DTYPES, KERNELS, QUANTIZED, check_device
@@ -162,6 +163,14 @@ class EngineConfig:
         "Longest answer to a request that sets no limit.",
         unset="what is left of the context",
         minimum=1,
+        group=_ANSWERS,
+    )
+    end_loops: int | None = option(
+        None,
+        "End an answer whose last tokens, up to 64, come so many times in a row.",
+        unset="they go on",
+        minimum=2,
+        maximum=MAX_COUNT,
         group=_ANSWERS,
     )
     on_progress: Callable[[int, int], None] | None = field(default=None, repr=False, compare=False)

@@ -178,6 +178,7 @@ class Engine:
                 shown=params.shown_special_ids,
             ),
             grammar=_begin_grammar(params),
+            repetition=None if params.repetition_detection is None else params.repetition_detection.start(),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
         parent = self._requests.get(fork_of) if fork_of is not None else None

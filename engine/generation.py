@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleb.engine.requests.repetition import RepetitionDetection
 from sleb.engine.requests.sampling_params import COUNT_RANGES, NUMBER_RANGES, SamplingParams
 from sleb.errors import ConfigError, SlebError
 from sleb.fields import Fields, as_integer, read_json, shown, shown_path
@@ -44,11 +45,12 @@ _IGNORED = (
     "guidance_scale",
 )
 _MAX_ENDS = 1024
+_LOOP_SIZE = 64  # tokens, of --end-loops
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """Sampling values and max_tokens: of requests that give none. All ids are within the model's vocabulary.
+    """What holds for requests that do not say it themselves. All ids are within the model's vocabulary.
 
     max_tokens: None: to the end of the context. end_token_ids: each ends an answer. begin_token_id: that of a text.
     """
@@ -59,12 +61,14 @@ class GenerationDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_tokens: int | None = None
+    repetition_detection: RepetitionDetection | None = None
     end_token_ids: frozenset[int] = frozenset()
     begin_token_id: int | None = None
 
     def resolve(self, params: SamplingParams) -> SamplingParams:
-        """`params` with these sampling values for those that are None."""
-        chosen = {name: getattr(self, name) for name in SAMPLING if getattr(params, name) is None}
+        """`params` with these values for those that are None."""
+        names = (*SAMPLING, "repetition_detection")
+        chosen = {name: getattr(self, name) for name in names if getattr(params, name) is None}
         return replace(params, **chosen) if chosen else params
 
 
@@ -95,6 +99,9 @@ def load_defaults(
     return GenerationDefaults(
         **values,
         max_tokens=config.default_max_tokens,
+        repetition_detection=RepetitionDetection(_LOOP_SIZE, min_count=config.end_loops)
+        if config.end_loops
+        else None,
         end_token_ids=frozenset(ends),
         begin_token_id=begins[0] if begins else None,
     )

@@ -70,7 +70,7 @@ def create_app(context: ServerContext) -> FastAPI:
             allow_origins=context.options.origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("X-Request-Id", "Server-Timing", "Retry-After"),
+            expose_headers=("X-Request-Id", "Server-Timing", "X-Stop-Reason", "Retry-After"),
         )
     return app
 

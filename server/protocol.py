@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from sleb.engine.chat_template import OWN_NAMES, check_variables
+from sleb.engine.requests.repetition import MAX_COUNT, MAX_PATTERN_SIZE, RepetitionDetection
 from sleb.engine.requests.sampling_params import (
     COUNT_RANGES,
     MAX_STOP_LENGTH,
@@ -63,6 +64,7 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "shown_special_ids",  # follows from what the answer is read for
     "logprobs",  # means something else in chat and in completions
     "prompt_logprobs",
+    "repetition_detection",  # a record of the engine's
 }
 _MAX_FIELDS_NAMED = 1000  # unknown field names that are remembered
 _MAX_NAMED_AT_ONCE = 16
@@ -186,6 +188,18 @@ def _describe_other_names(schema: dict[str, Any]) -> None:
         }
 
 
+class RepetitionPatterns(BaseModel):
+    """vLLM's field: when an answer loops, which then ends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    max_pattern_size: Annotated[
+        int, Field(ge=0, le=MAX_PATTERN_SIZE, description="Tokens; 0: never."), WHOLE
+    ] = 0
+    min_pattern_size: Annotated[int, Field(ge=0, le=MAX_PATTERN_SIZE), WHOLE] = 0
+    min_count: Annotated[int, Field(ge=0, le=MAX_COUNT, description="Times in a row, 2 or more."), WHOLE] = 0
+
+
 class GenerationBody(Body):
     """Fields that chat and plain completions share. Those of other servers: see `sleb.server.peer_fields`."""
 
@@ -223,6 +237,7 @@ class GenerationBody(Body):
     presence_penalty: Annotated[float | None, _in_range("presence_penalty")] = None
     frequency_penalty: Annotated[float | None, _in_range("frequency_penalty")] = None
     repetition_penalty: Annotated[float | None, _in_range("repetition_penalty", "1 is off.")] = None
+    repetition_detection: RepetitionPatterns | None = None
     stream: FalseByDefault = False
     stream_options: StreamOptions | None = None
     ignore_eos: FalseByDefault = False
@@ -257,6 +272,8 @@ class GenerationBody(Body):
     def sampling_params(self, **special: Any) -> SamplingParams:
         """The sampling fields; `special` overrides. Raises RequestError for values that exclude each other."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if self.repetition_detection is not None:
+            given["repetition_detection"] = RepetitionDetection(**self.repetition_detection.model_dump())
         if self.logit_bias is not None:
             given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
         return SamplingParams(**(given | special))

@@ -9,6 +9,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
+from sleb.engine.requests.repetition import REPETITION
 from sleb.server.answer_models import Error
 from sleb.server.context import get_context
 from sleb.server.protocol import parse_body
@@ -20,6 +21,12 @@ HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string", "minLength": 1},
     },
     "Server-Timing": {"description": "Milliseconds of each phase.", "schema": {"type": "string"}},
+}
+_STOP_HEADER: dict[str, dict[str, Any]] = {
+    "X-Stop-Reason": {
+        "description": "Of an answer that was ended because it loops, as its `stop_reason`; a stream has only that.",
+        "schema": {"const": REPETITION},
+    }
 }
 _ERROR_HEADERS: dict[int, dict[str, dict[str, Any]]] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
@@ -94,6 +101,7 @@ def success(event: Any = None, links: dict[str, Any] | None = None) -> Responses
     """The same of a good answer: its headers, what it is good `links` for, the type of an `event` if it may stream."""
     response: dict[str, Any] = {"headers": HEADERS, "links": links or {}}
     if event is not None:
+        response["headers"] = HEADERS | _STOP_HEADER
         schema = TypeAdapter(event).json_schema(ref_template=REFERENCE)
         response["content"] = {"text/event-stream": {"itemSchema": schema}}
         response["description"] = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sleb.engine.outputs import FinishReason, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.grammar import Grammar
+from sleb.engine.requests.repetition import RepetitionCounter
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.engine.requests.tier import Tier
 
@@ -45,6 +46,7 @@ class Request:
     rng: random.Random
     detokenizer: Detokenizer
     grammar: Grammar | None = None
+    repetition: RepetitionCounter | None = None
     num_computed: int = 0
     num_pending: int = 0
     pages: list[int] = field(default_factory=list)

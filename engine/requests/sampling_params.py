@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sleb.engine.requests.repetition import RepetitionDetection
 from sleb.errors import RequestError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class SamplingParams:
             (arXiv 1909.05858); presence_penalty and frequency_penalty subtract, for output tokens only.
         seed: fixes the request's own random numbers, whatever else is in the batch; -1 is none.
         shown_special_ids: special tokens whose text is kept though skip_special_tokens leaves out the others.
+        repetition_detection: ends an answer that loops, as "length"; None: as the engine's defaults say.
         grammar: what the output must follow; it then ends as soon as nothing can be added, even below min_tokens.
         logprobs: None for none, else the number of alternatives beside the chosen token. prompt_logprobs likewise.
 
@@ -99,6 +101,7 @@ class SamplingParams:
     shown_special_ids: Collection[int] = field(default=())
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    repetition_detection: RepetitionDetection | None = None
     grammar: GrammarSource | None = None
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from sleb.engine.outputs import StepOutput
+from sleb.engine.requests.repetition import REPETITION
 from sleb.server.answer.generation import Generation
 from sleb.server.answer.streaming import EventStreamResponse, event_stream, until_disconnect
 from sleb.server.context import ServerContext
@@ -109,7 +110,8 @@ class AnswerWriter(ABC):
             self.generation.close()
             raise
         self.generation.close()
-        return json_response(whole)
+        loops = any(choice["stop_reason"] == REPETITION for choice in whole["choices"])
+        return json_response(whole, headers={"X-Stop-Reason": REPETITION} if loops else None)
 
     def _read(self, choice: int, output: StepOutput) -> Piece:
         piece = self.read(choice, output, choice not in self._started)

@@ -155,3 +155,25 @@ def test_refused(server, fields, param):
     for answer in (server.complete("a", **fields), server.chat("a", **fields)):
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["param"] == param
+
+
+def test_an_answer_that_loops_says_so_in_a_header_or_in_the_last_chunk(server):
+    loop = {
+        "logit_bias": {"65": 100},
+        "repetition_detection": {"max_pattern_size": 4, "min_count": 6},
+        "temperature": 0,
+    }
+    for path, fields in (
+        ("/v1/completions", {"prompt": PROMPT}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}]}),
+    ):
+        answer = server.post(path, max_tokens=40, **loop, **fields)
+        choice = answer.json()["choices"][0]
+        assert answer.headers["X-Stop-Reason"] == choice["stop_reason"] == "repetition_detected"
+        assert choice["finish_reason"] == "length" and answer.json()["usage"]["completion_tokens"] == 6
+        stream = server.post(path, max_tokens=40, stream=True, **loop, **fields).text
+        assert '"finish_reason":"length","stop_reason":"repetition_detected"' in stream
+    free = server.complete(PROMPT, max_tokens=40, logit_bias=loop["logit_bias"], temperature=0)
+    assert "X-Stop-Reason" not in free.headers and free.json()["choices"][0]["stop_reason"] is None
+    bad = server.complete(PROMPT, repetition_detection={"max_pattern_size": 4}).json()["error"]
+    assert bad["param"] == "repetition_detection" and "min_count" in bad["message"]
