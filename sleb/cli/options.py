@@ -13,8 +13,9 @@ with one is told in one line, before anything slow is imported.
 from __future__ import annotations
 
 import inspect
+import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,8 +72,12 @@ def make_command(
     def run(**given: Any) -> None:
         fallback = given.pop(settings) if settings else {}
         plain = {name: given[name] for name in hints if name in given}
-        made = {name: make_options(kind, given, plain, fallback) for name, kind in kinds.items()}
-        function(**plain, **made)
+        try:
+            made = {name: make_options(kind, given, plain, fallback) for name, kind in kinds.items()}
+            function(**plain, **made)
+        except ConfigError as error:
+            error.args = (_with_flags(str(error), kinds.values()),)
+            raise
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
@@ -104,6 +109,21 @@ def make_options(
 def flag(name: str, about: Option) -> str:
     """The name by which people know an option: --the-field-name, unless it says otherwise."""
     return next((each for each in about.flags if each.startswith("--")), f"--{name.replace('_', '-')}")
+
+
+def _with_flags(message: str, kinds: Iterable[type]) -> str:
+    """An error of the library names a field of the options; who wrote a command line knows its flag.
+
+    A name of one word is one only where it begins the sentence: "device 'x' is", "remove is 9".
+    """
+    for kind in kinds:
+        for name, (_, about) in options_of(kind).items():
+            is_word = "_" not in name
+            pattern = (
+                rf"^{name}(?= is | '| names | needs )" if is_word else rf"(?<![\w./-]){name}(?![\w./=-])"
+            )
+            message = re.sub(pattern, flag(name, about), message)
+    return message
 
 
 def flags_of(kind: type) -> dict[str, inspect.Parameter]:

@@ -171,3 +171,30 @@ def test_an_option_of_another_dataclass_is_the_same_but_for_what_is_changed():
     assert mine.default == "float32"
     assert mine.metadata["option"].choices == ("auto", "float32")
     assert mine.metadata["option"].group == "Model"
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("json_path is 9; ask for less", "--json is 9; ask for less"),
+        ("threads is 9, but json_path holds 4", "--threads is 9, but --json holds 4"),
+        ("overlap needs a GPU", "--overlap needs a GPU"),
+        ("dtype 'x' is not known", "--dtype 'x' is not known"),
+        ("threads of others are many; share is no word here", None),
+        ("/tmp/json_path/a and json_path.txt cannot be read", None),
+        ("--json is 9", None),
+    ],
+)
+def test_an_error_from_inside_names_the_flag(monkeypatch, capsys, told, shown):
+    @with_options
+    def measure(engine: Engine, output: Output, model: Model = "m") -> None:
+        raise ConfigError(told)
+
+    single = typer.Typer(add_completion=False)
+    single.command(name="show", cls=OptionsCommand)(measure)
+    monkeypatch.setattr(cli, "load_command", lambda name: typer.main.get_command(single))
+    monkeypatch.setattr(sys, "argv", ["sleb", "show", "smollm2", "--json", "a"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {shown or told}\n"
