@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sleb.engine.config import EngineConfig
-from sleb.engine.model.architecture import resolve_spec
+from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
@@ -17,6 +19,12 @@ from sleb.kernels.reference.ops import causal_attention
 from sleb.kernels.registry import select_kernels
 from sleb.layer_map.layer_map import Unit
 from sleb.models.resolve import resolve_model
+
+_MAX_WINDOW = 1 << 17  # tokens: what a config claims may be more than the tables of its angles find room for
+
+
+def _longest_window(spec: DecoderSpec) -> int:
+    return min(spec.max_positions, _MAX_WINDOW)
 
 
 class DecoderScorer:
@@ -35,7 +43,7 @@ class DecoderScorer:
         self._decoder = decoder
         self.num_blocks = spec.num_blocks
         self.hidden_size = spec.hidden_size
-        self.max_length = spec.max_positions
+        self.max_length = _longest_window(spec)
         self.fingerprint = spec.fingerprint
         self.vocab_size = spec.vocab_size
         self.device = decoder.device
@@ -46,16 +54,22 @@ class DecoderScorer:
 
     @classmethod
     def load(
-        cls, model: str, dtype: str = "float32", device: str = "auto", weights: str = "auto"
+        cls,
+        model: str,
+        dtype: str = "float32",
+        device: str = "auto",
+        weights: str = "auto",
+        check: Callable[[DecoderSpec], object] = lambda spec: None,
     ) -> DecoderScorer:
         """The scorer of MODEL (folder, hub id, .gguf or alias); dtype, weights: as EngineConfig's.
 
-        Raises ModelError or ConfigError.
+        check: called before the weights are loaded. Raises ModelError or ConfigError.
         """
         EngineConfig(model, dtype=dtype, weights=weights).check()
         target = resolve_device(device)
         resolved = resolve_model(model)
         spec = resolve_spec(resolved.path)
+        check(spec)
         chosen = resolve_dtype(dtype, weights, spec.checkpoint_dtype)
         loaded = load_weights(
             resolved.path,
@@ -66,7 +80,7 @@ class DecoderScorer:
             weight_format=resolve_weight_format(weights),
         )
         kernels = select_kernels("torch", target)
-        decoder = Decoder(spec, loaded, kernels, spec.max_positions, target)
+        decoder = Decoder(spec, loaded, kernels, _longest_window(spec), target)
         return cls(decoder, resolved.name, TextProcessor(resolved.path, spec.vocab_size))
 
     def embed(self, token_ids: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from sleb.cli.options import Model, with_options
 from sleb.cli.progress import Bar
 from sleb.cli.show import find_map
 from sleb.formats import EXPORT_FORMATS
+from sleb.formats.removal import Removal
+from sleb.models.resolve import shipped_map
 from sleb.options import option
 from sleb.terminal import tell
 
@@ -39,9 +41,14 @@ def export(model: Model, options: ExportOptions) -> None:
     hf is a smaller checkpoint; zeroed keeps the shape; decilm can lack attention or MLP alone. The other formats are
     texts: a mergekit configuration, lists of what is removed, and a command for llama.cpp.
     """
+    name = options.layer_map or shipped_map(model)
+    chosen = None if name is None else find_map(str(name))
+    if chosen is not None:
+        Removal(
+            chosen, chosen.depth if options.depth is None else options.depth
+        )  # the depth, before all else
     from sleb.formats.exporting import export_model, parse_size  # torch: not for help
 
-    chosen = None if options.layer_map is None else find_map(options.layer_map)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Bar(*columns) as bar:
         removal, text = export_model(

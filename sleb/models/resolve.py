@@ -24,6 +24,7 @@ from pathlib import Path
 from sleb.errors import ConfigError, ModelError
 from sleb.fields import shown_path
 from sleb.files import cache_dir, content_digest
+from sleb.models.config import family_of, read_config, read_fields
 from sleb.models.hub import config_folder, snapshot
 from sleb.models.store import build_once, is_complete
 
@@ -84,9 +85,15 @@ def shipped_map(model: str) -> Path | None:
 
 
 def check_model(model: str) -> None:
-    """Raises ModelError for what can be no MODEL, whatever the hub holds: a path that is not there, a mere word."""
+    """Raises ModelError for what can be no MODEL, whatever the hub holds: a path that is not there, a mere word, a
+    config.json that is wrong. Takes no torch.
+    """
     path = _path(model)
-    if model == ALIAS or (path / "config.json").is_file():
+    if model == ALIAS:
+        return
+    if (path / "config.json").exists():
+        config = read_config(path)
+        read_fields(config, family_of(config))
         return
     if path.is_dir():
         _only_gguf(path)

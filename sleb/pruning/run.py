@@ -260,4 +260,9 @@ def _load(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) 
         return model
     from sleb.engine.model.scoring import DecoderScorer
 
-    return DecoderScorer.load(os.fspath(model), dtype=options.dtype, device=options.device)
+    return DecoderScorer.load(
+        os.fspath(model),
+        dtype=options.dtype,
+        device=options.device,
+        check=lambda spec: _num_remove(options, spec.num_blocks),
+    )

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sleb.engine.model.rotary import RotaryTables
 from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ConfigError, ModelError
 from sleb.models.families import FAMILIES, Family
+from sleb.models.resolve import check_model
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
 
@@ -464,3 +467,15 @@ def test_any_config_is_read_or_refused_long(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]
 ) -> None:
     check_any_config(tmp_path_factory.getbasetemp(), config)
+
+
+def test_a_wrong_config_is_told_by_every_command_before_torch_is_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 2**40}))
+    with pytest.raises(ModelError, match=r"num_hidden_layers is 1099511627776; .* from 1 to 1024"):
+        check_model(str(tmp_path))
+    program = (
+        "import sys; from sleb.models.resolve import check_model; from sleb.errors import ModelError\n"
+        "try: check_model(sys.argv[1])\n"
+        "except ModelError: raise SystemExit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 0

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replaces the engine's scorer; "stop_after" interrupts the next search, "loaded" has the arguments."""
     state: dict[str, Any] = {"stop_after": None, "loaded": []}
 
-    def load(model: str, dtype: str = "float32", device: str = "auto") -> StubModel:
+    def load(model: str, dtype: str, device: str, check: Callable[[Any], object]) -> StubModel:
+        check(StubModel)
         state["loaded"].append((model, dtype, device))
         return StubModel(state["stop_after"])
 
@@ -162,15 +164,19 @@ def test_slips_are_found_before_the_model_is_loaded(
 ) -> None:
     there = tmp_path / "there.json"
     there.write_text("precious")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9 " * 9)
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (there, {}, "exists: continue it with --resume, replace it with --force"),
         (tmp_path, {}, "is a folder"),
         (tmp_path / "none" / "map.json", {}, "cannot be written"),
         (tmp_path / "a.json", {"remove": "lots"}, "remove 'lots'"),
+        (tmp_path / "a.json", {"remove": 200}, "200"),
+        (tmp_path / "a.json", {"calibration": latin}, "latin.txt is not UTF-8 text"),
         (tmp_path / "a.json", {"dtype": "int8"}, "choose one of: float32, bfloat16, float16"),
         (tmp_path / "a.json", {"sampler": "best"}, "choose one of: packed, rows"),
         (tmp_path / "a.json", {"calibration": "nowhere.txt"}, "nowhere.txt"),
-        (there, {"resume": True}, "there.json: it is not JSON"),
+        (there, {"resume": True}, "there.json cannot be read as JSON"),
     ]
     for output, changes, message in cases:
         options: dict[str, Any] = {"remove": 2, "calibration": text_file, "output": output, **changes}

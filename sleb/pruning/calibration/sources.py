@@ -14,7 +14,7 @@ from sleb.pruning.calibration.chats import as_messages
 from sleb.pruning.calibration.downloads import c4_beginning, c4_shard, wikitext2_lines
 from sleb.pruning.calibration.samplers import first_tokens, pick_rows, sample_rows, text_rows
 from sleb.pruning.calibration.spec import SourceSpec
-from sleb.pruning.calibration.tables import read_column
+from sleb.pruning.calibration.tables import read_column, read_text
 
 Encode = Callable[[str], Sequence[int]]
 # Messages with role and content to the tokens of the conversation.
@@ -92,12 +92,7 @@ class _TextFile:
 
     @cached_property
     def _text(self) -> str:
-        try:
-            return self.path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"calibration file {self.path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"calibration file {self.path} is not UTF-8 text") from None
+        return read_text(self.path)
 
 
 @dataclass(frozen=True)

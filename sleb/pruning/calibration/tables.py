@@ -25,6 +25,15 @@ def read_column(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         yield from (_read_parquet if _is_parquet(path) else _read_jsonl)(path, column)
 
 
+def read_text(path: Path, num_characters: int = -1) -> str:
+    """The text of a file, or its beginning. Raises ConfigError for one that cannot be read or is not UTF-8."""
+    try:
+        with _readable(path), path.open(encoding="utf-8") as file:
+            return file.read(num_characters)
+    except UnicodeDecodeError:
+        raise ConfigError(f"calibration file {path} is not UTF-8 text") from None
+
+
 def check_table(path: Path, column: str) -> None:
     """ConfigError for what the beginning of the file shows to be wrong."""
     if next(read_column(path, column), None) is None:

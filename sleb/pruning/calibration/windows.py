@@ -24,9 +24,12 @@ from sleb.pruning.calibration.samplers import (
 )
 from sleb.pruning.calibration.sources import Encode, Render, open_source
 from sleb.pruning.calibration.spec import GENERATED, SourceSpec, label, parse_source, shares
-from sleb.pruning.calibration.tables import check_table
+from sleb.pruning.calibration.tables import check_table, read_text
 
 _GENERATED_SAMPLER = "generated"
+
+
+_CHECKED = 1 << 16  # characters of a text that are looked at before a model is loaded
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def check_options(
             raise ConfigError(f"calibration {GENERATED} has no rows to draw: leave --sampler rows out")
         if spec.column is not None:
             check_table(Path(spec.name), spec.column)
+        elif spec.is_file:
+            read_text(Path(spec.name), _CHECKED)
     if windows is not None:
         _check_shares(specs, windows)
 
