@@ -147,7 +147,7 @@ def read_bytes(path: Path, error: type[SlebError] = ModelError, max_bytes: int =
             if facts.st_size > max_bytes:
                 raise error(f"{shown_path(path)} has {facts.st_size} bytes; at most {max_bytes} are read")
             return file.read(max_bytes)
-    except FileNotFoundError:
+    except (FileNotFoundError, SlebError):  # a ConfigError is a ValueError too
         raise
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
         reason = getattr(problem, "strerror", None) or problem

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleb.errors import LayerMapError, ModelError
+from sleb.errors import ConfigError, LayerMapError, ModelError
 from sleb.fields import Fields, read_json, shown
 
 JSON = st.recursive(
@@ -93,6 +93,8 @@ def test_a_pipe_is_not_waited_for_and_a_folder_not_read(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(ModelError, match=r"cannot be read|no regular file"):
             read_json(path)
+    with pytest.raises(ConfigError, match=r"^\S+pipe is no regular file; it must be one$"):
+        read_json(tmp_path / "pipe", ConfigError)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none")
     with pytest.raises(ModelError, match="cannot be read"):

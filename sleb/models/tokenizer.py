@@ -146,7 +146,9 @@ def _cleaned(tokenizer: Tokenizer, path: Path, vocab_size: int | None) -> Tokeni
             vocab_size,
             ", ".join(shown(token) for _, token in past[:3]) + (", …" if len(past) > 3 else ""),
         )
+        marks_are_text = tokenizer.encode_special_tokens  # what no JSON has: `split_special_tokens`
         tokenizer = Tokenizer.from_str(json.dumps(_cut(json.loads(tokenizer.to_str()), vocab_size)))
+        tokenizer.encode_special_tokens = marks_are_text
     return tokenizer
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -216,6 +217,26 @@ def test_what_a_template_says_is_kept_short(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"the chat template refuses the messages: x+…") as caught:
         TextProcessor(folder).render_chat([{"role": "user", "content": "x" * 10**6}])
     assert len(str(caught.value)) < 600
+
+
+def test_a_tokenizer_that_panics_is_no_fault_of_the_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rust's panics come as an exception that is no Exception, which would end the process."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise PanicException("index out of bounds")
+
+    processor = TextProcessor(folder)
+    processor.tokenizer = SimpleNamespace(encode=panic)  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="the model's tokenizer fails at this text"):
+        processor.encode("Hi")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(ModelError, match=r"tokenizer in .* cannot be loaded: index out of bounds; mend"):
+        TextProcessor(folder)
 
 
 def test_half_a_surrogate_pair_is_no_text(folder: Path) -> None:

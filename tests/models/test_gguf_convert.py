@@ -481,6 +481,17 @@ def test_configuration_chat_template_and_special_ids(llama_gguf: Path, tmp_path:
     assert text == "<|user|>the cat<|end|>\n<|user|>"
 
 
+def test_a_template_for_tools_comes_along(tmp_path: Path, vocabulary: Any) -> None:
+    """As llama.cpp's `llama_model_chat_template` finds it."""
+    _, config = config_of("llama", len(vocabulary[0]))
+    tools = {"tokenizer.chat_template.tool_use": "{{ tools | tojson }}"}
+    write_gguf(tmp_path / "t.gguf", "llama", tiny_model(config), vocabulary, extra=tools)
+    (folder := tmp_path / "out").mkdir()
+    convert_gguf(tmp_path / "t.gguf", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == {"default": TEMPLATE, "tool_use": "{{ tools | tojson }}"}
+
+
 def test_beginning_token_and_sampling_values_follow_the_file(tmp_path: Path, vocabulary: Any) -> None:
     _, config = config_of("llama", len(vocabulary[0]))
     extra = {

@@ -180,8 +180,10 @@ def tokenizer_config(vocabulary: Vocabulary, max_length: int) -> dict[str, Any]:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         if key in vocabulary.ids:
             config[f"{name}_token"] = vocabulary.tokens[vocabulary.ids[key]]
-    if vocabulary.template:
-        config["chat_template"] = vocabulary.template
+    templates = {"default": vocabulary.template, "tool_use": vocabulary.tool_template}
+    given = [{"name": name, "template": text} for name, text in templates.items() if text]
+    if given:
+        config["chat_template"] = given if vocabulary.tool_template else vocabulary.template
     return config
 
 

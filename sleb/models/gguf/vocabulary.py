@@ -50,6 +50,7 @@ class Vocabulary:
     add_eos: bool | None
     add_space_prefix: bool
     template: str | None
+    tool_template: str | None  # for conversations with tools
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -96,6 +97,7 @@ def read_vocabulary(fields: Fields) -> Vocabulary:
         add_eos=fields.boolean(f"{_KEYS}add_eos_token", None),
         add_space_prefix=fields.boolean(f"{_KEYS}add_space_prefix", True),
         template=fields.string("tokenizer.chat_template", default=None),
+        tool_template=fields.string("tokenizer.chat_template.tool_use", default=None),
     )
 
 
