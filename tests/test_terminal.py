@@ -83,11 +83,16 @@ def test_errors_that_name_what_was_given(capsys, monkeypatch, command):
 
 
 def test_a_warning_of_a_command_without_a_log(capsys, monkeypatch):
-    """Python's own last resort prints it."""
+    """Python's own last resort prints it; libraries have handlers of their own."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging, "_defaultFormatter", logging._defaultFormatter)
     run(capsys, monkeypatch, "--version")
     logging.getLogger("sleb.models").warning("left out: %s", HOSTILE)
-    assert capsys.readouterr().err == f"left out: {SHOWN}\n"
+    library = logging.getLogger("a library's")
+    monkeypatch.setattr(library, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(library, "propagate", False)
+    library.warning(HOSTILE)
+    assert capsys.readouterr().err == f"left out: {SHOWN}\n{SHOWN}\n"
 
 
 def test_a_reader_that_has_gone_ends_no_command(monkeypatch):

@@ -125,8 +125,8 @@ def main() -> None:
     Exit codes: 0; 2 for what the user can mend (one line on standard error); 130 when interrupted. Anything else that
     is raised is a bug and keeps its traceback.
     """
-    if logging.lastResort is not None:  # of the commands that set up no logging
-        logging.lastResort.setFormatter(LineFormatter())
+    # Of handlers without one: Python's last resort where no logging is set up, those of transformers and the hub.
+    logging._defaultFormatter = LineFormatter()  # type: ignore[attr-defined]
     try:
         sys.exit(build()(prog_name="sleb", standalone_mode=False))
     except _UsageError as error:
