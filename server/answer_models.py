@@ -59,6 +59,17 @@ class RequestMetrics(TypedDict):
     tokens_per_second: float | None
 
 
+class PromptLogprob(TypedDict):
+    """vLLM's: of one token that could have stood there; `rank` is null for one that is not among the most probable."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; null for the first token
+
+
 class Answer(TypedDict):
     """What is around the choices of an answer, and of a chunk of one."""
 

@@ -139,7 +139,6 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "logprob_token_ids": (),
         "return_tokens_as_token_ids": (False,),
     },
-    "set echo and logprobs of /v1/completions": {"prompt_logprobs": ()},
     "set return_token_ids": {"return_tokens": (False,)},
     "the whole answer is sent; leave it out": {"response_fields": (), "return_hidden_states": (False,)},
     "serve a checkpoint in which the adapter is merged": {

@@ -238,6 +238,9 @@ class GenerationBody(Body):
     frequency_penalty: Annotated[float | None, _in_range("frequency_penalty")] = None
     repetition_penalty: Annotated[float | None, _in_range("repetition_penalty", "1 is off.")] = None
     repetition_detection: RepetitionPatterns | None = None
+    prompt_logprobs: Annotated[
+        int | None, _in_range("prompt_logprobs", "As vLLM's; not of a stream."), WHOLE
+    ] = None
     stream: FalseByDefault = False
     stream_options: StreamOptions | None = None
     ignore_eos: FalseByDefault = False
@@ -263,6 +266,12 @@ class GenerationBody(Body):
     @classmethod
     def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
         return honoured(fields, cls.model_fields)
+
+    def check(self) -> None:
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError(
+                "prompt_logprobs are not of a stream; leave one of them out", param="prompt_logprobs"
+            )
 
     def unknown_names(self) -> Iterator[str]:
         yield from super().unknown_names()
@@ -304,6 +313,7 @@ class ChatBody(GenerationBody):
     continue_final_message: FalseByDefault = False
 
     def check(self) -> None:
+        super().check()
         if self.audio is not None or any(modality != "text" for modality in self.modalities or ()):
             _unsupported("modalities", "audio is", "this model reads and writes text")
         if self.top_logprobs and not self.logprobs:
@@ -324,6 +334,7 @@ class CompletionBody(GenerationBody):
     best_of: Annotated[int | None, _in_range("n", "None other than n is supported."), WHOLE] = None
 
     def check(self) -> None:
+        super().check()
         if self.suffix:
             _unsupported("suffix", "suffix is", "leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):

@@ -31,6 +31,25 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
+def prompt_logprobs(
+    tokens: Sequence[TokenLogprobs | None], num_top: int, texts: TokenTexts
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: by token id the `num_top` most probable and the prompt's own; null for the first token.
+
+    `rank` counts from 1; null for a token of the prompt that is none of the most probable.
+    """
+
+    def by_id(token: TokenLogprobs) -> dict[str, Any]:
+        ranked = [*enumerate(token.top[:num_top], 1), (None, (token.token_id, token.logprob))]
+        entries: dict[str, Any] = {}
+        for rank, (token_id, logprob) in ranked:
+            entry = {"logprob": _number(logprob), "rank": rank, "decoded_token": texts.string(token_id)}
+            entries.setdefault(str(token_id), entry)
+        return entries
+
+    return [None if token is None else by_id(token) for token in tokens]
+
+
 def completion_logprobs(
     token_ids: Sequence[int],
     tokens: Sequence[TokenLogprobs | None],

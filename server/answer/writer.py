@@ -16,6 +16,7 @@ from fastapi import Request, Response
 from sleb.engine.outputs import StepOutput
 from sleb.engine.requests.repetition import REPETITION
 from sleb.server.answer.generation import Generation
+from sleb.server.answer.logprobs import prompt_logprobs
 from sleb.server.answer.streaming import EventStreamResponse, event_stream, until_disconnect
 from sleb.server.context import ServerContext
 from sleb.server.errors import json_response
@@ -35,6 +36,7 @@ class Piece:
     is_first: bool = False
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None  # on the first one, if it was asked for
     usage: dict[str, Any] | None = None  # up to this piece, if the stream tells it
 
     def append(self, other: Piece) -> None:
@@ -58,6 +60,7 @@ class AnswerWriter(ABC):
     id_prefix: str
     object_name: str
     chunk_object_name: str
+    choices_have_prompt_logprobs = False  # each, rather than the answer as a whole
 
     def __init__(self, context: ServerContext, generation: Generation, body: GenerationBody) -> None:
         self.context = context
@@ -96,6 +99,8 @@ class AnswerWriter(ABC):
         if self.body.return_token_ids:
             choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
             choice["token_ids"] = piece.token_ids
+        if self.choices_have_prompt_logprobs and piece.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = piece.prompt_logprobs
         return choice
 
     async def answer(self, request: Request) -> Response:
@@ -115,6 +120,11 @@ class AnswerWriter(ABC):
 
     def _read(self, choice: int, output: StepOutput) -> Piece:
         piece = self.read(choice, output, choice not in self._started)
+        if self.body.prompt_logprobs is not None and piece.is_first:
+            texts = self.context.token_texts
+            piece.prompt_logprobs = prompt_logprobs(
+                output.prompt_logprobs or (), self.body.prompt_logprobs, texts
+            )
         self._started.add(choice)
         if self._options.continuous_usage_stats:
             piece.usage = self.generation.usage()
@@ -130,6 +140,8 @@ class AnswerWriter(ABC):
                     choices[piece.choice] = piece
         written = [self._whole_choice(choices[choice]) for choice in sorted(choices)]
         whole = self._envelope | {"choices": written, "usage": self.generation.usage()}
+        if self.body.prompt_logprobs is not None and not self.choices_have_prompt_logprobs:
+            whole["prompt_logprobs"] = choices[0].prompt_logprobs
         return whole | {"timings": self.generation.timings(), "metrics": self.generation.metrics()}
 
     async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:

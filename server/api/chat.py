@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from sleb.server.answer.chat_writer import ChatWriter
 from sleb.server.answer.generation import Generation, Prompt
-from sleb.server.answer_models import Answer, Choice, Count, Error, FinishReason, Usage
+from sleb.server.answer_models import Answer, Choice, Count, Error, FinishReason, PromptLogprobs, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.grammar_spec import GrammarSpec
 from sleb.server.grammar.structured import answer_grammar
@@ -83,6 +83,7 @@ class ChatChoice(Choice):
 class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: NotRequired[PromptLogprobs]
     usage: Usage
 
 
@@ -137,6 +138,7 @@ async def create_chat_completion(
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     special: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": num_logprobs}
+    special["prompt_logprobs"] = body.prompt_logprobs
     body.sampling_params(**special)  # a value out of range is told before anything is computed
     tools, answer = read_tools(body), answer_grammar(body)
     prompt = Prompt(await _render(context, body, tools, request.state.num_bytes)).cut(

@@ -14,7 +14,7 @@ from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.answer.logprobs import completion_logprobs
 from sleb.server.answer.token_text import TextOffsets
 from sleb.server.answer.writer import AnswerWriter, Piece
-from sleb.server.answer_models import Answer, Choice, Error, FinishReason, Usage
+from sleb.server.answer_models import Answer, Choice, Error, FinishReason, PromptLogprobs, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.structured import answer_grammar
 from sleb.server.grammar.token_rules import grammar_source
@@ -40,6 +40,7 @@ class CompletionLogprobs(TypedDict):
 class CompletionChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
     finish_reason: FinishReason
 
 
@@ -78,8 +79,12 @@ async def create_completion(
     context.engine.check()
     tier = context.tier(body.model)
     special: dict[str, Any] = {"logprobs": body.logprobs}
-    if body.echo:
-        special["prompt_logprobs"] = body.logprobs
+    asked = [
+        number
+        for number in (body.prompt_logprobs, body.logprobs if body.echo else None)
+        if number is not None
+    ]
+    special["prompt_logprobs"] = max(asked, default=None)
     special["grammar"] = await grammar_source(context.engine.engine, body, answer_grammar(body))
     params = body.sampling_params(**special)
     prompts = await _encode(context, body, request.state.num_bytes)
@@ -98,7 +103,10 @@ def split_prompts(prompt: Any) -> list[str] | list[list[int]]:
     prompts: Any = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not prompts:
         raise RequestError(f"'prompt' must be {_SHAPES}, and not empty", param="prompt")
-    prompts = [whole_numbers(each) for each in whole_numbers(prompts)]
+    try:
+        prompts = [whole_numbers(each) for each in whole_numbers(prompts)]
+    except ValueError as error:
+        raise RequestError(f"bad token id in 'prompt': {error}", param="prompt") from None
     if all(type(token_id) is int for token_id in prompts):
         prompts = [prompts]
     if len(prompts) > MAX_PROMPTS:
@@ -133,6 +141,7 @@ class CompletionWriter(AnswerWriter):
     id_prefix = "cmpl"
     object_name = "text_completion"
     chunk_object_name = "text_completion"
+    choices_have_prompt_logprobs = True
     body: CompletionBody
 
     def __init__(self, context: ServerContext, generation: Generation, body: CompletionBody) -> None:

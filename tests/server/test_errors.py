@@ -106,13 +106,17 @@ def serve_small(server):
     ("fields", "param"),
     [
         ({"suffix": "x"}, "suffix"),
+        ({"prompt": [2**64]}, "prompt"),
+        ({"prompt": [[1, 1e300]]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"stop_token_ids": [2**70]}, "stop_token_ids"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 30}, "logprobs"),
         ({"echo": 1}, "echo"),
     ],
 )
 def test_bad_completion_fields(server, fields, param):
-    assert error_of(server.complete("a", **fields), 400)["param"] == param
+    assert error_of(server.post("/v1/completions", **({"prompt": "a"} | fields)), 400)["param"] == param
 
 
 def test_missing_field(server):

@@ -79,6 +79,7 @@ RULES = [
     (r"(tool_choice|function_call) is .*, but there are no", forces_what_is_not_there),
     (r"tools and functions exclude each other", lambda body: body["tools"] and body["functions"]),
     (r"repetition_detection has patterns", lambda body: body["repetition_detection"]),
+    (r"prompt_logprobs are not of a stream", lambda body: body["stream"]),
     (r"top_logprobs needs logprobs", lambda body: body["top_logprobs"] and not body.get("logprobs")),
     (
         r"continue_final_message and add_generation_prompt exclude",

@@ -118,7 +118,7 @@ def test_other_names_reach_the_engine(server, fields, attribute, value):
         ({"structural_tag": "{}"}, "structural_tag", "tools"),
         ({"think": False}, "think", "chat_template_kwargs"),
         ({"lora_path": "x"}, "lora_path", "merged"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "echo"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "stream"),
         ({"images": ["aGk="]}, "images", "text"),
         ({"web_search_options": {"a": 1}}, "web_search_options", "text"),
         ({"extra_body": {"regex": "a"}}, "extra_body", "beside"),

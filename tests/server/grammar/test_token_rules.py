@@ -157,6 +157,30 @@ def test_refused(server, fields, param):
         assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_prompt_logprobs_are_those_of_transformers(server, tiny_model_dir, num_top):
+    fields = {"prompt_logprobs": num_top, "max_tokens": 2, "return_token_ids": True}
+    chat = {"messages": [{"role": "user", "content": PROMPT}]}
+    completion, conversation = (
+        server.complete(PROMPT, **fields).json(),
+        server.post("/v1/chat/completions", **chat, **fields).json(),
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for choice, told in (
+        (completion["choices"][0], completion["choices"][0]["prompt_logprobs"]),
+        (conversation["choices"][0], conversation["prompt_logprobs"]),
+    ):
+        token_ids = choice["prompt_token_ids"]
+        expected = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+        assert told[0] is None and len(told) == len(token_ids)
+        for place in range(1, len(token_ids)):
+            best = expected[place - 1].topk(num_top).indices.tolist()
+            assert {int(each) for each in told[place]} == {*best, token_ids[place]}
+            for token_id, entry in told[place].items():
+                assert entry["logprob"] == pytest.approx(expected[place - 1, int(token_id)].item(), abs=1e-4)
+                assert entry["rank"] == (best.index(int(token_id)) + 1 if int(token_id) in best else None)
+
+
 def test_an_answer_that_loops_says_so_in_a_header_or_in_the_last_chunk(server):
     loop = {
         "logit_bias": {"65": 100},
