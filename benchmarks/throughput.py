@@ -37,8 +37,9 @@ from sleb.benchmarks.workloads import (
 )
 from sleb.engine.chain import load_layer_map
 from sleb.engine.engine import Engine
-from sleb.engine.execute.kv_cache import GIB, bytes_per_token
+from sleb.engine.execute.kv_cache import bytes_per_token
 from sleb.engine.llm import LLM
+from sleb.engine.memory import GIB
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.model.resolve import resolve_device, resolve_dtype
 from sleb.engine.requests.sampling_params import SamplingParams

@@ -17,6 +17,7 @@ from sleb.engine.execute.kv_cache import bytes_per_token
 from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledToken, Sampler
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
 from sleb.engine.execute.transfer import to_device
+from sleb.engine.memory import refusal_told
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
@@ -103,7 +104,9 @@ class Runner:
         self._weights_name = config.weights if weight_format else str(self.dtype)[6:]
         self._weight_sizes = _weight_sizes(weights)
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size
-        built = build_executor(config, spec, weights, backends, self._plan(keep), depths)
+        remedy = "lower --kv-cache-memory, --max-num-seqs or --max-num-batched-tokens, or quantise (--weights int8)"
+        with refusal_told("the KV cache and the steps", self.device, remedy):
+            built = build_executor(config, spec, weights, backends, self._plan(keep), depths)
         self.executor, self._why_slower = built.executor, backends.kernels.why_slower
         self.max_model_len, self.num_pages = built.max_model_len, built.num_pages
         self._eos_token_ids = eos_token_ids

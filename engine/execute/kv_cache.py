@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sleb.engine.config import EngineConfig
+from sleb.engine.memory import GIB, check_fits, free_memory
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.errors import ConfigError
 
-GIB = 1 << 30
 _CPU_MEMORY_SHARE = 0.25
 _CPU_MEMORY_LIMIT = 8 * GIB
 
@@ -114,7 +113,7 @@ def choose_num_pages(
         free, total = torch.cuda.mem_get_info(device)
         num_bytes = int(free - (1 - gpu_memory_utilization) * total) - reserve
     else:
-        num_bytes = min(int(_available_memory() * _CPU_MEMORY_SHARE), _CPU_MEMORY_LIMIT)
+        num_bytes = min(int(free_memory(device).num_bytes * _CPU_MEMORY_SHARE), _CPU_MEMORY_LIMIT)
     num_pages = min(num_bytes // page_bytes, max_useful_pages)
     if num_pages < 1:
         raise ConfigError(
@@ -122,17 +121,7 @@ def choose_num_pages(
             "kv_cache_memory (--kv-cache-memory) or gpu_memory_utilization (--gpu-memory-utilization), quantise the "
             "weights (--weights int8), or lower max_num_batched_tokens"
         )
+    if memory is not None:  # else it is made of what is free
+        remedy = "lower --kv-cache-memory, --max-model-len or --max-num-seqs, or quantise the weights (--weights int8)"
+        check_fits("the KV cache takes", num_pages * page_bytes, device, remedy, ConfigError)
     return num_pages
-
-
-def _available_memory() -> int:
-    """Bytes that a process can take without swapping; half the physical memory where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

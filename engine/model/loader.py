@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sleb.engine.memory import GIB, check_fits, refusal_told
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.engine.model.weight_cache import WeightCache
-from sleb.engine.model.weights import DecoderWeights, Targets, allocate
+from sleb.engine.model.weights import DecoderWeights, Targets, allocate, num_bytes
 from sleb.errors import ModelError
-from sleb.kernels.quantization import QuantizedWeight, Weight, WeightFormat
+from sleb.fields import shown_path
+from sleb.kernels.quantization import WEIGHT_FORMATS, QuantizedWeight, Weight, WeightFormat
 from sleb.layer_map.units import Sublayer
 from sleb.models.weight_files import StoredTensor, opened
 
@@ -48,16 +50,41 @@ def load_weights(
     load_format: "auto" or "safetensors" read the checkpoint; "dummy" draws random weights from `seed`.
     weight_format: how matrices are quantised; what was made is kept in the cache folder for the next time.
     on_progress: called in this thread as weights come in. Raises ModelError for missing, extra or misshaped
-    tensors, for pickles, for unreadable files and for values that cannot be quantised.
+    tensors, for pickles, for unreadable files, for values that cannot be quantised, and, before anything is taken, for
+    weights larger than the memory that is free.
     """
     checkpoint = None if load_format == "dummy" else open_checkpoint(path, spec)
     spec = spec if checkpoint is None else checkpoint.spec
-    weights, targets = allocate(spec, keep, dtype, device, weight_format)
-    progress = _Progress(targets, on_progress)
-    if checkpoint is None:
-        _fill_random(targets, seed, device, progress)
-        return weights
-    stored = checkpoint.tensors
+    size = _weight_bytes(spec, keep, dtype, weight_format)
+    remedy = _smaller(spec, keep, dtype, size)
+    check_fits(f"{shown_path(path)}: the weights take", size, device, remedy, ModelError)
+    with refusal_told(f"weights of {size / GIB:.2f} GiB", device, remedy):
+        weights, targets = allocate(spec, keep, dtype, device, weight_format)
+        progress = _Progress(targets, on_progress)
+        if checkpoint is None:
+            _fill_random(targets, seed, device, progress)
+        else:
+            _fill(path, checkpoint.tensors, targets, progress)
+    return weights
+
+
+def _weight_bytes(
+    spec: DecoderSpec, keep: set[Sublayer], dtype: torch.dtype, weight_format: WeightFormat | None
+) -> int:
+    return num_bytes(allocate(spec, keep, dtype, torch.device("meta"), weight_format)[0])
+
+
+def _smaller(spec: DecoderSpec, keep: set[Sublayer], dtype: torch.dtype, size: int) -> str:
+    """What would make the weights smaller than `size` bytes, and how small."""
+    choices = {"--dtype bfloat16": _weight_bytes(spec, keep, torch.bfloat16, None)} | {
+        f"--weights {name}": _weight_bytes(spec, keep, dtype, each) for name, each in WEIGHT_FORMATS.items()
+    }
+    told = [f"{flag} makes that {each / GIB:.2f} GiB" for flag, each in choices.items() if each < size]
+    return ", ".join([*told, "a deeper tier alone (--tiers) keeps fewer blocks"])
+
+
+def _fill(path: Path, stored: Mapping[str, StoredTensor], targets: Targets, progress: _Progress) -> None:
+    """Fills every target from the checkpoint in `path`, or from what is kept of it."""
     plain = {name: target for name, target in targets.items() if isinstance(target, Tensor)}
     for names in _grouped(stored, plain):
         with opened(stored[names[0]].file) as handle:
@@ -68,7 +95,6 @@ def load_weights(
     if quantized:
         shards = {stored[name].file for name in quantized}
         _quantize(WeightCache(path, shards), stored, quantized, progress)
-    return weights
 
 
 class _Progress:

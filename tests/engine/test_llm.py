@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sleb import LLM, LayerMap, SamplingParams
-from sleb.engine.execute.kv_cache import GIB
+from sleb.engine.memory import GIB
 from sleb.errors import ConfigError, ModelError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

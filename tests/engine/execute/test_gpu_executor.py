@@ -16,8 +16,8 @@ import torch
 from sleb import SamplingParams
 from sleb.engine.execute.cuda_graphs import decode_buckets
 from sleb.engine.execute.gpu import GpuExecutor
-from sleb.engine.execute.kv_cache import GIB
 from sleb.engine.execute.step_arrays import StepArrays
+from sleb.engine.memory import GIB
 from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError
 from sleb.kernels import registry

@@ -14,7 +14,7 @@ import torch
 
 from sleb import SamplingParams
 from sleb.engine.execute import cuda_graphs, gpu_setup, kv_cache
-from sleb.engine.execute.kv_cache import GIB
+from sleb.engine.memory import GIB
 from sleb.errors import ConfigError
 from sleb.kernels import registry
 from sleb.kernels.attention import select as attention

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from sleb.engine.execute.kv_cache import GIB
 from sleb.engine.execute.step_arrays import StepArrays
+from sleb.engine.memory import GIB
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.engine.schedule.step import ScheduledRow
 from sleb.layer_map.layer_map import Unit

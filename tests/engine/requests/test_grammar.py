@@ -14,8 +14,8 @@ from sleb import SamplingParams
 from sleb.engine.execute.cuda_graphs import decode_buckets
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.grammar_masks import TokenMasks, fill_masks, num_words
-from sleb.engine.execute.kv_cache import GIB
 from sleb.engine.execute.sampler import Sampler
+from sleb.engine.memory import GIB
 from sleb.errors import RequestError
 from sleb.kernels import registry
 from sleb.kernels.registry import select_kernels
