@@ -166,9 +166,8 @@ def test_a_limit_of_the_shell(tiny_model, tmp_path):
     changes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     changes |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
     (folder / "config.json").write_text(json.dumps(config | changes))
-    command = (
-        f"ulimit -v 8000000; exec {sys.executable} -m sleb bench throughput {folder} --load-format dummy"
-    )
+    options = "--load-format dummy --prompt-tokens 8 --output-tokens 8"
+    command = f"ulimit -v 8000000; exec {sys.executable} -m sleb bench throughput {folder} {options}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "ulimit -v has" in done.stderr and "--weights int4" in done.stderr
