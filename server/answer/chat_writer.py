@@ -38,7 +38,7 @@ class ChatWriter(AnswerWriter):
         if is_first:
             self._parsers[choice] = self._shape.make_parser()
         parser = self._parsers[choice]
-        deltas = parser.push(output.new_text, output.finish_reason is not None)
+        deltas = parser.push(output.new_text, output.finish_reason)
         reason: str | None = output.finish_reason
         if reason == "stop" and parser.num_calls:
             reason = "function_call" if self._shape.legacy else "tool_calls"

@@ -20,7 +20,7 @@ from sleb.server.message.incoming import normalise_messages
 from sleb.server.message.parser import MessageParser, MessageShape
 from sleb.server.message.reasoning import END_THINK, THINK, ReasoningParser
 from sleb.server.message.special_tokens import special_token_id, thought_rules
-from sleb.server.message.tool_parser import END_TOOL_CALL, TOOL_CALL, ToolParser
+from sleb.server.message.tool_parser import MARKS, ToolParser
 from sleb.server.message.tool_prompt import offer_in_text
 from sleb.server.message.tools import ToolUse, call_format, knows_tools, read_tools
 from sleb.server.protocol import ChatBody
@@ -170,7 +170,7 @@ class _Reading:
         """The marks that the answer is read by and that a decoder would leave out as special tokens."""
         marks = [THINK, END_THINK] if self._thinks else []
         if self._tools is not None:
-            marks += [TOOL_CALL, END_TOOL_CALL]
+            marks += MARKS
         found = (special_token_id(mark, self._tokenizer) for mark in marks)
         return [token_id for token_id in found if token_id is not None]
 
@@ -190,7 +190,7 @@ class _Reading:
         tools = self._tools
         if tools is None:
             return MessageParser(reasoning, None)
-        parser = ToolParser(tools.names, live=tools.must_call, single=not tools.parallel)
+        parser = ToolParser(tools.names, tools.schemas, live=tools.must_call, single=not tools.parallel)
         return MessageParser(reasoning, parser)
 
 

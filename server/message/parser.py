@@ -20,13 +20,14 @@ class MessageParser:
     def num_calls(self) -> int:
         return 0 if self._tools is None else self._tools.num_calls
 
-    def push(self, text: str, ends: bool) -> list[Delta]:
-        """What `text` makes certain; all of the rest if the answer ends with it."""
+    def push(self, text: str, finish_reason: str | None) -> list[Delta]:
+        """What `text` makes certain; all of the rest if the answer ends with it, for the engine's `finish_reason`."""
+        ends = finish_reason is not None
         deltas = [Delta("content", text)] if text else []
         if self._reasoning is not None:
             deltas = self._reasoning.push(text) + (self._reasoning.flush() if ends else [])
         if self._tools is not None:
-            deltas = self._find_calls(deltas) + (self._tools.flush() if ends else [])
+            deltas = self._find_calls(deltas) + (self._tools.flush(finish_reason == "length") if ends else [])
         return join_deltas(deltas)
 
     def _find_calls(self, deltas: list[Delta]) -> list[Delta]:

@@ -117,6 +117,11 @@ class ToolUse:
         return [tool["function"]["name"] for tool in self.tools]
 
     @property
+    def schemas(self) -> dict[str, Any]:
+        """Of the arguments, by name."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
+
+    @property
     def must_call(self) -> bool:
         return self.named or self.choice == "required"
 

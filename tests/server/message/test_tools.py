@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import shutil
 
 import openai
@@ -22,11 +23,12 @@ from sleb.server.message.incoming import normalise_messages
 from sleb.server.message.parser import MessageParser
 from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
 from sleb.server.message.special_tokens import literal, special_token_id, thought_rules
-from sleb.server.message.tool_parser import ToolParser
+from sleb.server.message.tool_parser import MARKS, ToolParser
 from sleb.server.message.tool_prompt import offer_in_text
 from sleb.server.message.tools import HERMES, LLAMA, PLAIN, call_format
 
 NAMES = ("weather", "sum")
+SCHEMAS = {"sum": {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}}
 WEATHER = {
     "type": "function",
     "function": {
@@ -55,16 +57,17 @@ NOW = {"type": "function", "function": {"name": "now"}}
 TOOLS = [WEATHER, SUM, NOW]
 
 
-def parse(text, cuts=(), *, reasoning=None, live=False, single=False):
+def parse(text, cuts=(), *, reasoning=None, live=False, single=False, reason="stop"):
     """What any pieces of `text` give, joined; each call as (name, arguments)."""
     parser = MessageParser(
-        None if reasoning is None else ReasoningParser(reasoning), ToolParser(NAMES, live=live, single=single)
+        None if reasoning is None else ReasoningParser(reasoning),
+        ToolParser(NAMES, SCHEMAS, live=live, single=single),
     )
     borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     deltas = []
     for start, end in itertools.pairwise(borders):
-        deltas += parser.push(text[start:end], False)
-    return join_deltas(deltas + parser.push("", True))
+        deltas += parser.push(text[start:end], None)
+    return join_deltas(deltas + parser.push("", reason))
 
 
 def told(deltas):
@@ -115,6 +118,30 @@ ARGUMENTS = {"city": "Köln", "n": [1, {"a": "}"}]}
         ('{"type": "function", "name": "sum", "parameters": {"a": 2}}', "", [("sum", {"a": 2})]),
         ('{"type": "function", "function": {"name": "sum", "arguments": {"a": 2}}}', "", [("sum", {"a": 2})]),
         ('{"name": "sum", "parameters": {"a": "line\nend"}}', "", [("sum", {"a": "line\nend"})]),
+        ('[TOOL_CALLS] [{"name": "sum", "arguments": {"a": 1}}]', "", [("sum", {"a": 1})]),
+        (
+            'So: [TOOL_CALLS][{"name": "sum", "arguments": {"a": [1]}, "id": "x"}, {"name": "weather"}] .',
+            "So: .",
+            [("sum", {"a": [1]}), ("weather", {})],
+        ),
+        ('[TOOL_CALLS]sum[ARGS]{"a": 1}', "", [("sum", {"a": 1})]),
+        ('[TOOL_CALLS]sum{"a": 1}[TOOL_CALLS]weather{}', "", [("sum", {"a": 1}), ("weather", {})]),
+        ('[TOOL_CALLS]sum[CALL_ID]0aB4eF789[ARGS]{"name": "x"}', "", [("sum", {"name": "x"})]),
+        ('[TOOL_CALLS]sum0aB4eF789{"a": 1}', "", [("sum", {"a": 1})]),
+        (
+            '<|tool_call|>[{"name": "sum", "arguments": {"a": 1}}]<|/tool_call|>',
+            "",
+            [("sum", {"a": 1})],
+        ),
+        ('Well <function=sum>{"a": 1}</function> done', "Well done", [("sum", {"a": 1})]),
+        ('<function=sum>{"a": 1}', "", [("sum", {"a": 1})]),
+        ("<function=weather></function>", "", [("weather", {})]),
+        (
+            "<tool_call>\n<function=sum>\n<parameter=a>\n12\n</parameter>\n<parameter=b>\n3\n<x>\n</parameter>\n"
+            "</function>\n</tool_call>\n<tool_call>\n<function=weather>\n</function>\n</tool_call>",
+            "",
+            [("sum", {"a": 12, "b": "3\n<x>"}), ("weather", {})],
+        ),
     ],
 )
 @pytest.mark.parametrize("step", [1, 3, 1000])
@@ -123,33 +150,113 @@ def test_calls_that_models_write(text, content, calls, step):
 
 
 @pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', '{"name": "other", "arguments": {}}'),
+        ('<tool_call>{"name": "sum", "arguments": [1]}</tool_call>', '{"name": "sum", "arguments": [1]}'),
+        (
+            '<tool_call>{"name": "sum", "arguments": {"a": }}</tool_call>',
+            '{"name": "sum", "arguments": {"a": }}',
+        ),
+        (
+            '<tool_call>{"name": "sum", "arguments": {"a": NaN}}</tool_call>',
+            '{"name": "sum", "arguments": {"a": NaN}}',
+        ),
+        ('<tool_call>{"name": "sum", "arguments": {"a": 1}', '{"name": "sum", "arguments": {"a": 1}'),
+        (
+            'Now <tool_call>{"name": "sum", "arguments": {"a": 1</tool_call> and more',
+            'Now{"name": "sum", "arguments": {"a": 1 and more',
+        ),
+        ("So:\n<tool_call>\nsum(1)\n</tool_call>", "So:\nsum(1)"),
+        ("<tool_call>", ""),
+        ("a </tool_call> b", "a b"),
+        ("<tool_call><tool_call>x", "x"),
+        ("<|python_tag|>print(1)", "print(1)"),
+        ('[TOOL_CALLS] [1, {"name": "sum"}]', ' [1, {"name": "sum"}]'),
+        ('[TOOL_CALLS] [{"name": "other"}]', ' [{"name": "other"}]'),
+        ("[TOOL_CALLS]other{}", "other{}"),
+        ('<function=other>{"a": 1}</function>', '{"a": 1}'),
+        ("<function=sum>a = 1</function>", "a = 1"),
+        ('<tool_call>{"name": "' + "x" * 5000 + "</tool_call> <tool_", '{"name": "' + "x" * 5000 + " <tool_"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 4, 10_000])
+def test_a_broken_call_is_content_without_its_marks(text, content, step):
+    wanted = [Delta("content", content)] if content else []
+    assert parse(text, range(0, len(text), step)) == wanted
+
+
+@pytest.mark.parametrize(
     "text",
     [
-        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "sum", "arguments": [1]}</tool_call>',
-        '<tool_call>{"name": "sum", "arguments": {"a": }}</tool_call>',
-        '<tool_call>{"name": "sum", "arguments": {"a": NaN}}</tool_call>',
-        '<tool_call>{"name": "sum", "arguments": {"a": 1}',
-        '<tool_call>{"name": "sum", "arguments": {"a": 1</tool_call> and more',
-        "<tool_call>\nsum(1)\n</tool_call>",
-        "<tool_call>",
         "<tool_",
+        "if a < b[TOO",
         '{"answer": {"name": "sum", "parameters": {}}}',
         '{"name": "sum"}',
         '{"name": "Ada", "parameters": {}}',
         'First: {"name": "sum", "parameters": {}}',
-        "<|python_tag|>print(1)",
         '{"name": "sum", "parameters": {"a": ' + "[" * 3000 + "]" * 3000 + "}}{",
     ],
 )
 @pytest.mark.parametrize("step", [1, 4, 10_000])
-def test_a_broken_call_is_content_to_the_last_character(text, step):
+def test_what_is_no_call_is_content_to_the_last_character(text, step):
     assert parse(text, range(0, len(text), step)) == [Delta("content", text)]
 
 
+CUT = [
+    HERMES_CALL + "\n" + HERMES_CALL + "\n" + HERMES_CALL,
+    'Sure.\n[TOOL_CALLS] [{"name": "sum", "arguments": {"a": 1}}, {"name": "sum", "arguments": {"a": 22}}]',
+    '[TOOL_CALLS]sum[ARGS]{"a": 1}[TOOL_CALLS]sum[CALL_ID]0aB4eF789[ARGS]{"a": 22}',
+    '<|tool_call|>[{"name": "sum", "arguments": {"a": 1}}]<|/tool_call|>',
+    '<function=sum>{"a": 1}</function> <function=sum>{"a": 22}</function>',
+    "<tool_call>\n<function=sum>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nz\n</parameter>\n</function>\n</tool_call>",
+    '<|python_tag|>{"name": "sum", "parameters": {"a": 1}}; {"name": "sum", "parameters": {"a": 22}}',
+]
+
+
+@pytest.mark.parametrize("text", CUT, ids=range(len(CUT)))
+@pytest.mark.parametrize("live", [False, True])
+def test_calls_that_are_cut_anywhere_leave_no_marks(text, live):
+    """max_tokens may end anywhere: content is that of the whole answer or less, calls are those of the whole answer,
+    and of the last one the arguments as far as they go."""
+    content = told(parse(text, live=live))[1]
+    whole = [delta.text for delta in parse(text, live=live) if delta.kind == "call"]
+    assert len(whole) >= 1 and content in ("", "Sure.")
+    for end in range(len(text)):
+        deltas = parse(text[:end], live=live, reason="length")
+        assert parse(text[:end], range(end), live=live, reason="length") == deltas
+        said = "".join(delta.text for delta in deltas if delta.kind == "content")
+        assert said.strip() in (content, content[:end]), (end, said)
+        names = [delta.text for delta in deltas if delta.kind == "call"]
+        assert names == whole[: len(names)]
+        for number in range(len(names)):
+            arguments = "".join(d.text for d in deltas if d.kind == "arguments" and d.index == number)
+            if number < len(names) - 1:
+                json.loads(arguments)
+            else:
+                assert arguments.startswith("{")
+
+
+def test_a_third_call_that_is_cut(server):
+    """Of required calls too: two calls, what has come of the third, and no mark; alike streamed and whole."""
+    text = "\n".join(['<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call>'] * 3)
+    third = text.rindex("<tool_call>")
+    for end in range(third, len(text), 5):
+        fields = {"tools": TOOLS, "max_tokens": end, "temperature": 0}
+        whole = server.chat(text, **fields).json()
+        [choice] = whole["choices"]
+        message, reason = fold(events(server.chat(text, stream=True, **fields)))
+        assert choice["message"]["content"] is None and message["content"] == ""
+        calls = [call["function"] for call in choice["message"]["tool_calls"]]
+        assert calls == message["tool_calls"] and len(calls) in (2, 3)
+        assert [json.loads(call["arguments"]) for call in calls[:2]] == [{"a": 1}] * 2
+        assert choice["finish_reason"] == reason == "length"
+        assert whole["usage"]["completion_tokens"] == end
+
+
 def test_a_call_behind_a_broken_one_is_found():
-    broken = '<tool_call>{"name": "sum", "arguments": {'
-    assert told(parse(broken + HERMES_CALL)) == ("", broken, [("weather", ARGUMENTS)])
+    broken = '{"name": "sum", "arguments": {'
+    assert told(parse("<tool_call>" + broken + HERMES_CALL)) == ("", broken, [("weather", ARGUMENTS)])
 
 
 def test_single_drops_later_calls_and_nothing_else():
@@ -172,7 +279,8 @@ def test_reasoning(opened):
 
 
 PIECES = [
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "\n", " ", "<", "{", "}", '"', "\\", ";",
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "<function=sum>", "</function>",
+    "<parameter=a>", "</parameter>", "[ARGS]", "<|tool_call|>", "<function=", "sum", "\n", " ", "<", "{", "}", '"', "\\", ";",
     "tool", "text", "é", '{"name": "sum", "arguments": {"a": 1}}', '{"name": "weather", "parameters": {}}',
     '{"name": ', '"sum"', '"arguments": {', HERMES_CALL, "[", "]", ",", ":",
 ]  # fmt: skip
@@ -185,9 +293,10 @@ PIECES = [
     st.sampled_from([None, False, True]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(["stop", "length"]),
 )
-def test_any_split_gives_what_the_whole_gives(text, cuts, reasoning, live, single):
-    options = {"reasoning": reasoning, "live": live, "single": single}
+def test_any_split_gives_what_the_whole_gives(text, cuts, reasoning, live, single, reason):
+    options = {"reasoning": reasoning, "live": live, "single": single, "reason": reason}
     whole = parse(text, **options)
     assert parse(text, cuts, **options) == whole
     assert parse(text, range(len(text)), **options) == whole
@@ -198,10 +307,17 @@ def test_any_split_gives_what_the_whole_gives(text, cuts, reasoning, live, singl
 
 @settings(max_examples=200)
 @given(
-    st.lists(st.sampled_from([piece for piece in PIECES if "name" not in piece]), max_size=14).map("".join)
+    st.lists(
+        st.sampled_from([piece for piece in PIECES if not re.search(r"name|=sum|^[\[\]]$", piece)]),
+        max_size=14,
+    ).map("".join)
 )
-def test_without_a_call_nothing_is_lost(text):
-    assert parse(text) == ([Delta("content", text)] if text else [])
+def test_without_a_call_nothing_is_lost_but_marks_and_space_before_them(text):
+    said = "".join(delta.text for delta in parse(text))
+    assert not any(mark in said for mark in MARKS)
+    for mark in MARKS:
+        text = text.replace(mark, "")
+    assert "".join(said.split()) == "".join(text.split())
 
 
 JSON = st.recursive(
@@ -242,7 +358,7 @@ def test_live_arguments_come_as_they_are_written():
 
 def test_a_long_run_of_marks_takes_linear_time():
     text = '<tool_call>{"name":"' * 5000
-    assert told(parse(text))[1] == text
+    assert told(parse(text))[1] == text.replace("<tool_call>", "")
 
 
 # Over the fake engine, which answers with what it is asked.
