@@ -203,6 +203,14 @@ class Engine:
         """Token ids of `text`; see `TextProcessor.encode`."""
         return self.text.encode(text, add_special_tokens)
 
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids to continue: of an empty text the token that texts begin with, else the one that ends them."""
+        return (
+            self.encode(text, add_special_tokens)
+            or self.text.empty_prompt()
+            or sorted(self.eos_token_ids)[:1]
+        )
+
     def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """The prompt of a conversation; see `ChatTemplates.render`."""
         return self.text.render_chat(messages, **options)

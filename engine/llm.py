@@ -90,7 +90,7 @@ class LLM:
         outputs: list[Output],
         owners: dict[str, tuple[Output, Choice]],
     ) -> None:
-        token_ids = list(self.engine.encode(prompt) if isinstance(prompt, str) else prompt)
+        token_ids = list(self.engine.encode_prompt(prompt) if isinstance(prompt, str) else prompt)
         tier = self.engine.tier(depth)
         output = Output(token_ids, tier.depth, [], None, 0, None)
         outputs.append(output)

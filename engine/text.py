@@ -74,6 +74,15 @@ class TextProcessor:
                 raise
             raise ModelError("the model's tokenizer fails at this text") from error
 
+    def empty_prompt(self) -> list[int]:
+        """What stands for a text without tokens: the token that texts begin with, else the one that ends them."""
+        for name in ("bos_token", "eos_token"):
+            token = self.named_tokens.get(name)
+            token_id = None if token is None or self.tokenizer is None else self.tokenizer.token_to_id(token)
+            if token_id is not None:
+                return [token_id]
+        return []
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The prompt of a conversation, by the model's own chat template: `ChatTemplates.render`, as token ids."""
         return self.encode(self._templates.render(messages, **options), add_special_tokens=False)

@@ -45,7 +45,7 @@ from sleb.server.grammar.structured import (
 )
 from sleb.server.json_input import MAX_VALUES, load_json
 from sleb.server.message.incoming import MAX_MESSAGES, IncomingMessage
-from sleb.server.message.tools import MAX_TOOLS, Function, FunctionName, NamedTool, Tool
+from sleb.server.message.tools import MAX_TOOLS, AllowedTools, Function, FunctionName, NamedTool, Tool
 from sleb.server.peer_fields import SAME_AS, honoured
 
 logger = logging.getLogger("sleb.server")
@@ -300,7 +300,7 @@ class ChatBody(GenerationBody):
         int | None, _in_range("logprobs", "More than 0 needs logprobs to be true."), WHOLE
     ] = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from tokenizers import Tokenizer
 
-_NUM_CONTEXT_TOKENS = 8  # how many earlier tokens a decoder may look back at to place a space
+NUM_CONTEXT_TOKENS = 8  # how many earlier tokens a decoder may look back at to place a space
 _UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
 # A character is at most 4 tokens; far more without a whole one are broken bytes, not to be held for ever.
 _MAX_PENDING_TOKENS = 32
@@ -57,7 +57,7 @@ class Detokenizer:
         self._include_stop = include_stop
         self._held = ""  # text that may turn out to be the start of a stop string
         self._pending: list[int] = []  # tokens whose text is not out yet
-        self._context = self._whole_characters(list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:]))
+        self._context = self._whole_characters(list(prompt_token_ids[-NUM_CONTEXT_TOKENS:]))
         self._settled = self._text(self._context)
         self.stopped_by: str | None = None
 

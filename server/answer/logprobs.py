@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sleb.engine.outputs import TokenLogprobs
-from sleb.server.answer.token_text import TextOffsets, TokenTexts
+from sleb.server.answer.token_text import TokenTexts
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON cannot say
 
@@ -55,7 +55,7 @@ def completion_logprobs(
     tokens: Sequence[TokenLogprobs | None],
     num_top: int,
     texts: TokenTexts,
-    offsets: TextOffsets,
+    offsets: list[int],
 ) -> dict[str, list[Any] | None]:
     """`choice.logprobs` of a completion: parallel lists over `token_ids`, null for a token without a probability.
 
@@ -72,5 +72,5 @@ def completion_logprobs(
         "tokens": [texts.string(token_id) for token_id in token_ids],
         "token_logprobs": [None if token is None else _number(token.logprob) for token in tokens],
         "top_logprobs": top,
-        "text_offset": offsets.push(token_ids),
+        "text_offset": offsets,
     }

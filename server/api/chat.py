@@ -206,13 +206,14 @@ def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) 
 
 
 async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
-    messages = normalise_messages(body.messages)
+    template = context.engine.engine.chat_template_for(tools is not None)
+    messages = normalise_messages(body.messages, template)
     options: dict[str, Any] = {
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": body.continue_final_message,
         "variables": body.chat_template_kwargs or {},
     }
-    if not knows_tools(context.engine.engine.chat_template_for(tools is not None)):
+    if not knows_tools(template):
         messages = offer_in_text(messages, [] if tools is None else tools.tools)
     elif tools is not None:
         options["tools"] = tools.tools

@@ -9,6 +9,7 @@ from pydantic import Json
 from typing_extensions import TypedDict
 
 from sleb.engine.outputs import StepOutput, TokenLogprobs
+from sleb.engine.requests.detokenizer import NUM_CONTEXT_TOKENS
 from sleb.errors import RequestError
 from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.answer.logprobs import completion_logprobs
@@ -122,7 +123,7 @@ def _is_token_ids(value: Any) -> bool:
 
 
 async def _encode(context: ServerContext, body: CompletionBody, num_bytes: int) -> list[Prompt]:
-    encode = context.engine.engine.encode
+    encode = context.engine.engine.encode_prompt
 
     def work() -> list[Prompt]:
         return [
@@ -150,15 +151,17 @@ class CompletionWriter(AnswerWriter):
 
     def read(self, choice: int, output: StepOutput, is_first: bool) -> Piece:
         if is_first:
-            self._offsets[choice] = TextOffsets(self.context.token_texts)
+            self._offsets[choice] = self._begin_offsets(choice)
         token_ids = list(output.new_token_ids)
-        shown_ids, text = token_ids, output.new_text
+        shown_ids, text, offsets = token_ids, output.new_text, []
         logprobs: list[TokenLogprobs | None] = list(output.new_logprobs or [])
         if is_first and self.body.echo:
             prompt = self.generation.prompt_of(choice)
-            shown_ids, text = prompt.token_ids + token_ids, self._prompt_text(prompt) + text
+            prompt_text = self._prompt_text(prompt)
+            shown_ids, text = prompt.token_ids + token_ids, prompt_text + text
             logprobs = list(output.prompt_logprobs or [None] * len(prompt.token_ids)) + logprobs
-            self._skip_added_token(choice, prompt)
+            if self.body.logprobs is not None:
+                offsets = self._offsets[choice].align(prompt.token_ids, prompt_text)
         piece = Piece(
             choice=choice,
             text=text,
@@ -168,7 +171,8 @@ class CompletionWriter(AnswerWriter):
             stop_reason=output.stop_reason,
         )
         if self.body.logprobs is not None:
-            texts, offsets = self.context.token_texts, self._offsets[choice]
+            offsets += self._offsets[choice].push(token_ids)
+            texts = self.context.token_texts
             piece.logprobs = completion_logprobs(shown_ids, logprobs, self.body.logprobs, texts, offsets)
         return piece
 
@@ -178,13 +182,10 @@ class CompletionWriter(AnswerWriter):
             return prompt.text or ""
         return str(tokenizer.decode(prompt.token_ids, skip_special_tokens=False))
 
-    def _skip_added_token(self, choice: int, prompt: Prompt) -> None:
-        """A beginning-of-text token that the tokenizer put before the text takes no room in it."""
-        if prompt.text is None or not prompt.token_ids:
-            return
-        first = self.context.token_texts.string(prompt.token_ids[0])
-        if first.startswith("<") and not prompt.text.startswith(first):
-            self._offsets[choice].skip(-len(first))
+    def _begin_offsets(self, choice: int) -> TextOffsets:
+        texts, context = self.context.token_texts, self.generation.prompt_of(choice).token_ids
+        begins = self.body.skip_special_tokens and all(map(texts.is_special, context[-NUM_CONTEXT_TOKENS:]))
+        return TextOffsets(texts, skip_special=self.body.skip_special_tokens, begins=begins)
 
     def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:
         empty = {"index": piece.choice, "text": "", "logprobs": None, "finish_reason": None}

@@ -146,7 +146,8 @@ def _tokens(context: ServerContext, body: TokenizeBody) -> list[int]:
         "continue_final_message": bool(body.continue_final_message),
         "variables": body.chat_template_kwargs or {},
     }
-    return engine.render_chat(normalise_messages(body.messages), **own)
+    template = engine.chat_template_for(bool(body.tools))
+    return engine.render_chat(normalise_messages(body.messages, template), **own)
 
 
 def _tokenizer(context: ServerContext) -> Tokenizer:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
 from sleb.server.json_input import MAX_OBJECTS, load_json, num_objects
 
 MAX_MESSAGES = 4096
-_MAX_ROLE = 64  # characters
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# The types of parts that are text, and the field that holds it: OpenAI's of both its APIs.
+_TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 class TextPart(BaseModel):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+class RefusalPart(BaseModel):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | list[TextPart | RefusalPart]
 
 
 class CalledFunction(BaseModel):
@@ -35,30 +45,34 @@ class _Calls(BaseModel):
 
 
 class SaidMessage(_Calls):
-    """Of any role, with a content."""
+    """With a content; the role may be another one that the model's chat template names."""
 
-    role: Annotated[
-        str, Field(min_length=1, max_length=_MAX_ROLE, examples=["system", "user", "assistant", "tool"])
-    ]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content
 
 
 class AssistantMessage(_Calls):
     """May have calls in place of a content."""
 
     role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
 
 
 IncomingMessage = SaidMessage | AssistantMessage
 
 
-def normalise_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content is a string. Raises RequestError for what a text model cannot read."""
+def normalise_messages(messages: list[dict[str, Any]], template: str | None = None) -> list[dict[str, Any]]:
+    """Messages whose content is a string. Raises RequestError for what a text model cannot read.
+
+    template: the chat template, which may name roles of its own.
+    """
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise RequestError(f"there are {len(messages)} messages; send 1 to {MAX_MESSAGES}", param="messages")
     room = _Room(MAX_OBJECTS)
-    return [_normalise(message, f"messages[{index}]", room) for index, message in enumerate(messages)]
+    return [
+        _normalise(message, f"messages[{index}]", template or "", room)
+        for index, message in enumerate(messages)
+    ]
 
 
 @dataclass
@@ -68,11 +82,12 @@ class _Room:
     left: int
 
 
-def _normalise(message: dict[str, Any], where: str, room: _Room) -> dict[str, Any]:
+def _normalise(message: dict[str, Any], where: str, template: str, room: _Room) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not 0 < len(role) <= _MAX_ROLE:
+    if role not in ROLES and not (isinstance(role, str) and _names(template, role)):
         raise RequestError(
-            f"{where}.role is {shorten(role)}; it must be a name such as 'system', 'user' or 'assistant'",
+            f"{where}.role is {shorten(role)}; it must be one of {', '.join(ROLES)}, or one that the model's chat "
+            "template names",
             param=f"{where}.role",
         )
     if content is None and role != "assistant":
@@ -80,6 +95,11 @@ def _normalise(message: dict[str, Any], where: str, room: _Room) -> dict[str, An
     # A template would write a null as "None".
     message = message | {"content": _join_parts(content, f"{where}.content") or ""}
     return _normalise_calls(message, where, room)
+
+
+def _names(template: str, role: str) -> bool:
+    """Whether a template has the role as a string."""
+    return role.isidentifier() and (f"'{role}'" in template or f'"{role}"' in template)
 
 
 def _normalise_calls(message: dict[str, Any], where: str, room: _Room) -> dict[str, Any]:
@@ -128,12 +148,15 @@ def _join_parts(content: Any, where: str) -> str | None:
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
+        field = _TEXT_FIELDS.get(kind) if isinstance(kind, str) else None
+        if field is None:
             raise RequestError(
                 f"{where}[{index}] has type {shorten(kind)}; this model reads text only: send parts of type 'text'",
                 param=f"{where}[{index}]",
             )
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}[{index}].text must be a string", param=f"{where}[{index}].text")
-        texts.append(part["text"])
+        if not isinstance(part.get(field), str):
+            raise RequestError(
+                f"{where}[{index}].{field} must be a string", param=f"{where}[{index}].{field}"
+            )
+        texts.append(part[field])
     return "\n".join(texts)

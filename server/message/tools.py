@@ -15,7 +15,7 @@ from sleb.server.errors import shorten
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.structured import schema_text
 from sleb.server.message.special_tokens import literal
-from sleb.server.message.tool_parser import END_TOOL_CALL, PYTHON_TAG, TOOL_CALL
+from sleb.server.message.tool_parser import END_TOOL_CALL, MARKS, PYTHON_TAG, TOOL_CALL, TOOL_CALLS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,18 +68,36 @@ class NamedTool(BaseModel):
     function: FunctionName
 
 
+class AllowedList(BaseModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(BaseModel):
+    """OpenAI's way to offer some of the tools only."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedList
+
+
 @dataclass(frozen=True)
 class CallFormat:
-    """How a model writes a call: `begin`, an object with the name and the arguments under `key`, `end`."""
+    """How a model writes a call: `begin`, an object with the name and the arguments under `key`, `end`.
+
+    opening and closing stand around all calls.
+    """
 
     begin: str
     key: str
     end: str
     separator: str
+    opening: str = ""
+    closing: str = ""
 
 
 HERMES = CallFormat(f"{TOOL_CALL}\n", "arguments", f"\n{END_TOOL_CALL}", "\n")
 LLAMA = CallFormat("", "parameters", "", ";")
+MISTRAL = CallFormat("", "arguments", "", ", ", f"{TOOL_CALLS} [", "]")
 PLAIN = CallFormat("", "arguments", "", ";")
 
 
@@ -87,6 +105,8 @@ def call_format(template: str | None) -> CallFormat:
     """The format that a chat template shows, Hermes's if it knows no tools (`offer_in_text` explains that one)."""
     if not knows_tools(template) or TOOL_CALL in (template or ""):
         return HERMES
+    if TOOL_CALLS in (template or ""):
+        return MISTRAL
     return LLAMA if PYTHON_TAG in template or '"parameters"' in template else PLAIN  # type: ignore[operator]
 
 
@@ -138,14 +158,18 @@ class ToolUse:
             head = orjson.dumps(f'{{"name": "{function["name"]}", "{form.key}": ').decode()
             rules.append(f'tool{number}: {head} @arguments{number} "}}"')
             parts.append(Part(f"arguments{number}", "json", _arguments_schema(function)))
-        begin, end = (_expression(text, tokenizer) for text in (form.begin, form.end))
+        begin, end, opening, closing = (
+            _expression(text, tokenizer) for text in (form.begin, form.end, form.opening, form.closing)
+        )
         more = (
             ""
             if self.named or not self.parallel
             else f" ({_expression(form.separator, tokenizer)} call){{0,{MAX_CALLS - 1}}}"
         )
         which = " | ".join(f"tool{number}" for number in range(len(callable_)))
-        main = "\n".join([f"start: call{more}", f"call: {begin} body {end}", f"body: {which}", *rules])
+        main = "\n".join(
+            [f"start: {opening} call{more} {closing}", f"call: {begin} body {end}", f"body: {which}", *rules]
+        )
         return GrammarSpec((Part("calls", "lark", main), *parts), "tools")
 
 
@@ -158,7 +182,13 @@ def read_tools(body: ChatBody) -> ToolUse | None:
     functions = _as_tools(body.functions or (), "functions")
     if tools and functions:
         raise RequestError("tools and functions exclude each other; leave one out", param="functions")
-    named_tool = body.tool_choice.function if isinstance(body.tool_choice, NamedTool) else body.tool_choice
+    named_tool: str | FunctionName | None = None
+    if isinstance(body.tool_choice, AllowedTools):
+        named_tool, tools = body.tool_choice.allowed_tools.mode, _allowed(body.tool_choice, tools)
+    elif isinstance(body.tool_choice, NamedTool):
+        named_tool = body.tool_choice.function
+    else:
+        named_tool = body.tool_choice
     choices = [
         _check_choice(named_tool, tools, "tool_choice", "tools"),
         _check_choice(body.function_call, functions, "function_call", "functions"),
@@ -178,6 +208,14 @@ def _as_tools(functions: Sequence[Function], field: str) -> list[dict[str, Any]]
     if twice is not None:
         raise RequestError(f"two {field} are named '{twice}'", param=field)
     return [{"type": "function", "function": function.given} for function in functions]
+
+
+def _allowed(choice: AllowedTools, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the tools that may be called; the model is shown no others."""
+    for allowed in choice.allowed_tools.tools:
+        _check_choice(allowed.function, tools, "tool_choice", "tools")
+    names = {allowed.function.name for allowed in choice.allowed_tools.tools}
+    return [tool for tool in tools if tool["function"]["name"] in names]
 
 
 def _check_choice(
@@ -210,5 +248,5 @@ def _arguments_schema(function: dict[str, Any]) -> str:
 
 def _expression(text: str, tokenizer: Tokenizer | None) -> str:
     """`text` as an expression of Lark, in which marks that are special tokens stand for themselves."""
-    pieces = re.split(f"({re.escape(TOOL_CALL)}|{re.escape(END_TOOL_CALL)})", text)
+    pieces = re.split(f"({'|'.join(map(re.escape, MARKS))})", text)
     return " ".join(literal(piece, tokenizer) for piece in pieces if piece)

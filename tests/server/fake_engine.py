@@ -98,6 +98,9 @@ class FakeEngine:
     def encode(self, text, add_special_tokens=True):
         return self.tokenizer.encode(text).ids
 
+    def encode_prompt(self, text, add_special_tokens=True):
+        return self.encode(text)
+
     def chat_template_for(self, with_tools):
         return self.chat_template
 

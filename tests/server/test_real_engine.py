@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import signal
 import subprocess
 
@@ -225,3 +226,69 @@ def test_a_stop_string_that_is_a_special_token(server, tiny_model_dir, stop, ski
         chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == wanted
         assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_empty_prompt_begins_with_the_token_that_texts_begin_with(server):
+    """As transformers has it of `generate` without a prompt; a list of no token ids is refused, as vLLM does."""
+    fields = {"max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
+    empty = server.post("/v1/completions", prompt="", **fields).json()
+    begun = server.post("/v1/completions", prompt=[256], **fields).json()
+    [choice], [other] = empty["choices"], begun["choices"]
+    assert empty["usage"]["prompt_tokens"] == 1 and empty["usage"]["completion_tokens"] == 3
+    assert choice["logprobs"]["tokens"] == other["logprobs"]["tokens"]
+    assert other["text"] == "<|endoftext|>" + choice["text"]
+    assert choice["logprobs"]["text_offset"][:2] == [0, 0]
+    assert server.post("/v1/completions", prompt=["", "a"], max_tokens=1).status_code == 200
+    for prompt in ([], [[]]):
+        assert server.post("/v1/completions", prompt=prompt).status_code == 400
+    assert server.post("/tokenize", prompt="").json()["tokens"] == []
+
+
+def test_offsets_with_a_sentencepiece_tokenizer(tiny_model_dir, tmp_path, serve_engine):
+    """Every token of prompt and answer begins at its offset of the text, echoed or not, streamed or not."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=264, special_tokens=special, show_progress=False)
+    words = [
+        "Hello world, how are you",
+        "Hello there, world wide words",
+        "where are we now, you and the others",
+    ]
+    tokenizer.train_from_iterator(words * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "tiny-llama")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    running = serve_engine(
+        Engine(EngineConfig(model=str(folder), dtype="float32", device="cpu", kv_cache_memory=0.01))
+    )
+    fields = {
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": 0,
+        "ignore_eos": True,
+        "logit_bias": {"0": -100},
+    }
+    for prompt in ("Hello world, how are you", "where", ""):
+        for echo in (True, False):
+            [choice] = running.post("/v1/completions", prompt=prompt, echo=echo, **fields).json()["choices"]
+            text, logprobs = choice["text"], choice["logprobs"]
+            bounds = [*logprobs["text_offset"], len(text)]
+            assert bounds == sorted(bounds) and text.startswith(prompt if echo else "")
+            for number, token in enumerate(logprobs["tokens"]):
+                piece = text[bounds[number] : bounds[number + 1]]
+                if token.startswith("token_id:"):  # the model has more tokens than the tokenizer
+                    assert piece == ""
+                elif (
+                    number < 2 or token in special
+                ):  # the first word, with the space that no text begins with
+                    assert piece in (token, token.removeprefix(" "), "")
+                else:
+                    assert piece == token

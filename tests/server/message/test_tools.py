@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
+from sleb.errors import RequestError
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.grammars import GrammarCompiler
 from sleb.server.message.incoming import normalise_messages
@@ -25,7 +26,7 @@ from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
 from sleb.server.message.special_tokens import literal, special_token_id, thought_rules
 from sleb.server.message.tool_parser import MARKS, ToolParser
 from sleb.server.message.tool_prompt import offer_in_text
-from sleb.server.message.tools import HERMES, LLAMA, PLAIN, call_format
+from sleb.server.message.tools import HERMES, LLAMA, MISTRAL, PLAIN, call_format
 
 NAMES = ("weather", "sum")
 SCHEMAS = {"sum": {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}}
@@ -279,8 +280,9 @@ def test_reasoning(opened):
 
 
 PIECES = [
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "<function=sum>", "</function>",
-    "<parameter=a>", "</parameter>", "[ARGS]", "<|tool_call|>", "<function=", "sum", "\n", " ", "<", "{", "}", '"', "\\", ";",
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "<function=sum>",
+    "</function>", "<parameter=a>", "</parameter>", "[ARGS]", "<|tool_call|>", "<function=", "sum", "\n",
+    " ", "<", "{", "}", '"', "\\", ";",
     "tool", "text", "é", '{"name": "sum", "arguments": {"a": 1}}', '{"name": "weather", "parameters": {}}',
     '{"name": ', '"sum"', '"arguments": {', HERMES_CALL, "[", "]", ",", ":",
 ]  # fmt: skip
@@ -487,6 +489,59 @@ def test_tools_that_are_refused(server, fields, param):
     assert response.json()["error"]["param"] == param
 
 
+def test_some_of_the_tools_are_allowed(server):
+    """OpenAI's tool_choice of type allowed_tools: the others are not there, in either mode."""
+    names = [{"type": "function", "function": {"name": name}} for name in ("sum", "now")]
+
+    def choose(mode, tools):
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    weather = server.chat(HERMES_CALL, tools=TOOLS, tool_choice=choose("auto", names)).json()["choices"][0]
+    assert "tool_calls" not in weather["message"] and weather["finish_reason"] == "stop"
+    said = HERMES_CALL.replace("weather", "sum")
+    for mode in ("auto", "required"):
+        answer = server.chat(said, tools=TOOLS, tool_choice=choose(mode, names)).json()["choices"][0]
+        assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["sum"]
+    for wrong in (
+        choose("auto", []),
+        choose("any", names),
+        choose("auto", [{"type": "function", "function": {"name": "other"}}]),
+        {"type": "allowed_tools"},
+    ):
+        refused = server.chat("x", tools=TOOLS, tool_choice=wrong)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"
+
+
+def test_parts_of_messages_that_are_text():
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "input_text", "text": "b"},
+        {"type": "output_text", "text": "c"},
+        {"type": "refusal", "refusal": "d"},
+    ]
+    assert normalise_messages([{"role": "user", "content": parts}])[0]["content"] == "a\nb\nc\nd"
+    for part in (
+        {"type": "refusal", "text": "d"},
+        {"type": "image_url"},
+        {"type": ["text"]},
+        {"type": "input_text"},
+    ):
+        with pytest.raises(RequestError, match=r"messages\[0\].content\[0\]"):
+            normalise_messages([{"role": "user", "content": [part]}])
+
+
+def test_roles_are_those_that_are_known_or_that_the_template_names():
+    for role in ("system", "developer", "user", "assistant", "tool", "function"):
+        normalise_messages([{"role": role, "content": "x"}])
+    for role in ("alien", "", "User", 5, None, ["user"], "x' or 'y"):
+        with pytest.raises(RequestError, match="developer, user, assistant") as refused:
+            normalise_messages([{"role": role, "content": "x"}], "{{ message['role'] }} 'x' or 'y'")
+        assert refused.value.param == "messages[0].role"
+    template = "{% if message.role == 'ipython' or message.role == \"control\" %}"
+    for role in ("ipython", "control"):
+        assert normalise_messages([{"role": role, "content": "x"}], template)[0]["role"] == role
+
+
 def test_messages_of_calls_become_what_templates_take():
     call = {"id": "1", "type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
     messages = [
@@ -514,7 +569,8 @@ def test_messages_of_calls_become_what_templates_take():
 def test_the_format_is_the_templates():
     assert call_format("{% if tools %}<tool_call>{% endif %}") is HERMES
     assert call_format("{{ tools }}<|python_tag|>") is LLAMA
-    assert call_format("{{ tools }}[TOOL_CALLS]") is PLAIN
+    assert call_format("{{ tools }}[TOOL_CALLS]") is MISTRAL
+    assert call_format("{{ tools }}") is PLAIN
     assert call_format(None) is call_format("{{ messages }}") is HERMES
 
 
@@ -539,6 +595,7 @@ TEMPLATE = (
 MODELS = {
     "hermes": ("<tool_call>", ""),
     "llama": ("<|python_tag|>", ""),
+    "mistral": ("[TOOL_CALLS]", ""),
     "thinking": ("<tool_call>", " <think>\n"),
     "none": None,
 }
