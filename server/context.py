@@ -86,8 +86,9 @@ class ServerContext:
         """The tier that a request's `model` names, whatever its case. Raises RequestError model_not_found."""
         if name is None:
             return self.engine.engine.default_tier
+        lower = name.lower()  # once: it may be megabytes
         for known, tier in self.names.items():
-            if known.lower() == name.lower():
+            if known.lower() == lower:
                 return tier
         raise RequestError(
             f"the model {shorten(name)} does not exist; served models: {', '.join(self.names)}",

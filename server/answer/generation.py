@@ -96,11 +96,11 @@ class Generation:
 
     async def start(self) -> None:
         """Hands the jobs to the engine. Raises what `AsyncEngine.submit` raises, ApiError 504 if it takes too long."""
-        jobs = [
-            Job(prompt.token_ids, self._params.for_choice(sample), self.tier.depth)
-            for prompt in self.prompts
-            for sample in range(self._params.n)
-        ]
+        n = self._params.n
+        each = [self._params.for_choice(0)] * n  # without a seed they are all alike, and each costs a check
+        if self._params.seed is not None:
+            each = [self._params.for_choice(sample) for sample in range(n)]
+        jobs = [Job(prompt.token_ids, params, self.tier.depth) for prompt in self.prompts for params in each]
         limit = self._context.options.request_timeout
         try:
             async with asyncio.timeout(limit):

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ logger = logging.getLogger("sleb.server")
 
 Observer = Callable[[StepOutput, float], None]
 
+_SECONDS_OF_COMMANDS = 0.02  # before the next step
 _SECONDS_BETWEEN_CHECKS = 60.0  # of the engine's page accounting, when it is idle
 
 
@@ -73,6 +74,7 @@ class AsyncEngine:
         self._open: dict[str, _Open] = {}
         self._numbers = itertools.count()
         self._commands: deque[_Add | _Abort] = deque()
+        self._adding: Iterator[bool] | None = None  # of the last command, while it has more prompts
         self._condition = threading.Condition()
         self._stopping = False
         self._last_check = time.monotonic()
@@ -213,10 +215,10 @@ class AsyncEngine:
             self._post(self._fail_dead, dead)
 
     def _turn(self) -> None:
-        """Commands, then one step."""
-        engine = self.engine
-        while self._commands:
-            self._apply(self._commands.popleft())
+        """Commands for a while, then one step: a request of a thousand prompts lets others go on."""
+        engine, deadline = self.engine, time.monotonic() + _SECONDS_OF_COMMANDS
+        while self._has_commands and time.monotonic() < deadline:
+            self._apply()
         if engine.has_unfinished():
             outputs = engine.step()
             if outputs:
@@ -225,7 +227,7 @@ class AsyncEngine:
 
     def _wait(self) -> bool:
         """Sleeps until there is work; False when the thread shall end."""
-        if not self._commands and not self._stopping and not self.engine.has_unfinished():
+        if not self._has_commands and not self._stopping and not self.engine.has_unfinished():
             self._check_integrity()
             with self._condition:
                 self._condition.wait_for(lambda: self._commands or self._stopping)
@@ -237,17 +239,32 @@ class AsyncEngine:
             self._last_check = now
             self.engine.check_integrity()
 
-    def _apply(self, command: _Add | _Abort) -> None:
-        if isinstance(command, _Abort):
-            for request_id in command.request_ids:
-                self.engine.abort(request_id)
-            return
+    @property
+    def _has_commands(self) -> bool:
+        return bool(self._adding or self._commands)
+
+    def _apply(self) -> None:
+        """The next command, or a prompt more of the last one."""
+        if self._adding is None:
+            command = self._commands.popleft()
+            if isinstance(command, _Abort):
+                for request_id in command.request_ids:
+                    self.engine.abort(request_id)
+                return
+            self._adding = self._add(command)
+        if not next(self._adding, False):
+            self._adding = None
+
+    def _add(self, command: _Add) -> Iterator[bool]:
+        """Adds a request's jobs; yields True before each prompt but the first."""
         added: list[str] = []
         firsts: dict[int, str] = {}
         try:
             for request_id, job in command.jobs.items():
                 # Jobs of one prompt share its list: the first computes it, the others fork.
                 first = firsts.setdefault(id(job.prompt_token_ids), request_id)
+                if first == request_id and added:
+                    yield True
                 self.engine.add_request(
                     request_id,
                     job.prompt_token_ids,

@@ -304,11 +304,12 @@ def test_pages_that_the_operator_allows_do(serve_engine, make_fake_engine):
     )
 
 
-def test_refused_requests_leave_a_line_each(server, caplog):
+def test_refused_requests_leave_a_line_each(server, caplog, wait_until):
     caplog.set_level(logging.WARNING, logger="sleb.server")
     server.http.get("/v1/models/gpt-9", headers={"X-Request-Id": "mine"})
     server.http.get("/nowhere/%1b[31m")
     server.complete("abc", temperature=-1)
+    wait_until(lambda: len(caplog.records) >= 3)  # a line is written after its answer
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "refused GET /v1/models/gpt-9 from 127.0.0.1: 404 model_not_found, request mine"
     assert lines[1].startswith("refused GET /nowhere/\\x1b[31m from 127.0.0.1: 404 404, request ")
