@@ -436,7 +436,8 @@ def test_no_text_holds_the_page(server, open_page):
         add_chat(page, turn(text, reasoning=text) | {"text": text})
         answer = page.locator(".answer > .markdown")
         answer.locator(":scope > :not(.plain), :scope > .too-much").first.wait_for()
-        assert page.evaluate("window.longest") < 1000, name
+        # Below a second where little else runs; the browser shares the processors with the server and the test.
+        assert page.evaluate("window.longest") < 3000, name
         if name.startswith("many"):
             assert answer.locator(".plain").count() == 0, name
         elif answer.locator(".plain").count():  # whole, but for what is not in sight
