@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from sleb.cli.options import with_options
 from sleb.errors import LayerMapError
+from sleb.fields import shown_path
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
 from sleb.models.resolve import ALIAS, check_model, resolve_config, shipped_map
 from sleb.options import option
@@ -70,15 +72,16 @@ def find_map(name: str) -> LayerMap:
     path, shipped = Path(name), shipped_maps()
     if name == ALIAS and (own := shipped_map(name)) is not None:
         return LayerMap.load(own)
-    if not path.exists() and name in shipped:
+    if not os.path.exists(path) and name in shipped:
         return LayerMap.load(shipped[name])
-    if path.is_dir() or path.suffix == ".gguf":
+    if os.path.isdir(path) or path.suffix == ".gguf":
         raise LayerMapError(
             f"{name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
         )
-    if not path.exists():
+    if not os.path.exists(path):  # a name that is too long is none
+        known = ", ".join((ALIAS, *shipped))
         raise LayerMapError(
-            f"layer map {name} is neither a file nor shipped; shipped are: {', '.join((ALIAS, *shipped))}"
+            f"layer map {shown_path(name)} is neither a file nor shipped; shipped are: {known}"
         )
     return LayerMap.load(name)
 

@@ -38,6 +38,13 @@ def read_config(path: Path) -> Fields:
         ) from None
 
 
+def check_config(path: Path) -> None:
+    """Raises ModelError for what can be told of `path`/config.json without torch: all but how positions rotate."""
+    config = read_config(path)
+    read_fields(config, family_of(config))
+    checkpoint_dtype(config)
+
+
 def family_of(config: Fields) -> Family:
     """The family that `architectures` names, or model_type where that is empty. Raises ModelError for others."""
     wanted = f"a list of names; sleb runs {', '.join(FAMILIES)}"

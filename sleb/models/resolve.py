@@ -24,7 +24,7 @@ from pathlib import Path
 from sleb.errors import ConfigError, ModelError
 from sleb.fields import shown_path
 from sleb.files import cache_dir, content_digest
-from sleb.models.config import family_of, read_config, read_fields
+from sleb.models.config import check_config
 from sleb.models.hub import config_folder, snapshot
 from sleb.models.store import build_once, is_complete
 
@@ -92,8 +92,7 @@ def check_model(model: str) -> None:
     if model == ALIAS:
         return
     if (path / "config.json").exists():
-        config = read_config(path)
-        read_fields(config, family_of(config))
+        check_config(path)
         return
     if path.is_dir():
         _only_gguf(path)

@@ -315,6 +315,12 @@ def test_json_that_is_not_an_object(text: str) -> None:
         LayerMap.from_json(text)
 
 
+def test_a_name_that_no_file_can_have_is_none() -> None:
+    with pytest.raises(LayerMapError, match="neither a file nor shipped") as caught:
+        find_map("x" * 5000)
+    assert len(str(caught.value)) < 400
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(LayerMapError, match="does not exist"):
         LayerMap.load(tmp_path / "none.json")
