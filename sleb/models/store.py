@@ -69,6 +69,16 @@ def disk_error(error: OSError, folder: Path) -> ModelError:
     return ModelError(f"cannot write {folder} ({error}): {remedy}")
 
 
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises ModelError, before anything is written, if the disk of `folder` has fewer bytes free."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ModelError(
+            f"the model takes {num_bytes / 1e9:.1f} GB when it is converted, but the disk of {folder} has "
+            f"{free / 1e9:.1f} GB free: free some, or point SLEB_CACHE (or --to) at another place"
+        )
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Exclusive among processes; the system lets go of it when its holder dies."""

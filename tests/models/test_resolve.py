@@ -327,6 +327,16 @@ def test_a_folder_that_holds_another_models_conversion_is_made_anew(tmp_path: Pa
     assert sums[0] != sums[1] == sums[2]
 
 
+def test_a_conversion_that_the_disk_cannot_hold_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(ModelError, match=r"takes 0\.\d GB .* 0\.0 GB free: .*SLEB_CACHE"):
+        resolve_model(str(path), progress=False)
+
+
 def test_folders_are_used_in_place_and_one_gguf_stands_for_its_folder(tmp_path: Path) -> None:
     (folder := tmp_path / "My-Model").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json"):

@@ -35,6 +35,7 @@ from sleb.models.gguf.config import (
 from sleb.models.gguf.reader import Tensor, read_gguf
 from sleb.models.gguf.tokenizer import write_tokenizer
 from sleb.models.gguf.vocabulary import read_vocabulary
+from sleb.models.store import check_space
 
 Dtype = Literal["bfloat16", "float32"]
 Progress = Callable[[int, int], None]
@@ -203,6 +204,7 @@ def _write_weights(
 ) -> None:
     shards = _shards(plan, _ITEM_BYTES[dtype], shard_bytes)
     total = sum(planned.num_elements for planned in plan) * _ITEM_BYTES[dtype]
+    check_space(folder, total)
     weight_map: dict[str, str] = {}
     done = 0
     for number, shard in enumerate(shards, 1):
