@@ -44,6 +44,7 @@ class EngineStats:
     """Counters since the start, and the present state.
 
     running, waiting: requests by depth, without the depths that have none. kv_cache_usage: a share, 0 to 1.
+    num_prefilled, num_to_prefill: tokens that are computed, and all, of running requests' prompts that are not done.
     """
 
     running: Mapping[int, int]
@@ -53,6 +54,8 @@ class EngineStats:
     num_cached_tokens: int
     num_output_tokens: int
     num_preemptions: int
+    num_prefilled: int = 0
+    num_to_prefill: int = 0
 
     @property
     def num_running(self) -> int:
@@ -239,6 +242,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and present state; cheap enough to call after every step, however long the queue."""
         running = Counter(request.tier.depth for request in self.scheduler.running)
+        prefilling = [each for each in self.scheduler.running if each.num_computed < each.num_prompt_tokens]
         return EngineStats(
             running=running,
             waiting=self._num_open - running,
@@ -247,6 +251,8 @@ class Engine:
             num_cached_tokens=self._num_cached_tokens,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=self.scheduler.num_preemptions,
+            num_prefilled=sum(request.num_computed for request in prefilling),
+            num_to_prefill=sum(request.num_prompt_tokens for request in prefilling),
         )
 
     @property

@@ -101,9 +101,13 @@ async def log_throughput(context: ServerContext) -> None:
                 "kv_cache_percent": now.kv_cache_usage * 100,
                 "prefix_hit_percent": num_cached / num_prompt * 100 if num_prompt else 0.0,
             }
+            progress = ""
+            if now.num_to_prefill:  # a long prompt may take longer than a line
+                progress = f", {now.num_prefilled} of {now.num_to_prefill} prompt tokens computed"
             logger.info(
                 "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, KV cache %.1f %%, "
-                "prefix hits %.1f %%",
+                "prefix hits %.1f %%%s",
                 *facts.values(),
-                extra={"facts": facts},
+                progress,
+                extra={"facts": facts | {"prefilled": now.num_prefilled, "to_prefill": now.num_to_prefill}},
             )

@@ -206,6 +206,10 @@ def _opens_thought(body: ChatBody, prompt: Prompt, tokenizer: Tokenizer | None) 
 
 
 async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
+    return await run(lambda: _render_now(context, body, tools, num_bytes), num_bytes)
+
+
+def _render_now(context: ServerContext, body: ChatBody, tools: ToolUse | None, num_bytes: int) -> list[int]:
     template = context.engine.engine.chat_template_for(tools is not None)
     messages = normalise_messages(body.messages, template)
     options: dict[str, Any] = {
@@ -219,4 +223,4 @@ async def _render(context: ServerContext, body: ChatBody, tools: ToolUse | None,
         options["tools"] = tools.tools
     if num_bytes > context.max_characters:  # they may be escapes and names
         context.check_length(num_characters([messages, options]))
-    return await run(lambda: context.engine.engine.render_chat(messages, **options), num_bytes)
+    return context.engine.engine.render_chat(messages, **options)

@@ -578,3 +578,13 @@ def test_prompts_may_be_arrays_and_tensors(as_type, llm):
     assert llm.generate([as_type(ids)], params)[0].token_ids == expected.token_ids
     assert llm.generate(as_type(ids), params)[0].token_ids == expected.token_ids
     assert torch.equal(llm.score(as_type(ids)), llm.score(ids))
+
+
+def test_stats_tell_how_far_a_long_prompt_is(make_llm, tiny_model_dir):
+    engine = make_llm(tiny_model_dir, max_num_batched_tokens=16).engine
+    engine.add_request("long", list(range(3, 43)), SamplingParams(max_tokens=1))
+    seen = []
+    while engine.has_unfinished():
+        engine.step()
+        seen.append((engine.stats().num_prefilled, engine.stats().num_to_prefill))
+    assert seen == [(16, 40), (32, 40), (0, 0)]

@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -315,3 +316,11 @@ def test_refused_requests_leave_a_line_each(server, caplog, wait_until):
     assert lines[1].startswith("refused GET /nowhere/\\x1b[31m from 127.0.0.1: 404 404, request ")
     assert lines[2].startswith("refused POST /v1/completions from 127.0.0.1: 400 400, request ")
     assert len(lines) == 3
+
+
+def test_a_long_prompt_shows_how_far_it_is(serve_engine, fake_engine, caplog, wait_until):
+    caplog.set_level(logging.INFO, logger="sleb.server")
+    stats = fake_engine.stats
+    fake_engine.stats = lambda: replace(stats(), running={1: 1}, num_prefilled=512, num_to_prefill=3000)
+    serve_engine(fake_engine, log_interval=0.02)
+    wait_until(lambda: "512 of 3000 prompt tokens computed" in caplog.text)
