@@ -89,7 +89,9 @@ async def _answer_once(context: ServerContext, job: Job) -> None:
             await asyncio.sleep(_SECONDS_BETWEEN_TRIES)
     try:
         while batch := await answers.next():
-            if any(output.finish_reason == "error" for _, output in batch):
-                raise ApiError(500, f"an answer at depth {job.depth} failed; the log has the details")
+            for _, output in batch:
+                if output.finish_reason == "error":
+                    why = str(output.failure) if output.failure is not None else "the log has the details"
+                    raise ApiError(500, f"an answer at depth {job.depth} failed; {why}")
     finally:
         answers.close()
