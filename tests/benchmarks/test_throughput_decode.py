@@ -37,7 +37,9 @@ class ScriptedEngine:
             self.left[self.ids[index]] -= 1
             reason = "length" if not self.left[self.ids[index]] else None
             outputs.append(
-                SimpleNamespace(request_id=self.ids[index], new_token_ids=[7], finish_reason=reason)
+                SimpleNamespace(
+                    request_id=self.ids[index], new_token_ids=[7], finish_reason=reason, failure=None
+                )
             )
         return outputs
 
