@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,16 @@ class Panel:
     x_label: str = "depth (units removed)"
     ticks: Sequence[str] = ()
     bottom: float | None = None
+
+
+def check_plots(option: str, *, refuse: bool = True) -> str | None:
+    """What to tell, before hours are spent, where matplotlib is missing; None where it is there. Raises ConfigError."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    missing = f"{option} draws with matplotlib, which is not installed: pip install 'sleb[plots]'"
+    if refuse:
+        raise ConfigError(missing)
+    return f"There will be no plot: {missing}"
 
 
 def draw_lines(stem: Path, title: str, panels: Sequence[Panel], suffixes: Sequence[str] = (".png",)) -> None:

@@ -133,7 +133,10 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def check_report(folder: Path) -> None:
-    """Makes the folder of a report. Raises ConfigError, before hours are spent, where nothing can be written."""
+    """Makes a report's folder. Raises ConfigError, before hours are spent, where nothing can be written or drawn."""
+    from sleb.benchmarks.plots import check_plots
+
+    check_plots("a report")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

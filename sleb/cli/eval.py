@@ -42,12 +42,14 @@ def evaluate(
         if path is not None:
             check_writable(path)
     from sleb.benchmarks import show
-    from sleb.benchmarks.plots import draw_quality
+    from sleb.benchmarks.plots import check_plots, draw_quality
     from sleb.benchmarks.quality.evaluate import run_eval
     from sleb.benchmarks.record import write_result
 
     if report is not None:
         show.check_report(report)
+    if plot is not None:
+        check_plots("--plot")
     with _EvalBar() as bar:
         result = run_eval(options, ["sleb", *sys.argv[1:]], bar.show)
     if not result.measurements:  # an early Ctrl-C must not replace an older one by nothing

@@ -31,7 +31,9 @@ class PruneCommand(PruneOptions):
     """As in Python, but speedups are predicted and drawn unless one says otherwise."""
 
     speedup: bool = option_of(PruneOptions, "speedup", True)
-    plot: bool = option(True, "Draw the front beside the map, as PNG and SVG.")
+    plot: bool | None = option(
+        None, "Draw the front beside the map, as PNG and SVG.", unset="where matplotlib is installed"
+    )
 
 
 @with_options
@@ -46,9 +48,13 @@ def prune(
 
     Ctrl-C keeps what is decided; the same command with --resume goes on from there.
     """
+    from sleb.benchmarks.plots import check_plots
     from sleb.pruning.run import run_pruning
 
     console = Console(stderr=True)
+    missing = check_plots("--plot", refuse=options.plot is True) if options.plot is not False else None
+    if missing is not None:
+        console.print(missing, markup=False, highlight=False, soft_wrap=True)
     decided: LayerMap | None = None
 
     def keep(layer_map: LayerMap) -> None:
@@ -73,7 +79,7 @@ def prune(
         console.print(interrupted_message(decided, output), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     print_report(report, output, Console())
-    if options.plot and report.layer_map.max_depth:
+    if options.plot is not False and missing is None and report.layer_map.max_depth:
         draw_front(report, output, console)
 
 

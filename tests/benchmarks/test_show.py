@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sleb.benchmarks import show
 from sleb.benchmarks.old import load
-from sleb.benchmarks.plots import draw_front, draw_result
+from sleb.benchmarks.plots import check_plots, draw_front, draw_result
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.cli.bench.report import report
 from sleb.errors import ConfigError
@@ -162,3 +162,15 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         show.write_report(tmp_path / "file", [speed()])
     with pytest.raises(ConfigError, match="cannot be written"):
         draw_result(speed(), tmp_path / "none" / "x")
+
+
+def test_a_missing_matplotlib_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_plots("--plot") is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"^--plot draws with matplotlib, .*: pip install 'sleb\[plots\]'$"):
+        check_plots("--plot")
+    with pytest.raises(ConfigError, match=r"sleb\[plots\]"):
+        show.check_report(tmp_path / "report")
+    assert str(check_plots("--plot", refuse=False)).startswith("There will be no plot: --plot draws")
