@@ -155,15 +155,15 @@ def _check_present(
     if missing := sorted(name for name in expected if name not in named):
         some = _few(missing)
         if lacking := sorted(set(range(spec.num_blocks)) - blocks):
-            held = f"up to {max(blocks)}" if blocks else "at all"
-            raise ModelError(
-                f"{place} lacks {some}: {says}, and there is no block {lacking[0]}, but blocks {held}"
-            )
+            held = f"no block {lacking[0]}, but blocks up to {max(blocks)}" if blocks else "no block at all"
+            raise ModelError(f"{place} lacks {some}: {says}, and there is {held}{_instead(path, extras)}")
         if missing == [f"{spec.names.head}.weight"]:
             raise ModelError(
                 f"{place} lacks {some}, and config.json does not tie it to the embedding (tie_word_embeddings)"
             )
-        raise ModelError(f"{place} lacks {some}, which {spec.architecture} has with this config.json")
+        raise ModelError(
+            f"{place} lacks {some}, which {spec.architecture} has with this config.json{_instead(path, extras)}"
+        )
     if harmful := sorted(name for name, each in extras.items() if not _HARMLESS.fullmatch(each.name)):
         beyond = sorted(block for block in blocks if block >= spec.num_blocks)
         if beyond:
@@ -175,6 +175,14 @@ def _check_present(
             f"{place} holds {_some(extras[name] for name in harmful)}, for which {spec.architecture} has no place with "
             "this config.json"
         )
+
+
+def _instead(path: Path, extras: Mapping[str, StoredTensor]) -> str:
+    """What stands in the place of missing tensors, if anything does: other names, or another form of the weights."""
+    method = quantized_by_config(path)
+    return (f"; stored instead: {_some(extras.values())}" if extras else "") + (
+        f"; config.json names the quantisation {method}" if method else ""
+    )
 
 
 def _some(tensors: Iterable[StoredTensor]) -> str:

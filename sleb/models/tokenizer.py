@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleb.errors import ModelError
 from sleb.fields import MAX_BYTES, read_json, shown, shown_path, shown_text
+from sleb.models.config import family_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,7 +56,8 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
     from transformers import AutoTokenizer
 
     try:
-        fast = AutoTokenizer.from_pretrained(path, trust_remote_code=False, use_fast=True)
+        config = _model_config(path)
+        fast = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, use_fast=True)
         tokenizer = _cleaned(fast.backend_tokenizer, path, vocab_size)
         named = {str(name): str(token) for name, token in fast.special_tokens_map.items()}
         template = fast.chat_template
@@ -77,6 +79,22 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
 def is_panic(error: BaseException) -> bool:
     """Whether `error` is a panic of a library in Rust, which Python's bindings raise as no Exception."""
     return type(error).__name__ == "PanicException"
+
+
+def _model_config(path: Path) -> Any:
+    """What transformers looks at in config.json to choose a tokenizer's class, and nothing that it would check besides:
+    it refuses the rotation of Phi-3's own files, say. None: it is to look itself.
+    """
+    from transformers import AutoConfig
+
+    try:
+        fields = read_json(path / "config.json")
+        config = AutoConfig.for_model(family_of(fields).model_type)
+    except (FileNotFoundError, ModelError):
+        return None
+    config.name_or_path = str(path)
+    config.tokenizer_class = fields.string("tokenizer_class", default=None)
+    return config
 
 
 def _check_file(path: Path) -> None:

@@ -90,11 +90,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             found[tensor.name] = tensor
     for name, path in files.index.items():
-        if name not in found or found[name].file != path:
-            place = f"; {found[name].file.name} does" if name in found else ""
+        # One that no file holds is missing only where the model needs it: a tied head may be in the index alone.
+        if name in found and found[name].file != path:
             raise ModelError(
-                f"{shown_path(path)} does not hold {shown(name)}, as {INDEX} says{place}: index and files are "
-                "not of one checkpoint"
+                f"{shown_path(path)} does not hold {shown(name)}, as {INDEX} says; {found[name].file.name} does: "
+                "index and files are not of one checkpoint"
             )
     return found
 

@@ -166,6 +166,28 @@ def test_files_that_lie_are_told_in_one_line(folder: Path, name: str, content: s
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
+def test_what_transformers_refuses_in_config_json_is_no_fault_of_the_tokenizer(folder: Path) -> None:
+    expected = ids(folder)
+    rotation = {
+        "type": "su",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }  # as Phi-3's first files have it
+    for changes in (
+        {"use_cache": "yes"},
+        {
+            "use_cache": True,
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "rope_scaling": rotation,
+        },
+    ):
+        change(folder / "config.json", **changes)
+        with pytest.raises(Exception, match=r"use_cache|required keys"):
+            reference(folder)
+        assert ids(folder) == expected
+
+
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/x.jinja"],

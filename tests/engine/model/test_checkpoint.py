@@ -134,6 +134,17 @@ class TestWhichFiles:
         shutil.move(folder / "kept", folder / "model-00003-of-00003.safetensors")
         assert equals_transformers(folder)
 
+    def test_a_tied_head_that_is_in_the_index_alone(self, copied):
+        folder = copied("llama-tied")
+        split(folder, by_block)
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+        (folder / INDEX).write_text(json.dumps(index))
+        assert equals_transformers(folder)
+        index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
+        (folder / INDEX).write_text(json.dumps(index))
+        assert "of one checkpoint" in message(folder)
+
     @pytest.mark.parametrize("beside", [(), ("training_state.safetensors", "optimizer.safetensors")])
     def test_the_only_file(self, beside, copied):
         folder = copied("llama-gqa")
@@ -568,6 +579,24 @@ class TestIndex:
         (folder / SINGLE).unlink()
         (folder / INDEX).write_text(text)
         assert INDEX in message(folder)
+
+
+def test_what_stands_in_the_place_of_missing_tensors_is_named(copied):
+    folder = copied("llama-gqa")
+    rewrite(folder, lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    text = message(folder)
+    assert "no block at all" in text and "stored instead: _orig_mod.lm_head.weight" in text
+    folder = copied("llama-tied")
+    configure(folder, quantization_config={"quant_method": "vptq"})
+    up = "model.layers.0.mlp.up_proj"
+    rewrite(
+        folder,
+        lambda tensors: {
+            name.replace(f"{up}.w", f"{up}.centroids.w"): each for name, each in tensors.items()
+        },
+    )
+    text = message(folder)
+    assert f"lacks {up}.weight" in text and f"{up}.centroids.weight" in text and "vptq" in text
 
 
 JSON = st.recursive(
