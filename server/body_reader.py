@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import Request
 
-from sleb.server.errors import ApiError
+from sleb.server.errors import ApiError, shorten
 
 _LEAST_RATE = 16 * 1024  # bytes a second, beside the time that any body has
 _NUM_AT_ONCE = 32  # bodies of the largest size that may be half read
@@ -30,10 +30,15 @@ class BodyReader:
         """The body.
 
         Raises ApiError 413 as soon as it is known to be too large, whether or not it says so first, and 408 for one
-        that takes too long, or longest of all while too much is half read.
+        that takes too long, or longest of all while too much is half read, and 415 for a compressed one.
         """
         if int(request.headers.get("content-length") or 0) > self.max_bytes:
             raise self._too_large()
+        encoding = request.headers.get("content-encoding") or "identity"
+        if encoding.lower() != "identity":
+            raise ApiError(
+                415, f"the body has Content-Encoding {shorten(encoding)}; send it without compression"
+            )
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 try:

@@ -147,11 +147,12 @@ class Gate:
             "method": scope["method"],
             "path": shown_text(scope["path"][:_MAX_PATH]),
             "status": status,
-            "code": exchange.failure or str(status),
+            "code": None if exchange.failure == str(status) else exchange.failure,
             "client": client[0] if client else "unknown",
         }
+        code = " %(code)s" if facts["code"] else ""
         logger.warning(
-            "refused %(method)s %(path)s from %(client)s: %(status)d %(code)s, request %(request)s",
+            f"refused %(method)s %(path)s from %(client)s: %(status)d{code}, request %(request)s",
             facts,
             extra={"facts": facts},
         )

@@ -410,6 +410,8 @@ def parse_body(
     """
     try:
         content = load_json(data, max_values)
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(content, dict):
@@ -446,7 +448,8 @@ def _reason(error: ErrorDetails) -> str:
         return f"'{error['loc'][-1]}' is missing"
     if error["type"] == "model_type":  # pydantic would name the class
         return "input should be an object"
-    return error["msg"][0].lower() + error["msg"][1:]
+    message = error["msg"].removeprefix("Value error, ")  # pydantic's word for an exception of ours
+    return message[0].lower() + message[1:]
 
 
 def _check_num_fields(content: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ MAX_PIPELINED = 32
 FRAMING_PER_BYTE = 16  # of a body in chunks, whose lengths are text
 _MAX_DROPPED = 2**20  # bytes that a client may send before it reads that it was refused
 _MAX_UNREAD = 2**24  # bytes of a body that was answered before its end
+_UPGRADE = re.compile(rb"(?<=\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
 _SECONDS_TO_READ = 2.0  # for a client to read that it was refused
 _REASONS = {
     400: b"Bad Request",
@@ -101,9 +103,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self.idle and self._deadline is None:
             self._expect()
+        if self._in_head or not self._in_message:
+            data = _without_upgrade(data)
         self._num_overhead += len(data)
         super().data_received(data)
-        if self._num_overhead > MAX_HEADER_BYTES + FRAMING_PER_BYTE * self._num_body:
+        if self._refusal is None and self._num_overhead > MAX_HEADER_BYTES + FRAMING_PER_BYTE * self._num_body:
             self._refuse(_too_large())
 
     def on_message_begin(self) -> None:
@@ -193,7 +197,8 @@ class BoundedProtocol(HttpToolsProtocol):
         raise ValueError(str(error))
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(self._cause or ApiError(400, msg))
+        reason = "this is not a valid HTTP request; is it meant for https, or does it state its length twice?"
+        self._refuse(self._cause or ApiError(400, reason))
 
     def _refuse(self, error: ApiError) -> None:
         """Answers with `error` unless another answer is under way, and closes."""
@@ -252,6 +257,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def _stop(timer: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A head without its proposal of another protocol, which nobody need accept (RFC 9110, 7.8).
+
+    Java's client proposes HTTP/2 with every request; the parser would take the body for that protocol, and drop it.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"x-upgrade", head) + end + rest
 
 
 def _too_large() -> ApiError:

@@ -67,7 +67,7 @@ def as_llguidance(matcher: Any, part: Part) -> dict[str, Any]:
 
 def in_words(message: str) -> str:
     """llguidance's message without its state, or ours for it; of a long one the beginning and the end."""
-    message = message.split("<backtrace>")[0].split("<state>")[0].strip()
+    message = re.split("<(?:backtrace|state|non-verbose/)>", message)[0].strip()
     for pattern, words in _IN_WORDS:
         message = re.sub(pattern, words, message)
     half = _MAX_MESSAGE // 2

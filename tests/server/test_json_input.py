@@ -125,3 +125,9 @@ def test_a_text_with_far_too_many_tokens_is_not_encoded(byte_tokenizer):
     with pytest.raises(RequestError, match="more than 65536 tokens") as caught:
         encode_text(byte_tokenizer, "1" * 4_000_000, True)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_body_with_too_many_values_is_not_called_invalid(server):
+    error = server.chat(metadata=[[]] * 70_000).json()["error"]
+    assert error["message"].startswith("the body has too many values")
+    assert error["code"] == "too_many_values"
