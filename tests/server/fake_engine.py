@@ -113,7 +113,7 @@ class FakeEngine:
         continue_final_message=False,
         variables=None,
     ):
-        if any(message["role"] == "forbidden" for message in messages):
+        if any(message["content"] == "forbidden" for message in messages):
             raise RequestError("the chat template refuses the messages: no such role", param="messages")
         return self.encode(
             "".join(str(message["content"]) for message in messages) + (variables or {}).get("suffix", "")

@@ -82,7 +82,8 @@ def error_of(response, status):
             {"messages": [{"role": "assistant", "function_call": {"name": "a", "arguments": []}}]},
             "messages[0].function_call",
         ),
-        ({"messages": [{"role": "forbidden", "content": ""}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "forbidden"}]}, "messages"),  # the template says so
+        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ],

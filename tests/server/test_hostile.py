@@ -111,9 +111,9 @@ def test_a_proposal_of_http_2_is_passed_over(server, name):
     proposal = {"Connection": "Upgrade, HTTP2-Settings", name: "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
     with connect(server) as client:
         client.sendall(head(**proposal) + BODY)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
         client.sendall(head(**proposal | {"Connection": "close, Upgrade, HTTP2-Settings"}) + BODY)
-        answer = read_all(client)
-    assert answer.count(b"HTTP/1.1 200 OK") == 2
+        assert read_all(client).startswith(b"HTTP/1.1 200 OK")
 
 
 def test_a_compressed_body_is_named_as_that(server):
