@@ -107,7 +107,10 @@ class BoundedProtocol(HttpToolsProtocol):
             data = _without_upgrade(data)
         self._num_overhead += len(data)
         super().data_received(data)
-        if self._refusal is None and self._num_overhead > MAX_HEADER_BYTES + FRAMING_PER_BYTE * self._num_body:
+        if (
+            self._refusal is None
+            and self._num_overhead > MAX_HEADER_BYTES + FRAMING_PER_BYTE * self._num_body
+        ):
             self._refuse(_too_large())
 
     def on_message_begin(self) -> None:
