@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleb.errors import ModelError
-from sleb.fields import MAX_BYTES, read_json, shown, shown_path, shown_text
+from sleb.fields import MAX_BYTES, read_bytes, read_json, shown, shown_path, shown_text
 from sleb.models.config import family_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
         _check_file(path / name)
     for file in [*path.glob("*.jinja"), *(path / _TEMPLATE_FOLDER).glob("*.jinja")]:
         _check_file(file)
+        _check_text(file)
     _check_config(path / "tokenizer_config.json")
     from transformers import AutoTokenizer
 
@@ -68,6 +69,11 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
+        if "trust_remote_code" in str(error):  # transformers offers an option that sleb does not have
+            raise ModelError(
+                f"{shown_path(path)}: tokenizer_config.json names code for its tokenizer, which sleb does not run; "
+                "where tokenizer.json is there, take auto_map out and set tokenizer_class to PreTrainedTokenizerFast"
+            ) from None
         raise ModelError(
             f"the tokenizer in {shown_path(path)} cannot be loaded: {_reason(error)}; mend tokenizer.json and "
             "tokenizer_config.json, or take them from the model's own repository"
@@ -105,6 +111,13 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"{shown_path(path)} is no regular file; it must be one")
     if path.stat().st_size > MAX_BYTES:
         raise ModelError(f"{shown_path(path)} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+
+
+def _check_text(path: Path) -> None:
+    try:
+        read_bytes(path).decode()
+    except (FileNotFoundError, UnicodeDecodeError):
+        raise ModelError(f"{shown_path(path)} is no text in UTF-8; it must be a chat template") from None
 
 
 def _check_config(path: Path) -> None:

@@ -166,6 +166,21 @@ def test_files_that_lie_are_told_in_one_line(folder: Path, name: str, content: s
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
+def test_code_and_templates_that_cannot_be_read_are_told_as_what_they_are(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is no text in UTF-8"):
+        load_tokenizer(folder)
+    (folder / "chat_template.jinja").unlink()
+    expected, config = ids(folder), folder / "tokenizer_config.json"
+    change(config, tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+    (folder / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match="names code") as caught:
+        load_tokenizer(folder)
+    assert "trust_remote_code" not in str(caught.value)
+    change(config, tokenizer_class="PreTrainedTokenizerFast", auto_map={})  # what the message says
+    assert ids(folder) == expected
+
+
 def test_what_transformers_refuses_in_config_json_is_no_fault_of_the_tokenizer(folder: Path) -> None:
     expected = ids(folder)
     rotation = {
