@@ -158,8 +158,8 @@ class Engine:
         tokens = list(prompt_token_ids)
         params = self.defaults.resolve(params)
         self._check_prompt(tokens, params)
-        self._check_token_ids(params.stop_token_ids, "stop_token_ids")
-        self._check_token_ids(list(params.logit_bias or {}), "logit_bias")
+        for ids, name in ((params.stop_token_ids, "stop_token_ids"), (params.logit_bias or (), "logit_bias")):
+            self._check_token_ids([max(ids, default=0)], name)
         room = self.max_model_len - len(tokens)
         most = self.defaults.max_tokens if params.max_tokens is None else params.max_tokens
         request = Request(

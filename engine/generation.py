@@ -7,7 +7,7 @@ and the chat template; each value is checked there and nowhere again.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,7 @@ class GenerationDefaults:
         """`params` with these values for those that are None."""
         names = (*SAMPLING, "repetition_detection")
         chosen = {name: getattr(self, name) for name in names if getattr(params, name) is None}
-        return replace(params, **chosen) if chosen else params
+        return params.changed(**chosen) if chosen else params
 
 
 def load_defaults(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +67,27 @@ class SampledBatch:
         return [SampledToken(token_id, entries.get(row)) for row, token_id in enumerate(token_ids)]
 
 
+@dataclass(frozen=True)
+class _Bias:
+    """A `logit_bias` on the device; `given` is kept, so that no other mapping gets its identity."""
+
+    given: Mapping[int, float]
+    token_ids: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, given: Mapping[int, float], beside: Tensor) -> _Bias:
+        ids = to_device(list(given), torch.int64, beside.device)
+        return cls(given, ids, to_device(list(given.values()), torch.float32, beside.device))
+
+
 class Sampler:
     """Chooses one token a request. `eos_token_ids` are kept back until min_tokens are there."""
 
     def __init__(self, kernels: Kernels, eos_token_ids: frozenset[int]) -> None:
         self._kernels = kernels
         self._eos = eos_token_ids
+        self._biases: dict[int, _Bias] = {}  # of the last batch, by the mapping's identity: choices share one
 
     @torch.inference_mode()
     def sample(
@@ -89,6 +104,7 @@ class Sampler:
             raw = logits[self._rows(reported, logits)] if reported else logits
         elif adjusted:
             raw = logits.clone()
+        self._keep_biases([requests[row] for row in adjusted], logits)
         for row in adjusted:
             self._adjust(logits[row], requests[row])
         if masks is not None:
@@ -129,6 +145,10 @@ class Sampler:
             return tokens
         return self._kernels.greedy(logits).index_copy(0, rows, tokens)
 
+    def _keep_biases(self, requests: Sequence[Request], beside: Tensor) -> None:
+        given = {id(bias): bias for request in requests if (bias := request.params.logit_bias)}
+        self._biases = {key: self._biases.get(key) or _Bias.of(bias, beside) for key, bias in given.items()}
+
     @staticmethod
     def _rows(rows: Sequence[int], beside: Tensor) -> Tensor:
         return to_device(rows, torch.int64, beside.device)
@@ -147,8 +167,8 @@ class Sampler:
             times = to_device(list(counts.values()), torch.float32, logits.device)
             logits[ids] -= params.presence_penalty + params.frequency_penalty * times
         if params.logit_bias:
-            ids = to_device(list(params.logit_bias), torch.int64, logits.device)
-            logits[ids] += to_device(list(params.logit_bias.values()), torch.float32, logits.device)
+            bias = self._biases[id(params.logit_bias)]
+            logits.index_add_(0, bias.token_ids, bias.values)
         if request.grammar is None and request.num_sampled < params.min_tokens:
             stops = (set() if params.ignore_eos else self._eos) | set(params.stop_token_ids)
             if stops:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sleb.engine.requests.repetition import RepetitionDetection
@@ -109,6 +110,9 @@ class SamplingParams:
         self._check_numbers()
         self._check_stops()
         self._check_bias()
+        self._settle()
+
+    def _settle(self) -> None:
         # One way to say a thing: of the values that llama.cpp and vLLM have for it too.
         if self.max_tokens == -1:
             object.__setattr__(self, "max_tokens", None)
@@ -127,7 +131,15 @@ class SamplingParams:
     def for_choice(self, number: int) -> SamplingParams:
         """The parameters of one of the `n` answers to a prompt: a seed gives each its own random numbers."""
         seed = None if self.seed is None else (self.seed + number) % 2**64
-        return replace(self, n=1, seed=self.seed if number == 0 else seed)
+        return self.changed(n=1, seed=self.seed if number == 0 else seed)
+
+    def changed(self, **values: Any) -> SamplingParams:
+        """A copy with values that are known to be in range: nothing is checked a second time."""
+        made = copy(self)
+        for name, value in values.items():
+            object.__setattr__(made, name, value)
+        made._settle()
+        return made
 
     def _check_counts(self) -> None:
         for name, (low, high) in COUNT_RANGES.items():

@@ -74,7 +74,7 @@ class AsyncEngine:
         self._open: dict[str, _Open] = {}
         self._numbers = itertools.count()
         self._commands: deque[_Add | _Abort] = deque()
-        self._adding: Iterator[bool] | None = None  # of the last command, while it has more prompts
+        self._adding: Iterator[bool] | None = None  # of the last command, while it has more jobs
         self._condition = threading.Condition()
         self._stopping = False
         self._last_check = time.monotonic()
@@ -244,7 +244,7 @@ class AsyncEngine:
         return bool(self._adding or self._commands)
 
     def _apply(self) -> None:
-        """The next command, or a prompt more of the last one."""
+        """The next command, or a job more of the last one."""
         if self._adding is None:
             command = self._commands.popleft()
             if isinstance(command, _Abort):
@@ -256,15 +256,15 @@ class AsyncEngine:
             self._adding = None
 
     def _add(self, command: _Add) -> Iterator[bool]:
-        """Adds a request's jobs; yields True before each prompt but the first."""
+        """Adds a request's jobs; yields True before each but the first."""
         added: list[str] = []
         firsts: dict[int, str] = {}
         try:
             for request_id, job in command.jobs.items():
+                if added:
+                    yield True
                 # Jobs of one prompt share its list: the first computes it, the others fork.
                 first = firsts.setdefault(id(job.prompt_token_ids), request_id)
-                if first == request_id and added:
-                    yield True
                 self.engine.add_request(
                     request_id,
                     job.prompt_token_ids,
