@@ -13,7 +13,7 @@ from sleb.errors import RequestError
 SHORT_TEXT = 4096  # characters, which take about a millisecond: not worth a thread
 MAX_TOKENS = 2**16  # of one text; or twice the context, if that is more
 _PIECE = 2**14  # characters
-# A run of spaces is one word, which takes a hundred bytes a character, and few tokens. Of no language are words so long.
+# A run of spaces is one word, which takes a hundred bytes a character, and few tokens.
 _LONG_TEXT = 2**18  # characters
 _MOST_PER_TOKEN = 16  # characters, on average
 
@@ -41,8 +41,8 @@ def _check_pieces(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
         num_tokens += len(piece)
         if num_tokens > max_tokens:
             raise too_long(f"the text has more than {max_tokens} tokens, the most that is taken at once")
-    if len(text) > max(_LONG_TEXT, _MOST_PER_TOKEN * num_tokens):
-        raise too_long(f"the text repeats itself: {len(text)} characters make {num_tokens} tokens")
+        if start > max(_LONG_TEXT, _MOST_PER_TOKEN * num_tokens):
+            raise too_long(f"the text repeats itself: {start} characters make only {num_tokens} tokens")
 
 
 def too_long(message: str) -> RequestError:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -96,9 +97,13 @@ def _whole(value: Any) -> Any:
 
 def whole_numbers(values: Any) -> Any:
     """A list with integers for the numbers in it that are whole; anything else as it is."""
-    if isinstance(values, list) and any(type(value) is float for value in values):
-        return [_whole(value) for value in values]
-    return values
+    kinds = set(map(type, values)) if isinstance(values, list) else set()
+    if float not in kinds or not kinds <= {int, float}:
+        return values
+    numbers = np.array(values, dtype=np.float64)  # a list may be long: no loop in Python
+    if (np.abs(numbers) < 2**53).all() and (numbers == np.floor(numbers)).all():
+        return numbers.astype(np.int64).tolist()
+    return [_whole(value) for value in values]
 
 
 def _without_own_names(arguments: dict[str, Any]) -> dict[str, Any]:

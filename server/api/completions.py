@@ -108,7 +108,7 @@ def split_prompts(prompt: Any) -> list[str] | list[list[int]]:
         prompts = [whole_numbers(each) for each in whole_numbers(prompts)]
     except ValueError as error:
         raise RequestError(f"bad token id in 'prompt': {error}", param="prompt") from None
-    if all(type(token_id) is int for token_id in prompts):
+    if _is_token_ids(prompts):
         prompts = [prompts]
     if len(prompts) > MAX_PROMPTS:
         raise RequestError(f"there are {len(prompts)} prompts; send at most {MAX_PROMPTS}", param="prompt")
@@ -119,7 +119,7 @@ def split_prompts(prompt: Any) -> list[str] | list[list[int]]:
 
 
 def _is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 async def _encode(context: ServerContext, body: CompletionBody, num_bytes: int) -> list[Prompt]:

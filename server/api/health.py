@@ -13,6 +13,7 @@ from sleb.errors import EngineDeadError
 from sleb.server.context import ServerContext, get_context
 from sleb.server.engine_thread.answers import Job
 from sleb.server.errors import ApiError, OverloadedError, ShuttingDownError, json_response
+from sleb.server.grammar.grammars import compiler_for
 from sleb.server.routing import OpenRoute, errors, success
 
 router = APIRouter(route_class=OpenRoute)
@@ -76,6 +77,10 @@ async def warm_up(context: ServerContext) -> None:
     except Exception as error:
         context.warm_up_failure = str(error) or type(error).__name__
         logger.error("warming up failed: %s", context.warm_up_failure)
+    try:
+        await asyncio.to_thread(compiler_for(engine.engine).prepare)
+    except Exception as error:  # a request with a grammar will say so to its client
+        logger.debug("grammars cannot be had: %s", error)
     context.warm = True
 
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sleb.server")
 
 MAX_GRAMMAR_LENGTH = 256 * 1024  # characters of all parts of a grammar
+MAX_SCHEMA_OBJECTS = 5000  # of all its JSON schemas: up to 9 kB each, compiled
 _MAX_KEPT = 64
+_MAX_KEPT_LENGTH = 2 * MAX_GRAMMAR_LENGTH
 _MAX_AT_ONCE = 2
 _SECONDS_TO_COMPILE = 10.0
 # llguidance walks chains of rules by recursion; a request must not be able to overflow a stack. Only touched pages
@@ -87,6 +89,11 @@ class GrammarCompiler:
         self._under_way: dict[tuple[Part, ...], asyncio.Future[CompiledGrammar]] = {}
         self._turns = asyncio.Semaphore(_MAX_AT_ONCE)
 
+    def prepare(self) -> None:
+        """Makes what all grammars share, which holds the interpreter's lock for up to a second, and 30 MB."""
+        if self._tokenizer is not None:
+            self._token_table()
+
     async def compile(self, spec: GrammarSpec) -> GrammarSource:
         """The grammar, from memory if it was there before.
 
@@ -94,10 +101,16 @@ class GrammarCompiler:
         """
         if self._tokenizer is None:
             raise RequestError("this model has no tokenizer, which grammars need", param=spec.param)
-        length = sum(len(part.text) for part in spec.parts)
+        length = _length(spec.parts)
         if length > MAX_GRAMMAR_LENGTH:
             raise RequestError(
                 f"{spec.param} is too large: {length} characters, of at most {MAX_GRAMMAR_LENGTH}",
+                param=spec.param,
+            )
+        num_objects = sum(part.text.count("{") for part in spec.parts if part.kind == "json")
+        if num_objects > MAX_SCHEMA_OBJECTS:
+            raise RequestError(
+                f"{spec.param} is too large: {num_objects} objects in JSON schemas, of at most {MAX_SCHEMA_OBJECTS}",
                 param=spec.param,
             )
         if spec.parts in self._kept:
@@ -126,7 +139,7 @@ class GrammarCompiler:
             async with self._turns:
                 compiled = await asyncio.wrap_future(_run_deep(lambda: self._build(parts)))
             self._kept[parts] = compiled
-            while len(self._kept) > _MAX_KEPT:
+            while len(self._kept) > _MAX_KEPT or _length(*self._kept) > _MAX_KEPT_LENGTH:
                 self._kept.popitem(last=False)
             return compiled
         finally:
@@ -171,6 +184,10 @@ def compiler_for(engine: Engine) -> GrammarCompiler:
         compiler = GrammarCompiler(engine.tokenizer, engine.spec.vocab_size, engine.eos_token_ids)
         _compilers[engine] = compiler
     return compiler
+
+
+def _length(*specs: tuple[Part, ...]) -> int:
+    return sum(len(part.text) for parts in specs for part in parts)
 
 
 def _try(matcher: Any) -> None:
