@@ -32,7 +32,38 @@ ATTACKS = {
     "escapes": ("/v1/chat/completions", '{"messages": "' + '\\"' * (SIZE // 2) + '"}'),
     "ids": ("/v1/completions", json.dumps({"prompt": [5] * 260_000})),
     "depth": ("/v1/completions", "[" * SIZE),
+    "ids that are floats": ("/v1/completions", json.dumps({"prompt": [5.0] * 260_000})),
+    "spaces": ("/tokenize", json.dumps({"prompt": " " * SIZE})),
+    "a schema of objects": chat("x", guided_json={"properties": {f"p{i}": {} for i in range(6000)}}),
+    "answers": (
+        "/v1/completions",
+        json.dumps(
+            {
+                "prompt": ["a b c"] * 8,
+                "n": 120,
+                "max_tokens": 1,
+                "seed": 1,
+                "logit_bias": {str(i): 1 for i in range(250)},
+                "stop": ["x" * 1000] * 60,
+            }
+        ),
+    ),
+    "calls": chat(
+        "x",
+        tool_choice="required",
+        tools=[
+            {
+                "type": "function",
+                "function": {
+                    "name": f"f{i}",
+                    "parameters": {"properties": {f"p{j}": {"type": "string"} for j in range(10)}},
+                },
+            }
+            for i in range(250)
+        ],
+    ),
 }
+VALID = ("answers",)
 
 
 def resident(pid, name):
@@ -87,8 +118,8 @@ def test_no_request_holds_up_the_others(start_process, tiny_model_dir):
             Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
             memory, streams.longest = resident(pid, "VmRSS"), 0.0
             response = httpx.post(url + path, content=body, timeout=60)
-            assert 400 <= response.status_code < 500, (name, response.text)
-            assert len(response.content) < 2000, name
+            assert response.status_code == 200 if name in VALID else 400 <= response.status_code < 500, name
+            assert len(response.content) < 2000 or name in VALID, name
             time.sleep(0.5)
             assert streams.longest < MAX_GAP + usual, name
             assert resident(pid, "VmHWM") - memory < 8 * MAX_BODY, name
