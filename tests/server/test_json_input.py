@@ -6,6 +6,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from sleb.engine.encoding import encode_text
 from sleb.errors import RequestError
@@ -17,6 +18,7 @@ from sleb.server.protocol import (
     DetokenizeBody,
     TokenizeBody,
     parse_body,
+    whole_numbers,
 )
 
 values = st.recursive(
@@ -125,6 +127,34 @@ def test_a_text_with_far_too_many_tokens_is_not_encoded(byte_tokenizer):
     with pytest.raises(RequestError, match="more than 65536 tokens") as caught:
         encode_text(byte_tokenizer, "1" * 4_000_000, True)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_text_that_makes_few_tokens_is_not_encoded_whole():
+    tokenizer = Tokenizer(
+        models.BPE(
+            {" ": 0, "x": 1, **{" " * 2**k: 1 + k for k in range(1, 8)}},
+            [(" " * 2**k,) * 2 for k in range(7)],
+        )
+    )
+    assert len(encode_text(tokenizer, " " * 2**17, True)) == 2**10
+    with pytest.raises(RequestError, match="repeats itself") as caught:
+        encode_text(tokenizer, " " * 2**19, True)
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("values", "whole"),
+    [
+        ([5.0, 6], [5, 6]),
+        ([5.0, 6.5], [5, 6.5]),
+        ([0.0, 2.0**53 - 1], [0, 2**53 - 1]),
+        ([5.0, "a"], [5.0, "a"]),
+        ([True, 1.0], [True, 1.0]),
+        (5.0, 5.0),
+    ],
+)
+def test_whole_floats_are_integers(values, whole):
+    assert repr(whole_numbers(values)) == repr(whole)
 
 
 def test_a_body_with_too_many_values_is_not_called_invalid(server):

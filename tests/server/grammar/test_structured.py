@@ -314,6 +314,7 @@ def test_the_openai_client_parses(client):
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "exclude"),
         ({"guided_json": {"type": "string", "pattern": "("}}, "guided_json", "regex"),
         ({"guided_regex": "a" * 300_000}, "guided_regex", "too large"),
+        ({"guided_json": {"anyOf": [{}] * 5000}}, "guided_json", "5001 objects"),
         (
             {"guided_json": {"type": "object", "properties": {f"p{n}": {} for n in range(4000)}}},
             "guided_json",
