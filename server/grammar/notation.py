@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -20,6 +22,7 @@ MAX_GBNF_LENGTH = (
     64 * 1024
 )  # characters; the converter is Python, and takes time by the rules' number squared
 MAX_GBNF_RULES = 1000
+MAX_MULTIPLE = 20_000  # an automaton has as many states, each about a kilobyte
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _VALUES = ("const", "enum", "default", "example", "examples")
@@ -91,12 +94,27 @@ def _gbnf_as_lark(text: str) -> str:
 
 
 def _held(schema: Any) -> Any:
-    """A JSON schema without what means nothing, in place: unknown formats, and `uniqueItems: false`."""
+    """A JSON schema without what means nothing, in place: unknown formats, and `uniqueItems: false`.
+
+    Raises GrammarError for multiples that are too large, together too: those of an 'allOf' become one.
+    """
+    multiples: list[Fraction] = []
     for each in _subschemas(schema):
+        if isinstance(each.get("multipleOf"), int | float):
+            multiples.append(Fraction(str(float(each["multipleOf"]))))
         if isinstance(each.get("format"), str) and each["format"] not in FORMATS:
             del each["format"]
         if each.get("uniqueItems") is False:
             del each["uniqueItems"]
+    unit = math.lcm(*(multiple.denominator for multiple in multiples))
+    common = 1
+    for multiple in multiples:
+        common = math.lcm(common, int(multiple * unit) or 1)
+        if common > MAX_MULTIPLE:  # before it is too long a number
+            raise GrammarError(
+                f"its 'multipleOf' have a common multiple of more than {MAX_MULTIPLE}, in units of their last "
+                "digit; leave the largest out, and check it in the answer"
+            )
     return schema
 
 

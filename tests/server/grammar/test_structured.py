@@ -291,6 +291,12 @@ def test_the_openai_client_parses(client):
         ({"guided_json": "{"}, "guided_json", "not valid JSON"),
         ({"guided_json": {"type": "objekt"}}, "guided_json", "objekt"),
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json", "uniqueItems"),
+        ({"guided_json": {"type": "integer", "multipleOf": 1_000_003}}, "guided_json", "'multipleOf'"),
+        (
+            {"guided_json": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 0.1}]}},
+            "guided_json",
+            "'multipleOf'",
+        ),
         ({"guided_json": nested(200)}, "guided_json", "recursion limit"),
         ({"guided_json": nested(450)}, "guided_json", "ecursion"),
         ({"format": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "format", "use 'anyOf'"),
