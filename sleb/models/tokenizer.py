@@ -74,6 +74,11 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
                 f"{shown_path(path)}: tokenizer_config.json names code for its tokenizer, which sleb does not run; "
                 "where tokenizer.json is there, take auto_map out and set tokenizer_class to PreTrainedTokenizerFast"
             ) from None
+        if "tiktoken" in str(error) and not (path / "tokenizer.json").exists():  # what it tries last
+            raise ModelError(
+                f"{shown_path(path / 'tokenizer.model')} cannot be read: it takes the packages sentencepiece and "
+                "protobuf (pip install sentencepiece protobuf), or the model's tokenizer.json beside it"
+            ) from error
         raise ModelError(
             f"the tokenizer in {shown_path(path)} cannot be loaded: {_reason(error)}; mend tokenizer.json and "
             "tokenizer_config.json, or take them from the model's own repository"

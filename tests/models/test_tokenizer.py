@@ -181,6 +181,13 @@ def test_code_and_templates_that_cannot_be_read_are_told_as_what_they_are(folder
     assert ids(folder) == expected
 
 
+def test_a_sentencepiece_file_alone_names_what_it_takes(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x05junk")
+    with pytest.raises(ModelError, match=r"tokenizer\.model cannot be read: .*sentencepiece and protobuf"):
+        load_tokenizer(folder)
+
+
 def test_what_transformers_refuses_in_config_json_is_no_fault_of_the_tokenizer(folder: Path) -> None:
     expected = ids(folder)
     rotation = {
