@@ -6,11 +6,9 @@ then means nothing (`tools: []`); fields unknown to it are named in the log.
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import (
@@ -21,9 +19,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from sleb.engine.chat_template import OWN_NAMES, check_variables
@@ -36,7 +33,6 @@ from sleb.engine.requests.sampling_params import (
     SamplingParams,
 )
 from sleb.errors import RequestError
-from sleb.server.errors import shorten
 from sleb.server.grammar.structured import (
     GRAMMARS,
     AnswerChoices,
@@ -44,12 +40,9 @@ from sleb.server.grammar.structured import (
     ResponseFormat,
     StructuredOutputs,
 )
-from sleb.server.json_input import MAX_VALUES, load_json
 from sleb.server.message.incoming import MAX_MESSAGES, IncomingMessage
 from sleb.server.message.tools import MAX_TOOLS, AllowedTools, Function, FunctionName, NamedTool, Tool
 from sleb.server.peer_fields import SAME_AS, honoured
-
-logger = logging.getLogger("sleb.server")
 
 MAX_PROMPTS = 2048
 MAX_STOP_TOKEN_IDS = 1024
@@ -67,11 +60,6 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "prompt_logprobs",
     "repetition_detection",  # a record of the engine's
 }
-_MAX_FIELDS_NAMED = 1000  # unknown field names that are remembered
-_MAX_NAMED_AT_ONCE = 16
-_OTHER_FIELDS = ""  # where those past that are counted
-
-Model = TypeVar("Model", bound="Body")
 
 
 def described_as(type_: Any) -> BeforeValidator:
@@ -404,77 +392,3 @@ def _check_one_end(body: ChatBody | TokenizeBody) -> None:
 
 def _unsupported(param: str, what: str, remedy: str) -> None:
     raise RequestError(f"{what} not supported in this version; {remedy}", param=param, code="unsupported")
-
-
-def parse_body(
-    data: bytes, model: type[Model], unknown_fields: Counter[str], max_values: int = MAX_VALUES
-) -> Model:
-    """The fields of a JSON body.
-
-    Raises RequestError for what is no JSON object, has a field of a wrong type, or more than `max_values` values.
-    """
-    try:
-        content = load_json(data, max_values)
-    except RequestError:
-        raise
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
-    if not isinstance(content, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    _check_num_fields(content)
-    content = model.prepare(content)
-    try:
-        body = model.model_validate(content)
-    except ValidationError as error:
-        raise _type_error(error) from None
-    _count_unknown_fields(body, unknown_fields)
-    body.check()
-    return body
-
-
-def _type_error(error: ValidationError) -> RequestError:
-    """The first bad field, an object in a list by its number; the reasons of all members of a union are one message."""
-    found = error.errors(include_url=False, include_context=False)
-    field = found[0]["loc"][0]
-    same = [each for each in found if each["loc"][0] == field]
-    if same[0]["loc"] == (field,) and same[0]["type"] == "missing":
-        return RequestError(f"'{field}' is missing", param=str(field))
-    value, place, kind = same[0]["input"], same[0]["loc"], same[0]["type"]
-    is_object = len(place) > 1 and isinstance(place[1], int) and (len(place) > 2 or kind == "model_type")
-    name = f"{field}[{place[1]}]" if is_object else str(field)
-    inside = [str(each) for each in place[2:] if is_object and kind != "missing"]
-    reasons = " or ".join(dict.fromkeys(map(_reason, same)))
-    shown = "" if isinstance(value, list | dict) else f" {shorten(value)}"
-    return RequestError(f"bad value{shown} for '{'.'.join([name, *inside])}': {reasons[:300]}", param=name)
-
-
-def _reason(error: ErrorDetails) -> str:
-    if error["type"] == "missing":
-        return f"'{error['loc'][-1]}' is missing"
-    if error["type"] == "model_type":  # pydantic would name the class
-        return "input should be an object"
-    message = error["msg"].removeprefix("Value error, ")  # pydantic's word for an exception of ours
-    return message[0].lower() + message[1:]
-
-
-def _check_num_fields(content: dict[str, Any]) -> None:
-    """Raises RequestError for more fields than any request has: a validator would look at all of them first."""
-    for name, value in (
-        [(None, content), *content.items()] if len(content) <= MAX_FIELDS else [(None, content)]
-    ):
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            what = "the body" if name is None else f"'{shorten(name)[1:-1]}'"
-            raise RequestError(f"{what} has {len(value)} fields; at most {MAX_FIELDS} are taken", param=name)
-
-
-def _count_unknown_fields(body: Body, counts: Counter[str]) -> None:
-    """Counts them, and names each in the log when it first comes, those of one request to a bound."""
-    num_named = 0
-    for name in (name[:200] for name in body.unknown_names()):
-        if name not in counts:
-            num_named += 1
-            if len(counts) >= _MAX_FIELDS_NAMED or num_named > _MAX_NAMED_AT_ONCE:
-                name = _OTHER_FIELDS
-            else:
-                logger.warning("unknown request field %s is ignored (said once)", shorten(name))
-        counts[name] += 1

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 
 from sleb.engine.requests.repetition import REPETITION
 from sleb.server.answer_models import Error
+from sleb.server.body_parser import parse_body
 from sleb.server.context import get_context
-from sleb.server.protocol import parse_body
 
 REFERENCE = "#/components/schemas/{model}"
 HEADERS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 
 from sleb.engine.encoding import encode_text
 from sleb.errors import RequestError
+from sleb.server.body_parser import parse_body
 from sleb.server.json_input import MAX_OBJECTS, MAX_STRINGS, MAX_VALUES, load_json
 from sleb.server.protocol import (
     MAX_FIELDS,
@@ -17,7 +18,6 @@ from sleb.server.protocol import (
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    parse_body,
     whole_numbers,
 )
 
@@ -74,7 +74,8 @@ def test_no_field_has_thousands_of_errors(model, monkeypatch):
     """Each would be an object, and its text: a few are enough to say what is wrong."""
     seen = []
     monkeypatch.setattr(
-        "sleb.server.protocol._type_error", lambda error: seen.append(error.error_count()) or RequestError("")
+        "sleb.server.body_parser._type_error",
+        lambda error: seen.append(error.error_count()) or RequestError(""),
     )
     for field in [*model.model_fields, "unheard_of"]:
         for value in LISTS.values():
