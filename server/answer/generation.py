@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sleb.engine.outputs import StepOutput
 from sleb.engine.requests.sampling_params import SamplingParams
-from sleb.errors import InvalidOutputError
+from sleb.errors import InvalidOutputError, RequestError
 from sleb.server.answer.timings import Span, llama_timings, phases, request_metrics
 from sleb.server.context import ServerContext
 from sleb.server.engine_thread.answers import Answers, Job
@@ -152,7 +152,7 @@ class Generation:
 
     def _record(self, choice: int, output: StepOutput, read: Callable[[int, StepOutput], T]) -> T:
         if output.finish_reason == "error":
-            if isinstance(output.failure, InvalidOutputError):
+            if isinstance(output.failure, InvalidOutputError | RequestError):
                 raise output.failure
             raise ApiError(500, "the engine could not finish this answer", type="server_error")
         self._last[choice] = output

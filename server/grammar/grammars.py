@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sleb.errors import ModelError, RequestError
+from sleb.server.errors import OverloadedError
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.notation import GrammarError, as_llguidance, in_words
 
@@ -68,16 +69,18 @@ class _State:
             mask[:] = self._source.first
             return
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._check()
+        if self._matcher.is_error():  # only its size can make a mask fail
+            raise RequestError(
+                "what the answer must follow takes too much to follow further, simplify it: "
+                f"{in_words(self._matcher.get_error())}",
+                code="grammar_too_complex",
+            )
         if self._source is not None:
             self._source.first = mask.copy()
 
     def accept(self, token_id: int) -> None:
         self._source = None
         self._matcher.consume_token(token_id)
-        self._check()
-
-    def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(in_words(self._matcher.get_error()))
 
@@ -95,6 +98,8 @@ class GrammarCompiler:
         self._table_lock = threading.Lock()
         self._kept: OrderedDict[tuple[Part, ...], CompiledGrammar] = OrderedDict()
         self._under_way: dict[tuple[Part, ...], asyncio.Future[CompiledGrammar]] = {}
+        self._waiting: Counter[tuple[Part, ...]] = Counter()
+        self._begun: set[tuple[Part, ...]] = set()
         self._turns = asyncio.Semaphore(_MAX_AT_ONCE)
 
     def prepare(self) -> None:
@@ -105,7 +110,8 @@ class GrammarCompiler:
     async def compile(self, spec: GrammarSpec) -> GrammarSource:
         """The grammar, from memory if it was there before.
 
-        Raises RequestError for one that llguidance refuses (its own words), or that is too large or takes too long.
+        Raises RequestError for one that llguidance refuses (its own words), or that is too large or takes too long,
+        OverloadedError where others took so long that it was not begun.
         """
         if self._tokenizer is None:
             raise RequestError("this model has no tokenizer, which grammars need", param=spec.param)
@@ -126,32 +132,47 @@ class GrammarCompiler:
             return self._kept[spec.parts]
         if spec.parts not in self._under_way:
             task = asyncio.ensure_future(self._compile(spec.parts))
-            task.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # if nobody waits any more
+            task.add_done_callback(lambda done: self._forget(spec.parts, done))
             self._under_way[spec.parts] = task
         work = self._under_way[spec.parts]
+        self._waiting[spec.parts] += 1
         try:
             async with asyncio.timeout(_SECONDS_TO_COMPILE):
                 return await asyncio.shield(work)
         except TimeoutError:
+            if spec.parts not in self._begun:
+                raise OverloadedError(
+                    "other requests' grammars are being compiled; try again later"
+                ) from None
             raise RequestError(
                 f"{spec.param} takes longer than {_SECONDS_TO_COMPILE:g} s to compile; simplify it",
                 param=spec.param,
             ) from None
         except GrammarError as error:
             raise RequestError(f"{spec.param} cannot be used: {error}", param=spec.param) from None
+        finally:
+            self._waiting[spec.parts] -= 1
+            if not self._waiting[spec.parts]:
+                del self._waiting[spec.parts]
+                if spec.parts not in self._begun and not work.done():
+                    work.cancel()  # a thread cannot be stopped, what waits for one can
+                    self._under_way.pop(spec.parts, None)
 
     async def _compile(self, parts: tuple[Part, ...]) -> CompiledGrammar:
-        try:
-            async with self._turns:
-                compiled = await asyncio.wrap_future(_run_deep(lambda: self._build(parts)))
-            self._kept[parts] = compiled
-            while len(self._kept) > _MAX_KEPT or _length(*self._kept) > _MAX_KEPT_LENGTH:
-                self._kept.popitem(last=False)
-            return compiled
-        finally:
+        async with self._turns:
+            self._begun.add(parts)
+            compiled = await asyncio.wrap_future(_run_deep(lambda: self._build(parts)))
+        self._kept[parts] = compiled
+        while len(self._kept) > _MAX_KEPT or _length(*self._kept) > _MAX_KEPT_LENGTH:
+            self._kept.popitem(last=False)
+        return compiled
+
+    def _forget(self, parts: tuple[Part, ...], done: asyncio.Future[CompiledGrammar]) -> None:
+        if self._under_way.get(parts) is done:
             del self._under_way[parts]
+            self._begun.discard(parts)
+        if not done.cancelled():
+            done.exception()  # looked at, should nobody wait any more
 
     def _build(self, parts: tuple[Part, ...]) -> CompiledGrammar:
         """Called by a thread of its own."""

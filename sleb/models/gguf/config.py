@@ -27,7 +27,7 @@ _SAMPLING = {
     "temp": ("temperature", 0.0, 100.0),
     "top_p": ("top_p", 0.0, 1.0),
     "min_p": ("min_p", 0.0, 1.0),
-    "penalty_repeat": ("repetition_penalty", 0.0, 100.0),
+    "penalty_repeat": ("repetition_penalty", 0.01, 100.0),
 }
 
 

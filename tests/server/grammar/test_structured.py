@@ -9,6 +9,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import jsonschema
 import numpy as np
 import openai
@@ -19,6 +20,7 @@ from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.errors import RequestError
 from sleb.server.answer.token_text import TokenTexts
+from sleb.server.errors import OverloadedError
 from sleb.server.grammar import grammars
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.grammars import GrammarCompiler
@@ -391,6 +393,53 @@ def test_compiling_leaves_the_event_loop_free_and_is_bounded_in_time(byte_tokeni
         await own.compile(spec("slow"))
 
     asyncio.run(run())
+
+
+def test_a_grammar_that_only_waits_for_its_turn_is_told_to_come_again_and_is_not_made(
+    byte_tokenizer, monkeypatch
+):
+    made = []
+
+    async def run():
+        own = compiler(byte_tokenizer)
+        build = own._build
+        monkeypatch.setattr(
+            own, "_build", lambda parts: (made.append(parts), time.sleep(0.5), build(parts))[2]
+        )
+        monkeypatch.setattr(grammars, "_SECONDS_TO_COMPILE", 0.15)
+        answers = await asyncio.gather(
+            *(own.compile(spec(text)) for text in ("a", "b", "c", "c")), return_exceptions=True
+        )
+        assert [type(each) for each in answers] == [
+            RequestError,
+            RequestError,
+            OverloadedError,
+            OverloadedError,
+        ]
+        await asyncio.sleep(0.6)
+        assert len(made) == 2
+        monkeypatch.setattr(grammars, "_SECONDS_TO_COMPILE", 10)
+        await own.compile(spec("c"))
+        gone = asyncio.ensure_future(own.compile(spec("d")))
+        await asyncio.sleep(0)
+        gone.cancel()  # before its work has begun
+        await asyncio.gather(gone, return_exceptions=True)
+        await own.compile(spec("d"))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_grows_too_complex_on_the_way_is_the_clients_matter(server, stream, monkeypatch):
+    monkeypatch.setattr(grammars, "_MAX_ITEMS", 200)
+    grammar = 'start: "a" "b" "c" "d" "e" "f" x\nx: "a" | "b" | x x'  # ambiguous, but only after a while
+    body = {"prompt": "x", "guided_grammar": grammar, "max_tokens": 100, "stream": stream, "ignore_eos": True}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        answer = client.post("/v1/completions", json=body)
+        error = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
+        assert answer.status_code == (200 if stream else 400)
+        assert error["error"]["code"] == "grammar_too_complex" and "simplify" in error["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
 
 
 def test_end_of_sequence_is_allowed_exactly_where_the_answer_may_end(byte_tokenizer):
