@@ -79,8 +79,8 @@ async def warm_up(context: ServerContext) -> None:
         logger.error("warming up failed: %s", context.warm_up_failure)
     try:
         await asyncio.to_thread(compiler_for(engine.engine).prepare)
-    except Exception as error:  # a request with a grammar will say so to its client
-        logger.debug("grammars cannot be had: %s", error)
+    except Exception as error:  # requests without a grammar do not mind
+        logger.warning("structured output cannot be had: %s", error)
     context.warm = True
 
 

@@ -50,7 +50,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
         return LoadedTokenizer()
     for name in (*TOKENIZER_FILES, *_BESIDE):
         _check_file(path / name)
-    for file in [*path.glob("*.jinja"), *(path / _TEMPLATE_FOLDER).glob("*.jinja")]:
+    for file in [path / "chat_template.jinja", *(path / _TEMPLATE_FOLDER).glob("*.jinja")]:
         _check_file(file)
         _check_text(file)
     _check_config(path / "tokenizer_config.json")
@@ -119,9 +119,11 @@ def _check_file(path: Path) -> None:
 
 
 def _check_text(path: Path) -> None:
+    if not path.exists():
+        return
     try:
         read_bytes(path).decode()
-    except (FileNotFoundError, UnicodeDecodeError):
+    except UnicodeDecodeError:
         raise ModelError(f"{shown_path(path)} is no text in UTF-8; it must be a chat template") from None
 
 

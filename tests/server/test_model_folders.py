@@ -87,8 +87,8 @@ def test_a_tokenizer_that_grammars_cannot_use_is_no_fault_of_the_client(serve_ch
     def refuse(*_, **__):
         raise ValueError("no such pre-tokenizer")
 
+    monkeypatch.setattr(llguidance, "LLTokenizer", refuse)  # before the server warms up, which makes one
     server = serve_changed()
-    monkeypatch.setattr(llguidance, "LLTokenizer", refuse)
     with caplog.at_level(logging.ERROR):
         answer = server.post("/v1/chat/completions", messages=MESSAGES, **JSON_MODE)
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"

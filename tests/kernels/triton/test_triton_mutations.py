@@ -109,9 +109,11 @@ def check_prefill(module):
 
 def check_greedy(module):
     module._BLOCK = 16
-    logits = (2 * randn(6, 90)).round()
+    logits = (2 * randn(12, 90)).round()
     logits[4, [20, 50, 88]] = float("nan")
     logits[5] = 3.0
+    for row, token in enumerate((3, 20, 40, 50, 70, 88), start=6):  # first and later in what a lane looks at
+        logits[row, token] = float("nan")
     expected = [-1 if row.isnan().any() else (row == row.max()).nonzero()[0] for row in logits]
     assert module.greedy(logits).tolist() == [int(token) for token in expected]
     ids = torch.tensor([3, 80, 41, 0])
