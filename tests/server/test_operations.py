@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -430,6 +431,8 @@ def test_lines_that_nobody_reads_are_dropped_and_counted(monkeypatch):
     monkeypatch.setattr(logger, "propagate", False)
     for number in range(200):
         logger.error("%d %s", number, "x" * 10_000)  # 2 MB into a pipe of 64 KiB and a queue of 1 MiB
+        while number == 10 and select.select([], [writer], [], 0)[1]:
+            time.sleep(0.001)  # until the pipe is full: what it takes later would make room between the drops
     read = b""
     while read.count(b"\n") < 50:  # now there is room
         read += os.read(reader, 1 << 16)
