@@ -181,7 +181,8 @@ def shown(value: object) -> str:
         text = json.dumps(head, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = f"of type {type(value).__name__}"
-    return shown_text(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+    text = shown_text(text[: _SHOWN + 1])  # which may be ten times as long
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def shown_text(text: str) -> str:

@@ -104,4 +104,5 @@ def test_a_pipe_is_not_waited_for_and_a_folder_not_read(tmp_path: Path) -> None:
 def test_values_are_cut_and_escaped() -> None:
     assert shown("\x1b[2J") == r'"\u001b[2J"'
     assert shown("‮abc") == r'"\u202eabc"'
+    assert len(shown("\U0010ffff" * 100)) == 61
     assert len(shown("x" * 10**6)) < 70 and len(shown(list(range(10**6)))) < 70
