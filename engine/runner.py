@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.build import build_executor, select_backends
-from sleb.engine.execute.executor import Forward, PlannedSublayer
+from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.grammar_masks import fill_masks
 from sleb.engine.execute.kv_cache import bytes_per_token
 from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledToken, Sampler
@@ -26,6 +26,7 @@ from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.step import ScheduledRow, Step
 from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer
 
 # Rows of logits computed at once for prompt logprobs: 256 rows of 128k entries in float32 are 128 MiB.
@@ -88,6 +89,7 @@ class Runner:
         backends = select_backends(config, spec, self.device, self.dtype)
         keep = self.kept_sublayers(min(depths))
         weight_format = resolve_weight_format(config.weights)
+        self._patches = self._served_patches(depths)
         weights = load_weights(
             path,
             spec,
@@ -97,6 +99,7 @@ class Runner:
             config.load_format,
             config.seed or 0,
             weight_format=weight_format,
+            patches=self._patches,
             on_progress=config.on_progress,
         )
         # A head that is stored with values of its own is none that the config ties.
@@ -126,9 +129,13 @@ class Runner:
         return f"{self.executor.description}, {self._weights_name} weights{reason}"
 
     def weight_bytes(self, depth: int) -> int:
-        """Bytes of all weights that a request at `depth` uses, embedding and head included (once, if tied)."""
-        sizes, kept = self._weight_sizes, self.kept_sublayers(depth)
-        return sum(size for sublayer, size in sizes.items() if sublayer is None or sublayer in kept)
+        """Bytes of all weights that a request at `depth` uses: patches, embedding and head too (once, if tied)."""
+        used = {*self.kept_sublayers(depth), *self.patches(depth), None}
+        return sum(size for unit, size in self._weight_sizes.items() if unit in used)
+
+    def patches(self, depth: int) -> dict[int, Patch]:
+        """The patches of a served depth, by their place in `DecoderWeights.patches`."""
+        return {index: patch for index, patch in enumerate(self._patches) if patch.serves(depth)}
 
     def kv_bytes_per_token(self, depth: int) -> int:
         """Bytes of K and V that a token of a request at `depth` needs."""
@@ -140,7 +147,7 @@ class Runner:
         if self.device.type == "cuda":  # the thread that steps may be another than the one that loaded
             torch.cuda.set_device(self.device)
         executor = self.executor
-        arrays = StepArrays.of(step.rows, executor.removed_at, executor.page_size, self._last_rows)
+        arrays = StepArrays.of(step.rows, executor.unit_depths, executor.page_size, self._last_rows)
         ends = arrays.query_starts[1:]
         last_tokens = [end - 1 for row, end in zip(step.rows, ends, strict=True) if row.chooses]
         greedy = all(row.request.is_greedy for row in step.rows if row.chooses)
@@ -188,17 +195,34 @@ class Runner:
             gathered.append(self._sampler.logprobs(logits, token_ids, [top] * len(part)))
         return gathered
 
-    def _plan(self, keep: set[Sublayer]) -> tuple[PlannedSublayer, ...]:
-        removed = {sublayer: self.layer_map.removed_at(*sublayer) for sublayer in sorted(keep)}
+    def _served_patches(self, depths: Sequence[int]) -> tuple[Patch, ...]:
+        """The patches of `depths`, each once, from the bottom up."""
+        found = {
+            id(patch): patch
+            for depth in depths
+            for patch in self.layer_map.patches_at(depth, self.spec.hidden_size)
+        }
+        return tuple(sorted(found.values(), key=lambda patch: (patch.last, patch.first_depth)))
+
+    def _plan(self, keep: set[Sublayer]) -> tuple[PlannedUnit, ...]:
+        """The sublayers in `keep` and the patches, each of which stands where the last of its run stood."""
+        plan: list[tuple[Sublayer, int, PlannedUnit]] = []
+        for sublayer in keep:
+            at = self.layer_map.removed_at(*sublayer)
+            plan.append((sublayer, 0, PlannedUnit(sublayer, (0, NEVER if at is None else at))))
+        for index, patch in enumerate(self._patches):
+            end = NEVER if patch.last_depth is None else patch.last_depth + 1
+            plan.append((patch.last, 1 + index, PlannedUnit(index, (patch.first_depth, end))))
         # "attention" sorts before "mlp", as they run.
-        return tuple(PlannedSublayer(each, NEVER if at is None else at) for each, at in removed.items())
+        return tuple(planned for _, _, planned in sorted(plan, key=lambda each: each[:2]))
 
 
-def _weight_sizes(weights: DecoderWeights) -> dict[Sublayer | None, int]:
-    """Bytes of each kept sublayer; under None those that every depth uses: embedding, head, final norm."""
-    sizes: dict[Sublayer | None, int] = {
+def _weight_sizes(weights: DecoderWeights) -> dict[Sublayer | int | None, int]:
+    """Bytes of each kept sublayer and patch; under None those that every depth uses: embedding, head, final norm."""
+    sizes: dict[Sublayer | int | None, int] = {
         **{(block, "attention"): num_bytes(part) for block, part in weights.attention.items()},
         **{(block, "mlp"): num_bytes(part) for block, part in weights.mlp.items()},
+        **{index: num_bytes(part) for index, part in enumerate(weights.patches)},
     }
     sizes[None] = num_bytes(weights) - sum(sizes.values())
     return sizes

@@ -10,7 +10,7 @@ import torch
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.cpu import CpuExecutor, unsupported_feature
 from sleb.engine.execute.eager import EagerExecutor
-from sleb.engine.execute.executor import Executor, PlannedSublayer
+from sleb.engine.execute.executor import Executor, PlannedUnit, attention_blocks
 from sleb.engine.execute.gpu_setup import GpuSetup
 from sleb.engine.execute.kv_cache import PagedKVCache, size_cache
 from sleb.engine.model.architecture import DecoderSpec
@@ -81,12 +81,12 @@ def build_executor(
     spec: DecoderSpec,
     weights: DecoderWeights,
     backends: Backends,
-    plan: tuple[PlannedSublayer, ...],
+    plan: tuple[PlannedUnit, ...],
     depths: Sequence[int],
 ) -> BuiltExecutor:
     """The executor for `backends`, over as large a KV cache as `config` gives.
 
-    plan: the sublayers that any of `depths` runs, in order. Raises ConfigError for too little memory.
+    plan: the sublayers and patches that any of `depths` runs, in order. Raises ConfigError for too little memory.
     """
     device, kernels, page_size = backends.device, backends.kernels, backends.page_size
     setup = None
@@ -95,7 +95,7 @@ def build_executor(
             *(config, spec, weights, kernels, kernels.gpu, backends.attention),
             *(plan, depths, page_size, device),
         )
-    blocks = [block for block, part in (planned.sublayer for planned in plan) if part == "attention"]
+    blocks = attention_blocks(plan)
     max_model_len, num_pages = size_cache(
         *(config, spec, len(blocks), page_size, weights.dtype, device),
         reserve=0 if setup is None else setup.reserve(),
@@ -103,7 +103,7 @@ def build_executor(
     executor: Executor
     if setup is not None:
         executor = setup.build(max_model_len, num_pages)
-    elif kernels.cpu is not None:
+    elif kernels.cpu is not None and not weights.patches:
         executor = CpuExecutor(
             kernels.cpu,
             spec,

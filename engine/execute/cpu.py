@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sleb.engine.execute.executor import Forward, PlannedSublayer
+from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import RotaryTables
@@ -48,7 +48,7 @@ class CpuExecutor:
         kernels: CpuKernels,
         spec: DecoderSpec,
         weights: DecoderWeights,
-        plan: tuple[PlannedSublayer, ...],
+        plan: tuple[PlannedUnit, ...],
         *,
         max_model_len: int,
         num_pages: int,
@@ -60,7 +60,7 @@ class CpuExecutor:
         self._kernels = kernels
         self._spec = spec
         self.page_size = page_size
-        self.removed_at = tuple(planned.removed_at for planned in plan)
+        self.unit_depths = tuple(planned.depths for planned in plan)
         self._max_tokens = max_num_tokens
         self._kept: list[object] = []  # what the records point to
         self._logits = torch.empty(0)
@@ -72,7 +72,8 @@ class CpuExecutor:
         units = (records.Unit * len(plan))()
         widest = spec.hidden_size
         for unit, planned in zip(units, plan, strict=True):
-            block, part = planned.sublayer
+            assert not isinstance(planned.unit, int), "patches do not run here yet"
+            block, part = planned.unit
             if part == "attention":
                 self._fill_attention(unit, block, weights.attention.pop(block), num_pages)
             else:

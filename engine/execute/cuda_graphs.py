@@ -68,6 +68,7 @@ def trial_step(executor: GpuExecutor, rows: Sequence[tuple[int, int]]) -> StepAr
     positions = array("i")
     for num_new, context in rows:
         positions.extend(range(context - num_new, context))
+    unit_starts, ends = unit_rows(depths, executor.unit_depths)
     return StepArrays(
         page_size=executor.page_size,
         depths=depths,
@@ -78,7 +79,8 @@ def trial_step(executor: GpuExecutor, rows: Sequence[tuple[int, int]]) -> StepAr
         context_lens=array("i", [context for _, context in rows]),
         pages=array("i", [executor.padding_page]) * sum(num_pages),
         page_starts=array("i", itertools.accumulate(num_pages[:-1], initial=0)),
-        unit_rows=unit_rows(depths, executor.removed_at),
+        unit_starts=unit_starts,
+        unit_rows=ends,
     )
 
 

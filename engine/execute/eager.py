@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sleb.engine.execute.executor import Forward, PlannedSublayer
+from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.execute.transfer import to_device
@@ -17,7 +17,8 @@ from sleb.kernels.batch import PagedBatch
 
 
 class EagerExecutor:
-    """Runs the plan in order; every sublayer touches only the prefix of rows whose tier keeps it."""
+    """Runs the plan in order; every sublayer touches only the prefix of rows whose tier keeps it, a patch only those of
+    its depths."""
 
     name = "eager"
     instruction_set: str | None = None
@@ -25,14 +26,14 @@ class EagerExecutor:
     asynchronous = False
 
     def __init__(
-        self, decoder: Decoder, kv_cache: PagedKVCache, plan: tuple[PlannedSublayer, ...], page_size: int
+        self, decoder: Decoder, kv_cache: PagedKVCache, plan: tuple[PlannedUnit, ...], page_size: int
     ) -> None:
         self.kernels = decoder.kernels.name
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.page_size = page_size
-        self.removed_at = tuple(planned.removed_at for planned in plan)
-        self._sublayers = tuple(planned.sublayer for planned in plan)
+        self.unit_depths = tuple(planned.depths for planned in plan)
+        self._units = tuple(planned.unit for planned in plan)
 
     @property
     def num_threads(self) -> int:
@@ -74,16 +75,20 @@ class EagerExecutor:
         residual = decoder.embed(token_ids, positions)
         rotation = decoder.rotation(positions)
         batches: dict[int, PagedBatch] = {}
-        for sublayer, num_rows, num_tokens in zip(
-            self._sublayers, step.unit_rows, step.unit_tokens, strict=True
+        for unit, num_rows, first_token, num_tokens in zip(
+            self._units, step.unit_rows, step.unit_first_tokens, step.unit_tokens, strict=True
         ):
-            if num_rows == 0:
+            if num_tokens == first_token:
+                continue
+            if isinstance(unit, int):
+                rows = residual[first_token:num_tokens]
+                residual[first_token:num_tokens] = decoder.patch(decoder.weights.patches[unit], rows)
                 continue
             if num_rows not in batches:
                 lens = step.query_lens[:num_rows], tuple(step.context_lens[:num_rows])
                 batches[num_rows] = PagedBatch(*lens, page_table[:num_rows], self.page_size)
             attend = partial(self._attend, slots[:num_tokens], batches[num_rows])
-            updated = decoder.run(sublayer, residual[:num_tokens], rotation.prefix(num_tokens), attend)
+            updated = decoder.run(unit, residual[:num_tokens], rotation.prefix(num_tokens), attend)
             if num_tokens == residual.shape[0]:
                 residual = updated
             else:

@@ -8,16 +8,25 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sleb.engine.execute.step_arrays import StepArrays
+from sleb.engine.execute.step_arrays import DepthRange, StepArrays
 from sleb.layer_map.units import Sublayer
 
 
 @dataclass(frozen=True)
-class PlannedSublayer:
-    """A sublayer that some served tier runs; depths of `removed_at` and more skip it, NEVER: no depth does."""
+class PlannedUnit:
+    """A step of the plan: a sublayer that some served tier runs, or a patch, by its place in `DecoderWeights.patches`.
 
-    sublayer: Sublayer
-    removed_at: int
+    depths: from where to before where rows run it; a sublayer's begin at 0, and end with NEVER if no depth skips it.
+    """
+
+    unit: Sublayer | int
+    depths: DepthRange
+
+
+def attention_blocks(plan: Sequence[PlannedUnit]) -> list[int]:
+    """The blocks whose attention runs, in order: those that have K and V."""
+    units = [planned.unit for planned in plan]
+    return [unit[0] for unit in units if not isinstance(unit, int) and unit[1] == "attention"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Executor(Protocol):
     asynchronous: bool
     """Whether `run` only queues work, and takes tokens that are pending from the step before."""
     page_size: int
-    removed_at: tuple[int, ...]
+    unit_depths: tuple[DepthRange, ...]
     """Of each unit of its plan, as `StepArrays.of` asks for it."""
 
     @property

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sleb.engine.execute.executor import Forward, PlannedSublayer
+from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.gpu_decoder import GpuDecoder, Stream, UnitRows
 from sleb.engine.execute.step_arrays import StepArrays, StepLayout, StepTensors, unit_rows
 from sleb.engine.execute.transfer import send, to_device
@@ -47,7 +47,7 @@ class GpuExecutor:
         decoder: GpuDecoder,
         kernels: GpuKernels,
         attention: AttentionBackend,
-        plan: Sequence[PlannedSublayer],
+        plan: Sequence[PlannedUnit],
         *,
         depths: Sequence[int],
         page_size: int,
@@ -64,8 +64,9 @@ class GpuExecutor:
         self._operators = kernels
         self.page_size = page_size
         self.padding_page = padding_page
-        self.removed_at = tuple(planned.removed_at for planned in plan)
-        self._sublayers = tuple(planned.sublayer for planned in plan)
+        self.unit_depths = tuple(planned.depths for planned in plan)
+        self._sublayers = tuple(planned.unit for planned in plan if not isinstance(planned.unit, int))
+        assert len(self._sublayers) == len(plan), "patches do not run here yet"
         self._max_pages = max_pages
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
         self._buckets: tuple[int, ...] = ()
@@ -177,7 +178,7 @@ class GpuExecutor:
         """The units that `depth` keeps, each reading its row count from the static inputs."""
         inputs = self._inputs
         units = []
-        for index, runs in enumerate(unit_rows((depth,), self.removed_at)):
+        for index, runs in enumerate(unit_rows((depth,), self.unit_depths)[1]):
             if not runs:
                 continue
             count = inputs.row_counts[index : index + 1]

@@ -16,7 +16,7 @@ from sleb.engine.execute.cuda_graphs import (
     prompt_step,
     trial_step,
 )
-from sleb.engine.execute.executor import PlannedSublayer
+from sleb.engine.execute.executor import PlannedUnit, attention_blocks
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.gpu_decoder import GpuDecoder
 from sleb.engine.execute.kv_cache import PagedKVCache
@@ -42,7 +42,7 @@ class GpuSetup:
     kernels: Kernels
     operators: GpuKernels
     attention: AttentionBackend
-    plan: tuple[PlannedSublayer, ...]
+    plan: tuple[PlannedUnit, ...]
     depths: Sequence[int]
     page_size: int
     device: torch.device
@@ -98,7 +98,7 @@ class GpuSetup:
         """An executor whose cache has the padding page after num_pages others."""
         spec, dtype = self.spec, self.weights.dtype
         decoder = Decoder(spec, self.weights, self.kernels, max_model_len, self.device)
-        blocks = [block for block, part in (planned.sublayer for planned in self.plan) if part == "attention"]
+        blocks = attention_blocks(self.plan)
         cache = PagedKVCache(spec, blocks, num_pages + 1, self.page_size, dtype, self.device)
         return GpuExecutor(
             GpuDecoder(decoder, self.operators, self.attention.function, cache),

@@ -18,23 +18,27 @@ from sleb.engine.schedule.step import ScheduledRow
 Integers = np.ndarray[Any, np.dtype[np.int32]]
 
 NEVER = 1 << 30  # a depth that no chain reaches: of a unit that always stays
+DepthRange = tuple[int, int]  # the first depth, and the one before which it ends
 
 
 @lru_cache(maxsize=4096)
-def unit_rows(depths: tuple[int, ...], removed_at: tuple[int, ...]) -> array[int]:
-    """The prefix rule: how many of a step's rows run each unit of a plan.
+def unit_rows(depths: tuple[int, ...], unit_depths: tuple[DepthRange, ...]) -> tuple[array[int], array[int]]:
+    """The prefix rule: which of a step's rows run each unit of a plan.
 
     Depths of one chain are nested, so a deeper tier runs a subset of the units of a shallower one. Rows are sorted by
     depth, fullest first; then for every unit the rows that run it are a prefix of the batch, and skipping costs a
-    slice: no gather, no scatter, no grouping by model. The rest of the batch skips the unit.
+    slice: no gather, no scatter, no grouping by model. The rest of the batch skips the unit, and a patch that stands in
+    its place is for a range of depths: for a range of rows after that prefix.
 
     Args:
         depths: of the rows, ascending.
-        removed_at: of each unit, the depth from which it is left out; NEVER for one that stays.
+        unit_depths: of each unit, the depths whose rows run it.
 
-    Returns: a count a unit. It is shared with later steps of the same depths, so it must not be changed.
+    Returns: a unit each, the row where its rows begin, 0 for all but patches, and that before which they end. Both are
+    shared with later steps of the same depths, so they must not be changed.
     """
-    return array("i", [bisect_left(depths, depth) for depth in removed_at])
+    first, end = (array("i", [bisect_left(depths, each[side]) for each in unit_depths]) for side in (0, 1))
+    return first, end
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class StepArrays:
         query_starts: [S + 1], where each sequence's tokens begin; the last one is T.
         context_lens: [S], tokens whose K and V are in the cache once this step's are stored.
         pages: those of each sequence, one sequence after another; page_starts: [S], where each one's begin.
-        unit_rows: [U], how many sequences run each unit; see `unit_rows`.
+        unit_starts, unit_rows: [U], from which to before which sequence run each unit; see `unit_rows`.
         long_context: whether the sequences, all of them, are past the original context: see `RotaryTables`.
     """
 
@@ -63,6 +67,7 @@ class StepArrays:
     context_lens: array[int]
     pages: array[int]
     page_starts: array[int]
+    unit_starts: array[int]
     unit_rows: array[int]
     long_context: bool = False
 
@@ -70,7 +75,7 @@ class StepArrays:
     def of(
         cls,
         rows: Sequence[ScheduledRow],
-        removed_at: tuple[int, ...],
+        unit_depths: tuple[DepthRange, ...],
         page_size: int,
         sampled: Mapping[Request, int] | None = None,
     ) -> StepArrays:
@@ -115,7 +120,7 @@ class StepArrays:
             context_lens,
             pages,
             page_starts,
-            unit_rows(depths, removed_at),
+            *unit_rows(depths, unit_depths),
             rows[0].request.long_context,
         )
 
@@ -134,8 +139,13 @@ class StepArrays:
 
     @cached_property
     def unit_tokens(self) -> array[int]:
-        """[U], how many tokens run each unit."""
-        return array("i", [self.query_starts[count] for count in self.unit_rows])
+        """[U], before which token those end that run each unit."""
+        return array("i", [self.query_starts[end] for end in self.unit_rows])
+
+    @cached_property
+    def unit_first_tokens(self) -> array[int]:
+        """[U], at which token those begin that run each unit."""
+        return array("i", [self.query_starts[start] for start in self.unit_starts])
 
     @cached_property
     def slots(self) -> Integers:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import RotaryTables
-from sleb.engine.model.weights import DecoderWeights, Norm
+from sleb.engine.model.weights import DecoderWeights, Norm, PatchWeights
 from sleb.kernels.reference.ops import embedding
 from sleb.kernels.registry import Kernels
 from sleb.layer_map.units import Sublayer
@@ -87,6 +87,20 @@ class Decoder:
             update = self._mlp(block, inputs)
         residual = residual + update
         return residual if self.spec.norm_first else self._norm(residual, norm)
+
+    def patch(self, weights: PatchWeights, residual: Tensor) -> Tensor:
+        """The residual stream [T, E] after a patch, as a new tensor; see `sleb.layer_map.patches`."""
+        if weights.scale is not None and weights.bias is not None:
+            return torch.addcmul(weights.bias, residual, weights.scale)
+        inputs, linear = self.normed(residual) if weights.normed else residual, self.kernels.linear
+        if weights.first is not None:
+            inputs = linear(inputs, weights.first.weight, None)
+        assert weights.second is not None
+        return residual + linear(inputs, weights.second.weight, weights.second.bias)
+
+    def normed(self, residual: Tensor) -> Tensor:
+        """The residual stream [T, E] after a norm of the model's kind without weight or bias."""
+        return self._norm(residual, Norm(None, None))
 
     def logits(self, residual: Tensor) -> Tensor:
         """Final norm and head: residual [B, E] to logits [B, V] in float32."""

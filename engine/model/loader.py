@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from sleb.engine.memory import GIB, check_fits, refusal_told
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.engine.model.weight_cache import WeightCache
-from sleb.engine.model.weights import DecoderWeights, Targets, allocate, num_bytes
+from sleb.engine.model.weights import DecoderWeights, Targets, allocate, num_bytes, patch_weights
 from sleb.errors import ModelError
 from sleb.fields import shown_path
 from sleb.kernels.quantization import WEIGHT_FORMATS, QuantizedWeight, Weight, WeightFormat
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer
 from sleb.models.weight_files import StoredTensor, opened
 
@@ -43,9 +45,10 @@ def load_weights(
     seed: int = 0,
     *,
     weight_format: WeightFormat | None = None,
+    patches: Sequence[Patch] = (),
     on_progress: OnProgress | None = None,
 ) -> DecoderWeights:
-    """The weights of the sublayers in `keep` from the checkpoint folder `path`.
+    """The weights of the sublayers in `keep` from the checkpoint folder `path`, and those of `patches`.
 
     load_format: "auto" or "safetensors" read the checkpoint; "dummy" draws random weights from `seed`.
     weight_format: how matrices are quantised; what was made is kept in the cache folder for the next time.
@@ -56,6 +59,7 @@ def load_weights(
     checkpoint = None if load_format == "dummy" else open_checkpoint(path, spec)
     spec = spec if checkpoint is None else checkpoint.spec
     size = _weight_bytes(spec, keep, dtype, weight_format)
+    size += sum(patch.num_parameters for patch in patches) * dtype.itemsize
     remedy = _smaller(spec, keep, dtype, size)
     check_fits(f"{shown_path(path)}: the weights take", size, device, remedy, ModelError)
     with refusal_told(f"weights of {size / GIB:.2f} GiB", device, remedy):
@@ -65,7 +69,8 @@ def load_weights(
             _fill_random(targets, seed, device, progress)
         else:
             _fill(path, checkpoint.tensors, targets, progress)
-    return weights
+        made = tuple(patch_weights(patch, dtype, device) for patch in patches)
+    return replace(weights, patches=made)
 
 
 def _weight_bytes(

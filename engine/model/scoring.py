@@ -12,12 +12,12 @@ from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.model.weights import all_sublayers, num_bytes
+from sleb.engine.model.weights import all_sublayers, num_bytes, patch_weights
 from sleb.engine.text import TextProcessor
 from sleb.kernels.reference.cross_entropy import linear_cross_entropy
 from sleb.kernels.reference.ops import causal_attention
 from sleb.kernels.registry import select_kernels
-from sleb.layer_map.layer_map import Unit
+from sleb.layer_map.layer_map import Patch, Unit
 from sleb.models.resolve import resolve_model
 
 _MAX_WINDOW = 1 << 17  # tokens: what a config claims may be more than the tables of its angles find room for
@@ -104,6 +104,15 @@ class DecoderScorer:
         for sublayer in unit.sublayers:
             flat = self._decoder.run(sublayer, flat, rotation, attend)
         return flat.view(hidden.shape)
+
+    def apply(self, patch: Patch, hidden: Tensor) -> Tensor:
+        """Hidden states [W, L, E] after `patch`, as a new tensor."""
+        weights = patch_weights(patch, self.dtype, self.device)
+        return self._decoder.patch(weights, hidden.flatten(0, 1)).view(hidden.shape)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What a normed patch multiplies: hidden states [..., E] after a norm without a weight, float32."""
+        return self._decoder.normed(hidden.float().reshape(-1, hidden.shape[-1])).view(hidden.shape)
 
     def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Cross-entropy [W, L − 1] float32 in nats of each token given those before it."""

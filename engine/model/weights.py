@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.kernels.quantization import Quantized, Weight, WeightFormat
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer, Unit
 
 Targets = dict[str, Weight]
@@ -53,6 +54,21 @@ class MLPWeights:
 
 
 @dataclass(frozen=True)
+class PatchWeights:
+    """What stands for a run of removed sublayers, E wide; see `sleb.layer_map.patches.Patch`.
+
+    A full patch is `second` [E, E], a low-rank one `first` [r, E] and `second` [E, r], either with its bias in
+    `second`; a scale is `scale` and `bias`, each [E].
+    """
+
+    normed: bool
+    first: Linear | None
+    second: Linear | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
 class DecoderWeights:
     """All tensors of a decoder; `attention` and `mlp` are keyed by original block and hold the kept ones only.
 
@@ -68,6 +84,7 @@ class DecoderWeights:
     head: Linear
     attention: dict[int, AttentionWeights]
     mlp: dict[int, MLPWeights]
+    patches: tuple[PatchWeights, ...] = ()
 
 
 def _walk(node: object) -> Iterator[Tensor]:
@@ -108,6 +125,20 @@ def allocate(
     every allocated element exactly once. On the meta device it costs nothing and states names and shapes.
     """
     return _Allocator(spec, dtype, device, weight_format).build(keep)
+
+
+def patch_weights(patch: Patch, dtype: torch.dtype, device: torch.device) -> PatchWeights:
+    """The tensors of a patch, in `dtype` whatever the format of the weights is: they are few."""
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(patch.tensors[name]).to(device, dtype)
+
+    if patch.form == "scale":
+        return PatchWeights(False, None, None, tensor("scale"), tensor("bias"))
+    if patch.form == "full":
+        return PatchWeights(patch.normed, None, Linear(tensor("weight"), tensor("bias")), None, None)
+    down = Linear(tensor("down"), None)
+    return PatchWeights(patch.normed, down, Linear(tensor("up"), tensor("bias")), None, None)
 
 
 class _Allocator:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sleb.errors import LayerMapError
 from sleb.fields import Fields, as_integer, as_number
+from sleb.layer_map.patches import Patches, PatchRecord
 from sleb.layer_map.units import MAX_BLOCKS, CalibrationRecord, SearchRecord, Unit
 
 SCHEMA_VERSION = 1
-_LATER_FIELDS = ("search", "held_out", "held_out_losses")  # that maps without them need not name
+_LATER_FIELDS = ("search", "held_out", "held_out_losses", "patches")  # that maps without them need not name
 _MAX_UNITS = 2 * MAX_BLOCKS  # in an order: the attention and the MLP of every block
 _MAX_TEXT = 1 << 12  # characters of a name or a citation
 _MOST = 1 << 64  # of a seed
@@ -22,8 +25,11 @@ Record = TypeVar("Record", CalibrationRecord, SearchRecord)
 Convert = Callable[[Fields, str], Any]
 
 
-def dump_document(values: Mapping[str, Any]) -> str:
-    """The fields of a LayerMap as strict JSON (no NaN), keys sorted, units in the order of the blocks."""
+def dump_document(values: Mapping[str, Any], stem: str) -> str:
+    """The fields of a LayerMap as strict JSON (no NaN), keys sorted, units in the order of the blocks.
+
+    stem: of the map's file, after which that of its patches is named.
+    """
     document = dict(values, schema_version=SCHEMA_VERSION)
     document["removed"] = [unit.block if unit.part == "block" else str(unit) for unit in values["removed"]]
     if values["candidate_losses"] is not None:
@@ -34,14 +40,21 @@ def dump_document(values: Mapping[str, Any]) -> str:
     for name in ("calibration", "search", "held_out"):
         if values[name] is not None:
             document[name] = dict(sorted(asdict(values[name]).items()))
+    patches: Patches | None = values["patches"]
+    if patches is not None:
+        file = {"file": patches.file_name(stem), "sha256": patches.sha256}
+        document["patches"] = file | {"record": asdict(patches.record)}
     for name in _LATER_FIELDS:
         if document[name] is None:
             del document[name]
     return json.dumps(dict(sorted(document.items())), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def read_document(document: Fields) -> dict[str, Any]:
-    """The fields of a LayerMap from those of its JSON; LayerMapError for what is not one of schema 1."""
+def read_document(document: Fields, folder: Path | None) -> dict[str, Any]:
+    """The fields of a LayerMap from those of its JSON; LayerMapError for what is not one of schema 1.
+
+    folder: where the file of its patches lies; None where the text is no file's.
+    """
     version = document.integer("schema_version", -_MOST, _MOST)
     if version > SCHEMA_VERSION:
         raise document.wrong(
@@ -64,7 +77,28 @@ def read_document(document: Fields) -> dict[str, Any]:
         "search": _record(document, "search", SearchRecord),
         "held_out": _record(document, "held_out", CalibrationRecord),
         "held_out_losses": _each(document, "held_out_losses", _loss, None),
+        "patches": _patches(document, folder),
     }
+
+
+def _patches(document: Fields, folder: Path | None) -> Patches | None:
+    found = document.object("patches", None)
+    if found is None:
+        return None
+    name, digest, record = _text(found, "file"), found.string("sha256"), found.object("record", None)
+    if folder is None or Path(name).name != name or not name.endswith(".safetensors"):
+        raise found.wrong(
+            "file", "the name of a .safetensors file beside the layer map, read from its own file"
+        )
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise found.wrong("sha256", "64 hexadecimal digits")
+    if record is None:
+        return Patches.in_file(folder / name, digest, PatchRecord())
+    rank, ridge = record.integer("rank", 1, _MOST, None), record.number("ridge", 0, _MOST, None)
+    fitted = PatchRecord(
+        _text(record, "form", None), rank, ridge, _record(record, "calibration", CalibrationRecord)
+    )
+    return Patches.in_file(folder / name, digest, fitted)
 
 
 def _text(document: Fields, name: str, *default: None) -> Any:

@@ -7,7 +7,8 @@ shallower one runs. The JSON form (schema 1) is one object:
      "removed": [14, "7.attention"], "depth": 2, "losses": [dense, after 14, after 7.attention] | null,
      "candidate_losses": [{"1": 2.5, ..., "14": 2.25}, {...}] | null,
      "calibration": {...} | null, "source": "citation" | null,
-     "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...]}       (left out where unknown)
+     "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...],       (left out where unknown)
+     "patches": {"file": "map.0a1b2c3d.safetensors", "sha256": "...", "record": {...}}}
 
 A block is written as its number and a part of one as "7.attention" or "7.mlp". A candidate that the search
 disqualified (its loss was not finite) is null there and `math.inf` in memory. Fields that are not named
@@ -21,6 +22,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,7 @@ from sleb.errors import LayerMapError
 from sleb.fields import Fields, parse_json, read_json, shown_path
 from sleb.files import replacement
 from sleb.layer_map.json_form import dump_document, read_document
+from sleb.layer_map.patches import Patch, Patches
 from sleb.layer_map.units import (
     MAX_BLOCKS,
     CalibrationRecord,
@@ -44,6 +47,8 @@ __all__ = [
     "CalibrationRecord",
     "LayerMap",
     "Part",
+    "Patch",
+    "Patches",
     "SearchRecord",
     "Unit",
     "shipped_maps",
@@ -58,7 +63,8 @@ class LayerMap:
     the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss of every
     unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out_losses` are like `losses`, on
     a text that took no part in the search (`held_out`): the calibration text flatters what was chosen on it. `depth` is
-    the recommended one; left out, it is the whole order. Raises LayerMapError when the fields contradict each other.
+    the recommended one; left out, it is the whole order. `patches` stand where units were removed, and the losses are
+    those with them. Raises LayerMapError when the fields contradict each other.
     """
 
     model: str
@@ -73,6 +79,7 @@ class LayerMap:
     search: SearchRecord | None = None
     held_out: CalibrationRecord | None = None
     held_out_losses: tuple[float, ...] | None = None
+    patches: Patches | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.num_blocks) or not 1 <= self.num_blocks <= MAX_BLOCKS:
@@ -179,7 +186,25 @@ class LayerMap:
             held_out_losses=None if held_out is None else held_out[: depth + 1],
             candidate_losses=None if self.candidate_losses is None else self.candidate_losses[:depth],
             depth=depth,
+            patches=None if self.patches is None else self.patches.up_to(depth),
         )
+
+    def patches_at(self, depth: int, hidden_size: int) -> tuple[Patch, ...]:
+        """The patches that rows of `depth` get, from the bottom up; depth 0 has none, and reads no file.
+
+        Raises LayerMapError for a file of patches that is missing, changed, of another map, or of another width.
+        """
+        if self.patches is None or self._depth(depth) == 0:
+            return ()
+        self.patches.check_runs(self.removed)
+        found = self.patches.at(depth)
+        for patch in found:
+            if patch.hidden_size != hidden_size:
+                raise LayerMapError(
+                    f"{patch.where} of {shown_path(self.model)} is {patch.hidden_size} wide, but the model "
+                    f"{hidden_size}: its patches belong to another model"
+                )
+        return found
 
     def token_loss(self, depth: int, *, held_out: bool = False) -> float | None:
         """Mean cross-entropy in nats a token at `depth` on the calibration text, or the held-out one; None: not known.
@@ -206,9 +231,12 @@ class LayerMap:
         return replace(self, depth=self._depth(depth))
 
     def digest(self, depth: int) -> str:
-        """SHA-256 (hex) over the model's shape and the *set* of sublayers removed at `depth`."""
+        """SHA-256 (hex) over the model's shape, the *set* of sublayers removed at `depth`, and the patches there."""
         gone = sorted(each for unit in self.removed[: self._depth(depth)] for each in unit.sublayers)
-        return hashlib.sha256(json.dumps([self.fingerprint, self.num_blocks, gone]).encode()).hexdigest()
+        what: list[object] = [self.fingerprint, self.num_blocks, gone]
+        if self.patches is not None and depth:
+            what += [self.patches.sha256, depth]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @classmethod
     def dense(cls, model: str, num_blocks: int, fingerprint: str | None = None) -> LayerMap:
@@ -234,35 +262,46 @@ class LayerMap:
 
     def to_json(self) -> str:
         """Schema 1, keys sorted, units in the order of the blocks, strict (no NaN), ends with a newline."""
-        return dump_document({each.name: getattr(self, each.name) for each in fields(self)})
+        return self._document("map")
+
+    def _document(self, stem: str) -> str:
+        return dump_document({each.name: getattr(self, each.name) for each in fields(self)}, stem)
 
     @classmethod
     def from_json(cls, text: str) -> LayerMap:
         """Read and validate the JSON form; LayerMapError says what is wrong with it."""
-        return cls._read(parse_json(text, "layer map", LayerMapError))
+        return cls._read(parse_json(text, "layer map", LayerMapError), None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerMap:
         """Read a map file; every LayerMapError names the file."""
         try:
-            return cls._read(read_json(Path(path), LayerMapError))
+            return cls._read(read_json(Path(path), LayerMapError), Path(path).parent)
         except FileNotFoundError:
             remedy = "make one with `sleb prune`, or name one that exists"
             raise LayerMapError(f"layer map {shown_path(path)} does not exist; {remedy}") from None
 
     @classmethod
-    def _read(cls, document: Fields) -> LayerMap:
-        values = read_document(document)
+    def _read(cls, document: Fields, folder: Path | None) -> LayerMap:
+        values = read_document(document, folder)
         try:
             return cls(**values)
         except LayerMapError as error:
             raise LayerMapError(f"{shown_path(document.source)}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form atomically: a reader, or a crash, sees the old file or the new one."""
+        """Write the JSON form, and the patches beside it, each atomically: a reader, or a crash, sees the old map with
+        the old patches or the new one with the new ones."""
+        target, earlier = Path(path), None
+        with suppress(LayerMapError):  # what is replaced may be anything
+            earlier = LayerMap.load(target).patches
         try:
-            with replacement(Path(path)) as temporary:
-                temporary.write_text(self.to_json(), encoding="utf-8")
+            if self.patches is not None:
+                self.patches.save(target.with_name(self.patches.file_name(target.stem)))
+            with replacement(target) as temporary:
+                temporary.write_text(self._document(target.stem), encoding="utf-8")
+            if earlier is not None and earlier != self.patches:
+                earlier.remove(target.stem)
         except OSError as error:
             raise LayerMapError(f"layer map {path} cannot be written: {error.strerror}") from None
 

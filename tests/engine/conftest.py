@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,25 +22,38 @@ from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.step import ScheduledRow
-from sleb.layer_map.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Patch, Patches, Unit
+from sleb.layer_map.patches import Form
+from sleb.layer_map.units import Sublayer
 
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="session")
 def make_llm() -> Callable[..., LLM]:
-    """make_llm(TinyModel or folder, removed=units or blocks, tiers=…, **options): float32, small pages, torch.
+    """make_llm(TinyModel or folder, removed=units or blocks, tiers=…, patches=…, **options): float32, small pages,
+    torch.
 
     Without `tiers` it serves the one depth that all of `removed` makes.
     """
 
     def make(
-        model: Any, removed: Sequence[Unit | int] = (), tiers: Sequence[int] | None = None, **options: Any
+        model: Any,
+        removed: Sequence[Unit | int] = (),
+        tiers: Sequence[int] | None = None,
+        patches: Sequence[Patch] = (),
+        **options: Any,
     ) -> LLM:
         path = Path(getattr(model, "path", model))
         num_blocks = model.num_blocks if hasattr(model, "num_blocks") else 6
         units = tuple(unit if isinstance(unit, Unit) else Unit(unit) for unit in removed)
-        layer_map = LayerMap(model=path.name, fingerprint=None, num_blocks=num_blocks, removed=units)
+        layer_map = LayerMap(
+            model=path.name,
+            fingerprint=None,
+            num_blocks=num_blocks,
+            removed=units,
+            patches=Patches.of(patches) if patches else None,
+        )
         defaults = {
             "page_size": 4,
             "max_num_seqs": 8,
@@ -49,6 +63,33 @@ def make_llm() -> Callable[..., LLM]:
         }
         options = defaults | options
         return LLM(path, layer_map, tiers, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_patch() -> Callable[..., Patch]:
+    """random_patch(width, first, last, first_depth, last_depth, form="full", normed=True): numbers of float16."""
+
+    def make(
+        width: int,
+        first: Sublayer,
+        last: Sublayer,
+        first_depth: int,
+        last_depth: int | None = None,
+        form: Form = "full",
+        normed: bool = True,
+    ) -> Patch:
+        rng = np.random.default_rng([width, *map(ord, f"{first}{last}{first_depth}{form}")])
+        shapes = {
+            "full": {"weight": (width, width)},
+            "low-rank": {"down": (5, width), "up": (width, 5)},
+            "scale": {"scale": (width,)},
+        }[form]
+        tensors = {name: rng.normal(0, 0.3, shape) for name, shape in shapes.items()}
+        tensors["bias"] = rng.normal(0, 0.3, width)
+        halves = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+        return Patch(first, last, first_depth, last_depth, form, normed and form != "scale", halves)
 
     return make
 
@@ -92,7 +133,7 @@ def forward() -> Callable[..., Tensor]:
         for request, _, _ in rows:
             request.long_context = short is not None and len(request.tokens) > short
         scheduled = [ScheduledRow(request, start, end - start) for request, start, end in rows]
-        step = StepArrays.of(scheduled, executor.removed_at, executor.page_size)
+        step = StepArrays.of(scheduled, executor.unit_depths, executor.page_size)
         with torch.inference_mode():
             return executor.logits(executor.run(step, [], greedy=False).hidden)
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from sleb.errors import ConfigError
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Unit
 from sleb.pruning.search.criterion import check_units
 
@@ -36,6 +37,14 @@ class ScoringModel(Protocol):
 
     def run(self, unit: Unit, hidden: Tensor) -> Tensor:
         """Hidden states [W, L, H] after one unit, as a new tensor: the input stays as it is."""
+        ...
+
+    def apply(self, patch: Patch, hidden: Tensor) -> Tensor:
+        """Hidden states [W, L, H] after a patch, as a new tensor."""
+        ...
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What a normed patch multiplies: hidden states [..., H] after a norm without a weight, float32."""
         ...
 
     def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:

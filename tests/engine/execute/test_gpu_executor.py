@@ -186,7 +186,7 @@ def test_rows_past_a_units_prefix_stay_as_they_are(tiny_model, make, make_reques
             part.fill_(7.0)
     executor = runner.executor
     step = StepArrays.of(
-        [ScheduledRow(request, 5, 1) for request in rows], executor.removed_at, executor.page_size
+        [ScheduledRow(request, 5, 1) for request in rows], executor.unit_depths, executor.page_size
     )
     before = llm.replays.num_replays
     forward = runner.executor.run(step, [0, 1, 2], greedy=True)

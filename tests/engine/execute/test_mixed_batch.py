@@ -102,6 +102,39 @@ def test_rows_of_a_mixed_batch_give_what_they_give_alone(name, tiny_model, make_
     assert stats.num_cached_tokens > 0, "the prompts were meant to share prefixes"
 
 
+@pytest.fixture
+def patches(random_patch):
+    """For CHAIN: one of a depth, one that the next removal replaces, one of all depths, of every form."""
+
+    def make(width):
+        return (
+            random_patch(width, (3, "attention"), (3, "mlp"), 1, 3),
+            random_patch(width, (1, "attention"), (1, "mlp"), 2, 5, form="low-rank"),
+            random_patch(width, (1, "attention"), (4, "attention"), 6, None, normed=False),
+            random_patch(width, (4, "mlp"), (4, "mlp"), 5, None, form="scale"),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "opt", "opt-350m"])
+def test_patched_rows_of_a_mixed_batch_give_what_they_give_alone(name, tiny_model, make_llm, patches):
+    model, tiers = tiny_model(name), (0, 2, 3, 6)
+    prompts, params, depths = traffic(seed=5)
+    depths = [tiers[index % 4] for index in range(len(depths))]
+    made = patches(make_llm(model).engine.spec.hidden_size)
+    alone = {depth: make_llm(model, CHAIN, (depth,), made, prefix_caching=False) for depth in tiers}
+    expected = [
+        alone[depth].generate([prompt], each)[0]
+        for prompt, each, depth in zip(prompts, params, depths, strict=True)
+    ]
+    bare = make_llm(model, CHAIN, (3,)).generate([prompts[2]], params[2])[0]
+    assert bare.logprobs[0].logprob != pytest.approx(expected[2].logprobs[0].logprob, abs=TOLERANCE)
+    mixed = make_llm(model, CHAIN, tiers, made, max_num_batched_tokens=23)
+    for output, wanted in zip(run_checked(mixed, prompts, params, depths), expected, strict=True):
+        assert_same(output, wanted)
+
+
 def test_mixed_batch_against_transformers(tiny_model, make_llm, assert_logprobs):
     """The same traffic, block by block depths, and transformers as the judge."""
     model = tiny_model("llama3")
@@ -189,7 +222,7 @@ class Rig:
     @torch.inference_mode()
     def run(self):
         executor = self.engine.runner.executor
-        step = StepArrays.of(self.rows, executor.removed_at, executor.page_size)
+        step = StepArrays.of(self.rows, executor.unit_depths, executor.page_size)
         return executor.run(step, [], greedy=False).hidden.clone()
 
 

@@ -42,7 +42,7 @@ def random_step(make_request):
             num_pages = -(-end // page_size) + rng.choice([0, 0, 2])
             request.pages = rng.sample(range(PADDING_PAGE), num_pages)
             if rng.random() < 0.5:  # pages that an earlier step has converted already
-                StepArrays.of([ScheduledRow(request, 0, 1)], (NEVER,), page_size)
+                StepArrays.of([ScheduledRow(request, 0, 1)], ((0, NEVER),), page_size)
             rows.append(ScheduledRow(request, start, end - start))
         return rows, sampled
 
@@ -55,8 +55,9 @@ def test_every_integer_of_random_steps(first, random_step):
         rng = random.Random(seed)
         page_size = rng.choice([4, 16, 32])
         rows, sampled = random_step(rng, page_size)
-        removed_at = tuple(rng.choice([NEVER, 1, 2, 3, 4, 6]) for _ in range(7))
-        step = StepArrays.of(rows, removed_at, page_size, sampled)
+        removed_at = [rng.choice([NEVER, 1, 2, 3, 4, 6]) for _ in range(7)]
+        ranges = [(0, end) for end in removed_at] + [(1, 3), (2, NEVER), (4, 5)]  # sublayers, then patches
+        step = StepArrays.of(rows, tuple(ranges), page_size, sampled)
 
         tokens, positions, slots, sources, starts, contexts, pages, page_starts = (
             [],
@@ -82,7 +83,8 @@ def test_every_integer_of_random_steps(first, random_step):
             pages += request.pages
         width = max(len(row.request.pages) for row in rows)
         table = [row.request.pages + [0] * (width - len(row.request.pages)) for row in rows]
-        running = [[row for row in rows if row.request.tier.depth < depth] for depth in removed_at]
+        running = [[row for row in rows if a <= row.request.tier.depth < b] for a, b in ranges]
+        before = [sum(row.request.tier.depth < a for row in rows) for a, _ in ranges]
 
         assert list(step.depths) == [row.request.tier.depth for row in rows]
         assert step.token_ids.tolist() == tokens and step.positions.tolist() == positions
@@ -92,13 +94,18 @@ def test_every_integer_of_random_steps(first, random_step):
         assert step.query_lens == tuple(row.num_tokens for row in rows)
         assert step.pages.tolist() == pages and step.page_starts.tolist() == page_starts
         assert step.slots.tolist() == slots and step.page_table.tolist() == table
-        assert all(some == rows[: len(some)] for some in running)  # what makes counts enough
-        assert step.unit_rows.tolist() == [len(some) for some in running]
-        assert step.unit_tokens.tolist() == [sum(row.num_tokens for row in some) for some in running]
+        assert all(
+            some == rows[at:][: len(some)] for at, some in zip(before, running, strict=True)
+        )  # one range
+        assert step.unit_starts.tolist() == before
+        assert step.unit_rows.tolist() == [at + len(some) for at, some in zip(before, running, strict=True)]
+        assert step.unit_first_tokens.tolist() == [starts[at] for at in before]
+        counts = [sum(row.num_tokens for row in some) for some in running]
+        assert [*map(int.__sub__, step.unit_tokens, step.unit_first_tokens)] == counts
         assert (step.num_tokens, step.num_sequences) == (len(tokens), len(rows))
 
         spare, free = rng.choice([0, 5]), rng.choice([0, 3])  # rows of a bucket that the step does not fill
-        layout = StepLayout(len(tokens) + spare, len(rows) + free, len(removed_at))
+        layout = StepLayout(len(tokens) + spare, len(rows) + free, len(ranges))
         flat = step.pack(layout, PADDING_PAGE)
         sections = layout.split(torch.from_numpy(flat))
         assert sections.token_ids.tolist() == tokens + [0] * spare
@@ -114,8 +121,15 @@ def test_every_integer_of_random_steps(first, random_step):
 
 def test_the_prefix_rule():
     """Depths 0, 0, 3, 6: a unit that goes at depth 1 has two rows, one that goes at 4 three, one that stays all."""
-    assert unit_rows((0, 0, 3, 6), (1, 3, 4, 6, 7, NEVER)).tolist() == [2, 2, 3, 3, 4, 4]
-    assert unit_rows((3,), (1, 3, 4)).tolist() == [0, 0, 1]
+    ends = (1, 3, 4, 6, 7, NEVER)
+    starts, rows = unit_rows((0, 0, 3, 6), tuple((0, end) for end in ends))
+    assert (starts.tolist(), rows.tolist()) == ([0] * 6, [2, 2, 3, 3, 4, 4])
+    assert unit_rows((3,), ((0, 1), (0, 3), (0, 4)))[1].tolist() == [0, 0, 1]
+
+
+def test_a_patch_has_the_rows_of_its_depths() -> None:
+    starts, ends = unit_rows((0, 0, 3, 4, 4, 6), ((1, NEVER), (3, 4), (4, 6), (1, 3)))
+    assert list(zip(starts, ends, strict=True)) == [(2, 6), (2, 3), (3, 5), (2, 2)]
 
 
 def test_the_three_executors_give_the_same(tiny_model, make_llm, make_request):
@@ -132,8 +146,8 @@ def test_the_three_executors_give_the_same(tiny_model, make_llm, make_request):
             llm = make_llm(model, CHAIN, DEPTHS, kernels="triton", **options)
         executors[name] = llm.engine.runner.executor
     executors["gpu-replayed"].capture([8], lambda function: function)
-    assert {each.removed_at for each in executors.values()} == {executors["eager"].removed_at}
-    removed_at = executors["eager"].removed_at
+    assert {each.unit_depths for each in executors.values()} == {executors["eager"].unit_depths}
+    unit_depths = executors["eager"].unit_depths
 
     rng = random.Random(9)
     pages = iter(rng.sample(range(32), 32))
@@ -168,8 +182,8 @@ def test_the_three_executors_give_the_same(tiny_model, make_llm, make_request):
                 if same.pending
             ]
         ).flip(0)
-        step = StepArrays.of(rows, removed_at, 16)
-        pending_step = StepArrays.of(pending_rows, removed_at, 16, places)
+        step = StepArrays.of(rows, unit_depths, 16)
+        pending_step = StepArrays.of(pending_rows, unit_depths, 16, places)
         expected = executors["eager"].logits(executors["eager"].run(step, [], greedy=False).hidden)
         for name, executor in executors.items():
             arrays = pending_step if name.startswith("gpu") else step
