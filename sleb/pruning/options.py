@@ -10,10 +10,12 @@ from pathlib import Path
 
 from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
+from sleb.layer_map.patches import Form
 from sleb.options import check_values, option, option_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_REMOVE = "20%"
+DEFAULT_RANK = 64
 _WHAT, _TEXT, _HOW, _COMPUTE = "What to remove", "Calibration", "Search", "Compute"
 
 
@@ -151,6 +153,31 @@ class PruneOptions:
     def search_mode(self) -> str:
         """The mode of `sleb.pruning.search`: "exact", or the screen of a fast search."""
         return "exact" if self.mode == "exact" else self.screen
+
+
+@dataclass(frozen=True)
+class PatchForm:
+    """Of the patches that are fitted; rank: of low-rank ones."""
+
+    form: Form
+    rank: int | None = None
+
+
+def parse_patch(patch: str) -> PatchForm | None:
+    """ "none", "scale", "full", "low-rank" (of `DEFAULT_RANK`) or "low-rank=16". Raises ConfigError for others."""
+    form, equals, rank = str(patch).partition("=")
+    if form == "low-rank" and (
+        not equals or (rank.isascii() and rank.isdigit() and 0 < int(rank) <= 1 << 20)
+    ):
+        return PatchForm("low-rank", int(rank) if equals else DEFAULT_RANK)
+    forms: dict[str, PatchForm | None] = {
+        "none": None,
+        "full": PatchForm("full"),
+        "scale": PatchForm("scale"),
+    }
+    if patch in forms:
+        return forms[patch]
+    raise ConfigError(f"patch {patch!r} is not known; choose none, scale, low-rank, low-rank=R or full")
 
 
 def parse_remove(remove: int | str, num_blocks: int) -> int:
