@@ -104,7 +104,7 @@ def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list
         decode = [(64, 1, 2047, *heads), (64, 1, 2047, 32, 32, 128), (1, 1, 8191, *heads)]
         prefill = [(1, 2048, 0, *heads), (1, 512, 4096, *heads)]
     for rows in num_rows:
-        cases += [_add_norm(kind, rows, hidden, size) for kind in ("rms", "layer")]
+        cases += [_add_norm(kind, rows, hidden, size) for kind in ("rms", "layer", "none")]
         cases += [_rope_store(rows, normed, *heads, itemsize=size) for normed in (False, True)]
         cases += [_activation("gated_activate", "silu", rows, gated, size)]
         cases += [_activation("activate", name, rows, plain, size) for name in ("gelu", "relu")]
@@ -114,6 +114,7 @@ def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list
     for shape in linears:
         for kind in ("plain", "int8", "int4"):
             cases += [_linear(kind, rows, *shape, dtype) for rows in linear_rows]
+    cases += [_linear("patch", rows, hidden, hidden, dtype) for rows in linear_rows]
     return [case for op in OPS if op in ops for case in cases if case.op == op]
 
 
@@ -198,18 +199,20 @@ def _on_logits(rows: int, vocab: int, itemsize: int) -> Iterator[KernelCase]:
 
 
 def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> KernelCase:
+    """kind: plain, int8 or int4, or "patch": a plain one, over rows whose range the device knows."""
     formats: dict[str, type[Int8Weight] | type[Int4Weight]] = {"int8": Int8Weight, "int4": Int4Weight}
     quantised = formats.get(kind)
 
     def build(maker: Maker, page_size: int) -> Inputs:
         rows_in = maker.normal(rows, num_inputs)
         if quantised is None:
-            return rows_in, maker.normal(num_outputs, num_inputs, deviation=_DEVIATION), None
+            ranged = ((maker.count(0), maker.count(rows)),) if kind == "patch" else ()
+            return rows_in, maker.normal(num_outputs, num_inputs, deviation=_DEVIATION), None, *ranged
         weight = quantised.empty(num_outputs, num_inputs, maker.device)
         weight.fill_random(_DEVIATION, maker.generator)
         return rows_in, weight, None
 
-    num_bytes = num_inputs * num_outputs * dtype.itemsize
+    num_bytes = num_inputs * num_outputs * dtype.itemsize + (8 if kind == "patch" else 0)
     if quantised is not None:
         num_bytes = quantised.empty(num_outputs, num_inputs, torch.device("meta")).num_bytes
     num_bytes += rows * (num_inputs + num_outputs) * dtype.itemsize

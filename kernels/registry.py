@@ -52,8 +52,18 @@ class AddNorm(Protocol):
         num_delta: Tensor | None,
         num_norm: Tensor,
         *,
+        delta_start: Tensor | None = None,
+        norm_start: Tensor | None = None,
         max_rows: int | None = None,
         post: bool = False,
+    ) -> Tensor: ...
+
+
+class RangedLinear(Protocol):
+    """See `sleb.kernels.reference.device.linear`."""
+
+    def __call__(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, rows: tuple[Tensor, Tensor] | None = None
     ) -> Tensor: ...
 
 
@@ -85,7 +95,7 @@ class GpuKernels:
     rope_store: RopeStore
     gated_activate: Callable[[Tensor, str, Tensor], Tensor]
     activate: Callable[[Tensor, str, Tensor], Tensor]
-    linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
+    linear: RangedLinear
     attention: Attention
     greedy: Callable[[Tensor], Tensor]
     sample_packed: Callable[[Tensor, Tensor], Tensor]
@@ -142,7 +152,7 @@ def torch_gpu_kernels() -> GpuKernels:
         rope_store=device_reference.rope_store,
         gated_activate=device_reference.gated_activate,
         activate=device_reference.activate,
-        linear=reference.linear,
+        linear=device_reference.linear,
         attention=device_reference.paged_attention,
         greedy=reference.greedy,
         sample_packed=device_reference.sample_packed,

@@ -1,7 +1,8 @@
 """Operators whose row counts live on the device, in plain torch: the specification of the Triton kernels.
 
 The counts come as int32 tensors [1], because on a GPU they change between replays of a captured graph. Rows past a
-count are not touched where an operator writes in place, and unspecified where it returns a new tensor.
+count, and before a start where there is one, are not touched where an operator writes in place, and unspecified where
+it returns a new tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
+from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import ops as reference
 
 
@@ -23,36 +25,46 @@ def add_norm(
     num_delta: Tensor | None,
     num_norm: Tensor,
     *,
+    delta_start: Tensor | None = None,
+    norm_start: Tensor | None = None,
     max_rows: int | None = None,
     post: bool = False,
 ) -> Tensor:
-    """residual[r] += delta[r] for r < num_delta, in place; returns the norm of residual[r] for r < num_norm.
+    """residual[r] += delta[r] for delta_start ≤ r < num_delta, in place; returns the norm of residual[r] for
+    norm_start ≤ r < num_norm.
 
     Args:
         residual: [T, E]. delta: at least num_delta rows [E], or None for nothing to add.
-        kind: "rms" or "layer". weight, bias: [E] or None.
+        kind: "rms", "layer", or "none" for the sum itself. weight, bias: [E] or None.
+        delta_start, norm_start: None: 0.
         max_rows: rows of the result, at least num_norm; None: T.
-        post: the sum is not kept: the norm takes its place in `residual`, which is returned. num_delta and num_norm
-            are then the same.
+        post: the norm takes its row's place in `residual`, which is returned.
 
     Returns: [max_rows, E].
     """
-    added = residual
+    num_rows = residual.shape[0]
     if delta is not None:
         assert num_delta is not None
-        num_rows = delta.shape[0]
-        added = residual.clone()
-        added[:num_rows] += torch.where(_rows(num_rows, num_delta), delta, 0)
-    if not post:
-        residual.copy_(added)
-    if kind == "rms":
-        normed = reference.rms_norm(added, weight, eps)
+        added = delta.shape[0]
+        residual[:added] += torch.where(_rows(added, num_delta, delta_start), delta, 0)
+    if kind == "none":
+        scaled = residual if weight is None else residual * weight
+        normed = scaled if bias is None else scaled + bias
+    elif kind == "rms":
+        normed = reference.rms_norm(residual, weight, eps)
     else:
-        normed = reference.layer_norm(added, weight, bias, eps)
+        normed = reference.layer_norm(residual, weight, bias, eps)
     if not post:
-        return normed[:max_rows]
-    residual.copy_(torch.where(_rows(residual.shape[0], num_norm), normed, residual))
+        return normed[:max_rows].clone() if normed is residual else normed[:max_rows]
+    residual.copy_(torch.where(_rows(num_rows, num_norm, norm_start), normed, residual))
     return residual
+
+
+def linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, rows: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """As `reference.linear`; of the rows from rows[0] to before rows[1] alone, where those are given."""
+    return reference.linear(x, weight, bias)
 
 
 def rope_store(
@@ -130,5 +142,6 @@ def sample_packed(logits: Tensor, numbers: Tensor) -> Tensor:
     return reference.sample(logits.float(), temperature, top_k, top_p, min_p, points)
 
 
-def _rows(num_rows: int, count: Tensor) -> Tensor:
-    return (torch.arange(num_rows, device=count.device) < count)[:, None]
+def _rows(num_rows: int, count: Tensor, start: Tensor | None = None) -> Tensor:
+    row = torch.arange(num_rows, device=count.device)
+    return ((row < count) if start is None else (row >= start) & (row < count))[:, None]

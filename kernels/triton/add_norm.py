@@ -1,12 +1,13 @@
 """Residual add and RMSNorm or LayerNorm in one pass (Triton).
 
-    residual[r] += delta[r]                                     r < num_delta
-    out[r] = norm(residual[r]) · weight + bias                  r < num_norm
+    residual[r] += delta[r]                                     delta_start ≤ r < num_delta
+    out[r] = norm(residual[r]) · weight + bias                  norm_start ≤ r < num_norm
 
     RMSNorm     x / sqrt(mean(x²) + eps)                        Zhang & Sennrich 2019, arXiv 1910.07467
     LayerNorm   (x − mean(x)) / sqrt(var(x) + eps)              Ba et al. 2016, arXiv 1607.06450
+    none        x
 
-Both counts are read on the device: rows past them stay as they are, so one captured launch serves any mix of depths.
+Both ranges are read on the device: rows outside them stay as they are, so one captured launch serves any mix of depths.
 The sum is rounded to the residual's dtype before it is normed, as when the two are done apart.
 """
 
@@ -22,47 +23,59 @@ from sleb.kernels.triton.runtime import check_contiguous, power_of_two
 _MAX_SIZE = 1 << 16  # features of a row that one program can hold
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_delta", "num_norm"])
+@triton.jit(do_not_specialize_on_alignment=["delta_start", "num_delta", "norm_start", "num_norm"])
 def _add_norm(
     residual,
     delta,
     weight,
     bias,
     out,
+    delta_start,
     num_delta,
+    norm_start,
     num_norm,
     size,
     eps,
     HAS_DELTA: tl.constexpr,
+    HAS_DELTA_START: tl.constexpr,
+    HAS_NORM_START: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    LAYER: tl.constexpr,
+    KIND: tl.constexpr,
     POST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    rows_normed = tl.load(num_norm)
-    rows_added = 0
+    is_normed = row < tl.load(num_norm)
+    if HAS_NORM_START:
+        is_normed &= row >= tl.load(norm_start)
+    is_touched = is_normed
     if HAS_DELTA:
-        rows_added = tl.load(num_delta)
-    if row >= tl.maximum(rows_added, rows_normed):
+        is_added = row < tl.load(num_delta)
+        if HAS_DELTA_START:
+            is_added &= row >= tl.load(delta_start)
+        is_touched |= is_added
+    if not is_touched:
         return
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     at = row * size + columns
     x = tl.load(residual + at, mask=inside, other=0.0)
     if HAS_DELTA:
-        added = tl.load(delta + at, mask=inside & (row < rows_added), other=0.0)
+        added = tl.load(delta + at, mask=inside & is_added, other=0.0)
         x = (x.to(tl.float32) + added.to(tl.float32)).to(residual.dtype.element_ty)
-        if not POST:
-            tl.store(residual + at, x, mask=inside & (row < rows_added))
-    if row >= rows_normed:
+        is_kept = is_added
+        if POST:
+            is_kept &= not is_normed
+        tl.store(residual + at, x, mask=inside & is_kept)
+    if not is_normed:
         return
-    values = x.to(tl.float32)
-    if LAYER:
-        mean = tl.sum(values, axis=0) / size
-        values = tl.where(inside, values - mean, 0.0)
-    normed = values * (1.0 / tl.sqrt_rn(tl.sum(values * values, axis=0) / size + eps))
+    normed = x.to(tl.float32)
+    if KIND == "layer":
+        mean = tl.sum(normed, axis=0) / size
+        normed = tl.where(inside, normed - mean, 0.0)
+    if KIND != "none":
+        normed *= 1.0 / tl.sqrt_rn(tl.sum(normed * normed, axis=0) / size + eps)
     if HAS_WEIGHT:
         normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -80,6 +93,8 @@ def add_norm(
     num_delta: Tensor | None,
     num_norm: Tensor,
     *,
+    delta_start: Tensor | None = None,
+    norm_start: Tensor | None = None,
     max_rows: int | None = None,
     post: bool = False,
 ) -> Tensor:
@@ -99,14 +114,18 @@ def add_norm(
         weight if weight is not None else residual,
         bias if bias is not None else residual,
         out,
+        delta_start if delta_start is not None else num_norm,
         num_delta if num_delta is not None else num_norm,
+        norm_start if norm_start is not None else num_norm,
         num_norm,
         size,
         eps,
         HAS_DELTA=delta is not None,
+        HAS_DELTA_START=delta_start is not None,
+        HAS_NORM_START=norm_start is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
-        LAYER=kind == "layer",
+        KIND=kind,
         POST=post,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),

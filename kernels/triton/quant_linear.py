@@ -9,7 +9,8 @@ A weight is widened to the dtype of x as it is read, as `sleb.kernels.quantizati
 
 and products are summed in float32, so the result is that of `dequantize` followed by a matrix product. For few rows the
 time is that of reading the weight once: each program takes a run of outputs, and where those are too few to fill the
-GPU, a part of the inputs too; the parts' float32 sums are then added up in a fixed order.
+GPU, a part of the inputs too; the parts' float32 sums are then added up in a fixed order. A range of rows is read on
+the device, and a program that has none of it ends: what no row needs is a launch, and no weight is read.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ CONFIGS = tuple(
 LIBRARY = Config(library=1)  # the vendor's matrix product, for weights that are not quantised
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["first_row", "end_row"])
 def _linear(
     x,
     values,
@@ -60,6 +61,8 @@ def _linear(
     minimum,
     bias,
     out,
+    first_row,
+    end_row,
     num_rows,
     num_outputs,
     num_inputs,
@@ -68,6 +71,7 @@ def _linear(
     part_length,
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANGED: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -75,6 +79,10 @@ def _linear(
     GROUP_BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    if RANGED:
+        first = tl.maximum(tl.load(first_row), tl.program_id(1) * ROWS)
+        if first >= tl.minimum(tl.load(end_row), (tl.program_id(1) + 1) * ROWS):
+            return
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
@@ -133,11 +141,28 @@ def _linear(
         tl.store(out + at, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_parts"], do_not_specialize_on_alignment=["first_row", "end_row"]
+)
 def _add_parts(
-    parts, bias, out, num_rows, num_outputs, num_parts, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    parts,
+    bias,
+    out,
+    first_row,
+    end_row,
+    num_rows,
+    num_outputs,
+    num_parts,
+    HAS_BIAS: tl.constexpr,
+    RANGED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    begin, end = 0, num_rows
+    if RANGED:
+        begin, end = tl.load(first_row), tl.load(end_row)
+    if (row < begin) | (row >= end):
+        return
     output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = output < num_outputs
     total = tl.zeros([BLOCK], tl.float32)
@@ -148,14 +173,22 @@ def _add_parts(
     tl.store(out + row * num_outputs + output, total.to(out.dtype.element_ty), mask=inside)
 
 
-def quant_linear(x: Tensor, weight: Weight, bias: Tensor | None, config: Config | None = None) -> Tensor:
-    """x [M, in] times weight [out, in] transposed, plus bias; see `sleb.kernels.reference.ops.linear`.
+def quant_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    rows: tuple[Tensor, Tensor] | None = None,
+    *,
+    config: Config | None = None,
+) -> Tensor:
+    """x [M, in] times weight [out, in] transposed, plus bias; see `sleb.kernels.reference.device.linear`.
 
     config: one of CONFIGS, or LIBRARY for a weight that is not quantised; None: the one tuned for the shape. Many rows
-    of a weight that is not quantised are the library's in any case.
+    of a weight that is not quantised are the library's in any case, but for a range of rows, which it does not know.
     """
     kind = _kind(weight)
-    if isinstance(weight, Tensor) and (x.shape[0] > _FEW_ROWS or config is LIBRARY):
+    by_library = kind == _PLAIN and rows is None
+    if isinstance(weight, Tensor) and by_library and (x.shape[0] > _FEW_ROWS or config is LIBRARY):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     num_rows = x.shape[0]
@@ -164,20 +197,21 @@ def quant_linear(x: Tensor, weight: Weight, bias: Tensor | None, config: Config 
     if not out.numel():
         return out
     # More would not fit a GPU's shared memory in float32.
-    rows = min(128 if x.element_size() == 2 else 64, power_of_two(num_rows, 16))
+    block = min(128 if x.element_size() == 2 else 64, power_of_two(num_rows, 16))
 
     def launch(chosen: Config) -> None:
         if chosen == LIBRARY:
             assert isinstance(weight, Tensor)
             torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
         else:
-            _launch(x, weight, bias, out, kind, rows, chosen)
+            _launch(x, weight, bias, out, rows, kind, block, chosen)
 
     if config is not None:
         launch(config)
     else:
-        key = ("quant_linear", kind, str(x.dtype), num_outputs, num_inputs, rows)
-        tuned(key, CONFIGS if kind != _PLAIN else (LIBRARY, *CONFIGS), Launch(launch))
+        shape = ("quant_linear", kind, str(x.dtype), num_outputs, num_inputs, block)
+        key = shape if rows is None else (*shape, "ranged")
+        tuned(key, (LIBRARY, *CONFIGS) if by_library else CONFIGS, Launch(launch))
     return out
 
 
@@ -188,15 +222,23 @@ def _kind(weight: Weight) -> int:
 
 
 def _launch(
-    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, kind: int, rows: int, config: Config
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: tuple[Tensor, Tensor] | None,
+    kind: int,
+    block_rows: int,
+    config: Config,
 ) -> None:
     num_rows, num_outputs = out.shape
+    first_row, end_row = (x, x) if rows is None else rows
     values, scale, minimum = _tensors(weight, x)
     num_inputs = values.shape[1] * (2 if kind == _INT4 else 1)
     source = _pairs(x, num_inputs) if kind == _INT4 else x
     check_contiguous(values=values, scale=scale, minimum=minimum, bias=bias)
     blocks = ceil_div(num_outputs, config["outputs"])
-    row_blocks = ceil_div(num_rows, rows)
+    row_blocks = ceil_div(num_rows, block_rows)
     parts = choose_num_parts(blocks * row_blocks, num_inputs, config["inputs"], x.device)
     part_length = ceil_div(ceil_div(num_inputs, parts), config["inputs"]) * config["inputs"]
     target = out
@@ -209,6 +251,8 @@ def _launch(
         minimum,
         bias if bias is not None else x,
         target,
+        first_row,
+        end_row,
         num_rows,
         num_outputs,
         num_inputs,
@@ -217,8 +261,9 @@ def _launch(
         part_length,
         KIND=kind,
         HAS_BIAS=bias is not None,
+        RANGED=rows is not None,
         SPLIT=parts > 1,
-        ROWS=rows,
+        ROWS=block_rows,
         OUTPUTS=config["outputs"],
         INPUTS=config["inputs"],
         GROUP_BYTES=GROUP // 2,
@@ -232,10 +277,13 @@ def _launch(
             target,
             bias if bias is not None else x,
             out,
+            first_row,
+            end_row,
             num_rows,
             num_outputs,
             parts,
             HAS_BIAS=bias is not None,
+            RANGED=rows is not None,
             BLOCK=block,
             num_warps=4,
         )

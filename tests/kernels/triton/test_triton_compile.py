@@ -162,6 +162,13 @@ def _small(modules, name, num_heads, num_kv, head_dim, hidden, mlp):
     add_norm, activation, rope_store = (modules[each] for each in ("add_norm", "activation", "rope_store"))
     rope = (heads, num_heads, (table, table), places, norm, norm, 1e-6, cache, cache, places, count)
     yield f"norm, {name}", partial(add_norm.add_norm, x, x, weight, None, 1e-6, "rms", count, count)
+    starts = {"delta_start": count, "norm_start": count}  # of a patch, and after one
+    yield (
+        f"norm of a range, {name}",
+        partial(add_norm.add_norm, x, x, None, None, 1e-6, "rms", count, count, **starts),
+    )
+    scale = (x, x, weight, weight, 1e-6, "none", count, count)
+    yield f"scale, {name}", partial(add_norm.add_norm, *scale, **starts, post=True)
     yield f"gated, {name}", partial(activation.gated_activate, _half(8, 2 * mlp), "silu", count)
     yield f"rope, {name}", partial(rope_store.rope_store, *rope)
     if name == "LLaMA 7B":
@@ -207,16 +214,19 @@ def _linears(modules, arch, everything):
         weights += [kind.empty(outputs, inputs, torch.device("meta")) for kind in (Int8Weight, Int4Weight)]
         for weight, rows in itertools.product(weights, (1, 64, 256)):
             is_plain = isinstance(weight, torch.Tensor)
-            if rows > 64 and is_plain:
-                continue  # the library's
             if not everything and rows > 1 and (arch == 80 or (rows == 64 and not is_plain)):
                 continue
             few = arch == 90 and rows == 1 and (everything or not is_plain)
-            for config in module.CONFIGS if few else module.CONFIGS[:1]:
+            by_library = is_plain and rows > 64  # but for a range of rows
+            for config in () if by_library else module.CONFIGS if few else module.CONFIGS[:1]:
                 for dtype in (torch.bfloat16, torch.float32)[: 2 if everything and rows > 64 else 1]:
                     x = torch.empty(rows, inputs, dtype=dtype, device="meta")
                     label = f"{type(weight).__name__} {outputs} × {inputs}, {rows} rows of {dtype}, {config}"
-                    yield label, partial(module.quant_linear, x, weight, None, config)
+                    yield label, partial(module.quant_linear, x, weight, None, config=config)
+            if rows != 1 or few or everything:
+                x, ends = _half(rows, inputs), (_integers(1), _integers(1))
+                label = f"{type(weight).__name__} {outputs} × {inputs}, a range of {rows} rows"
+                yield label, partial(module.quant_linear, x, weight, None, ends, config=module.CONFIGS[0])
 
 
 def _half(*shape):

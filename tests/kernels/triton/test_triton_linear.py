@@ -58,7 +58,7 @@ def product(x, widened, bias):
 def test_linear(make, close, dtype, kind, number):
     x, weight, bias, widened = make(kind, *SHAPES[number], dtype)
     bias = bias if number % 2 else None
-    out = quant_linear(x, weight, bias, CONFIGS[0])
+    out = quant_linear(x, weight, bias, config=CONFIGS[0])
     assert out.dtype == dtype and out.is_contiguous()
     # 8- and 4-bit weights are cut, not rounded, to bfloat16 by the interpreter; tf32 is not used for float32.
     slack = 2.0 if dtype != torch.bfloat16 or kind == "plain" else 4.0
@@ -70,7 +70,7 @@ def test_linear(make, close, dtype, kind, number):
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_configurations(make, close, kind, config):
     x, weight, bias, widened = make(kind, 3, 133, 1120, torch.float16)
-    close(quant_linear(x, weight, bias, config), product(x, widened, bias), 2.0)
+    close(quant_linear(x, weight, bias, config=config), product(x, widened, bias), 2.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,7 +80,25 @@ def test_parts(make, close, monkeypatch, kind, parts, inputs):
     monkeypatch.setattr(module, "choose_num_parts", lambda *arguments: parts)
     x, weight, bias, widened = make(kind, 18, 70, inputs, torch.float32)
     bias = bias if parts != 4 else None
-    close(quant_linear(x, weight, bias, CONFIGS[0]), product(x, widened, bias), 2.0)
+    close(quant_linear(x, weight, bias, config=CONFIGS[0]), product(x, widened, bias), 2.0)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "rows", "inputs"), [("plain", 70, 129), ("int8", 18, 256), ("int4", 35, 300)]
+)
+def test_a_range_of_rows(make, count, close, monkeypatch, kind, rows, inputs, parts):
+    """Rows of the range as always; blocks without any of it are not written, and their x may be anything."""
+    monkeypatch.setattr(module, "choose_num_parts", lambda *arguments: parts)
+    x, weight, bias, widened = make(kind, rows, 21, inputs, torch.float32)
+    empty, block = torch.empty, min(64, module.power_of_two(rows, 16))
+    monkeypatch.setattr(module.torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(7.0))
+    for start, end in ((2, 3), (rows // 2, rows), (5, 5), (rows, rows)):
+        out = quant_linear(x, weight, bias, (count(start), count(end)), config=CONFIGS[0])
+        close(out[start:end], product(x, widened, bias)[start:end], 2.0)
+        blocks = {row // block for row in range(start, end)}
+        without = [row for row in range(rows) if row // block not in blocks]
+        assert (out[without] == 7.0).all()
 
 
 def test_choice_of_parts(device):
@@ -101,7 +119,7 @@ def test_plain_weights_by_the_library(make, close, dtype):
     for rows, with_bias in ((3, True), (3, False), (65, True)):
         x, weight, bias, widened = make("plain", rows, 33, 40, dtype)
         bias = bias if with_bias else None
-        close(quant_linear(x, weight, bias, LIBRARY), product(x, widened, bias), 2.0)
+        close(quant_linear(x, weight, bias, config=LIBRARY), product(x, widened, bias), 2.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +132,7 @@ def test_no_rows(make, kind):
 def test_rows_that_are_not_contiguous(make, close, kind):
     x, weight, bias, widened = make(kind, 4, 20, 70, torch.float32)
     strided = x.t().contiguous().t()
-    close(quant_linear(strided, weight, bias, CONFIGS[0]), product(x, widened, bias), 2.0)
+    close(quant_linear(strided, weight, bias, config=CONFIGS[0]), product(x, widened, bias), 2.0)
 
 
 def test_four_bit_padding_is_not_multiplied(device, randn, close):
@@ -123,7 +141,11 @@ def test_four_bit_padding_is_not_multiplied(device, randn, close):
     weight.fill(5 + randn(9, 40))
     weight.values.view(9, 2, 16)[:, 1, 4:] = 255
     x = randn(2, 40)
-    close(quant_linear(x, weight, None, CONFIGS[0]), product(x, weight.dequantize(torch.float32), None), 2.0)
+    close(
+        quant_linear(x, weight, None, config=CONFIGS[0]),
+        product(x, weight.dequantize(torch.float32), None),
+        2.0,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +153,7 @@ def test_a_row_does_not_disturb_the_others(make, close, kind):
     x, weight, bias, widened = make(kind, 18, 20, 70, torch.float32)
     x[5] = float("nan")
     others = [row for row in range(18) if row != 5]
-    out = quant_linear(x, weight, bias, CONFIGS[0])
+    out = quant_linear(x, weight, bias, config=CONFIGS[0])
     assert out[5].isnan().all()
     close(out[others], product(x, widened, bias)[others], 2.0)
 
@@ -139,4 +161,4 @@ def test_a_row_does_not_disturb_the_others(make, close, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_reference(make, close, dtype, kind):
     x, weight, bias, _ = make(kind, 6, 40, 300, dtype)
-    close(quant_linear(x, weight, bias, CONFIGS[0]), reference.linear(x, weight, bias), 6.0)
+    close(quant_linear(x, weight, bias, config=CONFIGS[0]), reference.linear(x, weight, bias), 6.0)

@@ -35,7 +35,7 @@ def same(actual, expected):
 
 
 def check_norm(module):
-    for kind, (num_delta, num_norm) in itertools.product(("rms", "layer"), ((3, 1), (1, 3))):
+    for kind, (num_delta, num_norm) in itertools.product(("rms", "layer", "none"), ((3, 1), (1, 3))):
         residual, delta, weight, bias = (
             randn(5, 72),
             randn(4, 72, seed=1),
@@ -47,6 +47,17 @@ def check_norm(module):
         counts = integers(num_delta), integers(num_norm)
         out = module.add_norm(residual, *arguments, *counts)
         same(out[:num_norm], device_reference.add_norm(other, *arguments, *counts)[:num_norm])
+        same(residual, other)
+    for post, (start, end) in itertools.product((False, True), ((0, 2), (2, 4))):
+        residual, delta, weight = randn(5, 72), randn(4, 72, seed=1), randn(72, seed=2)
+        other = residual.clone()
+        counts = integers(3), integers(end)
+        starts = {"delta_start": integers(1), "norm_start": integers(start)}
+        outs = [
+            operator(rows, delta, weight, None, 1e-5, "rms", *counts, **starts, post=post)
+            for operator, rows in ((module.add_norm, residual), (device_reference.add_norm, other))
+        ]
+        same(outs[0][start:end], outs[1][start:end])
         same(residual, other)
 
 
@@ -152,8 +163,12 @@ def check_linear(module):
         x = randn(18, 290)
         expected = reference.linear(x, weight, bias)
         torch.testing.assert_close(
-            module.quant_linear(x, weight, bias, module.CONFIGS[0]), expected, atol=1e-3, rtol=0
+            module.quant_linear(x, weight, bias, config=module.CONFIGS[0]), expected, atol=1e-3, rtol=0
         )
+        for start, end in ((17, 18), (3, 16)) if kind is None else ():
+            rows = integers(start), integers(end)
+            out = module.quant_linear(x, weight, bias, rows, config=module.CONFIGS[0])
+            torch.testing.assert_close(out[start:end], expected[start:end], atol=1e-3, rtol=0)
 
 
 CHECKS = {
@@ -169,11 +184,15 @@ CHECKS = {
 # module, text in it, the fault in its place; where the text occurs several times, all are replaced
 MUTATIONS = [
     ("add_norm", "at = row * size + columns", "at = row * (size - 1) + columns"),
-    ("add_norm", "mask=inside & (row < rows_added), other=0.0", "mask=inside, other=0.0"),
-    ("add_norm", "if row >= tl.maximum(rows_added, rows_normed):", "if row >= rows_normed:"),
-    ("add_norm", "values = tl.where(inside, values - mean, 0.0)", "values = values - mean"),
+    ("add_norm", "mask=inside & is_added, other=0.0", "mask=inside, other=0.0"),
+    ("add_norm", "if not is_touched:", "if not is_normed:"),
+    ("add_norm", "is_added &= row >= tl.load(delta_start)", "is_added &= row >= 0"),
+    ("add_norm", "is_normed &= row >= tl.load(norm_start)", "is_normed &= row >= 0"),
+    ("add_norm", "is_kept &= not is_normed", "is_kept &= is_normed"),
+    ("add_norm", 'if KIND != "none":', "if True:"),
+    ("add_norm", "normed = tl.where(inside, normed - mean, 0.0)", "normed = normed - mean"),
     ("add_norm", "/ size + eps", "/ BLOCK + eps"),
-    ("add_norm", "mean = tl.sum(values, axis=0) / size", "mean = 0.0"),
+    ("add_norm", "mean = tl.sum(normed, axis=0) / size", "mean = 0.0"),
     ("activation", "* size + size + columns", "* size + columns"),
     ("activation", "0.7071067811865476", "0.5"),
     ("activation", "2.0 * inner", "inner"),
@@ -250,6 +269,10 @@ MUTATIONS = [
     ("quant_linear", "tl.minimum(start + part_length, num_inputs)", "num_inputs"),
     ("quant_linear", "start = part * part_length", "start = 0"),
     ("quant_linear", "(num_rows + wide_row) * num_bytes", "wide_row * num_bytes"),
+    ("quant_linear", "tl.maximum(tl.load(first_row), tl.program_id(1) * ROWS)", "tl.load(first_row) * ROWS"),
+    ("quant_linear", "(tl.program_id(1) + 1) * ROWS", "tl.program_id(1) * ROWS"),
+    ("quant_linear", "if (row < begin) |", "if (row <= begin) |"),
+    ("quant_linear", "(row >= end)", "(row + 1 >= end)"),
     ("quant_linear", "tl.load(bias + output,", "tl.load(bias + output * 0,"),
     ("quant_linear", "tl.load(bias + outputs,", "tl.load(bias + outputs * 0,"),
 ]

@@ -23,7 +23,7 @@ def expected_norm(x, weight, bias, eps, kind):
     x = x.double().cpu()
     if kind == "layer":
         x = x - x.mean(dim=1, keepdim=True)
-    normed = x / (x.pow(2).mean(dim=1, keepdim=True) + eps).sqrt()
+    normed = x if kind == "none" else x / (x.pow(2).mean(dim=1, keepdim=True) + eps).sqrt()
     if weight is not None:
         normed = normed * weight.double().cpu()
     return normed if bias is None else normed + bias.double().cpu()
@@ -78,14 +78,48 @@ def test_post_norm_takes_the_place_of_the_residual(device, randn, count, close, 
     assert (residual[2:] == 7.0).all()
 
 
+# Of the delta and of the norm: overlapping, apart, one in the other, empty ones.
+RANGES = [((1, 4), (2, 5)), ((0, 2), (3, 5)), ((2, 3), (0, 5)), ((3, 3), (1, 3)), ((1, 4), (5, 5))]
+
+
+@pytest.mark.parametrize("operator", [add_norm, device_reference.add_norm], ids=["triton", "reference"])
+@pytest.mark.parametrize(
+    ("kind", "post", "size"),
+    [("rms", False, 72), ("layer", True, 33), ("none", True, 72), ("none", False, 1)],
+)
+def test_ranges_of_rows(randn, count, close, dtype, operator, kind, post, size):
+    """Rows outside both ranges stay as they are, whatever lies in them; a sum that is not normed is kept."""
+    weight, bias = randn(size, dtype=dtype), None if kind == "rms" else randn(size, dtype=dtype)
+    for added, normed in RANGES:
+        residual, delta = randn(6, size, dtype=dtype), randn(5, size, dtype=dtype)
+        is_added, is_normed = ([start <= row < end for row in range(6)] for start, end in (added, normed))
+        untouched = torch.tensor([not (a or n) for a, n in zip(is_added, is_normed, strict=True)])
+        residual[untouched] = NAN
+        delta[~torch.tensor(is_added[:5])] = NAN
+        before = residual.clone()
+        sums = before.double().cpu()
+        sums[slice(*added)] += delta[slice(*added)].double().cpu()
+        sums = sums.to(dtype)  # it is rounded before it is normed
+        starts = {"delta_start": count(added[0]), "norm_start": count(normed[0])}
+        counts = count(added[1]), count(normed[1])
+        out = operator(residual, delta, weight, bias, 1e-5, kind, *counts, **starts, max_rows=5, post=post)
+        close(out[slice(*normed)], expected_norm(sums, weight, bias, 1e-5, kind)[slice(*normed)], 3.0)
+        kept = [row for row in range(6) if is_added[row] and not (post and is_normed[row])]
+        close(residual[kept], sums[kept])
+        torch.testing.assert_close(residual[untouched], before[untouched], atol=0, rtol=0, equal_nan=True)
+        if not post:  # the residual has the sum alone
+            apart = [row for row in range(6) if is_normed[row] and not is_added[row]]
+            assert torch.equal(residual[apart], before[apart])
+        assert out is residual if post else out.shape == (5, size)
+
+
 @pytest.mark.parametrize("post", [False, True])
-@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "none"])
 def test_add_norm_is_the_reference(randn, count, close, dtype, kind, post):
     """The specification itself: on the rows that it promises, up to the order of a sum."""
     residual, delta, weight = (randn(*shape, dtype=dtype) for shape in ((6, 96), (5, 96), (96,)))
-    counts = (count(3), count(3)) if post else (count(5), count(3))
     other = residual.clone()
-    arguments = (delta, weight, None, 1e-6, kind, *counts)
+    arguments = (delta, weight, None, 1e-6, kind, count(5), count(3))
     expected = device_reference.add_norm(other, *arguments, max_rows=6, post=post)
     actual = add_norm(residual, *arguments, max_rows=6, post=post)
     close(actual[:3], expected[:3], 3.0)
