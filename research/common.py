@@ -52,9 +52,9 @@ class TextOptions:
 
 
 def text_windows(model: str, scorer: DecoderScorer, asked: PruneOptions) -> list[Tensor]:
-    """Windows [W, L] of the calibration text, and of the held-out text if there is one. Raises ConfigError."""
-    found = gather_tokens(model, scorer, asked, note=say, on_generate=lambda share: None)
-    return [each.windows for each in found if each is not None]
+    """Windows [W, L] of the calibration text, and of each held-out one. Raises ConfigError."""
+    tokens, held_out = gather_tokens(model, scorer, asked, note=say, on_generate=lambda share: None)
+    return [each.windows for each in (tokens, *held_out)]
 
 
 def scoring_result(

@@ -2,7 +2,7 @@
 
     python research/front.py MODEL --maps blocks.json,sublayers.json,attention.json --json FILE --plot NAME
 
-Perplexities are those that `sleb prune` wrote into the maps (of the held-out text, where all maps have one), so the
+Perplexities are those that `sleb prune` wrote into the maps (of the first held-out text, where all have one), so the
 maps must have been searched on the same tokens. Depths of different units do not compare, so each depth has its share
 of the blocks' parameters, of the KV cache, and the speedup of a decoding step that a cost model predicts, fitted in
 this run (`sleb.pruning.cost_model`); `sleb bench throughput --layer-map FILE` measures it.
@@ -73,9 +73,10 @@ def front(
             "of parameters removed": sum(weights[part] for part in parts) / total,
             "of KV removed": parts.count("attention") / spec.num_blocks,
         }
-        metric = "held-out perplexity" if held_out else "perplexity"
-        value = layer_map.perplexity(depth, held_out=held_out)
-        yield Measurement(name, f"depth {depth}", metric, value, facts=facts)
+        metric, text = "calibration perplexity", layer_map.calibration_losses
+        if held_out:
+            metric, text = "held-out perplexity", layer_map.held_out[0]
+        yield Measurement(name, f"depth {depth}", metric, text.perplexity(depth), facts=facts)
 
 
 def draw(result: Result, stem: Path) -> None:
@@ -94,7 +95,7 @@ def main(model: Model, options: Options, output: OutputOptions) -> None:
     resolved = resolve_model(model)
     spec = resolve_spec(resolved.path)
     cost = fit_cost_model(model, batch=options.batch, dtype=options.dtype, device=options.device)
-    held_out = all(each.perplexity(0, held_out=True) is not None for each in maps.values())
+    held_out = all(each.held_out for each in maps.values())
     device, dtype = (
         resolve_device(options.device),
         resolve_dtype(options.dtype, "auto", spec.checkpoint_dtype),

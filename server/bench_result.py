@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import TypedDict
 
 from sleb.errors import ConfigError
 
@@ -16,20 +19,48 @@ if TYPE_CHECKING:
 
 # Which of several tests of a depth gives its speedup: the first that was run, at the smallest batch.
 _TESTS = ("decode", "generate", "prompt")
+_GENERATED = "self"  # by the model, another text with every seed
+_OTHER_SPLITS = {"wikitext2", "c4"}  # `sleb eval` takes other splits of these than a search
 
 
-def perplexities(layer_map: LayerMap, depth: int) -> dict[str, Any] | None:
-    """Perplexity of the dense model and at `depth` on the map's held-out text, else on its calibration text.
+_MEASURE = "`sleb prune --held-out FILE`, or a result of `sleb eval --text FILE --json` as --bench-result"
 
-    None unless all of it is known, the text's name too.
-    """
-    for held_out, record in ((True, layer_map.held_out), (False, layer_map.calibration)):
-        dense, pruned = (layer_map.perplexity(each, held_out=held_out) for each in (0, depth))
-        if record is None or not record.source or dense is None or pruned is None:
-            continue
-        if math.isfinite(dense) and math.isfinite(pruned):
-            return {"dense": dense, "pruned": pruned, "dataset": record.source}
-    return None
+
+class Perplexity(TypedDict):
+    """Of the full model and of a depth, on the text that `dataset` names; held_out: it took no part in the search."""
+
+    dense: float
+    pruned: float
+    dataset: str
+    held_out: bool
+
+
+def perplexities(layer_map: LayerMap, results: Sequence[BenchResult], depth: int) -> list[Perplexity]:
+    """What is known of `depth`, the texts that took no part in the search first; those of the map before the files'."""
+    calibration = layer_map.calibration_losses.record
+    told: list[Perplexity] = []
+    for text in (*layer_map.held_out, layer_map.calibration_losses):
+        record, dense, pruned = text.record, text.perplexity(0), text.perplexity(depth)
+        if record.source and dense is not None and pruned is not None and math.isfinite(dense + pruned):
+            is_unseen = not calibration.sources & (record.sources - {_GENERATED})
+            held_out = (
+                is_unseen
+                and text in layer_map.held_out
+                and record.token_hash != (calibration.token_hash or "")
+            )
+            told.append({"dense": dense, "pruned": pruned, "dataset": record.source, "held_out": held_out})
+    told += [found for each in results if (found := each.perplexities(depth, calibration.sources))]
+    return sorted(told, key=lambda each: not each["held_out"])
+
+
+def why_unknown(told: Sequence[Perplexity]) -> str | None:
+    """Why no perplexity of these is one to go by; None where the first is."""
+    if told and told[0]["held_out"]:
+        return None
+    if not told:
+        return f"not known of any text; {_MEASURE} tells it"
+    names = ", ".join(dict.fromkeys(each["dataset"] for each in told))
+    return f"known on the calibration text alone ({names}), which flatters; {_MEASURE} tells of another"
 
 
 @dataclass(frozen=True)
@@ -123,9 +154,13 @@ class BenchResult:
             "measured": measured,
         }
 
-    def perplexities(self, depth: int) -> dict[str, Any] | None:
-        """As the function of that name; None unless the file has both depths."""
+    def perplexities(self, depth: int, calibration: frozenset[str]) -> Perplexity | None:
+        """Of one text, or of several together; None unless the file has both depths and names the text.
+
+        calibration: the names of what the search saw.
+        """
         found = {row["depth"]: row["perplexity"] for row in self.rows if row.get("perplexity") is not None}
-        if 0 not in found or depth not in found:
+        if self.dataset is None or 0 not in found or depth not in found:
             return None
-        return {"dense": found[0], "pruned": found[depth], "dataset": self.dataset}
+        held_out = not calibration & (set(self.dataset.split("+")) - _OTHER_SPLITS)
+        return {"dense": found[0], "pruned": found[depth], "dataset": self.dataset, "held_out": held_out}

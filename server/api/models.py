@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from typing_extensions import TypedDict
 
 from sleb.server.answer_models import Count
-from sleb.server.bench_result import perplexities
+from sleb.server.bench_result import Perplexity, perplexities, why_unknown
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import json_response
 from sleb.server.routing import Route, errors, success
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 router = APIRouter(route_class=Route)
 
 
+class HeldOutPerplexity(Perplexity):
+    """Of a text that took no part in the search. others: of further texts, the calibration's last."""
+
+    others: list[Perplexity]
+
+
 class Pruning(TypedDict):
-    """perplexity: dense, pruned, dataset. speedup: value, test, batch, device. Null where not measured."""
+    """speedup: value, test, batch, device. perplexity_unknown: why `perplexity` is null. Null where not measured."""
 
     depth: Count
     num_blocks: Count
@@ -28,7 +34,8 @@ class Pruning(TypedDict):
     units_removed: list[str]
     weight_bytes: Count
     kv_bytes_per_token: Count
-    perplexity: dict[str, Any] | None
+    perplexity: HeldOutPerplexity | None
+    perplexity_unknown: str | None
     speedup: dict[str, Any] | None
 
 
@@ -82,9 +89,11 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
     """What the API tells of a tier."""
     engine, results = context.engine.engine, context.options.results
     speedup = next((found for each in results if (found := each.speedup(tier.depth))), None)
-    perplexity = perplexities(engine.layer_map, tier.depth)
-    if perplexity is None:
-        perplexity = next((found for each in results if (found := each.perplexities(tier.depth))), None)
+    told = perplexities(engine.layer_map, results, tier.depth)
+    unknown = why_unknown(told)
+    perplexity: HeldOutPerplexity | None = None
+    if unknown is None:
+        perplexity = {**told[0], "others": told[1:]}
     return {
         "id": name,
         "object": "model",
@@ -101,6 +110,7 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
             "weight_bytes": engine.weight_bytes(tier.depth),
             "kv_bytes_per_token": engine.kv_bytes_per_token(tier.depth),
             "perplexity": perplexity,
+            "perplexity_unknown": unknown,
             "speedup": speedup,
         },
     }

@@ -54,7 +54,7 @@ function facts(tier) {
   if (pruning.perplexity) {
     list.push(["Perplexity", pruning.perplexity.pruned.toPrecision(3)]);
   } else {
-    list.push(["Perplexity", "not known"]);
+    list.push(["Perplexity", "not known", pruning.perplexity_unknown]);
   }
   if (pruning.speedup) list.push(["Speed", `${pruning.speedup.value.toFixed(2)} times`]);
   if (pruning.kv_bytes_per_token) list.push(["KV a token", bytesText(pruning.kv_bytes_per_token)]);
@@ -68,8 +68,9 @@ function sources(tiers) {
   const [perplexity, speedup] = [find("perplexity"), find("speedup")];
   const parts = [];
   if (perplexity) {
-    const on = perplexity.dataset ? ` on ${perplexity.dataset}` : "";
-    parts.push(`Perplexity${on}, lower is better; the full model has ${perplexity.dense.toPrecision(3)}.`);
+    const texts = tiers.map((tier) => tier.pruning?.perplexity?.dataset).filter(Boolean);
+    parts.push(`Perplexity on ${[...new Set(texts)].join(", ")}, which took no part in the search, lower is better; `
+      + `the full model has ${perplexity.dense.toPrecision(3)}.`);
   }
   if (speedup) {
     const on = speedup.device ? ` on ${speedup.device}` : "";
@@ -83,7 +84,8 @@ function tierCard(tier, chosen, index) {
   const radio = el("input", { type: "radio", name: "tier", value: tier.id, id: `tier-${index}` });
   radio.checked = chosen;
   const list = el("dl", { class: "facts" },
-    ...facts(tier).map(([name, value]) => el("div", {}, el("dt", { text: name }), el("dd", { text: value }))));
+    ...facts(tier).map(([name, value, why]) =>
+      el("div", why ? { title: why } : {}, el("dt", { text: name }), el("dd", { text: value }))));
   return el("label", { class: "tier-card", for: `tier-${index}` },
     el("span", { class: "tier-name" }, radio, el("strong", { text: tier.id })), blockStrip(tier), list);
 }

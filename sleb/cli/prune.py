@@ -105,13 +105,15 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
         )
     )
     margins = dict(zip(range(layer_map.max_depth, 0, -1), reversed(report.result.margins), strict=False))
-    with_speed, with_held_out = report.cost_model is not None, layer_map.held_out is not None
-    headings = ["depth", "removed", "nats a token", "perplexity", "change", "next best"]
-    headings += ["held-out perplexity", "change"] * with_held_out + ["speedup"] * with_speed
+    with_speed = report.cost_model is not None
+    headings = ["depth", "removed", "nats a token", "calibration perplexity", "change", "next best"]
+    for text in layer_map.held_out:
+        headings += [f"{text.record.source} perplexity", "change"]
+    headings += ["speedup"] * with_speed
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH)
     for heading in headings:  # where there is little room, the next best is what wraps: figures stay whole
-        table.add_column(heading, justify="right", min_width=None if heading == "next best" else 7)
+        table.add_column(Text(heading), justify="right", min_width=None if heading == "next best" else 7)
     for number, loss in enumerate(losses):
         unit = str(layer_map.removed[number - 1]) if number else "none"
         change = perplexity(loss - losses[0], num_tokens) - 1
@@ -122,7 +124,7 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
             f"{perplexity(loss, num_tokens):.3f}",
             f"{change:+.1%}" if number else "",
             margin_text(margins[number], num_tokens) if number in margins else "",
-            *(held_out_cells(report, number) if with_held_out else ()),
+            *held_out_cells(report, number),
             *([f"{report.front[number].speedup:.3f}"] if with_speed else ()),
             style="bold" if number == layer_map.depth else None,
         )
@@ -138,11 +140,12 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
 
 
 def held_out_cells(report: PruneReport, depth: int) -> list[str]:
-    """Perplexity of the held-out text, and its change against the dense model's."""
-    now, before = (report.front[each].held_out_perplexity for each in (depth, 0))
-    if now is None or before is None:
-        return ["", ""]
-    return [f"{now:.3f}", f"{now / before - 1:+.1%}" if depth else ""]
+    """Of each held-out text its perplexity, and the change against the dense model's."""
+    cells: list[str] = []
+    for now, before in zip(report.front[depth].held_out, report.front[0].held_out, strict=True):
+        change = f"{now / before - 1:+.1%}" if now and before and depth else ""
+        cells += ["" if now is None else f"{now:.3f}", change]
+    return cells
 
 
 def draw_front(report: PruneReport, output: Path, console: Console) -> None:
@@ -151,11 +154,12 @@ def draw_front(report: PruneReport, output: Path, console: Console) -> None:
 
     layer_map, points = report.layer_map, report.front
     texts: dict[str, list[plots.Point]] = {}
-    for record, name in ((layer_map.held_out, "held_out_perplexity"), (layer_map.calibration, "perplexity")):
-        values: list[plots.Point] = [(point.depth, getattr(point, name), None) for point in points]
-        if record is not None and all(value is not None and math.isfinite(value) for _, value, _ in values):
-            kind = "held out" if name == "held_out_perplexity" else "calibration"
-            texts[f"perplexity, {record.source} ({kind})"] = values
+    told = [(f"{text.record.source} (held out)", text) for text in layer_map.held_out]
+    told.append((f"{layer_map.calibration_losses.record.source} (calibration)", layer_map.calibration_losses))
+    for name, text in told:
+        values: list[plots.Point] = [(point.depth, text.perplexity(point.depth), None) for point in points]
+        if all(value is not None and math.isfinite(value) for _, value, _ in values):
+            texts[f"perplexity, {name}"] = values
     speedups: list[plots.Point] = [
         (point.depth, point.speedup, None) for point in points if point.speedup is not None
     ]

@@ -9,11 +9,18 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from sleb.cli.options import with_options
 from sleb.errors import LayerMapError
 from sleb.fields import shown_path
-from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, SearchRecord, shipped_maps
+from sleb.layer_map.layer_map import (
+    CalibrationRecord,
+    LayerMap,
+    Part,
+    SearchRecord,
+    shipped_maps,
+)
 from sleb.models.resolve import ALIAS, check_model, resolve_config, shipped_map
 from sleb.options import option
 from sleb.terminal import Console
@@ -108,11 +115,19 @@ def _facts(layer_map: LayerMap) -> dict[str, str]:
     facts = {
         "fingerprint": layer_map.fingerprint,
         "calibration": _known(layer_map.calibration),
-        "held out": _known(layer_map.held_out),
+        "held out": "; ".join(_known(text.record) for text in layer_map.held_out) or _no_held_out(layer_map),
         "search": _known(layer_map.search),
         "source": layer_map.source,
     }
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _no_held_out(layer_map: LayerMap) -> str | None:
+    return (
+        None
+        if layer_map.losses is None
+        else "none, and the calibration text flatters; `sleb eval` measures others"
+    )
 
 
 def _known(record: CalibrationRecord | SearchRecord | None) -> str:
@@ -122,7 +137,7 @@ def _known(record: CalibrationRecord | SearchRecord | None) -> str:
     )
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -155,26 +170,24 @@ def _has_parts(layer_map: LayerMap) -> bool:
 
 
 def _table(layer_map: LayerMap) -> Table:
-    """Losses in nats a token; sums over the text, as the file has them, where the number of tokens is not known."""
-    losses, held_out = layer_map.losses, layer_map.held_out_losses
-    known = layer_map.token_loss(0) is not None
+    """Perplexities say of which text; sums over it, as the file has them, where its number of tokens is not known."""
+    depths = range(layer_map.max_depth + 1)
+    columns = [("depth", [*map(str, depths)]), ("removed", ["none", *map(str, layer_map.removed)])]
+    known = layer_map.calibration_losses
+    if known.token_loss(0) is not None:
+        columns.append(("nats a token", [_number(known.token_loss(depth), 4) for depth in depths]))
+    for name, text in (
+        ("calibration", known),
+        *((str(each.record.source), each) for each in layer_map.held_out),
+    ):
+        if text.token_loss(0) is not None:
+            columns.append((f"{name} perplexity", [_number(text.perplexity(depth), 3) for depth in depths]))
+        elif text.losses:
+            columns.append((f"{name} loss (sum over the text)", [_number(loss, 2) for loss in text.losses]))
+    columns.append(("", ["recommended" if depth == layer_map.depth else "" for depth in depths]))
     table = Table()
-    headings: tuple[str, ...] = ()
-    if losses:
-        headings = ("nats a token", "perplexity") if known else ("loss (sum over the text)",)
-    if held_out:
-        headings += ("held-out nats a token", "held-out perplexity")
-    for heading in ("depth", "removed", *headings):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    for depth in range(layer_map.max_depth + 1):
-        cells = [str(depth), str(layer_map.removed[depth - 1]) if depth else "none"]
-        if losses and known:
-            cells += [_number(layer_map.token_loss(depth), 4), _number(layer_map.perplexity(depth))]
-        elif losses:
-            cells.append(f"{losses[depth]:.2f}")
-        if held_out:
-            cells.append(_number(layer_map.token_loss(depth, held_out=True), 4))
-            cells.append(_number(layer_map.perplexity(depth, held_out=True)))
-        table.add_row(*cells, "recommended" if depth == layer_map.depth else "")
+    for heading, _ in columns:
+        table.add_column(Text(heading), justify="right" if heading else "left")
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
     return table

@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 from sleb.errors import LayerMapError
 from sleb.fields import Fields, as_integer, as_number
 from sleb.layer_map.patches import Patches, PatchRecord
-from sleb.layer_map.units import MAX_BLOCKS, CalibrationRecord, SearchRecord, Unit
+from sleb.layer_map.units import MAX_BLOCKS, CalibrationRecord, SearchRecord, TextLosses, Unit
 
 SCHEMA_VERSION = 1
-_LATER_FIELDS = ("search", "held_out", "held_out_losses", "patches")  # that maps without them need not name
+# That maps without them need not name.
+_LATER_FIELDS = ("search", "held_out", "held_out_losses", "further_held_out", "patches")
 _MAX_UNITS = 2 * MAX_BLOCKS  # in an order: the attention and the MLP of every block
+_MAX_HELD_OUT = 1 << 6  # texts
 _MAX_TEXT = 1 << 12  # characters of a name or a citation
 _MOST = 1 << 64  # of a seed
 
@@ -37,17 +39,26 @@ def dump_document(values: Mapping[str, Any], stem: str) -> str:
             {str(unit): loss if math.isfinite(loss) else None for unit, loss in sorted(candidates.items())}
             for candidates in values["candidate_losses"]
         ]
-    for name in ("calibration", "search", "held_out"):
-        if values[name] is not None:
-            document[name] = dict(sorted(asdict(values[name]).items()))
+    texts = [{"record": _dump_record(each.record), "losses": each.losses} for each in values["held_out"]]
+    first = texts[0] if texts else {"record": None, "losses": None}
+    document |= {name: _dump_record(values[name]) for name in ("calibration", "search")}
+    document |= {
+        "held_out": first["record"],
+        "held_out_losses": first["losses"],
+        "further_held_out": texts[1:],
+    }
     patches: Patches | None = values["patches"]
     if patches is not None:
         file = {"file": patches.file_name(stem), "sha256": patches.sha256}
         document["patches"] = file | {"record": asdict(patches.record)}
     for name in _LATER_FIELDS:
-        if document[name] is None:
+        if not document[name]:
             del document[name]
     return json.dumps(dict(sorted(document.items())), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _dump_record(record: CalibrationRecord | SearchRecord | None) -> dict[str, Any] | None:
+    return None if record is None else dict(sorted(asdict(record).items()))
 
 
 def read_document(document: Fields, folder: Path | None) -> dict[str, Any]:
@@ -75,8 +86,7 @@ def read_document(document: Fields, folder: Path | None) -> dict[str, Any]:
         "depth": document.integer("depth", 0, len(removed), len(removed)),
         "source": _text(document, "source", None),
         "search": _record(document, "search", SearchRecord),
-        "held_out": _record(document, "held_out", CalibrationRecord),
-        "held_out_losses": _each(document, "held_out_losses", _loss, None),
+        "held_out": _held_out(document),
         "patches": _patches(document, folder),
     }
 
@@ -101,6 +111,24 @@ def _patches(document: Fields, folder: Path | None) -> Patches | None:
     return Patches.in_file(folder / name, digest, fitted)
 
 
+def _held_out(document: Fields) -> tuple[TextLosses, ...]:
+    record = _record(document, "held_out", CalibrationRecord)
+    losses = _each(document, "held_out_losses", _loss, None)
+    first = (
+        ()
+        if record is None and losses is None
+        else (TextLosses(record or CalibrationRecord(), losses or ()),)
+    )
+    further = _each(document, "further_held_out", _text_losses, None, most=_MAX_HELD_OUT)
+    return (*first, *(further or ()))
+
+
+def _text_losses(items: Fields, where: str) -> TextLosses:
+    found = items.object(where)
+    record = _record(found, "record", CalibrationRecord) or CalibrationRecord()
+    return TextLosses(record, _each(found, "losses", _loss, None) or ())
+
+
 def _text(document: Fields, name: str, *default: None) -> Any:
     text = document.string(name, None, *default)
     if text is not None and len(text) > _MAX_TEXT:
@@ -108,8 +136,8 @@ def _text(document: Fields, name: str, *default: None) -> Any:
     return text
 
 
-def _each(document: Fields, name: str, convert: Convert, *default: None) -> Any:
-    values = document.items(name, _MAX_UNITS + 1, *default)
+def _each(document: Fields, name: str, convert: Convert, *default: None, most: int = _MAX_UNITS + 1) -> Any:
+    values = document.items(name, most, *default)
     if values is None:
         return None
     items = document.beside({f"{name}[{index}]": value for index, value in enumerate(values)})

@@ -7,12 +7,14 @@ shallower one runs. The JSON form (schema 1) is one object:
      "removed": [14, "7.attention"], "depth": 2, "losses": [dense, after 14, after 7.attention] | null,
      "candidate_losses": [{"1": 2.5, ..., "14": 2.25}, {...}] | null,
      "calibration": {...} | null, "source": "citation" | null,
-     "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...],       (left out where unknown)
+     "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...],
+     "further_held_out": [{"record": {...}, "losses": [dense, ...]}],           (left out where unknown)
      "patches": {"file": "map.0a1b2c3d.safetensors", "sha256": "...", "record": {...}}}
 
 A block is written as its number and a part of one as "7.attention" or "7.mlp". A candidate that the search
-disqualified (its loss was not finite) is null there and `math.inf` in memory. Fields that are not named
-here are ignored, so that a later version may add some without a new schema.
+disqualified (its loss was not finite) is null there and `math.inf` in memory. The first held-out text stands
+apart from the further ones because earlier versions know one. Fields that are not named here are ignored, so
+that a later version may add some without a new schema.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from sleb.layer_map.units import (
     Part,
     SearchRecord,
     Sublayer,
+    TextLosses,
     Unit,
     is_int,
 )
@@ -50,6 +53,7 @@ __all__ = [
     "Patch",
     "Patches",
     "SearchRecord",
+    "TextLosses",
     "Unit",
     "shipped_maps",
 ]
@@ -61,10 +65,10 @@ class LayerMap:
 
     `losses[k]` is the loss (sum over the calibration windows of mean cross-entropy × window length) with
     the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss of every
-    unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out_losses` are like `losses`, on
-    a text that took no part in the search (`held_out`): the calibration text flatters what was chosen on it. `depth` is
-    the recommended one; left out, it is the whole order. `patches` stand where units were removed, and the losses are
-    those with them. Raises LayerMapError when the fields contradict each other.
+    unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out` are texts that took no part in
+    the search: the calibration text flatters what was chosen on it. `depth` is the recommended one; left out, it is
+    the whole order. `patches` stand where units were removed, and the losses are those with them. Raises
+    LayerMapError when the fields contradict each other.
     """
 
     model: str
@@ -77,8 +81,7 @@ class LayerMap:
     depth: int = -1
     source: str | None = None
     search: SearchRecord | None = None
-    held_out: CalibrationRecord | None = None
-    held_out_losses: tuple[float, ...] | None = None
+    held_out: tuple[TextLosses, ...] = ()
     patches: Patches | None = None
 
     def __post_init__(self) -> None:
@@ -90,9 +93,11 @@ class LayerMap:
         if self.losses is not None:
             object.__setattr__(self, "losses", tuple(self.losses))
             self._check_losses(self.losses, "losses")
-        if self.held_out_losses is not None:
-            object.__setattr__(self, "held_out_losses", tuple(self.held_out_losses))
-            self._check_losses(self.held_out_losses, "held_out_losses")
+        object.__setattr__(self, "held_out", tuple(self.held_out))
+        for index, text in enumerate(self.held_out):
+            if text.losses:
+                name = f"further_held_out[{index - 1}].losses" if index else "held_out_losses"
+                self._check_losses(text.losses, name)
         if self.candidate_losses is not None:
             object.__setattr__(self, "candidate_losses", tuple(dict(each) for each in self.candidate_losses))
             self._check_candidates(self.candidate_losses)
@@ -178,12 +183,11 @@ class LayerMap:
     def at(self, depth: int) -> LayerMap:
         """The map whose order is cut to its first `depth` removals, and which recommends all of them."""
         self._depth(depth)
-        held_out = self.held_out_losses
         return replace(
             self,
             removed=self.removed[:depth],
             losses=None if self.losses is None else self.losses[: depth + 1],
-            held_out_losses=None if held_out is None else held_out[: depth + 1],
+            held_out=tuple(replace(text, losses=text.losses[: depth + 1]) for text in self.held_out),
             candidate_losses=None if self.candidate_losses is None else self.candidate_losses[:depth],
             depth=depth,
             patches=None if self.patches is None else self.patches.up_to(depth),
@@ -206,25 +210,18 @@ class LayerMap:
                 )
         return found
 
-    def token_loss(self, depth: int, *, held_out: bool = False) -> float | None:
-        """Mean cross-entropy in nats a token at `depth` on the calibration text, or the held-out one; None: not known.
+    @property
+    def calibration_losses(self) -> TextLosses:
+        """The calibration text with `losses`."""
+        return TextLosses(self.calibration or CalibrationRecord(), self.losses or ())
 
-        A loss is the sum over windows of mean cross-entropy × window length.
-        """
-        record, losses = (
-            (self.held_out, self.held_out_losses) if held_out else (self.calibration, self.losses)
-        )
-        if losses is None or record is None or not (record.windows and record.seqlen):
-            return None
-        return losses[self._depth(depth)] / (record.windows * record.seqlen)
+    def token_loss(self, depth: int) -> float | None:
+        """Mean cross-entropy in nats a token at `depth` on the calibration text; None where that is not known."""
+        return self.calibration_losses.token_loss(self._depth(depth))
 
-    def perplexity(self, depth: int, *, held_out: bool = False) -> float | None:
-        """Perplexity at `depth`, exp of `token_loss`; None where that is not known."""
-        loss = self.token_loss(depth, held_out=held_out)
-        try:
-            return None if loss is None else math.exp(loss)
-        except OverflowError:
-            return math.inf
+    def perplexity(self, depth: int) -> float | None:
+        """Perplexity of the calibration text at `depth`, which flatters; None where that is not known."""
+        return self.calibration_losses.perplexity(self._depth(depth))
 
     def recommend(self, depth: int) -> LayerMap:
         """The same order with another recommended depth."""

@@ -1,7 +1,8 @@
-"""The nouns that a layer map is written in: units, and the record of the tokens that a search ran over."""
+"""The nouns that a layer map is written in: units, and texts with what they lose at every depth."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, cast, get_args
 
@@ -79,3 +80,34 @@ class CalibrationRecord:
     token_hash: str | None = None
     dtype: str | None = None
     special_tokens: bool | None = None
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """The names of what `source` is made of: of "wiki.txt=0.7,self=0.3" wiki.txt and self."""
+        parts = (self.source or "").split(",")
+        return frozenset(part.strip().rpartition("=")[0] or part.strip() for part in parts) - {""}
+
+
+@dataclass(frozen=True)
+class TextLosses:
+    """A text, and the loss of each depth on it.
+
+    `losses[k]` is that with the first k units removed: the sum over the windows of mean cross-entropy × window length.
+    Empty where they are not known.
+    """
+
+    record: CalibrationRecord
+    losses: tuple[float, ...] = ()
+
+    def token_loss(self, depth: int) -> float | None:
+        """Mean cross-entropy in nats a token at `depth`, which must be of the order; None where that is not known."""
+        num_tokens = (self.record.windows or 0) * (self.record.seqlen or 0)
+        return self.losses[depth] / num_tokens if self.losses and num_tokens else None
+
+    def perplexity(self, depth: int) -> float | None:
+        """exp of `token_loss`; None where that is not known."""
+        loss = self.token_loss(depth)
+        try:
+            return None if loss is None else math.exp(loss)
+        except OverflowError:
+            return math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from pathlib import Path
@@ -66,9 +67,9 @@ class PruneOptions:
         EngineConfig, "dtype", "float32", help="Of the search.", choices=DTYPES, aliases=(), group=_COMPUTE
     )
     device: str = option_of(EngineConfig, "device", group=_COMPUTE)
-    held_out: str | Path | None = option(
-        None,
-        "A second text: its loss is told too, since the calibration text flatters.",
+    held_out: Sequence[str | Path] = option(
+        (),
+        "Another text: its loss is told too, since the calibration text flatters; repeatable.",
         unset="none",
         group=_TEXT,
     )
@@ -81,8 +82,8 @@ class PruneOptions:
     )
     max_perplexity_increase: float | str | None = option(
         None,
-        "Recommend the deepest depth, up to the target, that raises the perplexity (of the held-out text, if there is "
-        "one) by no more than 5% or 0.05.",
+        "Recommend the deepest depth, up to the target, that raises the perplexity (of every held-out text, if there "
+        "are any) by no more than 5% or 0.05.",
         unset="any",
         metavar="X",
         group=_WHAT,
@@ -114,6 +115,12 @@ class PruneOptions:
     force: bool = option(False, "Replace the map in --output.")
     threads: int | None = option_of(EngineConfig, "threads", unset="torch's choice", group=_COMPUTE)
 
+    def __post_init__(self) -> None:
+        if self.held_out is None or isinstance(
+            self.held_out, str | Path
+        ):  # one text need not be a list in Python
+            object.__setattr__(self, "held_out", () if self.held_out is None else (self.held_out,))
+
     def check(self) -> None:
         """ConfigError for what can be seen without the model: a slip must not cost the time to load it."""
         check_values(self)
@@ -136,8 +143,8 @@ class PruneOptions:
         from sleb.pruning.calibration import check_options  # imports torch: last
 
         check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
-        if self.held_out is not None:
-            check_options(self.held_out, "packed", self.seqlen, None, None)
+        for text in self.held_out:
+            check_options(text, "packed", self.seqlen, None, None)
 
     @property
     def has_target(self) -> bool:

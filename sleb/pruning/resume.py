@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sleb.errors import ConfigError, LayerMapError
-from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, SearchRecord
+from sleb.layer_map.layer_map import LayerMap, SearchRecord
 
 
 def check_output(path: Path, *, resume: bool, force: bool) -> LayerMap | None:
@@ -33,8 +33,8 @@ def check_output(path: Path, *, resume: bool, force: bool) -> LayerMap | None:
     return None
 
 
-def _hash(record: CalibrationRecord | None) -> str | None:
-    return None if record is None else record.token_hash
+def _hashes(layer_map: LayerMap) -> str | None:
+    return ", ".join(str(text.record.token_hash) for text in layer_map.held_out) or None
 
 
 def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
@@ -51,7 +51,7 @@ def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
         ("fingerprint", earlier.fingerprint, wanted.fingerprint),
         ("units", searched.units, asking.units),
         ("cost", searched.cost, asking.cost),
-        ("held-out text", _hash(earlier.held_out), _hash(wanted.held_out)),
+        ("held-out text", _hashes(earlier), _hashes(wanted)),
         ("dtype", found.dtype, asked.dtype),
         ("seqlen", found.seqlen, asked.seqlen),
         ("number of windows", found.windows, asked.windows),

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from sleb.errors import ConfigError
-from sleb.layer_map.layer_map import LayerMap, SearchRecord, Unit
+from sleb.layer_map.layer_map import LayerMap, SearchRecord, TextLosses, Unit
 from sleb.options import takes_options
 from sleb.pruning.calibration import Calibration
 from sleb.pruning.cost_model import CostModel, fit_cost_model
@@ -148,7 +150,7 @@ class _Run:
         scorer: PrunableModel,
         options: PruneOptions,
         tokens: Calibration,
-        held_out: Calibration | None,
+        held_out: Sequence[Calibration],
         cost_model: CostModel | None,
         num_remove: int,
     ) -> None:
@@ -166,31 +168,30 @@ class _Run:
             num_blocks=scorer.num_blocks,
             calibration=replace(tokens.record, dtype=options.dtype),
             search=SearchRecord(units=options.units, mode=options.search_mode, cost=options.cost),
-            held_out=None if held_out is None else replace(held_out.record, dtype=options.dtype),
+            held_out=tuple(TextLosses(replace(text.record, dtype=options.dtype)) for text in held_out),
         )
 
     def add(self, result: SearchResult) -> None:
         """Takes over a result, adds the held-out losses of its new depths, and recommends a depth."""
-        num_known = len(self.layer_map.held_out_losses or ())
-        known = self.layer_map.held_out_losses or ()
         self.layer_map = replace(
             self.layer_map,
             removed=result.removed,
             losses=result.losses,
             candidate_losses=result.candidate_losses,
-            held_out_losses=None,
+            held_out=tuple(
+                self._extended(known, text.windows, result.removed)
+                for known, text in zip(self.layer_map.held_out, self._held_out, strict=True)
+            ),
             depth=len(result.removed),
         )
-        if self._held_out is not None:
-            new = [self._held_out_loss(depth) for depth in range(num_known, len(result.removed) + 1)]
-            self.layer_map = replace(self.layer_map, held_out_losses=(*known, *new))
         self.layer_map = self.layer_map.recommend(self._depth())
 
-    def _held_out_loss(self, depth: int) -> float:
-        assert self._held_out is not None
-        return total_loss(
-            self._scorer, self._held_out.windows, self._options.units, self.layer_map.removed[:depth]
-        )
+    def _extended(self, known: TextLosses, windows: Tensor, removed: tuple[Unit, ...]) -> TextLosses:
+        """With the losses of the depths that it lacks."""
+        depths = range(len(known.losses), len(removed) + 1)
+        units = self._options.units
+        new = [total_loss(self._scorer, windows, units, removed[:depth]) for depth in depths]
+        return replace(known, losses=(*known.losses, *new))
 
     def front(self) -> list[FrontPoint]:
         return front(self.layer_map, self._cost_model)
@@ -208,7 +209,7 @@ class _Run:
 
 def _evidence(layer_map: LayerMap) -> dict[str, Any]:
     """What a continued search takes over."""
-    names = ("removed", "losses", "candidate_losses", "held_out_losses", "depth")
+    names = ("removed", "losses", "candidate_losses", "held_out", "depth")
     return {name: getattr(layer_map, name) for name in names}
 
 

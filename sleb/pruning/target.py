@@ -13,12 +13,15 @@ from sleb.pruning.cost_model import CostModel
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A depth and what it gives: perplexities (None where not known) and the predicted speedup (None without one)."""
+    """A depth and what it gives: perplexities (None where not known) and the predicted speedup (None without one).
+
+    held_out: the perplexity of each held-out text.
+    """
 
     depth: int
     removed: Unit | None
     perplexity: float | None
-    held_out_perplexity: float | None
+    held_out: tuple[float | None, ...]
     speedup: float | None
 
 
@@ -29,7 +32,7 @@ def front(layer_map: LayerMap, cost_model: CostModel | None) -> list[FrontPoint]
             depth=depth,
             removed=layer_map.removed[depth - 1] if depth else None,
             perplexity=layer_map.perplexity(depth),
-            held_out_perplexity=layer_map.perplexity(depth, held_out=True),
+            held_out=tuple(text.perplexity(depth) for text in layer_map.held_out),
             speedup=None if cost_model is None else cost_model.speedup(layer_map.removed[:depth]),
         )
         for depth in range(layer_map.max_depth + 1)
@@ -49,10 +52,12 @@ class Target:
     def is_good_enough(self, point: FrontPoint, dense: FrontPoint) -> bool:
         if self.increase is None:
             return True
-        pairs = [(point.held_out_perplexity, dense.held_out_perplexity), (point.perplexity, dense.perplexity)]
-        now, before = next(pair for pair in pairs if None not in pair)
-        assert now is not None and before is not None
-        return math.isfinite(now) and now <= before * (1 + self.increase)
+        pairs = [pair for pair in zip(point.held_out, dense.held_out, strict=True) if None not in pair]
+        for now, before in pairs or [(point.perplexity, dense.perplexity)]:
+            assert now is not None and before is not None
+            if not (math.isfinite(now) and now <= before * (1 + self.increase)):
+                return False
+        return True
 
     def is_decided(self, points: Sequence[FrontPoint]) -> bool:
         """Whether removing more cannot change the choice."""

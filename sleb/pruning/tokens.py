@@ -51,23 +51,23 @@ def gather_tokens(
     *,
     note: Callable[[str], None],
     on_generate: Callable[[float], None],
-) -> tuple[Calibration, Calibration | None]:
-    """The calibration of `options`, and as many windows of its held-out text, if there is one, or all that it gives.
+) -> tuple[Calibration, list[Calibration]]:
+    """The calibration of `options`, and as many windows of each of its held-out texts, or all that it gives.
 
-    A held-out text that the model writes has the next seed. on_generate gets the share of a text that the model has
+    Held-out texts that the model writes have the next seeds. on_generate gets the share of a text that the model has
     written. Raises ConfigError or SlebError.
     """
     gatherer = _Gatherer(model, scorer, options, on_generate)
     tokens = gatherer.gather(options.calibration, options.sampler, options.windows, options.seed)
     if tokens.note:
         note(tokens.note)
-    if options.held_out is None:
-        return tokens, None
-    seed = (options.seed or 0) + 1 if is_generated(options.held_out) else None
-    held_out = gatherer.gather(options.held_out, "packed", None, seed, most=len(tokens.windows))
-    found, asked = held_out.record, tokens.record
-    if (found.source, found.token_hash) == (asked.source, asked.token_hash):
-        note(f"the held-out text is the calibration text {found.source}: it tells nothing new")
+    held_out: list[Calibration] = []
+    for number, text in enumerate(options.held_out, 1):
+        seed = (options.seed or 0) + number if is_generated(text) else None
+        held_out.append(gatherer.gather(text, "packed", None, seed, most=len(tokens.windows)))
+        found, asked = held_out[-1].record, tokens.record
+        if (found.source, found.token_hash) == (asked.source, asked.token_hash):
+            note(f"the held-out text is the calibration text {found.source}: it tells nothing new")
     return tokens, held_out
 
 

@@ -271,8 +271,11 @@ class TestWhole:
         assert done.exit_code == 0, done.output
         result = BenchResult.load(str(file))
         dense, pruned = (figures(load(file), depth)["perplexity"].value for depth in (0, 3))
-        assert result.perplexities(3) == {"dense": dense, "pruned": pruned, "dataset": "sea.txt"}
-        assert result.perplexities(2) is None and result.speedup(3) is None
+        told = {"dense": dense, "pruned": pruned, "dataset": "sea.txt"}
+        unseen = frozenset({"sky.txt"})
+        assert result.perplexities(3, unseen) == told | {"held_out": True}
+        assert result.perplexities(3, unseen | {"sea.txt"}) == told | {"held_out": False}
+        assert result.perplexities(2, unseen) is None and result.speedup(3) is None
         chain = LayerMap.load(map_file)
         engine = SimpleNamespace(
             layer_map=chain,
@@ -300,7 +303,7 @@ class TestWhole:
             names=name_tiers(engine, ()),
         )
         tier = engine.tier(3)
-        assert model_card(context, tier, tier.id)["pruning"]["perplexity"] == result.perplexities(3)
+        assert model_card(context, tier, tier.id)["pruning"]["perplexity"]["dataset"] == "sea.txt"
 
     def test_answers_alone(self, tiny_model_dir, map_file, tmp_path):
         file = tmp_path / "result.json"
@@ -311,7 +314,7 @@ class TestWhole:
         assert depths_of(result) == [0, 3]  # what the map recommends
         assert figures(result, 3, case)["mean tokens"].facts["example"]["prompt"] in PROMPTS
         assert "perplexity" not in done.stdout
-        assert BenchResult.load(str(file)).perplexities(3) is None
+        assert BenchResult.load(str(file)).perplexities(3, frozenset()) is None
 
 
 # As lm-eval's local-completions: the server's tokenizer, the prefix token, rolling windows of max_length - 2 tokens,

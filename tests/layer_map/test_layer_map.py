@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from sleb.cli.show import find_map, print_map, strip
 from sleb.errors import LayerMapError
-from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, Unit, shipped_maps
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, TextLosses, Unit, shipped_maps
 from sleb.models.config import model_fingerprint
 
 PARTS: tuple[Part, Part] = ("attention", "mlp")
@@ -55,18 +55,20 @@ def layer_maps(draw: st.DrawFn) -> LayerMap:
     units = st.builds(Unit, st.integers(0, num_blocks - 1), st.sampled_from(("block", *PARTS)))
     rounds = st.dictionaries(units, finite | st.just(math.inf))
     whole = st.none() | st.integers(0, 10**6)
+    of_depths = st.lists(finite, min_size=length + 1, max_size=length + 1).map(tuple)
+    records = st.builds(
+        CalibrationRecord, texts, texts, whole, whole, whole, texts, texts, st.none() | st.booleans()
+    )
     return LayerMap(
         model=draw(st.text(st.characters(exclude_categories=["Cs"]))),
         fingerprint=draw(texts),
         num_blocks=num_blocks,
         removed=tuple(removed),
-        losses=draw(st.none() | st.lists(finite, min_size=length + 1, max_size=length + 1).map(tuple)),
+        losses=draw(st.none() | of_depths),
         candidate_losses=draw(st.none() | st.lists(rounds, min_size=length, max_size=length).map(tuple)),
-        calibration=draw(
-            st.none()
-            | st.builds(
-                CalibrationRecord, texts, texts, whole, whole, whole, texts, texts, st.none() | st.booleans()
-            )
+        calibration=draw(st.none() | records),
+        held_out=draw(
+            st.lists(st.builds(TextLosses, records, st.just(()) | of_depths), max_size=2).map(tuple)
         ),
         depth=draw(st.integers(0, length)),
         source=draw(texts),
@@ -84,6 +86,51 @@ def test_json_round_trip(layer_map: LayerMap) -> None:
 
     document = json.loads(text, parse_constant=refuse)
     assert list(document) == sorted(document)
+
+
+def test_held_out_texts_are_read_by_earlier_versions_and_from_their_files() -> None:
+    """An earlier version knows one text, and reads the first of several."""
+    one = {"held_out": {"source": "one.txt", "seqlen": 4, "windows": 2}, "held_out_losses": [8.0, 16, 24]}
+    two = {"record": {"source": "two.txt", "seqlen": 2, "windows": 2}, "losses": [4.0, 5, 6]}
+    old = LayerMap.from_json(json.dumps(GOOD | one))
+    assert [text.record.source for text in old.held_out] == ["one.txt"]
+    assert [old.held_out[0].token_loss(depth) for depth in range(3)] == [1, 2, 3]
+    assert "further_held_out" not in json.loads(old.to_json())
+    both = LayerMap.from_json(json.dumps(GOOD | one | {"further_held_out": [two]}))
+    assert both.held_out[:1] == old.held_out
+    assert both.held_out[1].perplexity(2) == pytest.approx(math.exp(1.5))
+    assert [text.losses for text in both.at(1).held_out] == [(8.0, 16), (4.0, 5)]
+    document = json.loads(both.to_json())
+    assert {name: document[name] for name in ("held_out", "held_out_losses")} == {
+        name: json.loads(old.to_json())[name] for name in ("held_out", "held_out_losses")
+    }
+    shows = " ".join(shown(both).split())
+    assert "one.txt" in shows and "two.txt" in shows and f"{math.exp(1.5):.3f}" in shows
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out_losses": [1.0]}, "held_out_losses has 1 values; 2 removals need 3"),
+        (
+            {"held_out": {}, "further_held_out": [{"losses": [1, 2]}]},
+            r"further_held_out\[0\].losses has 2 values",
+        ),
+        ({"further_held_out": [3]}, r"further_held_out\[0\] is 3; it must be an object"),
+        ({"further_held_out": [{"record": 1}]}, "record is 1; it must be an object"),
+        ({"further_held_out": [{}] * 65}, "further_held_out has 65 entries"),
+    ],
+)
+def test_held_out_texts_that_are_none(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LayerMapError, match=message):
+        LayerMap.from_json(json.dumps(GOOD | changes))
+
+
+def test_the_sources_of_a_mix() -> None:
+    assert CalibrationRecord("wiki.txt=0.7,chats.jsonl:messages, self=0.3").sources == {
+        *("wiki.txt", "chats.jsonl:messages", "self")
+    }
+    assert CalibrationRecord("a.txt").sources == {"a.txt"} and CalibrationRecord().sources == frozenset()
 
 
 def test_a_file_round_trip_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -251,7 +298,11 @@ records = st.dictionaries(st.sampled_from(["source", "seed", "seqlen", "windows"
 units = st.integers(-1, 7) | st.sampled_from(["1", "1.mlp", "6.attention", "0x1"]) | values
 documents = st.builds(
     lambda changes, missing: {key: value for key, value in (GOOD | changes).items() if key not in missing},
-    st.dictionaries(st.sampled_from([*GOOD, "search", "held_out"]), values | numbers | records, max_size=3)
+    st.dictionaries(
+        st.sampled_from([*GOOD, "search", "held_out", "further_held_out"]),
+        values | numbers | records,
+        max_size=3,
+    )
     | st.fixed_dictionaries({"removed": st.lists(units, max_size=5), "losses": st.none() | st.lists(numbers)})
     | st.fixed_dictionaries({"candidate_losses": st.lists(st.dictionaries(st.text(max_size=3), values))}),
     st.sets(st.sampled_from([*GOOD]), max_size=1),
@@ -411,7 +462,9 @@ def test_show_draws_what_is_kept() -> None:
     assert f"{11 / 16:.4f}" in recommended and f"{math.exp(11 / 16):.3f}" in recommended
     assert "nats a token" in text
     unknown = shown(LayerMap.from_json(json.dumps({**GOOD, "calibration": None})))
-    assert "loss (sum over the text)" in unknown and "11.00" in unknown and "perplexity" not in unknown
+    assert "loss (sum over the text)" in " ".join(unknown.split()) and "11.00" in unknown
+    assert "perplexity" not in unknown
+    assert "held out: none, and the calibration text flatters" in text
     assert "calibration: source text.txt, seqlen 8, windows 2, token hash sha256:cd" in text
 
 

@@ -51,7 +51,7 @@ def test_it_is_fitted_to_a_model_on_this_machine(tiny_model_dir: Path) -> None:
 def points(*rows: tuple[float, float | None, float | None]) -> list[FrontPoint]:
     return [
         FrontPoint(depth, Unit(depth) if depth else None, perplexity, held_out, speedup)
-        for depth, (perplexity, held_out, speedup) in enumerate(rows)
+        for depth, (perplexity, *held_out, speedup) in enumerate(rows)
     ]
 
 
@@ -87,6 +87,13 @@ def test_the_calibration_text_decides_where_nothing_is_held_out() -> None:
     assert Target(None, 0.05).choose(rows) == 1
     assert Target(None, 0.05).is_decided(rows) and not Target(None, 0.05).is_decided(rows[:2])
     assert Target(1.1, None).is_decided(FRONT[:2]) and not Target(1.2, None).is_decided(FRONT[:2])
+
+
+def test_every_held_out_text_must_be_within_the_increase() -> None:
+    rows = [FrontPoint(0, None, 20, (21, 30), None), FrontPoint(1, Unit(1), 20, (22, 30), None)]
+    assert Target(None, 0.05).choose(rows) == 1
+    for worse in ((22, 32), (23, 30), (22, math.inf)):
+        assert Target(None, 0.05).choose([rows[0], FrontPoint(1, Unit(1), 20, worse, None)]) == 0
 
 
 def test_what_is_out_of_reach_is_told_before_the_search() -> None:
@@ -137,14 +144,15 @@ def test_losses_of_both_texts_are_those_of_transformers(
     units: str, cost: str | None, texts: tuple[Path, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     options = PruneOptions(
-        remove=3, calibration=texts[0], held_out=texts[1], units=units, cost=cost, seqlen=100, windows=4,
+        remove=3, calibration=texts[0], held_out=texts[::-1], units=units, cost=cost, seqlen=100, windows=4,
         output=tmp_path / "map.json", device="cpu",
     )  # fmt: skip
     layer_map = run_pruning(str(tiny_model_dir), options).layer_map
     assert LayerMap.load(tmp_path / "map.json") == layer_map
-    assert layer_map.held_out is not None and layer_map.held_out.source == "two.txt"
-    assert layer_map.losses is not None and layer_map.held_out_losses is not None
-    for path, losses in zip(texts, (layer_map.losses, layer_map.held_out_losses), strict=True):
+    assert [text.record.source for text in layer_map.held_out] == ["two.txt", "one.txt"]
+    assert layer_map.losses is not None
+    told = (layer_map.losses, *(text.losses for text in layer_map.held_out))
+    for path, losses in zip((texts[0], *texts[::-1]), told, strict=True):
         windows = torch.tensor([*path.read_bytes()][:400]).view(4, 100)
         for depth in (0, 2, 3):
             expected = losses_by_hand(tiny_model_dir, windows, list(layer_map.removed[:depth]))

@@ -109,7 +109,7 @@ def test_front(tiny_model_dir, tmp_path):
     )  # fmt: skip
     found = load(path).measurements
     rows = {each.key[:2]: each for each in found}
-    assert all(each.metric == "perplexity" and each.facts["predicted ×"] >= 1 for each in found)
+    assert all(each.metric == "calibration perplexity" and each.facts["predicted ×"] >= 1 for each in found)
     assert set(rows) == {(name, f"depth {depth}") for name in ("blocks", "attention") for depth in range(3)}
     assert rows["blocks", "depth 2"].facts["of parameters removed"] == pytest.approx(1 / 3)
     assert rows["attention", "depth 2"].facts["of KV removed"] == pytest.approx(1 / 3)

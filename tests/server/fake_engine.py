@@ -19,7 +19,7 @@ from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.tier import Tier
 from sleb.errors import RequestError
-from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Unit
+from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, TextLosses, Unit
 
 NUM_BLOCKS = 6
 
@@ -42,6 +42,9 @@ def make_layer_map():
         removed=(Unit(3), Unit(1)),
         losses=(200.0, 210.0, 230.0),
         calibration=CalibrationRecord(source="some text", seqlen=50, windows=2),
+        held_out=(
+            TextLosses(CalibrationRecord(source="another text", seqlen=50, windows=2), (210.0, 220.0, 250.0)),
+        ),
         depth=1,
     )
 

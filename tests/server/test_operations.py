@@ -249,15 +249,32 @@ def test_speedups_come_from_a_result(serve_engine, fake_engine, load_result):
     ]
 
 
-def test_perplexities_come_from_a_result_where_the_map_has_none(serve_engine, fake_engine, load_result):
+def test_perplexities_come_from_a_result_too(serve_engine, fake_engine, load_result):
     rows = [{"depth": 0, "perplexity": 10.0}, {"depth": 2, "perplexity": 12.5}]
-    server = serve_engine(fake_engine, bench_results=(load_result(result(rows=rows)).path,))
-    assert server.http.get("/v1/models/fake:sleb-2").json()["pruning"]["perplexity"]["dataset"] == "some text"
-    object.__setattr__(fake_engine.layer_map, "losses", None)
+    path = load_result(result(rows=rows)).path
+    server = serve_engine(fake_engine, bench_results=(path,))
+    measured = {"dense": 10.0, "pruned": 12.5, "dataset": "wikitext2", "held_out": True}
+    perplexity = server.http.get("/v1/models/fake:sleb-2").json()["pruning"]["perplexity"]
+    assert perplexity["dataset"] == "another text" and perplexity["others"][0] == measured
+    object.__setattr__(fake_engine.layer_map, "held_out", ())
     cards = server.http.get("/v1/models").json()["data"]
     assert cards[1]["pruning"]["perplexity"] is None
-    expected = {"dense": 10.0, "pruned": 12.5, "dataset": "wikitext2"}
-    assert cards[2]["pruning"]["perplexity"] == expected
+    assert "calibration text alone (some text)" in cards[1]["pruning"]["perplexity_unknown"]
+    perplexity = cards[2]["pruning"]["perplexity"]
+    assert perplexity.pop("others")[0]["dataset"] == "some text"
+    assert perplexity == measured
+
+
+def test_a_result_on_the_calibration_text_is_no_figure_to_go_by(serve_engine, fake_engine, load_result):
+    rows = [{"depth": 0, "perplexity": 10.0}, {"depth": 2, "perplexity": 12.5}]
+    object.__setattr__(fake_engine.layer_map, "held_out", ())
+    for name, is_told in (("some text", False), ("b.txt+some text", False), ("b.txt", True), (None, False)):
+        settings = {"dataset": name}
+        path = load_result(result(rows=rows, settings=settings)).path
+        server = serve_engine(fake_engine, bench_results=(path,))
+        pruning = server.http.get("/v1/models/fake:sleb-2").json()["pruning"]
+        assert (pruning["perplexity"] is not None) == is_told
+        assert (pruning["perplexity_unknown"] is None) == is_told
 
 
 def test_a_result_of_this_repository_can_be_read():

@@ -7,12 +7,12 @@ import math
 import re
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
 import sleb
-from sleb.layer_map.layer_map import LayerMap
-from sleb.server.bench_result import perplexities
+from sleb.layer_map.layer_map import CalibrationRecord, TextLosses
 from sleb.server.logs import curl_line
 
 
@@ -39,20 +39,59 @@ def test_models_tell_what_was_removed(server):
             "weight_bytes": 4000,
             "kv_bytes_per_token": 40,
             "perplexity": {
-                "dense": pytest.approx(math.exp(2.0)),
-                "pruned": pytest.approx(math.exp(2.3)),
-                "dataset": "some text",
+                "dense": pytest.approx(math.exp(2.1)),
+                "pruned": pytest.approx(math.exp(2.5)),
+                "dataset": "another text",
+                "held_out": True,
+                "others": [
+                    {
+                        "dense": pytest.approx(math.exp(2.0)),
+                        "pruned": pytest.approx(math.exp(2.3)),
+                        "dataset": "some text",
+                        "held_out": False,
+                    }
+                ],
             },
+            "perplexity_unknown": None,
             "speedup": None,
         },
     }
     assert answer["data"][0]["parent"] is None
 
 
-def test_perplexity_needs_losses_and_the_name_of_their_text(server):
-    dense = LayerMap.dense("m", 4)
-    assert perplexities(dense, 0) is None
-    assert perplexities(server.engine.layer_map, 1)["pruned"] == pytest.approx(math.exp(2.1))
+def test_a_perplexity_of_the_calibration_text_is_not_told_alone(serve_engine, fake_engine):
+    """Whatever makes it the only one: no other text, the same tokens, the same source, or no name."""
+    server = serve_engine(fake_engine)
+    known = fake_engine.layer_map.held_out[0]
+
+    def told(calibration: CalibrationRecord, *held_out: TextLosses) -> dict:
+        made = replace(fake_engine.layer_map, calibration=calibration, held_out=held_out)
+        object.__setattr__(fake_engine, "layer_map", made)
+        return server.http.get("/v1/models/fake:sleb-2").json()["pruning"]
+
+    def of(**changes) -> TextLosses:
+        return replace(known, record=replace(known.record, **changes))
+
+    seen = CalibrationRecord(source="wiki.txt=0.5,self=0.5", seqlen=50, windows=2, token_hash="sha256:1")
+    for texts in (
+        (),
+        (of(source="wiki.txt"),),
+        (of(token_hash="sha256:1"),),
+        (of(source=None),),
+        (of(windows=None),),
+    ):
+        pruning = told(seen, *texts)
+        assert pruning["perplexity"] is None
+        assert "on the calibration text alone (" in pruning["perplexity_unknown"]
+        assert "--held-out" in pruning["perplexity_unknown"]
+    pruning = told(seen, of(source="wiki.txt"), of(source="self"))
+    assert pruning["perplexity_unknown"] is None and pruning["perplexity"]["dataset"] == "self"
+    assert [(each["dataset"], each["held_out"]) for each in pruning["perplexity"]["others"]] == [
+        ("wiki.txt", False),
+        ("wiki.txt=0.5,self=0.5", False),
+    ]
+    pruning = told(CalibrationRecord())
+    assert pruning["perplexity"] is None and "not known of any text" in pruning["perplexity_unknown"]
 
 
 @pytest.mark.parametrize(

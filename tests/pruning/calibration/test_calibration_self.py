@@ -37,7 +37,7 @@ def seeds_of(seed: int, count: int) -> list[int]:
     return [int(np.random.SeedSequence([seed, at]).generate_state(1, np.uint64)[0]) for at in range(count)]
 
 
-def gather(path: Path, scorer: Any = None, **options: Any) -> tuple[Calibration, Calibration | None]:
+def gather(path: Path, scorer: Any = None, **options: Any) -> tuple[Calibration, list[Calibration]]:
     chosen = PruneOptions(**{"calibration": "self", "windows": 4, "seqlen": 24, "device": "cpu", **options})
     scorer = scorer or DecoderScorer.load(str(path), device="cpu")
     return gather_tokens(path, scorer, chosen, note=lambda message: None, on_generate=lambda share: None)
@@ -128,12 +128,13 @@ def test_the_text_is_what_the_engine_samples(tiny_model_dir: Path) -> None:
 
 def test_a_seed_repeats_itself_and_the_held_out_text_has_the_next(tiny_model_dir: Path) -> None:
     scorer = DecoderScorer.load(str(tiny_model_dir), device="cpu")
-    tokens, held_out = gather(tiny_model_dir, scorer, held_out="self", windows=6)
+    tokens, [held_out, further] = gather(tiny_model_dir, scorer, held_out=["self", "self"], windows=6)
     again, _ = gather(tiny_model_dir, scorer, windows=6)
     other, _ = gather(tiny_model_dir, scorer, windows=6, seed=1)
-    assert held_out is not None and tokens.record == again.record and tokens.record.seed == 0
+    assert tokens.record == again.record and tokens.record.seed == 0
     assert other.record.token_hash != tokens.record.token_hash
     assert (held_out.record.token_hash, held_out.record.seed) == (other.record.token_hash, 1)
+    assert further.record.seed == 2
 
 
 def test_the_tokens_have_the_probabilities_of_the_model(tiny_model_dir: Path, tmp_path: Path) -> None:
