@@ -33,7 +33,7 @@ if (
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from sleb.layer_map.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Patch, Unit
 
 settings.register_profile(
     "sleb",
@@ -213,6 +213,44 @@ class TinyModel:
                     if output.bias is not None:
                         output.bias.zero_()
         return TinyModel(f"{self.name} without {', '.join(map(str, units))}", self.path, model)
+
+    def patched(self, units: Sequence[Unit], patches: Sequence[Patch]) -> TinyModel:
+        """A Llama (or one that names its modules alike) `without_sublayers`, the last of each patch's run doing, by
+        hooks, what the patch says, in float64."""
+        pruned = self.without_sublayers(units)
+        for patch in patches:
+            block, part = patch.last
+            layer = pruned.model.model.layers[block]
+            norm, module = (
+                (layer.input_layernorm, layer.self_attn)
+                if part == "attention"
+                else (layer.post_attention_layernorm, layer.mlp)
+            )
+            state: list[Tensor] = []
+
+            def read(module: Any, inputs: Any, state: list[Tensor] = state) -> None:
+                state[:] = inputs
+
+            def replace(
+                module: Any, inputs: Any, output: Any, state: list[Tensor] = state, patch: Patch = patch
+            ) -> Any:
+                hidden = state[0].double()
+                update = (_apply(patch, hidden, pruned.model.config.rms_norm_eps) - hidden).float()
+                return (update, *output[1:]) if isinstance(output, tuple) else update
+
+            norm.register_forward_pre_hook(read)
+            module.register_forward_hook(replace)
+        return pruned
+
+
+def _apply(patch: Patch, hidden: Tensor, eps: float) -> Tensor:
+    """By the formulas of `sleb.layer_map.patches`, for a model whose norm is RMS."""
+    tensors = {name: torch.from_numpy(tensor.astype("float64")) for name, tensor in patch.tensors.items()}
+    if patch.form == "scale":
+        return hidden * tensors["scale"] + tensors["bias"]
+    weight = tensors["weight"] if patch.form == "full" else tensors["up"] @ tensors["down"]
+    inputs = hidden / (hidden.pow(2).mean(-1, keepdim=True) + eps).sqrt() if patch.normed else hidden
+    return hidden + inputs @ weight.T + tensors["bias"]
 
 
 def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:

@@ -129,7 +129,8 @@ class _Evaluation:
         scorer = DecoderScorer.load(options.model, options.dtype, options.device, options.weights)
         result.environment = describe_machine(scorer.device, scorer.dtype, "torch", self.command)
         found: list[TextScores] = []
-        chain, told = Chain.of(self.layer_map, self.depths), partial(self.on_progress, "scoring the text")
+        chain = Chain.of(self.layer_map, self.depths, scorer.hidden_size)
+        told = partial(self.on_progress, "scoring the text")
         try:
             score_texts(scorer, chain, self.texts, found, told)
         finally:  # an interrupt loses the windows under way alone

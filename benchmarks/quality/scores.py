@@ -3,7 +3,7 @@
 For each scored token: its negative log-likelihood; whether the most probable token is the dense model's; and
 KL(dense ‖ pruned) = Σ_v p(v) (log p(v) − log q(v)) in nats, p the dense model's distribution and q the pruned one's.
 Logits are there for a few rows at a time, never for a whole window.
-Depths are nested: one goes on from the state before the first sublayer that the one before has and it lacks.
+Depths are nested: one goes on from the state before the first place at which it does other than the one before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sleb.benchmarks.quality.texts import WindowedText, batches
 from sleb.engine.model.scoring import DecoderScorer
-from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap, Patch
 from sleb.layer_map.units import Unit
 
 _BATCH_TOKENS = 2048  # that run at once; a longer window runs alone. What an interrupt loses at most
@@ -61,33 +61,48 @@ class TextScores:
 
 @dataclass(frozen=True)
 class Chain:
-    """Which sublayers run at each of some depths, 0 first; and from which of them on a depth has its own states."""
+    """What runs at each of some depths, 0 first; and from where on a depth has its own states.
 
-    sublayers: tuple[Unit, ...]
-    runs: tuple[frozenset[int], ...]
+    steps: of a depth, at the place of every sublayer: that one, or the patch of the run that ends there, or nothing.
+    """
+
+    steps: tuple[tuple[Unit | Patch | None, ...], ...]
     starts: tuple[int, ...]
 
     @classmethod
-    def of(cls, layer_map: LayerMap, depths: Sequence[int]) -> Chain:
-        """depths: ascending, each once."""
+    def of(cls, layer_map: LayerMap, depths: Sequence[int], hidden_size: int) -> Chain:
+        """depths: ascending, each once. hidden_size: of the model, whose patches it must fit. Raises LayerMapError."""
         blocks = range(layer_map.num_blocks)
-        sublayers = tuple(Unit(*sublayer) for block in blocks for sublayer in Unit(block).sublayers)
-        runs = tuple(
-            frozenset(place for place, unit in enumerate(sublayers) if layer_map.active(unit, depth))
-            for depth in depths
+        sublayers = [sublayer for block in blocks for sublayer in Unit(block).sublayers]
+        steps = []
+        for depth in depths:
+            patches = {patch.last: patch for patch in layer_map.patches_at(depth, hidden_size)}
+            runs = (layer_map.active(each, depth) for each in sublayers)
+            steps.append(
+                tuple(
+                    Unit(*each) if run else patches.get(each)
+                    for each, run in zip(sublayers, runs, strict=True)
+                )
+            )
+        differ = (
+            next(at for at, (one, other) in enumerate(zip(*pair, strict=True)) if one != other)
+            for pair in pairwise(steps)
         )
-        return cls(sublayers, runs, (0, *(min(one - other) for one, other in pairwise(runs))))
+        return cls(tuple(steps), (0, *differ))
 
     def states(self, scorer: DecoderScorer, token_ids: Tensor) -> Iterator[Tensor]:
         """Hidden states [W, L, E] at the end, one depth after the other, each going on from a state that it shares."""
         kept = {0: scorer.embed(token_ids)}
-        for run, start in zip(self.runs, self.starts, strict=True):
+        for steps, start in zip(self.steps, self.starts, strict=True):
             hidden = kept[start]
-            for position in range(start, len(self.sublayers)):
+            for position in range(start, len(steps)):
                 if position in self.starts:
                     kept[position] = hidden
-                if position in run:
-                    hidden = scorer.run(self.sublayers[position], hidden)
+                step = steps[position]
+                if isinstance(step, Patch):
+                    hidden = scorer.apply(step, hidden)
+                elif step is not None:
+                    hidden = scorer.run(step, hidden)
             yield hidden
 
 
@@ -102,7 +117,7 @@ def score_texts(
 
     on_progress: windows done, times depths, and of how many.
     """
-    total, done = len(chain.runs) * sum(len(text.windows) for text in texts), 0
+    total, done = len(chain.steps) * sum(len(text.windows) for text in texts), 0
     for text in texts:
         found.append(TextScores(text))
         for token_ids, num_scored in batches(text.windows, _BATCH_TOKENS):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from sleb.benchmarks.quality.evaluate import measure_scores
 from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, compare, score_texts
 from sleb.benchmarks.quality.texts import Text, WindowedText, packed_windows, rolling_windows
 from sleb.engine.model.scoring import DecoderScorer
-from sleb.layer_map.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Patch, Patches, Unit
 
 TOKENS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(7)).tolist()
 ORDER = (Unit(3), Unit(1, "mlp"), Unit(1, "attention"), Unit(2, "attention"), Unit(4, "mlp"))
@@ -30,7 +32,7 @@ def windowed(windows, name="t"):
 def scores_at(scorer, chain, windows):
     found: list[TextScores] = []
     score_texts(scorer, chain, [windowed(windows)], found)
-    return [found[0].at(place) for place in range(len(chain.runs))]
+    return [found[0].at(place) for place in range(len(chain.steps))]
 
 
 def brute_force(dense, pruned, windows):
@@ -60,7 +62,7 @@ def test_against_transformers(name, scheme, tiny_model):
     scorer = DecoderScorer.load(str(model.path), device="cpu")
     depths = (0, 1, 3, 5)
     windows = scheme(TOKENS, 40)
-    found = scores_at(scorer, Chain.of(layer_map(), depths), windows)
+    found = scores_at(scorer, Chain.of(layer_map(), depths, 32), windows)
     for depth, scores in zip(depths, found, strict=True):
         expected = brute_force(model, model.without_sublayers(ORDER[:depth]), windows)
         losses, agreed, divergences = expected
@@ -71,11 +73,39 @@ def test_against_transformers(name, scheme, tiny_model):
     assert found[0].agreed.min() == 1 and found[0].divergences.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-window"])
+def test_patched_depths_against_transformers_with_hooks(name, tiny_model):
+    model = tiny_model(name)
+    scorer = DecoderScorer.load(str(model.path), device="cpu")
+    order, rng = (Unit(3), Unit(1, "attention"), Unit(2), Unit(1, "mlp")), np.random.default_rng(3)
+
+    def patch(first, last, first_depth, last_depth, form="full", **shapes):
+        drawn = {key: rng.normal(0, 0.2, shape).astype(np.float32) for key, shape in shapes.items()}
+        tensors = {"bias": rng.normal(0, 0.2, 32).astype(np.float32)} | drawn
+        return Patch(first, last, first_depth, last_depth, form, form == "full", tensors)
+
+    patches = (
+        patch((3, "attention"), (3, "mlp"), 1, 2, weight=(32, 32)),
+        patch((1, "attention"), (1, "attention"), 2, 3, "scale", scale=(32,)),
+        patch((2, "attention"), (3, "mlp"), 3, 3, "low-rank", down=(4, 32), up=(32, 4)),
+        patch((1, "attention"), (3, "mlp"), 4, None, weight=(32, 32)),
+    )
+    layers = replace(layer_map(order), patches=Patches.of(patches))
+    patches, windows, depths = layers.patches.load(), packed_windows(TOKENS, 40), (0, 1, 2, 3, 4)
+    found = scores_at(scorer, Chain.of(layers, depths, 32), windows)
+    for depth, scores in zip(depths, found, strict=True):
+        served = [each for each in patches if depth and each.serves(depth)]
+        losses, agreed, divergences = brute_force(model, model.patched(order[:depth], served), windows)
+        torch.testing.assert_close(scores.losses.double(), losses, atol=1e-4, rtol=0)
+        torch.testing.assert_close(scores.divergences.double(), divergences, atol=1e-4, rtol=0)
+        assert scores.agreed.tolist() == agreed.tolist()
+
+
 def test_whole_blocks_against_deleted_layers(tiny_model):
     model = tiny_model("llama3")
     scorer = DecoderScorer.load(str(model.path), device="cpu")
     windows = packed_windows(TOKENS, 50)
-    found = scores_at(scorer, Chain.of(layer_map((Unit(2), Unit(0), Unit(3))), (0, 3)), windows)
+    found = scores_at(scorer, Chain.of(layer_map((Unit(2), Unit(0), Unit(3))), (0, 3), 32), windows)
     losses, _, divergences = brute_force(model, model.without([2, 0, 3]), windows)
     torch.testing.assert_close(found[1].losses.double(), losses, atol=1e-4, rtol=0)
     torch.testing.assert_close(found[1].divergences.double(), divergences, atol=1e-4, rtol=0)
@@ -108,7 +138,7 @@ class Counting:
 
 def alone(chain_map, depth):
     """The state of one depth, computed from the start."""
-    [state] = Chain.of(chain_map, (depth,)).states(Counting(), torch.zeros(1, 1))
+    [state] = Chain.of(chain_map, (depth,), 1).states(Counting(), torch.zeros(1, 1))
     return state
 
 
@@ -120,7 +150,7 @@ def test_depths_share_what_they_have_in_common(seed):
     order = [units[place] for place in torch.randperm(16, generator=generator)[:9]]
     chain_map = layer_map(tuple(order), 8)
     depths = sorted(torch.randperm(10, generator=generator)[:5].tolist())
-    chain, scorer = Chain.of(chain_map, depths), Counting()
+    chain, scorer = Chain.of(chain_map, depths, 1), Counting()
     states = list(chain.states(scorer, torch.zeros(1, 1)))
     for depth, state in zip(depths, states, strict=True):
         assert torch.equal(state, alone(chain_map, depth))
@@ -133,7 +163,7 @@ def test_depths_share_what_they_have_in_common(seed):
 
 def test_logits_are_there_for_a_few_rows_at_a_time(monkeypatch, tiny_model):
     scorer = DecoderScorer.load(str(tiny_model("llama").path), device="cpu")
-    chain, windows = Chain.of(layer_map(), (0, 2)), packed_windows(TOKENS, 50)
+    chain, windows = Chain.of(layer_map(), (0, 2), 32), packed_windows(TOKENS, 50)
     whole = scores_at(scorer, chain, windows)
     monkeypatch.setattr(quality_scores, "_LOGIT_ENTRIES", 96 * 7)
     rows = []
@@ -181,7 +211,7 @@ def test_an_interrupt_loses_the_batch_under_way_alone(monkeypatch, tiny_model):
 
     texts = [windowed(packed_windows(TOKENS, 50), "one"), windowed(packed_windows(TOKENS[:100], 50), "two")]
     with pytest.raises(KeyboardInterrupt):
-        score_texts(scorer, Chain.of(layer_map(), (0, 1)), texts, found, interrupt)
+        score_texts(scorer, Chain.of(layer_map(), (0, 1), 32), texts, found, interrupt)
     assert [each.num_windows for each in found] == [2]
     assert len(found[0].at(1).losses) == 98 and not found[0].is_whole
 
