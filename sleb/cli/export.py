@@ -12,7 +12,7 @@ from sleb.cli.options import Model, with_options
 from sleb.cli.progress import Bar
 from sleb.cli.show import find_map
 from sleb.formats import EXPORT_FORMATS
-from sleb.formats.removal import Removal
+from sleb.formats.removal import PATCH_WAYS, Removal, check_way
 from sleb.models.resolve import shipped_map
 from sleb.options import option
 from sleb.terminal import tell
@@ -31,6 +31,11 @@ class ExportOptions:
     )
     depth: int | None = option(None, "How many removals.", unset="the map's recommended depth", minimum=0)
     max_shard_size: str = option("5GB", "Largest weight file: 5GB, 500MB.", metavar="SIZE")
+    patches: str = option(
+        "keep",
+        "Those of the depth: written exactly (decilm, zeroed), or left out.",
+        choices=PATCH_WAYS,
+    )
     force: bool = option(False, "Replace the output if it exists.")
 
 
@@ -43,26 +48,33 @@ def export(model: Model, options: ExportOptions) -> None:
     """
     name = options.layer_map or shipped_map(model)
     chosen = None if name is None else find_map(str(name))
-    if chosen is not None:
-        Removal(
-            chosen, chosen.depth if options.depth is None else options.depth
-        )  # the depth, before all else
+    if chosen is not None:  # the depth, before all else
+        check_way(
+            Removal(chosen, chosen.depth if options.depth is None else options.depth),
+            options.format,
+            options.patches,
+        )
     from sleb.formats.exporting import export_model, parse_size  # torch: not for help
+    from sleb.formats.provenance import lost
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Bar(*columns) as bar:
-        removal, text = export_model(
+        removal, written = export_model(
             model,
             options.format,
             options.output,
             layer_map=chosen,
             depth=options.depth,
+            patches=options.patches,
             force=options.force,
             shard_bytes=parse_size(options.max_shard_size),
             progress=lambda done, total: bar.show("writing weights", done, total),
         )
+    if text := lost(removal):
+        tell(f"note: {text}")
     if options.output is None:
-        typer.echo(text, nl=False)
+        typer.echo(written, nl=False)
         return
     kept, total = len(removal.kept_blocks), removal.layer_map.num_blocks
-    tell(f"Written to {options.output}: depth {removal.depth}, {kept} of {total} blocks")
+    with_patches = f" and {len(removal.mending.kept)} patches" if removal.mending.kept else ""
+    tell(f"Written to {options.output}: depth {removal.depth}, {kept} of {total} blocks{with_patches}")

@@ -6,16 +6,25 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.errors import ConfigError
-from sleb.formats.decilm import MODEL_FILE, decilm_config
+from sleb.formats.decilm import MODEL_FILE, decilm_blocks, decilm_config
 from sleb.formats.model_config import compact_config, full_config
 from sleb.formats.output import new_folder
+from sleb.formats.patched import (
+    as_mlp,
+    biases_field,
+    check_exact,
+    factors,
+    made_tensors,
+    zero_biases,
+    zero_tensors,
+)
 from sleb.formats.provenance import write_provenance
 from sleb.formats.removal import Removal
 from sleb.formats.safetensors_copy import (
@@ -26,6 +35,7 @@ from sleb.formats.safetensors_copy import (
     write_checkpoint,
 )
 from sleb.formats.source import Source
+from sleb.layer_map.patches import Array
 from sleb.layer_map.units import Sublayer
 from sleb.models.config import read_config
 
@@ -58,18 +68,22 @@ def export_folder(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the folder `target` in one of FOLDER_FORMATS. Memory stays small whatever the model's size.
+    """Writes the folder `target` in one of FOLDER_FORMATS. Memory holds the tensors of patches, and little else.
 
     Raises ConfigError for what the notation cannot express or a place that cannot be written, ModelError for a
     checkpoint that is not whole.
     """
     raw, checkpoint = read_config(source.path).values, open_checkpoint(source.path, source.spec)
-    config, choose = _PLANS[notation](raw, checkpoint.spec, removal)
+    plan = _PLANS[notation](raw, checkpoint.spec, removal)
+    config = plan.config
     if checkpoint.spec.tied_embeddings != source.spec.tied_embeddings:
         config["tie_word_embeddings"] = checkpoint.spec.tied_embeddings
     with new_folder(target, force=force, source=source.path) as folder:
         located = locate({**checkpoint.tensors, **checkpoint.extras})
-        tensors = [chosen for tensor in located if (chosen := choose(tensor)) is not None]
+        chosen = [each for tensor in located if (each := plan.choose(tensor)) is not None]
+        tensors = [each for each in chosen if each.name not in plan.made]
+        dtype = next(each.dtype for each in located if each.name == f"{source.spec.names.embed}.weight")
+        tensors += made_tensors(plan.made, dtype) + zero_tensors(plan.zeros, dtype)
         write_checkpoint(tensors, folder, shard_bytes=shard_bytes, progress=progress)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -79,10 +93,21 @@ def export_folder(
         write_provenance(folder, removal, source, notation)
 
 
-Choose = Callable[[LocatedTensor], LocatedTensor | None]
+@dataclass(frozen=True)
+class _Plan:
+    """What a checkpoint holds.
+
+    choose: a tensor of the source as it is written, or None. made: tensors of our own, which take the place of those of
+    the same name. zeros: shapes of others that are zero.
+    """
+
+    config: dict[str, Any]
+    choose: Callable[[LocatedTensor], LocatedTensor | None]
+    made: Mapping[str, Array] = field(default_factory=dict)
+    zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
+def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Plan:
     """The kept blocks only, numbered anew."""
     removal.whole_blocks("hf")
     new_number = {block: index for index, block in enumerate(removal.kept_blocks)}
@@ -96,10 +121,10 @@ def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tup
             return None
         return replace(tensor, name=f"{spec.names.block.format(block=new_number[block])}.{rest}")
 
-    return compact_config(raw, spec, removal.kept_blocks), choose
+    return _Plan(compact_config(raw, spec, removal.kept_blocks), choose)
 
 
-def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
+def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Plan:
     """Every tensor, but zeros for the output projections, and their biases, of what is removed."""
     if not spec.norm_first:
         raise ConfigError(
@@ -116,11 +141,41 @@ def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tupl
     def choose(tensor: LocatedTensor) -> LocatedTensor:
         return replace(tensor, zero=tensor.name in zeroed)
 
-    return full_config(raw, spec), choose
+    if not removal.mending.kept:
+        return _Plan(full_config(raw, spec), choose)
+    check_exact(spec, removal.mending.kept, "zeroed")
+    made: dict[str, Array] = {}
+    for patch in removal.mending.kept:
+        block = patch.first[0]  # its MLP is in the run, unless that is one attention alone
+        down, up = factors(patch)
+        if patch.last == (block, "attention") or 2 * len(down) > spec.intermediate_size:
+            raise ConfigError(
+                f"{patch.where}, of rank {len(down)}, has no room in format zeroed, which keeps it in a removed MLP of "
+                f"at least {2 * len(down)} features: use --format decilm or --patches drop"
+            )
+        prefix = spec.names.block.format(block=block)
+        tensors = as_mlp(spec, down, up, patch.tensors["bias"], spec.intermediate_size)
+        made |= {f"{prefix}.{name}": array for name, array in tensors.items()}
+    prefixes = [spec.names.block.format(block=block) for block in range(spec.num_blocks)]
+    zeros = (
+        {}
+        if spec.mlp_bias
+        else {
+            name: shape
+            for prefix in prefixes
+            for name, shape in zero_biases(spec, prefix).items()
+            if name not in made
+        }
+    )
+    return _Plan(full_config(raw, spec) | biases_field(spec), choose, made, zeros)
 
 
-def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tuple[dict[str, Any], Choose]:
-    """Every tensor but those of what is removed; blocks keep their numbers."""
+def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Plan:
+    """The tensors of what is kept, and of patches; blocks keep their numbers unless a patch needs one of its own."""
+    check_exact(spec, removal.mending.kept, "decilm")
+    blocks = decilm_blocks(spec, removal, removal.mending.kept)
+    prefixes = [spec.names.block.format(block=number) for number in range(len(blocks))]
+    written = {block.source: prefix for block, prefix in zip(blocks, prefixes, strict=True)}
     removed = set(removal.sublayers)
 
     def choose(tensor: LocatedTensor) -> LocatedTensor | None:
@@ -128,12 +183,20 @@ def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> tupl
         if place is None:
             return tensor
         sublayer = _sublayer(spec, *place)
-        return None if sublayer is None or sublayer in removed else tensor
+        if sublayer is None or sublayer in removed:
+            return None
+        return replace(tensor, name=f"{written[place[0]]}.{place[1]}")
 
-    return decilm_config(raw, spec, removal), choose
+    made: dict[str, Array] = {}
+    zeros: dict[str, tuple[int, ...]] = {}
+    for block, prefix in zip(blocks, prefixes, strict=True):
+        made |= {f"{prefix}.{name}": array for name, array in block.tensors.items()}
+        if removal.mending.kept and block.mlp and not spec.mlp_bias:
+            zeros |= zero_biases(spec, prefix)
+    return _Plan(decilm_config(raw, spec, blocks), choose, made, zeros)
 
 
-_PLANS: dict[str, Callable[[Mapping[str, Any], DecoderSpec, Removal], tuple[dict[str, Any], Choose]]] = {
+_PLANS: dict[str, Callable[[Mapping[str, Any], DecoderSpec, Removal], _Plan]] = {
     "hf": _compact,
     "zeroed": _zeroed,
     "decilm": _decilm,

@@ -6,6 +6,7 @@ the configuration from it (with --trust-remote-code) and runs a model of its own
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -42,6 +43,17 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
+class LinearAttention(nn.Module):
+    """A linear layer in place of an attention."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Tensor, None]:
+        return self.linear_attn(hidden_states), None
+
+
 class NoFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.zeros_like(hidden_states)
@@ -58,8 +70,21 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         for layer, block in zip(self.model.layers, config.block_configs, strict=True):
             if block.attention.no_op:
                 layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
+            elif block.attention.replace_with_linear:
+                layer.self_attn = LinearAttention(config.hidden_size)
             else:
                 layer.self_attn.layer_idx = num_attentions
                 num_attentions += 1
             if block.ffn.no_op:
                 layer.mlp, layer.post_attention_layernorm = NoFeedForward(), nn.Identity()
+            elif (size := intermediate_size(block.ffn, config.hidden_size)) != config.intermediate_size:
+                own = copy.deepcopy(config)
+                own.intermediate_size = size
+                layer.mlp = type(layer.mlp)(own)
+
+
+def intermediate_size(ffn: BlockSettings, hidden_size: int) -> int:
+    """The width of a block's MLP: what `ffn_mult` says, rounded up to a multiple of 256."""
+    if ffn.get("ffn_mult") is None:
+        return int(ffn.intermediate_size)
+    return -(-int(2 * ffn.ffn_mult * hidden_size / 3) // 256) * 256

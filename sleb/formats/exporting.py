@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from sleb.errors import ConfigError
@@ -14,7 +15,7 @@ from sleb.formats.checkpoint import export_folder
 from sleb.formats.llm_drop import write_llm_drop
 from sleb.formats.mergekit import write_mergekit
 from sleb.formats.output import check_file, check_folder, write_file
-from sleb.formats.removal import Removal
+from sleb.formats.removal import Mending, Removal, check_way
 from sleb.formats.removal_list import write_llama_cpp, write_removal_list
 from sleb.formats.safetensors_copy import SHARD_BYTES, Progress
 from sleb.formats.source import Source, choose_removal, open_source
@@ -37,20 +38,25 @@ def export_model(
     *,
     layer_map: LayerMap | str | os.PathLike[str] | None = None,
     depth: int | None = None,
+    patches: str = "keep",
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> tuple[Removal, str | None]:
     """Writes `model` at a depth of its map to `output`: a folder for FOLDER_FORMATS, else a text file.
 
-    Without `output` a text is only returned, as the second value. The first says what was removed. `progress`
-    counts bytes of weights. Raises ConfigError, ModelError or LayerMapError.
+    Without `output` a text is only returned, as the second value. The first says what was removed, and what became of
+    patches. patches: one of PATCH_WAYS. `progress` counts bytes of weights.
+    Raises ConfigError, ModelError or LayerMapError.
     """
     check_format(notation, EXPORT_FORMATS)
     target = None if output is None else Path(output)
     _check_place(notation, target, force)
     source = open_source(model, weights=notation in FOLDER_FORMATS, progress=progress is not None)
     removal = choose_removal(source, layer_map, depth)
+    check_way(removal, notation, patches)
+    found = removal.layer_map.patches_at(removal.depth, source.spec.hidden_size)
+    removal = replace(removal, mending=Mending(patches, found))
     if notation not in FOLDER_FORMATS:
         text = _TEXTS[notation](removal, source)
         if target is not None:

@@ -43,7 +43,53 @@ def provenance(removal: Removal, source: Source, notation: str) -> dict[str, Any
         "num_blocks": layer_map.num_blocks,
         "removed": [str(unit) for unit in removal.units],
         "kept_blocks": list(removal.kept_blocks),
+        "patches": _patches(removal),
     }
+
+
+def _patches(removal: Removal) -> dict[str, Any] | None:
+    """The patches of the depth and what became of them; None where there are none."""
+    mending, found = removal.mending, removal.layer_map.patches
+    if not mending.patches or found is None:
+        return None
+    return {
+        "written": mending.way,
+        "number": len(mending.patches),
+        "num_parameters": sum(patch.num_parameters for patch in mending.patches),
+        "sha256": found.sha256,
+        "record": asdict(found.record),
+    }
+
+
+def lost(removal: Removal) -> str | None:
+    """What an export has lost of the depth's patches, for people; None: nothing."""
+    mending = removal.mending
+    number = f"{len(mending.patches)} patch{'es' * (len(mending.patches) > 1)}"
+    if not mending.patches or mending.way == "keep":
+        return None
+    return f"the depth's {number} are left out: it is worse than this depth of the layer map served by sleb"
+
+
+_KEPT = {
+    "decilm": (
+        "Where blocks stood are {number} linear maps of the residual stream, fitted in closed form, exactly as sleb "
+        "computes them: as a linear layer in place of an attention, with a narrow MLP that only adds its bias, or, of "
+        "low rank, as a narrow MLP. transformers (with the class here) and llama.cpp run both, vLLM the narrow MLPs "
+        "alone."
+    ),
+    "zeroed": (
+        "Where blocks stood are {number} linear maps of the residual stream, fitted in closed form and written as MLPs "
+        "that compute exactly them."
+    ),
+}
+
+
+def _patch_lines(record: dict[str, Any], removal: Removal) -> list[str]:
+    if record["patches"] is None:
+        return []
+    text = lost(removal)
+    kept = _KEPT.get(record["format"], "").format(number=record["patches"]["number"])
+    return ["", f"{text[0].upper()}{text[1:]}." if text else kept]
 
 
 def write_provenance(folder: Path, removal: Removal, source: Source, notation: str) -> None:
@@ -71,6 +117,7 @@ def model_card(record: dict[str, Any], removal: Removal, source: Source) -> str:
         "",
         f"{record['source_model']} without {len(record['removed'])} of its {units}, removed by "
         f"[SLEB](https://arxiv.org/abs/2402.09025) without any training afterwards. {_WHAT[record['format']]}",
+        *_patch_lines(record, removal),
         "",
         "| | |",
         "|---|---|",

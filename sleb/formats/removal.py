@@ -10,7 +10,27 @@ from typing import Any
 from sleb.errors import ConfigError, LayerMapError
 from sleb.fields import shown_path
 from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import CalibrationRecord, Sublayer, Unit, is_int
+
+PATCH_WAYS = ("keep", "drop")
+_HOLD_PATCHES = ("decilm", "zeroed")
+
+
+@dataclass(frozen=True)
+class Mending:
+    """What becomes of the patches of a depth in an export.
+
+    Attributes:
+        way: "keep": they are written as they are; "drop": they are not.
+    """
+
+    way: str = "keep"
+    patches: tuple[Patch, ...] = ()
+
+    @property
+    def kept(self) -> tuple[Patch, ...]:
+        return self.patches if self.way == "keep" else ()
 
 
 @dataclass(frozen=True)
@@ -19,6 +39,7 @@ class Removal:
 
     layer_map: LayerMap
     depth: int
+    mending: Mending = Mending()
 
     def __post_init__(self) -> None:
         if not is_int(self.depth) or not 1 <= self.depth <= self.layer_map.max_depth:
@@ -69,6 +90,19 @@ class Removal:
                 "blockpruner, or a depth of whole blocks"
             )
         return self.blocks
+
+
+def check_way(removal: Removal, notation: str, way: str) -> None:
+    """Raises ConfigError where the patches of the depth cannot be written that way: they are never lost in silence."""
+    if way not in PATCH_WAYS:
+        raise ConfigError(f"patches {way!r} is unknown: choose {', '.join(PATCH_WAYS)}")
+    patches = removal.layer_map.patches
+    number = 0 if patches is None else len(patches.at(removal.depth))
+    if way == "keep" and number and notation not in _HOLD_PATCHES:
+        raise ConfigError(
+            f"depth {removal.depth} has {number} patch{'es' * (number > 1)}, which format {notation} cannot hold: use "
+            f"--format decilm, which holds them exactly, or --patches drop, which leaves them out"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Checkpoints written from other checkpoints' bytes: no tensor is decoded, none is ever whole in memory."""
+"""Checkpoints written from other checkpoints' bytes: none of their tensors is decoded or ever whole in memory."""
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ class LocatedTensor:
     start: int
     num_bytes: int
     zero: bool = False  # zeros in its place: in every dtype of safetensors those are zero bytes
+    data: bytes | None = None  # these in its place
 
 
 def locate(tensors: Mapping[str, StoredTensor]) -> list[LocatedTensor]:
@@ -124,7 +126,8 @@ def _header(tensors: Iterable[LocatedTensor]) -> bytes:
 def _copy(tensor: LocatedTensor, target: BinaryIO) -> Iterable[int]:
     """Writes the bytes of a tensor, a chunk at a time; yields the size of each."""
     left = tensor.num_bytes
-    with tensor.file.open("rb") as source:
+    made = tensor.zero or tensor.data is not None
+    with io.BytesIO(tensor.data or b"") if made else tensor.file.open("rb") as source:
         source.seek(tensor.start)
         while left:
             size = min(left, _CHUNK_BYTES)
