@@ -16,7 +16,7 @@ from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import RotaryTables
 from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
 from sleb.kernels.cpu import records
-from sleb.kernels.cpu.library import ACTIVATIONS, FORMATS, NORMS, PAGE_SIZES, CpuKernels
+from sleb.kernels.cpu.library import ACTIVATIONS, ATTENTION, FORMATS, MLP, NORMS, PAGE_SIZES, CpuKernels
 
 
 def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
@@ -65,6 +65,7 @@ class CpuExecutor:
         self._kept: list[object] = []  # what the records point to
         self._logits = torch.empty(0)
         self._tables: RotaryTables | None = None
+        self._unit_starts = array("i", [0]) * len(plan)
         self._argmax = (ctypes.c_int32 * max_num_seqs)()
         self._dtype = weights.dtype
         self._head = kernels.pack(weights.head.weight, weights.head.bias)
@@ -114,7 +115,8 @@ class CpuExecutor:
             context_lens=_address(step.context_lens),
             page_starts=_address(step.page_starts),
             pages=_address(step.pages),
-            unit_sequences=_address(step.unit_rows),
+            unit_starts=_address(self._unit_starts),
+            unit_ends=_address(step.unit_rows),
             samples=_address(sampled),
         )
         logits: Tensor | None = None
@@ -184,7 +186,7 @@ class CpuExecutor:
         self, unit: records.Unit, block: int, weights: AttentionWeights, num_pages: int
     ) -> None:
         spec, kernels = self._spec, self._kernels
-        unit.is_attention = 1
+        unit.kind = ATTENTION
         unit.norm = self._norm(weights.norm)
         unit.first = kernels.pack(weights.qkv.weight, weights.qkv.bias)
         unit.second = kernels.pack(weights.out.weight, weights.out.bias)
@@ -200,6 +202,7 @@ class CpuExecutor:
 
     def _fill_mlp(self, unit: records.Unit, weights: MLPWeights) -> None:
         spec, kernels = self._spec, self._kernels
+        unit.kind = MLP
         unit.norm = self._norm(weights.norm)
         unit.activation = ACTIVATIONS[spec.activation]
         unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)

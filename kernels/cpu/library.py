@@ -22,6 +22,7 @@ from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.reference.ops import Numbers
 
 F32, F16, BF16, I8, I4 = (HEADER.constants[f"SLEB_{name}"] for name in ("F32", "F16", "BF16", "I8", "I4"))
+ATTENTION, MLP, PATCH = (HEADER.constants[f"SLEB_{name}"] for name in ("ATTENTION", "MLP", "PATCH"))
 FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 NORMS = {"rms": HEADER.constants["SLEB_NORM_RMS"], "layer": HEADER.constants["SLEB_NORM_LAYER"]}
 ACTIVATIONS = {

@@ -1,4 +1,4 @@
-/* One step: every sublayer over the rows that run it, then the head over the rows that sample. All threads walk the
+/* One step: every unit over the rows that run it, then the head over the rows that sample. All threads walk the
  * same plan; what follows a barrier may read what any thread wrote before it. The whole step is one call, because a
  * block is seven phases of a few to a few hundred microseconds, too short for a dispatch each. */
 #ifndef SLEB_FORWARD_H
@@ -107,6 +107,39 @@ static void run_mlp(const pass *p, const sleb_unit *u, int32_t rows, sleb_local 
     sleb_barrier(m->pool);
 }
 
+/* Over rows [first, first + rows) of the residual. */
+static void run_patch(const pass *p, const sleb_unit *u, int32_t first, int32_t rows, sleb_local *local,
+                      int32_t index) {
+    const sleb_model *m = p->model;
+    sleb_workspace *ws = m->workspace;
+    float *residual = ws->residual + (size_t)first * m->hidden_size;
+    if (u->scale) {
+        int32_t begin, end;
+        while (sleb_take(m->pool, rows, &begin, &end))
+            for (int32_t row = begin; row < end; row++)
+                scale_row(residual + (size_t)row * m->hidden_size, m->hidden_size, u->scale, u->shift);
+        sleb_barrier(m->pool);
+        return;
+    }
+    int32_t is_full = u->first.data == NULL;
+    operand x = prepare(m, is_full ? &u->second : &u->first, u->normed ? &u->norm : NULL, residual, m->hidden_size,
+                        rows, local);
+    if (!is_full) {
+        int32_t kind = written_kind(&u->second, rows);
+        if (index == 0) clear_padding(ws->activated, u->second.k, kind, rows);
+        epilogue store = {.target = TO_ACTIVATE, .activation = SLEB_IDENTITY, .kind = kind, .out = ws->activated,
+                          .stride = row_bytes(u->second.k, kind)};
+        multiply(m->pool, &u->first, &x, &store, rows, local);
+        sleb_barrier(m->pool);
+        x = written(m, &u->second, ws->activated, kind, rows, local);
+    } else if (rows <= SLEB_FEW_ROWS) {
+        sleb_barrier(m->pool); /* each thread has read, on its own, what the product now adds to */
+    }
+    epilogue add = {.target = TO_ADD, .out = (char *)residual, .stride = (size_t)m->hidden_size * 4};
+    multiply(m->pool, &u->second, &x, &add, rows, local);
+    sleb_barrier(m->pool);
+}
+
 /* The row of token `id` in the packed head, in the order of features. */
 static void unpack_row(const sleb_linear *w, int32_t id, float *out) {
     int32_t panel = id / SLEB_PANEL, half = id % SLEB_PANEL / 16, lane = id % 16;
@@ -204,12 +237,16 @@ static void forward_thread(void *argument, int32_t index) {
     if (index == 0) plan_pieces(m, s, ws);
     sleb_barrier(m->pool);
     for (int32_t number = 0; number < m->num_units; number++) {
-        int32_t sequences = s->unit_sequences[number];
-        if (sequences == 0) continue;
-        if (m->units[number].is_attention)
-            run_attention(p, &m->units[number], sequences, s->query_starts[sequences], local, index);
+        const sleb_unit *u = &m->units[number];
+        int32_t sequences = s->unit_ends[number], first = s->query_starts[s->unit_starts[number]];
+        int32_t rows = s->query_starts[sequences] - first;
+        if (rows == 0) continue;
+        if (u->kind == SLEB_ATTENTION)
+            run_attention(p, u, sequences, rows, local, index);
+        else if (u->kind == SLEB_MLP)
+            run_mlp(p, u, rows, local, index);
         else
-            run_mlp(p, &m->units[number], s->query_starts[sequences], local, index);
+            run_patch(p, u, first, rows, local, index);
     }
     if (s->num_samples > 0) {
         while (sleb_take(m->pool, s->num_samples, &begin, &end))

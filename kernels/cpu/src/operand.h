@@ -83,6 +83,15 @@ static void norm_row(const float *x, int32_t features, int32_t norm_kind, const 
     }
 }
 
+/* x = scale x + shift. */
+static void scale_row(float *x, int32_t features, const float *scale, const float *shift) {
+    for (int32_t at = 0; at < features; at += 16) {
+        __mmask16 mask = tail_mask(features - at);
+        __m512 factor = _mm512_maskz_loadu_ps(mask, scale + at), add = _mm512_maskz_loadu_ps(mask, shift + at);
+        _mm512_mask_storeu_ps(x + at, mask, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + at), factor, add));
+    }
+}
+
 /* One row x [features], normed if there is a norm, as row `row` of an operand. `scratch` holds a row in float32. */
 static void prepare_row(const float *x, int32_t features, int32_t norm_kind, const sleb_norm *norm, float eps,
                         float *scratch, int32_t row, operand *into) {

@@ -103,6 +103,7 @@ INLINE __m512 activate_ps(__m512 x, int32_t activation) {
     case SLEB_SILU: return silu_ps(x);
     case SLEB_RELU: return _mm512_max_ps(_mm512_setzero_ps(), x); /* of a NaN the second */
     case SLEB_GELU: return gelu_ps(x);
+    case SLEB_IDENTITY: return x;
     default: return gelu_tanh_ps(x);
     }
 }

@@ -22,7 +22,8 @@ enum { SLEB_PANEL = 32, SLEB_GROUP = 32 };
 enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4 };
 
 enum { SLEB_NORM_RMS, SLEB_NORM_LAYER };
-enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH };
+enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH, SLEB_IDENTITY };
+enum { SLEB_ATTENTION, SLEB_MLP, SLEB_PATCH };
 
 /* A packed matrix [n, k]. When gated, rows [0, n/2) are gate and the rest up, and a panel holds 16 of each. */
 typedef struct {
@@ -36,13 +37,17 @@ typedef struct {
     const float *weight, *bias; /* [features] or NULL */
 } sleb_norm;
 
-/* One sublayer: norm, a first product (qkv, or up), attention or activation, a second product (out, or down). */
+/* What rows of the residual run. A sublayer: norm, a first product (qkv, or up), attention or activation, a second
+ * product (out, or down). A patch: the same without anything between its products; without a first one if it is of full
+ * rank; x = scale x + shift if there is a scale. */
 typedef struct {
     sleb_norm norm;
     sleb_linear first, second;
     const float *query_norm, *key_norm; /* [D] or NULL */
     void *key_cache, *value_cache;      /* attention only; see attention.h for the layout of a page */
-    int32_t is_attention;
+    const float *scale, *shift;         /* [E] or NULL; patches only */
+    int32_t kind;
+    int32_t normed;     /* patches only; sublayers are */
     int32_t rotate;     /* whether this block rotates its queries and keys */
     int32_t window;     /* a token sees itself and the window - 1 before it; 0 for all */
     int32_t activation; /* MLP only */
@@ -66,7 +71,7 @@ typedef struct {
     sleb_workspace *workspace;
 } sleb_model;
 
-/* One forward pass. Sequences by ascending depth, so that every unit runs a prefix of them. */
+/* One forward pass. Sequences by ascending depth: each unit runs neighbours, a sublayer the first ones. */
 typedef struct {
     int32_t num_tokens, num_sequences, num_samples, reserved;
     const int32_t *token_ids, *positions;       /* [T] */
@@ -74,7 +79,7 @@ typedef struct {
     const int32_t *context_lens;                /* [S], new tokens included */
     const int32_t *page_starts;                 /* [S], where a sequence's pages begin in `pages` */
     const int32_t *pages;
-    const int32_t *unit_sequences;              /* [units]: how many sequences run it */
+    const int32_t *unit_starts, *unit_ends;     /* [units]: the first sequence that runs it, and that past the last */
     const int32_t *samples;                     /* [B], tokens whose logits are wanted */
     float *logits;                              /* [B, V] or NULL */
     int32_t *argmax;                            /* [B] or NULL */

@@ -14,7 +14,8 @@
 /* No size is a multiple of a panel or a group, so that all tails run. */
 enum {
     HIDDEN = 72, HEADS = 4, KV_HEADS = 2, DIM = 24, MIDDLE = 88, VOCAB = 301, BLOCKS = 3, PAGE = 16, HALF = 8,
-    SEQUENCES = 7, MAX_TOKENS = 160, LONGEST = 1100, PAGES = (LONGEST + PAGE - 1) / PAGE, DEPTHS = 3
+    SEQUENCES = 7, MAX_TOKENS = 160, LONGEST = 1100, PAGES = (LONGEST + PAGE - 1) / PAGE, DEPTHS = 3, RANK = 21,
+    PATCHES = 3, UNITS = 2 * BLOCKS + PATCHES
 };
 
 static uint64_t state;
@@ -73,8 +74,8 @@ static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_
     for (int32_t i = 0; i < 2 * BLOCKS; i++) {
         sleb_unit *u = &units[i];
         u->norm.weight = random_floats(HIDDEN, 1.0f, 0.2f);
-        u->is_attention = i % 2 == 0;
-        if (u->is_attention) {
+        u->kind = i % 2 == 0 ? SLEB_ATTENTION : SLEB_MLP;
+        if (u->kind == SLEB_ATTENTION) {
             u->first = random_linear(pool, format, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, 0, i == 0);
             u->second = random_linear(pool, format, HIDDEN, HEADS * DIM, 0, i == 2);
             u->key_cache = must(sleb_map(cache, 0)), u->value_cache = must(sleb_map(cache, 0));
@@ -87,6 +88,12 @@ static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_
             u->second = random_linear(pool, format, HIDDEN, MIDDLE, 0, 0);
         }
     }
+    for (int32_t i = 2 * BLOCKS; i < UNITS; i++) units[i].kind = SLEB_PATCH, units[i].normed = 1;
+    sleb_unit *low_rank = &units[2 * BLOCKS], *full = low_rank + 1, *scale = full + 1;
+    low_rank->first = random_linear(pool, format, RANK, HIDDEN, 0, 0);
+    low_rank->second = random_linear(pool, format, HIDDEN, RANK, 0, 1);
+    full->second = random_linear(pool, format, HIDDEN, HIDDEN, 0, 1);
+    scale->scale = random_floats(HIDDEN, 1.0f, 0.2f), scale->shift = random_floats(HIDDEN, 0.0f, 0.1f);
 }
 
 typedef struct {
@@ -98,12 +105,12 @@ static void add_bits(run_state *run, const void *data, size_t bytes) {
     for (size_t i = 0; i < bytes; i++) run->sum = (run->sum ^ ((const uint8_t *)data)[i]) * UINT64_C(1099511628211);
 }
 
-/* Sequence i has depth i % DEPTHS; the last BLOCKS - 1 blocks go one by one. */
+/* Sequence i has depth i % DEPTHS; the last BLOCKS - 1 blocks go one by one, and what lacks any has the patches. */
 static void one_step(const sleb_isa *isa, const sleb_model *m, run_state *run, char *scratch) {
     static int32_t token_ids[MAX_TOKENS], positions[MAX_TOKENS], pages[SEQUENCES * PAGES];
     static float logits[SEQUENCES * VOCAB];
     int32_t starts[SEQUENCES + 1] = {0}, lens[SEQUENCES], page_starts[SEQUENCES], depths[SEQUENCES];
-    int32_t counts[2 * BLOCKS], samples[SEQUENCES], argmax[SEQUENCES], rows = 0, tokens = 0;
+    int32_t firsts[UNITS] = {0}, counts[UNITS], samples[SEQUENCES], argmax[SEQUENCES], rows = 0, tokens = 0;
     int32_t lone = below(3) == 0, chosen = below(SEQUENCES); /* one sequence alone: its context is split */
     for (int32_t depth = 0; depth < DEPTHS; depth++)
         for (int32_t q = depth; q < SEQUENCES; q += DEPTHS) {
@@ -123,16 +130,17 @@ static void one_step(const sleb_isa *isa, const sleb_model *m, run_state *run, c
             samples[rows] = tokens - 1, starts[++rows] = tokens;
         }
     if (rows == 0) return;
-    for (int32_t unit = 0; unit < 2 * BLOCKS; unit++) {
+    for (int32_t unit = 0; unit < UNITS; unit++) {
         counts[unit] = 0;
         for (int32_t row = 0; row < rows; row++) counts[unit] += unit / 2 < BLOCKS - depths[row];
+        if (unit >= 2 * BLOCKS) firsts[unit] = counts[2 * BLOCKS - 1], counts[unit] = rows;
     }
     int32_t way = below(4);
     sleb_step step = {
         .num_tokens = tokens, .num_sequences = rows, .num_samples = way == 3 ? 0 : rows, .token_ids = token_ids,
         .positions = positions, .query_starts = starts, .context_lens = lens, .page_starts = page_starts,
-        .pages = pages, .unit_sequences = counts, .samples = samples, .logits = way == 1 ? NULL : logits,
-        .argmax = way == 0 ? NULL : argmax,
+        .pages = pages, .unit_starts = firsts, .unit_ends = counts, .samples = samples,
+        .logits = way == 1 ? NULL : logits, .argmax = way == 0 ? NULL : argmax,
     };
     isa->forward(m, &step);
     if (step.num_samples && step.argmax) add_bits(run, argmax, (size_t)rows * 4);
@@ -163,12 +171,12 @@ int main(int argc, char **argv) {
     state = argc > 5 ? (uint64_t)atoll(argv[5]) : 88172645463325252u;
     /* 20 µs of spinning: threads both spin and sleep between steps. */
     sleb_pool *pool = must(sleb_pool_create(threads, NULL, 20000));
-    sleb_unit units[2 * BLOCKS] = {0};
+    sleb_unit units[UNITS] = {0};
     int32_t kv_format = format > SLEB_BF16 ? SLEB_BF16 : format;
     fill_units(units, pool, format, kv_format == SLEB_F32 ? 4 : 2);
     sleb_model m = {
         .hidden_size = HIDDEN, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .rotary_half = HALF,
-        .vocab_size = VOCAB, .norm_kind = SLEB_NORM_RMS, .num_units = 2 * BLOCKS, .page_size = PAGE,
+        .vocab_size = VOCAB, .norm_kind = SLEB_NORM_RMS, .num_units = UNITS, .page_size = PAGE,
         .kv_format = kv_format, .embed_packed = 1, .max_tokens = MAX_TOKENS, .norm_eps = 1e-5f, .scale = 0.2f,
         .cos = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),
         .sin = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),

@@ -224,6 +224,81 @@ def test_a_row_of_zeros_and_large_values(kernels):
             assert error < 0.05 * 1e4 * 64**0.5
 
 
+class TestPatch:
+    """Steps of patches alone: the residual begins as the embedding, and each touches its range of it."""
+
+    WIDTH, RANK = 100, 13
+
+    def unit(self, kernels, kind, form, normed, seed):
+        """A patch's record, and its arithmetic in float64 over rows that have been through its norm."""
+        width, bias = self.WIDTH, randn(self.WIDTH, seed=seed)
+        unit = records.Unit(kind=library.PATCH, normed=normed)
+        if form == "scale":
+            scale = 1 + randn(width, seed=seed + 1)
+            unit.scale, unit.shift = kernels.keep(scale), kernels.keep(bias)
+            return unit, lambda rows, x: x * scale.double() + bias.double()
+        second, up = make_weight(kind, width, width if form == "full" else self.RANK, seed + 2)
+        unit.second = kernels.pack(second, bias)
+        if form == "full":
+            return unit, lambda rows, x: expected_operand(kernels, kind, rows, x)[0] @ up.T + bias.double()
+        first, down = make_weight(kind, self.RANK, width, seed + 3)
+        unit.first = kernels.pack(first)
+
+        def low_rank(rows, x):
+            between = expected_operand(kernels, kind, rows, x)[0] @ down.T
+            return expected_operand(kernels, kind, rows, between.float())[0] @ up.T + bias.double()
+
+        return unit, low_rank
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("norm", ["rms", "layer"])
+    def test_ranges_of_rows(self, kernels, kind, norm):
+        """Single tokens and chunks, an empty range; the rows before and after it stay as they are, to the bit."""
+        lengths = [1, 1, 3, 40, 2, 1, 7, 1]
+        starts, count = [0, *itertools.accumulate(lengths)], sum(lengths)
+        embed = 3 * randn(count, self.WIDTH, seed=9) + 0.5
+        forms = [("full", 1), ("low-rank", 1)] + [("scale", 0), ("full", 0), ("low-rank", 0)] * (
+            norm == "rms"
+        )
+        with Rig(
+            kernels, hidden_size=self.WIDTH, norm_kind=library.NORMS[norm], vocab_size=count, widest=self.WIDTH,
+            max_tokens=count, embed=embed.data_ptr(), num_units=1, head=kernels.pack(torch.zeros(count, self.WIDTH)),
+        ) as rig:  # fmt: skip
+            for seed, (form, normed) in enumerate(forms):
+                unit, patch = self.unit(kernels, kind, form, normed, seed)
+                rig.model.units = ctypes.addressof(unit)
+                for first, end in [(0, 8), (5, 6), (2, 5), (3, 3)]:
+                    found = self.run(kernels, rig, lengths, starts, first, end).view(embed.shape)
+                    rows = slice(starts[first], starts[end])
+                    x, expected = embed[rows], embed.double()
+                    if normed and norm == "rms":
+                        x = reference.rms_norm(x, None, 1e-5)
+                    elif normed:
+                        x = reference.layer_norm(x, None, None, 1e-5)
+                    if first < end:
+                        patched = patch(rows.stop - rows.start, x)
+                        expected[rows] = patched if form == "scale" else expected[rows] + patched
+                    # What lies at the border of two values of an operand is rounded to either.
+                    tolerance = 1e-5 if kind in ("float32", "float16") else 1e-2
+                    atol = tolerance * float(expected.abs().max())
+                    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=0)
+                    others = torch.ones(count, dtype=torch.bool)
+                    others[rows] = False
+                    assert torch.equal(found[others], embed[others])
+
+    def run(self, kernels, rig, lengths, starts, first, end):
+        """The residual after a step of sequences of these lengths, of which those in [first, end) run the patch."""
+        arrays = [array("i", values) for values in (range(starts[-1]), starts, lengths, [first], [end])]
+        at = [values.buffer_info()[0] for values in arrays]
+        step = records.Step(
+            num_tokens=starts[-1], num_sequences=len(lengths), token_ids=at[0], positions=at[0], query_starts=at[1],
+            context_lens=at[2], unit_starts=at[3], unit_ends=at[4],
+        )  # fmt: skip
+        kernels.isa.forward(rig.model, step)
+        address = kernels.library.sleb_workspace_residual(rig.model.workspace)
+        return torch.tensor((ctypes.c_float * (starts[-1] * self.WIDTH)).from_address(address))
+
+
 class TestHead:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("vocab", [17, 64, 1000])
