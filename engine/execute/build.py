@@ -103,7 +103,7 @@ def build_executor(
     executor: Executor
     if setup is not None:
         executor = setup.build(max_model_len, num_pages)
-    elif kernels.cpu is not None and not weights.patches:
+    elif kernels.cpu is not None:
         executor = CpuExecutor(
             kernels.cpu,
             spec,

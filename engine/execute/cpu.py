@@ -14,9 +14,18 @@ from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import RotaryTables
-from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm
+from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm, PatchWeights
 from sleb.kernels.cpu import records
-from sleb.kernels.cpu.library import ACTIVATIONS, ATTENTION, FORMATS, MLP, NORMS, PAGE_SIZES, CpuKernels
+from sleb.kernels.cpu.library import (
+    ACTIVATIONS,
+    ATTENTION,
+    FORMATS,
+    MLP,
+    NORMS,
+    PAGE_SIZES,
+    PATCH,
+    CpuKernels,
+)
 
 
 def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
@@ -65,26 +74,24 @@ class CpuExecutor:
         self._kept: list[object] = []  # what the records point to
         self._logits = torch.empty(0)
         self._tables: RotaryTables | None = None
-        self._unit_starts = array("i", [0]) * len(plan)
         self._argmax = (ctypes.c_int32 * max_num_seqs)()
         self._dtype = weights.dtype
         self._head = kernels.pack(weights.head.weight, weights.head.bias)
         self._model = self._make_model(weights, max_model_len, max_num_tokens)
         units = (records.Unit * len(plan))()
-        widest = spec.hidden_size
         for unit, planned in zip(units, plan, strict=True):
-            assert not isinstance(planned.unit, int), "patches do not run here yet"
-            block, part = planned.unit
-            if part == "attention":
+            if isinstance(planned.unit, int):
+                self._fill_patch(unit, weights.patches[planned.unit])
+            elif planned.unit[1] == "attention":
+                block = planned.unit[0]
                 self._fill_attention(unit, block, weights.attention.pop(block), num_pages)
             else:
-                self._fill_mlp(unit, weights.mlp.pop(block))
+                self._fill_mlp(unit, weights.mlp.pop(planned.unit[0]))
                 kernels.library.sleb_trim()
-            widest = max(widest, unit.second.k)
         self._kept.append(units)
         self._model.units = ctypes.addressof(units)
         self._model.num_units = len(plan)
-        self._make_workspace(widest, max_num_seqs)
+        self._make_workspace(units, max_num_seqs)
 
     @property
     def num_threads(self) -> int:
@@ -115,7 +122,7 @@ class CpuExecutor:
             context_lens=_address(step.context_lens),
             page_starts=_address(step.page_starts),
             pages=_address(step.pages),
-            unit_starts=_address(self._unit_starts),
+            unit_starts=_address(step.unit_starts),
             unit_ends=_address(step.unit_rows),
             samples=_address(sampled),
         )
@@ -208,13 +215,26 @@ class CpuExecutor:
         unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
         unit.second = kernels.pack(weights.down.weight, weights.down.bias)
 
-    def _make_workspace(self, widest: int, max_num_seqs: int) -> None:
+    def _fill_patch(self, unit: records.Unit, weights: PatchWeights) -> None:
+        kernels = self._kernels
+        unit.kind = PATCH
+        unit.normed = weights.normed
+        if weights.first is not None:
+            unit.first = kernels.pack(weights.first.weight)
+        if weights.second is not None:
+            unit.second = kernels.pack(weights.second.weight, weights.second.bias)
+        unit.scale, unit.shift = kernels.keep(weights.scale), kernels.keep(weights.bias)
+
+    def _make_workspace(self, units: ctypes.Array[records.Unit], max_num_seqs: int) -> None:
         spec, library = self._spec, self._kernels.library
         size = ctypes.c_size_t()
         # Prompt logprobs go through the head in pieces of as many rows.
         self._max_samples = max(max_num_seqs, 64)
+        attended = [unit.second.k for unit in units if unit.kind == ATTENTION]
+        activated = max((unit.second.k for unit in units if unit.kind != ATTENTION), default=0)
+        widest = max(spec.hidden_size, activated, *attended)
         workspace = library.sleb_workspace_create(
-            self._model, widest, spec.intermediate_size, self._max_samples, max_num_seqs, size
+            self._model, widest, activated, self._max_samples, max_num_seqs, size
         )
         if not workspace:
             raise MemoryError("the system gives no memory for the workspace")

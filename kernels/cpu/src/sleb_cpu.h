@@ -156,7 +156,7 @@ SLEB_EXPORT void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *va
 SLEB_EXPORT size_t sleb_sample_bytes(int32_t vocab_size);
 
 /* Memory for steps of up to m->max_tokens tokens, `samples` sampling rows and `sequences`. widest: most inputs of any
- * matrix; activated: most inputs of a second product of an MLP. NULL when the system gives none. */
+ * matrix; activated: most inputs of a second product of an MLP or a patch. NULL when the system gives none. */
 SLEB_EXPORT sleb_workspace *sleb_workspace_create(const sleb_model *m, int32_t widest, int32_t activated,
                                                   int32_t samples, int32_t sequences, size_t *bytes);
 SLEB_EXPORT void sleb_workspace_destroy(sleb_workspace *ws, size_t bytes);

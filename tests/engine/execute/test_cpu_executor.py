@@ -82,6 +82,74 @@ def test_removed_sublayers_add_nothing(name, units, tiny_model, make, make_reque
     close(forward(engine, [(request, 0, len(prompt))]), model.without_sublayers(units).logits(prompt))
 
 
+def with_patches(model, removed, patches):
+    """transformers without the blocks `removed`, and with a hook behind the last block of each patch's run."""
+    bare = model.without_sublayers([Unit(block) for block in removed])
+    layers = next(each.layers for each in bare.model.modules() if hasattr(each, "layers"))
+    is_opt, eps = model.model.config.model_type == "opt", getattr(model.model.config, "rms_norm_eps", 1e-5)
+
+    def apply(patch, hidden):
+        tensors = {name: torch.from_numpy(tensor).float() for name, tensor in patch.tensors.items()}
+        if patch.form == "scale":
+            return hidden * tensors["scale"] + tensors["bias"]
+        centred = hidden - hidden.mean(-1, keepdim=True) if is_opt else hidden
+        rms = (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        weight = tensors["weight"] if patch.form == "full" else tensors["up"] @ tensors["down"]
+        return hidden + (centred / rms if patch.normed else hidden) @ weight.T + tensors["bias"]
+
+    for each in patches:
+        layers[each.last[0]].register_forward_hook(
+            lambda module, inputs, output, patch=each: apply(patch, output)
+        )
+    return bare
+
+
+@pytest.mark.parametrize(("name", "width"), [("llama-gqa", 32), ("llama-gqa", 44), ("opt", 32)])
+def test_patched_rows_of_a_mixed_step(
+    name, width, level, tiny_model, make, make_request, forward, random_patch, tmp_path
+):
+    """Chunks, then the rest and single tokens: each row as alone, and as transformers with the same patches."""
+    model, chain, depths, lengths = tiny_model(name), (4, 1, 3, 2), (0, 0, 2, 3, 3, 4), (9, 2, 20, 6, 5, 38)
+    if width != 32:
+        config = copy.deepcopy(model.model.config)
+        config.hidden_size, config.head_dim, config.initializer_range = width, 8, 0.2
+        torch.manual_seed(0)
+        odd = type(model.model)(config).float().eval()
+        odd.save_pretrained(tmp_path)
+        model = type(model)("odd", tmp_path, odd)
+    patches = [
+        random_patch(width, (4, "attention"), (4, "mlp"), 1, 2),
+        random_patch(width, (1, "attention"), (1, "mlp"), 2, 3, form="low-rank"),
+        random_patch(width, (3, "attention"), (4, "mlp"), 3, None, normed=False),
+        random_patch(width, (1, "attention"), (2, "mlp"), 4, 4, form="scale"),
+    ]
+    engine = make(model, chain, (0, 2, 3, 4), patches=patches).engine
+    prompts = [PROMPT[row : row + length] for row, length in enumerate(lengths)]
+    expected = [
+        with_patches(model, chain[:depth], [each for each in patches if each.serves(depth)]).logits(prompt)
+        for depth, prompt in zip(depths, prompts, strict=True)
+    ]
+
+    def run(rows):
+        requests = [
+            make_request(prompts[row], engine.tier(depths[row]), [3 * row, 3 * row + 1, 3 * row + 2])
+            for row in rows
+        ]
+        cuts = [(0, 1 if row % 2 else lengths[row] - 1, lengths[row]) for row in rows]
+        parts = []
+        for step in (0, 1):
+            logits = forward(
+                engine, [(each, *cut[step : step + 2]) for each, cut in zip(requests, cuts, strict=True)]
+            )
+            parts.append(logits.split([cut[step + 1] - cut[step] for cut in cuts]))
+        return [torch.cat(pair) for pair in zip(*parts, strict=True)]
+
+    mixed = run(range(len(depths)))
+    for row, logits in enumerate(mixed):
+        close(logits, run([row])[0])
+        close(logits, expected[row])
+
+
 def workload(seed, vocab=96, count=14):
     """Prompts of mixed lengths, some of which begin alike, with depths."""
     rng = random.Random(seed)
