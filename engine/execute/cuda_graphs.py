@@ -48,22 +48,24 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
-def prompt_step(executor: GpuExecutor, num_tokens: int, max_len: int) -> StepArrays:
+def prompt_step(executor: GpuExecutor, num_tokens: int, max_len: int, depth: int | None = None) -> StepArrays:
     """As many prompts of max_len tokens as num_tokens and the executor allow, and a shorter one for the rest."""
     lengths: list[int] = []
     left = num_tokens
     while left > 0 and len(lengths) < executor.max_num_seqs:
         lengths.append(min(left, max_len))
         left -= lengths[-1]
-    return trial_step(executor, [(length, length) for length in lengths])
+    return trial_step(executor, [(length, length) for length in lengths], depth)
 
 
-def trial_step(executor: GpuExecutor, rows: Sequence[tuple[int, int]]) -> StepArrays:
-    """A row of no request for each (new tokens, context they end), of the fullest depth.
+def trial_step(
+    executor: GpuExecutor, rows: Sequence[tuple[int, int]], depth: int | None = None
+) -> StepArrays:
+    """A row of no request for each (new tokens, context they end), of a depth; None: the fullest.
 
     All pages are the executor's padding page, so any cache will do and nothing in it is lost.
     """
-    depths = (executor.depths[0],) * len(rows)
+    depths = (executor.depths[0] if depth is None else depth,) * len(rows)
     num_pages = [-(-context // executor.page_size) for _, context in rows]
     positions = array("i")
     for num_new, context in rows:

@@ -1,10 +1,11 @@
 """Steps over operators for a GPU, queued on the device: decode steps replayed from captured graphs, others eager.
 
-A graph is captured for each served depth and each bucket of rows. It runs the units that its depth keeps, over the
-whole bucket; every operator reads on the device how many rows its unit has in this step. So a step of mixed depths is
-the replay of its fullest depth's graph: deeper rows are left alone by the units that they skip, and what is read is
-the fullest depth's weights once, and of the KV each row's own. The same goes for the rows of a bucket that the step
-does not fill.
+A graph is captured for each served depth and each bucket of rows. It runs the units that its depth keeps, and the
+patches of its own and all deeper depths, over the whole bucket; every operator reads on the device which rows its unit
+has in this step. So a step of mixed depths is the replay of its fullest depth's graph: deeper rows are left alone by
+the units that they skip, and what is read is the fullest depth's weights once, and of the KV each row's own. The same
+goes for the rows of a bucket that the step does not fill. A patch that no row of a step gets is launches that end at
+once: its weight is not read.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sleb.engine.execute.executor import Forward, PlannedUnit
-from sleb.engine.execute.gpu_decoder import GpuDecoder, Stream, UnitRows
-from sleb.engine.execute.step_arrays import StepArrays, StepLayout, StepTensors, unit_rows
+from sleb.engine.execute.gpu_decoder import GpuDecoder, PatchRows, Stream, UnitRows
+from sleb.engine.execute.step_arrays import StepArrays, StepLayout, StepTensors
 from sleb.engine.execute.transfer import send, to_device
 from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.batch import BatchTensors
@@ -65,13 +66,12 @@ class GpuExecutor:
         self.page_size = page_size
         self.padding_page = padding_page
         self.unit_depths = tuple(planned.depths for planned in plan)
-        self._sublayers = tuple(planned.unit for planned in plan if not isinstance(planned.unit, int))
-        assert len(self._sublayers) == len(plan), "patches do not run here yet"
+        self._units = tuple(planned.unit for planned in plan)
         self._max_pages = max_pages
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
         self._buckets: tuple[int, ...] = ()
         # One layout for all decode steps, so that graphs find every section where it was when they were captured.
-        self._layout = StepLayout(max_num_seqs, max_num_seqs, len(self._sublayers))
+        self._layout = StepLayout(max_num_seqs, max_num_seqs, len(plan))
         size = self._layout.size + max_num_seqs * max_pages
         self._static = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._inputs = self._layout.split(self._static)
@@ -79,6 +79,7 @@ class GpuExecutor:
             (max_num_seqs, max_pages), padding_page, dtype=torch.int32, device=self.device
         )
         spec, dtype = decoder.decoder.spec, decoder.decoder.weights.dtype
+        self._patches = decoder.decoder.weights.patches
         self._hidden = torch.zeros(max_num_seqs, spec.hidden_size, dtype=dtype, device=self.device)
         self._logits = torch.zeros(max_num_seqs, spec.vocab_size, dtype=dtype, device=self.device)
         # What was sampled last, where graphs look for pending tokens and leave the most probable ones.
@@ -115,7 +116,7 @@ class GpuExecutor:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """See `sleb.engine.execute.executor.Executor`."""
-        return self._head(Stream(hidden.contiguous(), None, None)).float()
+        return self._head(Stream(hidden.contiguous())).float()
 
     @torch.inference_mode()
     def capture(
@@ -161,11 +162,12 @@ class GpuExecutor:
         with self._operators.tuning(report):
             for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 16, 32, 64, 128)}):
                 inputs.row_counts.fill_(bucket)
-                self._decode(self._decode_units(self.depths[0], bucket), bucket)
+                for depth in self.depths:  # a patch is for all rows of one, and for some of another
+                    self._decode(self._decode_units(depth, bucket), bucket)
         inputs.row_counts.zero_()
         self._page_table.fill_(self.padding_page)
 
-    def _decode(self, units: Sequence[UnitRows], bucket: int) -> None:
+    def _decode(self, units: Sequence[UnitRows | PatchRows], bucket: int) -> None:
         """What a graph holds: one token of each row of the bucket, from the static inputs to the static results."""
         inputs = self._inputs
         token_ids = _resolve(inputs.token_ids[:bucket], inputs.sources[:bucket], self._sampled)
@@ -174,14 +176,18 @@ class GpuExecutor:
         self._hidden[:bucket] = stream.residual
         self._sampled[:bucket] = self._operators.greedy(self._logits[:bucket])
 
-    def _decode_units(self, depth: int, bucket: int) -> list[UnitRows]:
-        """The units that `depth` keeps, each reading its row count from the static inputs."""
+    def _decode_units(self, depth: int, bucket: int) -> list[UnitRows | PatchRows]:
+        """The units that rows of `depth` or deeper run, each reading its rows from the static inputs."""
         inputs = self._inputs
-        units = []
-        for index, runs in enumerate(unit_rows((depth,), self.unit_depths)[1]):
-            if not runs:
+        units: list[UnitRows | PatchRows] = []
+        for index, (unit, (first, end)) in enumerate(zip(self._units, self.unit_depths, strict=True)):
+            if not any(max(first, depth) <= each < end for each in self.depths):
                 continue
             count = inputs.row_counts[index : index + 1]
+            if isinstance(unit, int):
+                start = None if first <= depth else inputs.token_starts[index : index + 1]
+                units.append(PatchRows(self._patches[unit], 0, bucket, start, count))
+                continue
             batch = BatchTensors(
                 inputs.query_starts[: bucket + 1],
                 inputs.context_lens[:bucket],
@@ -191,7 +197,7 @@ class GpuExecutor:
                 max_query_len=1,
                 max_context_len=self._max_pages * self.page_size,
             )
-            units.append(UnitRows(self._sublayers[index], bucket, count, batch))
+            units.append(UnitRows(unit, bucket, count, batch))
         return units
 
     def _find_graph(self, step: StepArrays) -> Callable[[], None] | None:
@@ -234,7 +240,7 @@ class GpuExecutor:
     def _run_eagerly(
         self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None
     ) -> Forward:
-        layout = StepLayout(step.num_tokens, step.num_sequences, len(self._sublayers))
+        layout = StepLayout(step.num_tokens, step.num_sequences, len(self._units))
         on_device = to_device(step.pack(layout, self.padding_page), torch.int32, self.device)
         inputs = layout.split(on_device)
         table = on_device[layout.size :].view(step.page_table.shape)
@@ -244,23 +250,30 @@ class GpuExecutor:
             token_ids = _resolve(token_ids, inputs.sources, last)
         units = self._eager_units(step, inputs, table)
         stream = self._decoder.run(token_ids, inputs.positions, inputs.slots, units)
-        residual = stream.residual
-        if stream.delta is not None:
-            residual[: stream.delta.shape[0]] += stream.delta
+        residual = self._decoder.add(stream).residual
         if not samples:
             return Forward(residual, None, None)
-        logits = self._head(Stream(residual[to_device(samples, torch.int64, self.device)], None, None))
+        logits = self._head(Stream(residual[to_device(samples, torch.int64, self.device)]))
         if greedy:
             return Forward(residual, None, self._operators.greedy(logits))
         return Forward(residual, logits.float(), None)
 
-    def _eager_units(self, step: StepArrays, inputs: StepTensors, table: Tensor) -> list[UnitRows]:
+    def _eager_units(
+        self, step: StepArrays, inputs: StepTensors, table: Tensor
+    ) -> list[UnitRows | PatchRows]:
         """The units that some row runs, over exactly their rows."""
-        units = []
+        units: list[UnitRows | PatchRows] = []
         batches: dict[int, BatchTensors] = {}
-        for index, num_rows in enumerate(step.unit_rows):
-            if not num_rows:
+        for index, unit in enumerate(self._units):
+            first, num_tokens = step.unit_first_tokens[index], step.unit_tokens[index]
+            if first == num_tokens:
                 continue
+            count = inputs.token_counts[index : index + 1]
+            if isinstance(unit, int):
+                start = inputs.token_starts[index : index + 1] if first else None
+                units.append(PatchRows(self._patches[unit], first, num_tokens, start, count))
+                continue
+            num_rows = step.unit_rows[index]
             batch = batches.get(num_rows)
             if batch is None:
                 lens = step.query_lens[:num_rows]
@@ -274,19 +287,14 @@ class GpuExecutor:
                     max_context_len=max(step.context_lens[:num_rows]),
                     has_decodes=min(lens) == 1,
                 )
-            count = inputs.token_counts[index : index + 1]
-            units.append(UnitRows(self._sublayers[index], step.unit_tokens[index], count, batch))
+            units.append(UnitRows(unit, num_tokens, count, batch))
         return units
 
     def _head(self, stream: Stream) -> Tensor:
         """Final norm and head of all rows of a stream; what was not added is, in place."""
         norm = self._decoder.decoder.weights.final_norm
         if norm is None:
-            if stream.delta is not None:
-                assert stream.num_delta is not None
-                present = torch.arange(stream.delta.shape[0], device=self.device) < stream.num_delta
-                stream.residual.add_(torch.where(present[:, None], stream.delta, 0))
-            return self._decoder.head(stream.residual)
+            return self._decoder.head(self._decoder.add(stream).residual)
         count = torch.full((1,), stream.residual.shape[0], dtype=torch.int32, device=self.device)
         return self._decoder.head(self._decoder.norm(stream, norm, count))
 

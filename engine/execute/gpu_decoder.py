@@ -2,8 +2,10 @@
 
 The arithmetic is that of `sleb.engine.model.decoder.Decoder`, which lends its weights, tables and embedding. The
 residual add of a unit is done by the norm of the next one, so a block is two norms, two pairs of matrix products,
-one rotation that also stores K and V, one attention and one activation. Every operator takes its row count
-from the device: launched over a bucket of rows, captured or not, it leaves the rows past its unit's prefix as they are.
+one rotation that also stores K and V, one attention and one activation. A patch is a norm and a product or two, whose
+result is added by the norm of the next unit in the same way; one that scales is a norm that only scales. Every operator
+takes its rows from the device: launched over a bucket, captured or not, it leaves those that are not its unit's as they
+are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.model.decoder import Decoder
-from sleb.engine.model.weights import Norm
+from sleb.engine.model.weights import Norm, PatchWeights
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.registry import Attention, GpuKernels
 from sleb.layer_map.units import Sublayer
@@ -38,15 +40,33 @@ class UnitRows:
 
 
 @dataclass(frozen=True)
+class PatchRows:
+    """A patch and the rows that get it.
+
+    Attributes:
+        first_token, num_tokens: from which to before which token rows are laid out for it: bounds that the host knows.
+        token_start, token_count: [1] int32, from which to before which of them are there. token_start None: from the
+            first token of all.
+    """
+
+    patch: PatchWeights
+    first_token: int
+    num_tokens: int
+    token_start: Tensor | None
+    token_count: Tensor
+
+
+@dataclass(frozen=True)
 class Stream:
     """The residual stream [T, E] with an update that is not added yet.
 
-    delta: [N, E], of which the first num_delta[0] rows count; None for none.
+    delta: [N, E], of which the rows from delta_start[0], or 0, to before num_delta[0] count; None for none.
     """
 
     residual: Tensor
-    delta: Tensor | None
-    num_delta: Tensor | None
+    delta: Tensor | None = None
+    num_delta: Tensor | None = None
+    delta_start: Tensor | None = None
 
 
 class GpuDecoder:
@@ -60,11 +80,18 @@ class GpuDecoder:
         self._kernels = kernels
         self._attention = attention
 
-    def run(self, token_ids: Tensor, positions: Tensor, slots: Tensor, units: Sequence[UnitRows]) -> Stream:
+    def run(
+        self, token_ids: Tensor, positions: Tensor, slots: Tensor, units: Sequence[UnitRows | PatchRows]
+    ) -> Stream:
         """token_ids, positions and slots [T] int32 through the units; K and V are stored on the way."""
         spec, weights = self.decoder.spec, self.decoder.weights
-        stream = Stream(self.decoder.embed(token_ids, positions), None, None)
+        stream = Stream(self.decoder.embed(token_ids, positions))
         for unit in units:
+            if isinstance(unit, PatchRows):
+                stream = self._patch(stream, unit)
+                if not spec.norm_first:
+                    stream = self.add(stream)
+                continue
             block, part = unit.sublayer
             norm = weights.attention[block].norm if part == "attention" else weights.mlp[block].norm
             if spec.norm_first:
@@ -78,13 +105,21 @@ class GpuDecoder:
             stream = Stream(stream.residual, delta, unit.token_count)
             if not spec.norm_first:
                 self.norm(stream, norm, unit.token_count, post=True)
-                stream = Stream(stream.residual, None, None)
+                stream = Stream(stream.residual)
         return stream
 
     def norm(
-        self, stream: Stream, norm: Norm, count: Tensor, max_rows: int | None = None, post: bool = False
+        self,
+        stream: Stream,
+        norm: Norm,
+        count: Tensor,
+        max_rows: int | None = None,
+        *,
+        start: Tensor | None = None,
+        kind: str | None = None,
+        post: bool = False,
     ) -> Tensor:
-        """Adds what is not added yet, in place, and norms the first count[0] rows; see `add_norm`."""
+        """Adds what is not added yet, in place, and norms the rows from start[0], or 0, to count[0]; see `add_norm`."""
         spec = self.decoder.spec
         return self._kernels.add_norm(
             stream.residual,
@@ -92,12 +127,21 @@ class GpuDecoder:
             norm.weight,
             norm.bias,
             spec.norm_eps,
-            spec.norm,
+            kind or spec.norm,
             stream.num_delta,
             count,
+            delta_start=stream.delta_start,
+            norm_start=start,
             max_rows=max_rows,
             post=post,
         )
+
+    def add(self, stream: Stream) -> Stream:
+        """The stream with nothing left to add; in place."""
+        if stream.num_delta is not None:
+            start = stream.delta_start
+            self.norm(stream, Norm(None, None), stream.num_delta, start=start, kind="none", post=True)
+        return Stream(stream.residual)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [B, E] to logits [B, V] in the weights' dtype."""
@@ -105,6 +149,26 @@ class GpuDecoder:
         if weights.project_out is not None:
             hidden = linear(hidden, weights.project_out.weight, None)
         return linear(hidden, weights.head.weight, None)
+
+    def _patch(self, stream: Stream, rows: PatchRows) -> Stream:
+        """As `sleb.engine.model.decoder.Decoder.patch`."""
+        patch, linear, start, count = rows.patch, self._kernels.linear, rows.token_start, rows.token_count
+        if patch.scale is not None:
+            self.norm(stream, Norm(patch.scale, patch.bias), count, start=start, kind="none", post=True)
+            return Stream(stream.residual)
+        kind = None if patch.normed else "none"
+        hidden = self.norm(stream, Norm(None, None), count, rows.num_tokens, start=start, kind=kind)
+        # What the host knows is cut off here; what only the device knows, operators leave out.
+        hidden = hidden[rows.first_token :]
+        ranged = None if start is None or rows.first_token else (start, count)
+        if patch.first is not None:
+            hidden = linear(hidden, patch.first.weight, patch.first.bias, rows=ranged)
+        assert patch.second is not None
+        delta = linear(hidden, patch.second.weight, patch.second.bias, rows=ranged)
+        if rows.first_token:
+            stream.residual[rows.first_token : rows.num_tokens] += delta
+            return Stream(stream.residual)
+        return Stream(stream.residual, delta, count, start)
 
     def _attend(self, block: int, inputs: Tensor, positions: Tensor, slots: Tensor, unit: UnitRows) -> Tensor:
         spec, weights, kernels = self.decoder.spec, self.decoder.weights.attention[block], self._kernels

@@ -79,7 +79,10 @@ class GpuSetup:
         """Compiles, and where need be tunes, every kernel that serving runs: a request must not wait for that."""
         executor.warm_up(num_pages, self.config.on_tuning)
         longest = min(self.config.step_tokens, max_model_len)
+        ranges = [planned.depths for planned in self.plan if isinstance(planned.unit, int)]
+        patched = [each for each in self.depths if any(first <= each < end for first, end in ranges)]
         steps = [
+            *(prompt_step(executor, self.config.step_tokens, max_model_len, each) for each in patched),
             prompt_step(executor, self.config.step_tokens, max_model_len),
             trial_step(executor, [(min(2, longest), longest), (1, 1)]),
             trial_step(executor, [(1, longest)]),

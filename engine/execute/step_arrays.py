@@ -170,7 +170,17 @@ class StepArrays:
         """
         flat = np.zeros(layout.size + self.page_table.size, np.int32)
         sections = np.split(flat[: layout.size], np.cumsum(layout.sizes)[:-1])
-        token_ids, positions, slots, sources, query_starts, context_lens, token_counts, row_counts = sections
+        (
+            token_ids,
+            positions,
+            slots,
+            sources,
+            query_starts,
+            context_lens,
+            token_starts,
+            token_counts,
+            row_counts,
+        ) = sections
         num_tokens, num_rows = self.num_tokens, self.num_sequences
         token_ids[:num_tokens] = self.token_ids
         positions[:num_tokens] = self.positions
@@ -183,6 +193,7 @@ class StepArrays:
         query_starts[num_rows + 1 :] = np.arange(1, query_starts.size - num_rows) + num_tokens
         context_lens[:num_rows] = self.context_lens
         context_lens[num_rows:] = 1
+        token_starts[:] = self.unit_first_tokens
         token_counts[:] = self.unit_tokens
         row_counts[:] = self.unit_rows
         flat[layout.size :] = self.page_table.ravel()
@@ -200,8 +211,9 @@ class StepLayout:
         sources         T               tokens
         query_starts    S + 1           sequences
         context_lens    S               sequences
-        token_counts    U               units: how many tokens run it
-        row_counts      U               units: how many sequences do
+        token_starts    U               units: at which token those begin that run it
+        token_counts    U               units: before which token they end
+        row_counts      U               units: before which sequence
 
     The page table comes after them, so one layout for all decode steps keeps every section where a captured graph has
     seen it.
@@ -215,7 +227,7 @@ class StepLayout:
     def sizes(self) -> tuple[int, ...]:
         """Lengths of the sections."""
         tokens, sequences, units = self.num_tokens, self.num_sequences, self.num_units
-        return (tokens, tokens, tokens, tokens, sequences + 1, sequences, units, units)
+        return (tokens, tokens, tokens, tokens, sequences + 1, sequences, units, units, units)
 
     @property
     def size(self) -> int:
@@ -237,5 +249,6 @@ class StepTensors:
     sources: Tensor
     query_starts: Tensor
     context_lens: Tensor
+    token_starts: Tensor
     token_counts: Tensor
     row_counts: Tensor

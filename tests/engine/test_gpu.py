@@ -72,6 +72,32 @@ def test_graphs_and_overlap_change_nothing(on_cpu, make, cuda_graphs, overlap):
     assert [output.token_ids for output in outputs] == [output.token_ids for output in on_cpu] * 3
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_patched_steps_equal_the_cpu(tiny_model_dir, make_llm, random_patch, cuda_graphs):
+    """Depths with patches of every form beside the dense one: prompts in chunks, then decode steps."""
+    width = make_llm(tiny_model_dir).engine.spec.hidden_size
+    patches = (
+        random_patch(width, (3, "attention"), (3, "mlp"), 1, 1),
+        random_patch(width, (3, "attention"), (3, "mlp"), 2, normed=False),
+        random_patch(width, (1, "attention"), (1, "attention"), 2, form="scale"),
+        random_patch(width, (1, "mlp"), (1, "mlp"), 2, form="low-rank"),
+    )
+    served = (tiny_model_dir, (3, 1), (0, 1, 2), patches)
+    expected = make_llm(*served).generate(PROMPTS * 2, GREEDY, [2, 0, 1, 2] * 2)
+    options = {
+        "device": "cuda",
+        "kernels": "triton",
+        "cuda_graphs": cuda_graphs,
+        "max_num_batched_tokens": 30,
+    }
+    outputs = make_llm(*served, page_size=16, **SMALL, **options).generate(
+        PROMPTS * 2, GREEDY, [2, 0, 1, 2] * 2
+    )
+    for want, output in zip(expected, outputs, strict=True):
+        assert output.token_ids == want.token_ids
+        assert torch.allclose(logprobs(output), logprobs(want), atol=1e-3)
+
+
 @pytest.mark.parametrize("attention", ["triton", "flash", "torch"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_scores_close_to_float32(tiny_model_dir, tiny_chain, make, dtype, attention):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sleb.engine.memory import GIB
 from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError
 from sleb.kernels import registry
+from sleb.kernels.reference import device as device_reference
 from sleb.layer_map.layer_map import Unit
 
 pytest.importorskip("triton")  # the interpreter, or a GPU: the registry asks for one
@@ -47,13 +49,22 @@ class Recorder:
         return replay
 
 
+def linear_of_rows(x, weight, bias, rows=None):
+    """The specification, with NaN in the rows that it does not promise."""
+    out = device_reference.linear(x, weight, bias)
+    if rows is not None:
+        start, end = map(int, rows)
+        out[:start] = out[end:] = float("nan")
+    return out
+
+
 @pytest.fixture
 def make(make_llm, monkeypatch):
     """make(model, …, graphs=True): an LLM over the operators' specification; `llm.replays` counts replays."""
 
     def build(model, removed=(), tiers=None, graphs=True, **options):
         with monkeypatch.context() as patch:
-            specification = registry.torch_gpu_kernels()
+            specification = replace(registry.torch_gpu_kernels(), linear=linear_of_rows)
             patch.setattr(registry, "triton_gpu_kernels", lambda: specification)
             llm = make_llm(model, removed, tiers, kernels="triton", **options)
         executor = llm.engine.runner.executor
@@ -162,12 +173,52 @@ def test_replayed_steps_of_every_kind_of_decoder(name, tiny_model, make, make_ll
     assert llm.replays.num_replays >= 10
 
 
+@pytest.fixture
+def patches(random_patch):
+    """patches(width): of every form, for PATCHED_UNITS; one is of depths 1 and 2, the others of deeper ones."""
+
+    def make(width):
+        return (
+            random_patch(width, (2, "attention"), (2, "mlp"), 1, 2),
+            random_patch(width, (2, "attention"), (2, "mlp"), 3, normed=False),
+            random_patch(width, (1, "mlp"), (1, "mlp"), 2, form="low-rank"),
+            random_patch(width, (1, "attention"), (1, "attention"), 3, form="scale"),
+        )
+
+    return make
+
+
+PATCHED_UNITS = (Unit(2), Unit(1, "mlp"), Unit(1, "attention"))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", ["llama-gqa", "opt", "opt-350m", "opt-no-final-norm"])
+def test_patched_rows_of_mixed_steps_equal_the_eager_executor(
+    name, graphs, tiny_model, make, make_llm, patches
+):
+    """Prompts in chunks and decode steps of every mixture of four depths, as requests end one after another."""
+    model, tiers = tiny_model(name), (0, 1, 2, 3)
+    rng = random.Random(6)
+    prompts = [[rng.randrange(3, 90) for _ in range(length)] for length in (3, 9, 1, 14, 6, 2, 5)]
+    depths = [0, 3, 1, 2, 0, 3, 1]
+    greedy = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0}
+    params = [SamplingParams(max_tokens=count, **greedy) for count in (2, 9, 7, 5, 4, 11, 3)]
+    made, options = patches(make_llm(model).engine.spec.hidden_size), {"max_num_batched_tokens": 13}
+    expected = make_llm(model, PATCHED_UNITS, tiers, made, **options).generate(prompts, params, depths)
+    llm = make(model, PATCHED_UNITS, tiers, graphs, patches=made, **options)
+    for want, output in zip(expected, llm.generate(prompts, params, depths), strict=True):
+        assert output.token_ids == want.token_ids
+        close(values(output), values(want))
+    assert (llm.replays.num_replays >= 8) == graphs
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantised_weights(weights, tiny_model, make, make_llm):
-    model = tiny_model("llama-tied")
+def test_quantised_weights(weights, tiny_model, make, make_llm, patches):
+    model, depths = tiny_model("llama-tied"), [0, 3, 0]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=0)
-    expected = make_llm(model, weights=weights).generate([PROMPT[:7], PROMPT[9:30]], params)
-    outputs = make(model, weights=weights).generate([PROMPT[:7], PROMPT[9:30]], params)
+    prompts, options = [PROMPT[:7], PROMPT[2:12], PROMPT[9:30]], {"patches": patches(32), "weights": weights}
+    expected = make_llm(model, PATCHED_UNITS, (0, 3), **options).generate(prompts, params, depths)
+    outputs = make(model, PATCHED_UNITS, (0, 3), **options).generate(prompts, params, depths)
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
 
 
@@ -285,22 +336,25 @@ def test_an_attention_that_cannot_be_had(options, match, tiny_model_dir, make_ll
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "qwen3-window", "opt"])
-def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm):
-    """Chunked prefill beside decoding, three depths, then decode steps replayed: tokens and log-probabilities."""
+def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm, patches):
+    """Chunked prefill beside decoding, three depths, then decode steps replayed: tokens and log-probabilities.
+
+    The norms of two of them serve patches too.
+    """
     from sleb.kernels.triton.runtime import INTERPRETED
 
     if not INTERPRETED:
         pytest.skip("kernels are compiled here")
     model = tiny_model(name)
-    units = (Unit(2), Unit(1, "mlp"), Unit(1, "attention"))
+    made = () if name == "qwen3-window" else patches(32)
     options = {"max_tokens": 3, "ignore_eos": True, "logprobs": 2}
     greedy = SamplingParams(temperature=0.0, **options)
     sampled = SamplingParams(temperature=0.9, top_k=7, top_p=0.9, seed=2, **options)
     params = [greedy, sampled if name == "llama-gqa" else greedy, greedy]
     prompts, depths = [PROMPT[:9], PROMPT[5:6], PROMPT[11:15]], [0, 3, 1]
     options = {"max_num_batched_tokens": 7}
-    expected = make_llm(model, units, (0, 1, 3), **options).generate(prompts, params, depths)
-    llm = make_llm(model, units, (0, 1, 3), kernels="triton", **options)
+    expected = make_llm(model, PATCHED_UNITS, (0, 1, 3), made, **options).generate(prompts, params, depths)
+    llm = make_llm(model, PATCHED_UNITS, (0, 1, 3), made, kernels="triton", **options)
     replays = Recorder()
     llm.engine.runner.executor.capture([4], replays)
     for want, output in zip(expected, llm.generate(prompts, params, depths), strict=True):

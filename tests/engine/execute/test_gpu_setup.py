@@ -7,6 +7,7 @@ it. What the real GPU does is in test_gpu.py.
 from __future__ import annotations
 
 import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from sleb import SamplingParams
 from sleb.engine.execute import cuda_graphs, gpu_setup, kv_cache
+from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.memory import GIB
 from sleb.errors import ConfigError
 from sleb.kernels import registry
@@ -111,6 +113,21 @@ def test_the_reserve_is_activations_and_graphs(gpu, make, tiny_model_dir):
     assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20))) + executor.static_bytes
     without = cuda_graphs.measure_reserve(executor, 64, 32, ())
     assert without == int(1.1 * (GIB // 2)) + executor.static_bytes
+
+
+def test_prompts_of_every_patched_depth_are_warmed_up(gpu, make, tiny_model_dir, random_patch, monkeypatch):
+    """What a patch launches is compiled before a request asks for it."""
+    width = json.loads((tiny_model_dir / "config.json").read_text())["hidden_size"]
+    patch = random_patch(width, (3, "attention"), (3, "mlp"), 2, 2)
+    seen, run = [], GpuExecutor.run
+
+    def spy(executor, step, *arguments, **options):
+        seen.append(set(step.depths))
+        return run(executor, step, *arguments, **options)
+
+    monkeypatch.setattr(GpuExecutor, "run", spy)
+    make(tiny_model_dir, removed=(3, 1, 2), tiers=(0, 2, 3), patches=[patch], cuda_graphs=False)
+    assert {2} in seen and {0} in seen and {3} not in seen
 
 
 def test_the_reserve_leaves_fewer_pages(monkeypatch):

@@ -115,6 +115,7 @@ def test_every_integer_of_random_steps(first, random_step):
         assert sections.query_starts.tolist() == starts + [len(tokens) + 1 + i for i in range(free)]
         assert sections.context_lens.tolist() == contexts + [1] * free
         assert sections.row_counts.tolist() == step.unit_rows.tolist()
+        assert sections.token_starts.tolist() == step.unit_first_tokens.tolist()
         assert sections.token_counts.tolist() == step.unit_tokens.tolist()
         assert flat.dtype == np.int32 and flat[layout.size :].reshape(len(rows), width).tolist() == table
 
