@@ -12,7 +12,7 @@ from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.model.weights import all_sublayers, num_bytes, patch_weights
+from sleb.engine.model.weights import all_sublayers, num_parameters, patch_weights
 from sleb.engine.text import TextProcessor
 from sleb.kernels.reference.cross_entropy import linear_cross_entropy
 from sleb.kernels.reference.ops import causal_attention
@@ -134,12 +134,7 @@ class DecoderScorer:
 
     def num_parameters(self, unit: Unit) -> int:
         """How many weights a unit has."""
-        weights = self._decoder.weights
-        parts = [
-            weights.attention[block] if part == "attention" else weights.mlp[block]
-            for block, part in unit.sublayers
-        ]
-        return num_bytes(parts) // weights.dtype.itemsize
+        return num_parameters(self._decoder.spec, unit)
 
     def _positions(self, num_windows: int, length: int) -> Tensor:
         return torch.arange(length, device=self._decoder.device).repeat(num_windows)

@@ -107,6 +107,12 @@ def num_bytes(node: object) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
+def num_parameters(spec: DecoderSpec, unit: Unit) -> int:
+    """Of a unit, whatever the format of its weights."""
+    weights, _ = allocate(spec, set(unit.sublayers), torch.float32, torch.device("meta"))
+    return num_bytes([weights.attention, weights.mlp]) // torch.float32.itemsize
+
+
 def all_sublayers(spec: DecoderSpec) -> set[Sublayer]:
     """Every (block, part) of the dense model."""
     return {sublayer for block in range(spec.num_blocks) for sublayer in Unit(block).sublayers}

@@ -38,6 +38,7 @@ class Command:
 COMMANDS = {
     "fetch": Command("sleb.cli.fetch", "fetch", "Fetch a model and print its folder."),
     "prune": Command("sleb.cli.prune", "prune", "Search for the blocks to remove and write a layer map."),
+    "patch": Command("sleb.cli.patch", "patch", "Fit patches to the removals of a layer map."),
     "show": Command("sleb.cli.show", "show", "Show which units a layer map keeps and removes."),
     "export": Command(
         "sleb.cli.export", "export", "Write a pruned model, or what it lacks, for other tools."

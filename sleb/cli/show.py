@@ -18,13 +18,17 @@ from sleb.layer_map.layer_map import (
     CalibrationRecord,
     LayerMap,
     Part,
+    Patches,
     SearchRecord,
+    Unit,
     shipped_maps,
 )
+from sleb.layer_map.patches import PatchRecord
 from sleb.models.resolve import ALIAS, check_model, resolve_config, shipped_map
 from sleb.options import option
 from sleb.terminal import Console
 
+_MIN_WIDTH = 120  # where standard output is no terminal, a line may be as long as it needs to be
 _STRIP_BLOCKS = 16  # blocks a line: 16 columns of 4 fit a terminal of 80
 
 
@@ -58,17 +62,20 @@ def show(
     options: ShowOptions,
 ) -> None:
     """Show what a layer map removes and keeps, and what each removal costs."""
+    block_size: int | None = None
     if options.layer_map is None:
         layer_map = find_map(model)
     else:
         check_model(model)
         layer_map = find_map(options.layer_map)
         from sleb.engine.model.architecture import resolve_spec  # imports torch
+        from sleb.engine.model.weights import num_parameters
 
         resolved = resolve_config(model)
         spec = resolve_spec(resolved.path)
         layer_map.check_model(num_blocks=spec.num_blocks, fingerprint=spec.fingerprint, model=resolved.name)
-    print_map(layer_map, options.depth, Console())
+        block_size = num_parameters(spec, Unit(0))
+    print_map(layer_map, options.depth, Console(), block_size)
 
 
 def find_map(name: str) -> LayerMap:
@@ -93,8 +100,13 @@ def find_map(name: str) -> LayerMap:
     return LayerMap.load(name)
 
 
-def print_map(layer_map: LayerMap, depth: int | None, console: Console) -> None:
-    """Strip of the blocks at `depth` (None: the recommended one), table of the removals, calibration."""
+def print_map(
+    layer_map: LayerMap, depth: int | None, console: Console, block_size: int | None = None
+) -> None:
+    """Strip of the blocks at `depth` (None: the recommended one), table of the removals, calibration.
+
+    block_size: parameters of a block, of which those of patches are told as a share.
+    """
     depth = layer_map.depth if depth is None else depth
     lines = strip(layer_map, depth)
     console.print(
@@ -106,17 +118,22 @@ def print_map(layer_map: LayerMap, depth: int | None, console: Console) -> None:
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, no_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, _MIN_WIDTH)
     console.print(_table(layer_map))
-    for key, value in _facts(layer_map).items():
+    for key, value in _facts(layer_map, depth, block_size).items():
         console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _facts(layer_map: LayerMap) -> dict[str, str]:
+def _facts(layer_map: LayerMap, depth: int, block_size: int | None) -> dict[str, str]:
+    patches = layer_map.patches
     facts = {
+        f"patches of depth {depth}": None if patches is None else _patch_cost(patches, depth, block_size),
         "fingerprint": layer_map.fingerprint,
         "calibration": _known(layer_map.calibration),
         "held out": "; ".join(_known(text.record) for text in layer_map.held_out) or _no_held_out(layer_map),
         "search": _known(layer_map.search),
+        "fitted": None if patches is None else _known(patches.record),
         "source": layer_map.source,
     }
     return {name: fact for name, fact in facts.items() if fact}
@@ -130,8 +147,32 @@ def _no_held_out(layer_map: LayerMap) -> str | None:
     )
 
 
-def _known(record: CalibrationRecord | SearchRecord | None) -> str:
+def _patch_cost(patches: Patches, depth: int, block_size: int | None) -> str:
+    size = patches.num_parameters(depth)
+    share = "" if block_size is None else f", {size / block_size:.1%} of a block"
+    megabytes = patches.num_bytes(depth) / 1e6
+    return f"{len(patches.at(depth))}, {size / 1e6:.2f} M parameters ({megabytes:.2f} MB){share}"
+
+
+def _patch_columns(layer_map: LayerMap) -> list[tuple[str, list[str]]]:
+    """What each depth's patches cost, and the perplexity that it would have without them, as far as that is known."""
+    patches, bare = layer_map.patches, layer_map.unpatched
+    if patches is None:
+        return []
+    patches.check_runs(layer_map.removed)
+    depths = range(layer_map.max_depth + 1)
+    columns = [
+        ("parameters of patches", [f"{patches.num_parameters(depth) / 1e6:.2f} M" for depth in depths])
+    ]
+    if bare is not None and bare.token_loss(0) is not None:
+        heading = f"{bare.record.source} perplexity without"
+        columns.append((heading, [_number(bare.perplexity(depth), 3) for depth in depths]))
+    return columns
+
+
+def _known(record: CalibrationRecord | SearchRecord | PatchRecord | None) -> str:
     fields = {} if record is None else asdict(record)
+    fields |= fields.pop("calibration", None) or {}
     return ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in fields.items() if value is not None
     )
@@ -184,6 +225,7 @@ def _table(layer_map: LayerMap) -> Table:
             columns.append((f"{name} perplexity", [_number(text.perplexity(depth), 3) for depth in depths]))
         elif text.losses:
             columns.append((f"{name} loss (sum over the text)", [_number(loss, 2) for loss in text.losses]))
+    columns += _patch_columns(layer_map)
     columns.append(("", ["recommended" if depth == layer_map.depth else "" for depth in depths]))
     table = Table()
     for heading, _ in columns:

@@ -17,7 +17,7 @@ from sleb.layer_map.units import MAX_BLOCKS, CalibrationRecord, SearchRecord, Te
 
 SCHEMA_VERSION = 1
 # That maps without them need not name.
-_LATER_FIELDS = ("search", "held_out", "held_out_losses", "further_held_out", "patches")
+_LATER_FIELDS = ("search", "held_out", "held_out_losses", "further_held_out", "patches", "unpatched")
 _MAX_UNITS = 2 * MAX_BLOCKS  # in an order: the attention and the MLP of every block
 _MAX_HELD_OUT = 1 << 6  # texts
 _MAX_TEXT = 1 << 12  # characters of a name or a citation
@@ -39,7 +39,7 @@ def dump_document(values: Mapping[str, Any], stem: str) -> str:
             {str(unit): loss if math.isfinite(loss) else None for unit, loss in sorted(candidates.items())}
             for candidates in values["candidate_losses"]
         ]
-    texts = [{"record": _dump_record(each.record), "losses": each.losses} for each in values["held_out"]]
+    texts = [_dump_text(each) for each in values["held_out"]]
     first = texts[0] if texts else {"record": None, "losses": None}
     document |= {name: _dump_record(values[name]) for name in ("calibration", "search")}
     document |= {
@@ -47,6 +47,8 @@ def dump_document(values: Mapping[str, Any], stem: str) -> str:
         "held_out_losses": first["losses"],
         "further_held_out": texts[1:],
     }
+    if values["unpatched"] is not None:
+        document["unpatched"] = _dump_text(values["unpatched"])
     patches: Patches | None = values["patches"]
     if patches is not None:
         file = {"file": patches.file_name(stem), "sha256": patches.sha256}
@@ -59,6 +61,10 @@ def dump_document(values: Mapping[str, Any], stem: str) -> str:
 
 def _dump_record(record: CalibrationRecord | SearchRecord | None) -> dict[str, Any] | None:
     return None if record is None else dict(sorted(asdict(record).items()))
+
+
+def _dump_text(text: TextLosses) -> dict[str, Any]:
+    return {"record": _dump_record(text.record), "losses": text.losses}
 
 
 def read_document(document: Fields, folder: Path | None) -> dict[str, Any]:
@@ -88,6 +94,7 @@ def read_document(document: Fields, folder: Path | None) -> dict[str, Any]:
         "search": _record(document, "search", SearchRecord),
         "held_out": _held_out(document),
         "patches": _patches(document, folder),
+        "unpatched": _text_losses(document, "unpatched") if "unpatched" in document else None,
     }
 
 

@@ -9,7 +9,8 @@ shallower one runs. The JSON form (schema 1) is one object:
      "calibration": {...} | null, "source": "citation" | null,
      "search": {...}, "held_out": {...}, "held_out_losses": [dense, ...],
      "further_held_out": [{"record": {...}, "losses": [dense, ...]}],           (left out where unknown)
-     "patches": {"file": "map.0a1b2c3d.safetensors", "sha256": "...", "record": {...}}}
+     "patches": {"file": "map.0a1b2c3d.safetensors", "sha256": "...", "record": {...}},
+     "unpatched": {"record": {...}, "losses": [dense, ...]}}
 
 A block is written as its number and a part of one as "7.attention" or "7.mlp". A candidate that the search
 disqualified (its loss was not finite) is null there and `math.inf` in memory. The first held-out text stands
@@ -67,8 +68,8 @@ class LayerMap:
     the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss of every
     unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out` are texts that took no part in
     the search: the calibration text flatters what was chosen on it. `depth` is the recommended one; left out, it is
-    the whole order. `patches` stand where units were removed, and the losses are those with them. Raises
-    LayerMapError when the fields contradict each other.
+    the whole order. `patches` stand where units were removed, and the losses are those with them; `unpatched` are those
+    without, of one of these texts. Raises LayerMapError when the fields contradict each other.
     """
 
     model: str
@@ -83,6 +84,7 @@ class LayerMap:
     search: SearchRecord | None = None
     held_out: tuple[TextLosses, ...] = ()
     patches: Patches | None = None
+    unpatched: TextLosses | None = None
 
     def __post_init__(self) -> None:
         if not is_int(self.num_blocks) or not 1 <= self.num_blocks <= MAX_BLOCKS:
@@ -98,6 +100,8 @@ class LayerMap:
             if text.losses:
                 name = f"further_held_out[{index - 1}].losses" if index else "held_out_losses"
                 self._check_losses(text.losses, name)
+        if self.unpatched is not None:
+            self._check_losses(self.unpatched.losses, "unpatched.losses")
         if self.candidate_losses is not None:
             object.__setattr__(self, "candidate_losses", tuple(dict(each) for each in self.candidate_losses))
             self._check_candidates(self.candidate_losses)
@@ -187,7 +191,8 @@ class LayerMap:
             self,
             removed=self.removed[:depth],
             losses=None if self.losses is None else self.losses[: depth + 1],
-            held_out=tuple(replace(text, losses=text.losses[: depth + 1]) for text in self.held_out),
+            held_out=tuple(text.up_to(depth) for text in self.held_out),
+            unpatched=None if self.unpatched is None else self.unpatched.up_to(depth),
             candidate_losses=None if self.candidate_losses is None else self.candidate_losses[:depth],
             depth=depth,
             patches=None if self.patches is None else self.patches.up_to(depth),

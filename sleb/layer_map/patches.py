@@ -183,6 +183,10 @@ class Patches:
         """Of the patches of `depth`."""
         return sum(patch.num_parameters for patch in self.at(depth))
 
+    def num_bytes(self, depth: int) -> int:
+        """Of the patches of `depth`, in the file."""
+        return sum(tensor.nbytes for patch in self.at(depth) for tensor in patch.tensors.values())
+
     def check_runs(self, removed: Sequence[Unit]) -> None:
         """LayerMapError unless every patch stands for a run that the order `removed` takes out at its depths, and no
         two for one sublayer at a depth."""

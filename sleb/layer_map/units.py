@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, cast, get_args
 
 from sleb.errors import LayerMapError
@@ -98,6 +98,10 @@ class TextLosses:
 
     record: CalibrationRecord
     losses: tuple[float, ...] = ()
+
+    def up_to(self, depth: int) -> TextLosses:
+        """Those of the depths up to `depth`."""
+        return replace(self, losses=self.losses[: depth + 1])
 
     def token_loss(self, depth: int) -> float | None:
         """Mean cross-entropy in nats a token at `depth`, which must be of the order; None where that is not known."""

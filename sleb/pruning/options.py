@@ -11,17 +11,45 @@ from pathlib import Path
 
 from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
+from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.patches import Form
 from sleb.options import check_values, option, option_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_REMOVE = "20%"
 DEFAULT_RANK = 64
-_WHAT, _TEXT, _HOW, _COMPUTE = "What to remove", "Calibration", "Search", "Compute"
+_WHAT, _TEXT, _HOW, _COMPUTE, _PATCH = "What to remove", "Calibration", "Search", "Compute", "Patches"
+
+
+class TextOptions:
+    """What options that name texts have in common."""
+
+    calibration: str | Path
+    sampler: str
+    seqlen: int | None
+    windows: int | None
+    seed: int | None
+    dtype: str
+    device: str
+    held_out: Sequence[str | Path]
+
+    def __post_init__(self) -> None:
+        if self.held_out is None or isinstance(
+            self.held_out, str | Path
+        ):  # one text need not be a list in Python
+            object.__setattr__(self, "held_out", () if self.held_out is None else (self.held_out,))
+
+    def check_texts(self) -> None:
+        """ConfigError for what can be seen of them before a model is loaded."""
+        from sleb.pruning.calibration import check_options  # imports torch: last
+
+        check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
+        for text in self.held_out:
+            check_options(text, "packed", self.seqlen, None, None)
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(TextOptions):
     """What to search for, on what, and where it goes: the arguments of `prune`, and of `sleb prune`.
 
     Attributes:
@@ -115,12 +143,6 @@ class PruneOptions:
     force: bool = option(False, "Replace the map in --output.")
     threads: int | None = option_of(EngineConfig, "threads", unset="torch's choice", group=_COMPUTE)
 
-    def __post_init__(self) -> None:
-        if self.held_out is None or isinstance(
-            self.held_out, str | Path
-        ):  # one text need not be a list in Python
-            object.__setattr__(self, "held_out", () if self.held_out is None else (self.held_out,))
-
     def check(self) -> None:
         """ConfigError for what can be seen without the model: a slip must not cost the time to load it."""
         check_values(self)
@@ -140,11 +162,7 @@ class PruneOptions:
             )
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output file that it continues")
-        from sleb.pruning.calibration import check_options  # imports torch: last
-
-        check_options(self.calibration, self.sampler, self.seqlen, self.windows, self.seed)
-        for text in self.held_out:
-            check_options(text, "packed", self.seqlen, None, None)
+        self.check_texts()
 
     @property
     def has_target(self) -> bool:
@@ -160,6 +178,49 @@ class PruneOptions:
     def search_mode(self) -> str:
         """The mode of `sleb.pruning.search`: "exact", or the screen of a fast search."""
         return "exact" if self.mode == "exact" else self.screen
+
+
+@dataclass(frozen=True)
+class PatchOptions(TextOptions):
+    """Which patches to fit to a map, on what, and where it goes: the arguments of `patch`, and of `sleb patch`.
+
+    Attributes:
+        layer_map: the map, or its file. output: file that gets the map with its patches; None: nowhere.
+    """
+
+    layer_map: LayerMap | str | os.PathLike[str]
+    patch: str = option(
+        "full",
+        f"scale: of each channel; low-rank=R, or low-rank (of {DEFAULT_RANK}); full: a matrix a run of removed units.",
+        metavar="FORM",
+        group=_PATCH,
+    )
+    depths: Sequence[int] | None = option(
+        None,
+        "Depths that get patches.",
+        unset="all",
+        minimum=1,
+        group=_PATCH,
+    )
+    calibration: str | Path = option_of(PruneOptions, "calibration")
+    output: str | os.PathLike[str] | None = None
+    sampler: str = option_of(PruneOptions, "sampler")
+    seqlen: int | None = option_of(PruneOptions, "seqlen")
+    windows: int | None = option_of(PruneOptions, "windows")
+    seed: int | None = option_of(PruneOptions, "seed")
+    held_out: Sequence[str | Path] = option_of(PruneOptions, "held_out")
+    dtype: str = option_of(PruneOptions, "dtype", help="Of the fit.")
+    device: str = option_of(PruneOptions, "device")
+    threads: int | None = option_of(PruneOptions, "threads")
+    force: bool = option_of(PruneOptions, "force")
+
+    def check(self) -> None:
+        """ConfigError for what can be seen without the model."""
+        check_values(self)
+        EngineConfig("", device=self.device).check()
+        if parse_patch(self.patch) is None:
+            raise ConfigError("patch none leaves nothing to fit: choose scale, low-rank, low-rank=R or full")
+        self.check_texts()
 
 
 @dataclass(frozen=True)

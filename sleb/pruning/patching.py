@@ -150,11 +150,14 @@ class States:
         windows: Tensor,
         batch_windows: int | None = None,
         memory_bound: int = DEFAULT_TRUNK_BOUND,
+        on_windows: Callable[[int], None] = lambda number: None,
     ) -> None:
+        """on_windows: told of each batch that a fit or a loss has passed, and how many windows it had."""
         window_bytes = state_bytes(model, windows)
         if batch_windows is None:
             batch_windows = max(1, DEFAULT_MEMORY_BOUND // (_LIVE_COPIES * window_bytes))
         self.batches = windows.split(batch_windows)
+        self.on_windows = on_windows
         self._model = model
         self._num_kept = memory_bound // (window_bytes * len(windows))
         self._kept: list[dict[tuple[Step, ...], Tensor]] = [{} for _ in self.batches]
@@ -187,6 +190,7 @@ class States:
                 if isinstance(step, Patch):  # where deeper models branch off
                     self.after(steps[:end], index)
             evidence.add(self._model.token_losses(self.after(steps, index), tokens))
+            self.on_windows(len(tokens))
         return evidence.total
 
 
@@ -214,63 +218,55 @@ class RunFit:
 
 
 class Patcher:
-    """Fits the patches of models that lack more and more of one dense model, each patch once.
+    """Fits the patches of models that lack more and more of one dense model: one a removal.
 
-    nested: a run keeps the patch that was fitted when it first stood there, whatever goes below it later; else it gets
-    one of its own for whatever went below it.
+    A run keeps the patch that was fitted when it first stood there, whatever goes below it later. One fitted anew for
+    every depth needs two to three times the memory and, on SmolLM2-135M, is better by 0.0 to 0.5 % of perplexity.
     """
 
-    def __init__(
-        self,
-        model: ScoringModel,
-        states: States,
-        what: PatchForm,
-        *,
-        nested: bool = False,
-        on_windows: Callable[[int], None] = lambda number: None,
-    ) -> None:
-        """on_windows: told of each batch that a fit has passed, and how many windows it had."""
+    def __init__(self, model: ScoringModel, states: States, what: PatchForm) -> None:
         self._model, self._states, self._what = model, states, what
-        self._nested, self._on_windows = nested, on_windows
         self._dense: tuple[Step, ...] = tuple(
             each for block in range(model.num_blocks) for each in Unit(block).sublayers
         )
-        self._fitted: dict[tuple[Run, ...], Patch] = {}
+        self._fitted: dict[Run, Patch] = {}
 
-    def keys(self, removed: Iterable[Unit]) -> list[tuple[Run, ...]]:
-        """What tells each patch of the model without `removed` from others: its run, and what stands below it."""
-        found = runs(removed)
-        return [tuple(found[at if self._nested else 0 : at + 1]) for at in range(len(found))]
-
-    def steps(self, removed: Iterable[Unit], depth: int, *, fits: bool = True) -> tuple[Step, ...]:
-        """The model without `removed`, with its patches; those that are new have `depth` as their first.
-
-        fits: whether those that are missing are fitted, or left out.
-        """
+    def steps(self, removed: Iterable[Unit], depth: int, *, patched: bool = True) -> tuple[Step, ...]:
+        """The model without `removed`, with its patches unless it is not `patched`; new ones begin at `depth`."""
         found: tuple[Step, ...] = ()
         end = 0
-        for key in self.keys(removed):
-            first, last = key[-1]
-            found += self._dense[end : _place(first)]
-            end = _place(last) + 1
-            if key not in self._fitted and fits:
-                fitting = RunFit(self._model, self._what, key[-1], depth)
+        for run in runs(removed):
+            found += self._dense[end : _place(run[0])]
+            end = _place(run[1]) + 1
+            if not patched:
+                continue
+            if run not in self._fitted:
+                fitting = RunFit(self._model, self._what, run, depth)
                 for index, tokens in enumerate(self._states.batches):
                     wanted = self._states.after(self._dense[:end], index)
                     fitting.add(self._states.after(found, index), wanted)
-                    self._on_windows(len(tokens))
-                self._fitted[key] = fitting.patch()
-            found += (self._fitted[key],) if key in self._fitted else ()
+                    self._states.on_windows(len(tokens))
+                self._fitted[run] = fitting.patch()
+            found += (self._fitted[run],)
         return found + self._dense[end:]
 
 
 def spans(models: Sequence[tuple[Step, ...]]) -> tuple[Patch, ...]:
-    """The patches of the models of depths 0, 1, …, each with all the depths that have it: as a map's file has them."""
-    depths: dict[Patch, list[int]] = {}
+    """The patches of the models of depths 0, 1, …, each with the depths in a row that have it: as a file has them.
+
+    Those of the last are of all deeper ones too.
+    """
+    found: list[Patch] = []
+    last: dict[Step, int] = {}  # where in `found` those of the depth before are
     for depth, model in enumerate(models):
+        here: dict[Step, int] = {}
         for step in model:
             if isinstance(step, Patch):
-                depths.setdefault(step, []).append(depth)
-    return tuple(
-        replace(patch, first_depth=found[0], last_depth=found[-1]) for patch, found in depths.items()
-    )
+                here[step] = last.get(step, len(found))
+                if step not in last:
+                    found.append(replace(step, first_depth=depth))
+                found[here[step]] = replace(found[here[step]], last_depth=depth)
+        last = here
+    for at in last.values():
+        found[at] = replace(found[at], last_depth=None)
+    return tuple(found)

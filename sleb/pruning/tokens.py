@@ -21,7 +21,7 @@ from sleb.pruning.calibration import (
     calibration_windows,
     is_generated,
 )
-from sleb.pruning.options import PruneOptions
+from sleb.pruning.options import TextOptions
 
 if TYPE_CHECKING:
     from sleb.engine.llm import LLM
@@ -47,7 +47,7 @@ class TokenizedModel(Protocol):
 def gather_tokens(
     model: object,
     scorer: TokenizedModel,
-    options: PruneOptions,
+    options: TextOptions,
     *,
     note: Callable[[str], None],
     on_generate: Callable[[float], None],
@@ -78,7 +78,7 @@ class _Gatherer:
         self,
         model: object,
         scorer: TokenizedModel,
-        options: PruneOptions,
+        options: TextOptions,
         on_generate: Callable[[float], None],
     ) -> None:
         self._model, self._scorer, self._options = model, scorer, options
