@@ -47,6 +47,10 @@ def patch(
     target = output or source.with_name(f"{source.stem}-patched.json")
     asked = replace(options, layer_map=find_map(layer_map), output=target)
     console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     try:
         with Bar(
             BarColumn(),
@@ -56,12 +60,21 @@ def patch(
             TimeRemainingColumn(),
             console=console,
         ) as bar:
+            doing = ""
+
+            def show(what: str, share: float) -> None:
+                nonlocal doing
+                if what != doing and not console.is_terminal:  # where no bar moves
+                    say(f"{share:4.0%} {what}")
+                doing = what
+                bar.show(what, share, 1)
+
             report = run_patching(
                 model,
                 asked,
-                progress=lambda what, share: bar.show(what, share, 1),
+                progress=show,
                 on_generate=lambda share: bar.show("the model writes its text", share, 1),
-                note=bar.print,
+                note=say,
             )
     except KeyboardInterrupt:
         there = "is as it was" if target.exists() else "is not written"

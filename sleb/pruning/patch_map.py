@@ -11,13 +11,13 @@ from pathlib import Path
 
 from sleb.errors import ConfigError, SlebError
 from sleb.fields import shown_path
+from sleb.files import check_writable
 from sleb.layer_map.layer_map import LayerMap, Patch, Patches, TextLosses, Unit
 from sleb.layer_map.patches import PatchRecord
 from sleb.options import takes_options
 from sleb.pruning.calibration import Calibration
 from sleb.pruning.options import PatchForm, PatchOptions, parse_patch, set_threads
 from sleb.pruning.patching import RIDGE, Patcher, States, Step, runs, spans
-from sleb.pruning.resume import check_output
 from sleb.pruning.run import PrunableModel
 from sleb.pruning.tokens import gather_tokens
 
@@ -67,7 +67,9 @@ def run_patching(
     depths = _depths(layer_map, options.depths)
     path = None if options.output is None else Path(options.output)
     if path is not None:
-        check_output(path, resume=False, force=options.force)
+        check_writable(path)
+        if path.exists() and not options.force:
+            raise ConfigError(f"output {path} exists: replace it with --force, or name another")
     set_threads(options.threads)
     scorer = _load(model, options, layer_map)
     tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)
