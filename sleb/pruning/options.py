@@ -212,10 +212,19 @@ class PatchOptions(TextOptions):
     dtype: str = option_of(PruneOptions, "dtype", help="Of the fit.")
     device: str = option_of(PruneOptions, "device")
     threads: int | None = option_of(PruneOptions, "threads")
+    losses: bool = option(
+        True,
+        "Measure every depth with its patches and without. That takes longer than the fit; `sleb eval` can do it later.",
+        group=_PATCH,
+    )
     force: bool = option_of(PruneOptions, "force")
 
     def check(self) -> None:
         """ConfigError for what can be seen without the model."""
+        if self.held_out and not self.losses:
+            raise ConfigError(
+                "held_out names a text to measure the losses of, which are not wanted: leave it out"
+            )
         check_values(self)
         EngineConfig("", device=self.device).check()
         if parse_patch(self.patch) is None:

@@ -82,7 +82,7 @@ def run_patching(
             f"{num_tokens} tokens are few for patches of {width} features, which may then do harm: "
             f"take more --windows, {_FEW_TOKENS * width} tokens or more"
         )
-    if not held_out:
+    if options.losses and not held_out:
         note(
             "no held-out text: the losses are those of the text that the patches are fitted to, which flatters"
         )
@@ -125,13 +125,13 @@ class _Run:
                 losses = self._losses(states, models, f"measuring {text.record.source}")
             record = replace(text.record, dtype=self._options.dtype)
             found.append(TextLosses(record, losses))
-            if text is judged:
+            if text is judged and losses:
                 unpatched = TextLosses(record, self._unpatched(states, models, losses))
         first, *held_out = found
         return replace(
             layer_map,
             calibration=first.record,
-            losses=first.losses,
+            losses=first.losses or None,
             candidate_losses=None,  # of a search that judged otherwise
             held_out=tuple(held_out),
             patches=Patches.of(spans(models), PatchRecord(what.form, what.rank, RIDGE, first.record)),
@@ -141,7 +141,7 @@ class _Run:
     def _fit(
         self, patcher: Patcher, states: States, depths: Sequence[int]
     ) -> tuple[list[tuple[Step, ...]], tuple[float, ...]]:
-        """What runs at every depth, and its loss on the text that patches are fitted to."""
+        """What runs at every depth, and its loss, if it is wanted, on the text that patches are fitted to."""
         removed = self._layer_map.removed
         models: list[tuple[Step, ...]] = []
         losses: tuple[float, ...] = ()
@@ -149,7 +149,8 @@ class _Run:
             doing = f"depth {depth} of {len(removed)}"
             self._doing = f"fitting {doing}"
             models.append(patcher.steps(removed[:depth], depth, patched=depth in depths))
-            losses += self._losses(states, models[-1:], f"measuring {doing}")
+            if self._options.losses:
+                losses += self._losses(states, models[-1:], f"measuring {doing}")
         return models, losses
 
     def _unpatched(
@@ -176,6 +177,8 @@ class _Run:
         removed = self._layer_map.removed
         fitted = {run for depth in depths for run in runs(removed[:depth])}
         lengths = [len(text.windows) for text in texts]
+        if not self._options.losses:
+            return lengths[0] * len(fitted)
         return lengths[0] * len(fitted) + sum(lengths) * (len(removed) + 1) + judged * len(depths)
 
     def _count(self, num_windows: int) -> None:

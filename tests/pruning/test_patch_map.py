@@ -116,6 +116,15 @@ def test_some_depths_alone(tiny_model_dir: Path, tiny_chain: LayerMap, texts: tu
     assert not made.held_out and made.unpatched.record == made.calibration
 
 
+def test_losses_may_be_left_for_later(
+    tiny_model_dir: Path, tiny_chain: LayerMap, texts: tuple[Path, Path]
+) -> None:
+    searched = replace(tiny_chain, losses=(1.0,) * 6)
+    made = patch(tiny_model_dir, searched, calibration=texts[0], windows=10, seqlen=64, losses=False)
+    assert (made.losses, made.held_out, made.unpatched) == (None, (), None)
+    assert made.patches is not None and made.patches.at(5)
+
+
 def test_earlier_losses_and_patches_go(
     tiny_model_dir: Path, tiny_chain: LayerMap, texts: tuple[Path, Path]
 ) -> None:
@@ -160,6 +169,7 @@ def test_an_interrupt_leaves_what_was_there(
         ({"layer_map": LayerMap("other", "sha256:x", 6, (Unit(2),))}, "has another shape"),
         ({"calibration": "nowhere.txt"}, "nowhere.txt"),
         ({"held_out": "nowhere.txt"}, "nowhere.txt"),
+        ({"held_out": "nowhere.txt", "losses": False}, "are not wanted: leave it out"),
         ({"seqlen": 1000}, "seqlen 1000 is longer than the context"),
         ({"output": "/nowhere/map.json"}, "cannot be written"),
     ],
