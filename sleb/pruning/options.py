@@ -214,7 +214,7 @@ class PatchOptions(TextOptions):
     threads: int | None = option_of(PruneOptions, "threads")
     losses: bool = option(
         True,
-        "Measure every depth with its patches and without. That takes longer than the fit; `sleb eval` can do it later.",
+        "Measure every depth with its patches and without, which takes longer than the fit.",
         group=_PATCH,
     )
     force: bool = option_of(PruneOptions, "force")
