@@ -69,7 +69,7 @@ def front(
         gone = layer_map.removed[:depth]
         parts = [part for unit in gone for _, part in unit.sublayers]
         facts = {
-            "predicted ×": cost.speedup(gone),
+            "predicted ×": cost.speedup(gone, layer_map.num_patch_parameters(depth)),
             "of parameters removed": sum(weights[part] for part in parts) / total,
             "of KV removed": parts.count("attention") / spec.num_blocks,
         }

@@ -14,7 +14,7 @@ from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.model.weights import all_sublayers, num_parameters, patch_weights
 from sleb.engine.text import TextProcessor
-from sleb.kernels.reference.cross_entropy import linear_cross_entropy
+from sleb.kernels.reference.cross_entropy import expected_rows, linear_cross_entropy, linear_divergence
 from sleb.kernels.reference.ops import causal_attention
 from sleb.kernels.registry import select_kernels
 from sleb.layer_map.layer_map import Patch, Unit
@@ -116,13 +116,28 @@ class DecoderScorer:
 
     def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Cross-entropy [W, L − 1] float32 in nats of each token given those before it."""
-        num_windows, length = token_ids.shape
-        states = self._decoder.head_inputs(hidden[:, :-1].reshape(num_windows * (length - 1), -1))
-        targets = token_ids[:, 1:].reshape(-1).to(states.device)
+        states, targets = self.head_states(hidden[:, :-1]), self._targets(token_ids)
+        return linear_cross_entropy(states, self._head(states), targets).view(len(token_ids), -1)
+
+    def expected_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the next-token distributions at hidden [W, L, E], the last apart, what `divergences` needs of them."""
+        states = self.head_states(hidden[:, :-1])
+        return expected_rows(states, self._head(states))
+
+    def divergences(
+        self, hidden: Tensor, token_ids: Tensor, expected: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """KL(p ‖ q) [W, L − 1] float32 in nats from the distributions p of `expected_rows`, and `token_losses`."""
+        states, targets = self.head_states(hidden[:, :-1]), self._targets(token_ids)
+        found = linear_divergence(states, self._head(states), *expected, targets)
+        return found[0].view(len(token_ids), -1), found[1].view(len(token_ids), -1)
+
+    def _targets(self, token_ids: Tensor) -> Tensor:
+        return token_ids[:, 1:].reshape(-1).to(self.device)
+
+    def _head(self, states: Tensor) -> Tensor:
         weight = self._decoder.weights.head.weight
-        if not isinstance(weight, Tensor):
-            weight = weight.dequantize(states.dtype)
-        return linear_cross_entropy(states, weight, targets).view(num_windows, length - 1)
+        return weight if isinstance(weight, Tensor) else weight.dequantize(states.dtype)
 
     def head_states(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., E] at the end to what the head multiplies, a row a token: [T, E]."""

@@ -2,6 +2,9 @@
 
 loss[t] = log Σ_v exp(x[t] · w[v]) − x[t] · w[target[t]], with the sum joined over pieces as in the online softmax
 (Milakov & Gimelshein 2018, arXiv:1805.02867). Backwards, the pieces are computed again: dx = (softmax − onehot) w.
+
+The divergence of softmax(x · w) from a distribution p is as cheap, since a logit is linear in x:
+KL(p ‖ softmax) = Σ_v p_v log p_v − x · (Σ_v p_v w_v) + log Σ_v exp(x · w_v), and of p that needs one row a token.
 """
 
 from __future__ import annotations
@@ -58,3 +61,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += (softmax.to(part.dtype) @ part).float()
             result.append((total - weight[wanted].float()) * factor[:, None])
         return torch.cat(result).to(states.dtype), None, None
+
+
+@torch.no_grad()
+def expected_rows(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of p = softmax(states @ weight.T), states [T, E] and weight [V, E]: Σ_v p_v w_v [T, E] and Σ_v p_v log p_v [T],
+    both float32: what `linear_divergence` needs of p."""
+    rows, negentropies = [], []
+    for some in states.float().split(_ROWS):
+        normalizer = _logsumexp(some, weight)
+        row = torch.zeros_like(some)
+        for start in range(0, len(weight), _ENTRIES):
+            part = weight[start : start + _ENTRIES].float()
+            row += (some @ part.T - normalizer[:, None]).exp() @ part
+        rows.append(row)
+        negentropies.append((row * some).sum(-1) - normalizer)
+    return torch.cat(rows), torch.cat(negentropies)
+
+
+@torch.no_grad()
+def linear_divergence(
+    states: Tensor, weight: Tensor, rows: Tensor, negentropies: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) [T] in nats of q = softmax(states @ weight.T) from the p of `expected_rows`, and q's cross-entropy [T]
+    for `targets` [T] int64; float32, whatever the inputs: a divergence is a small difference of large numbers."""
+    states = states.float()
+    normalizer = torch.cat([_logsumexp(some, weight) for some in states.split(_ROWS)])
+    divergences = negentropies - (states * rows).sum(-1) + normalizer
+    losses = normalizer - (states * weight[targets].float()).sum(-1)
+    return divergences.clamp_min(0), losses  # a NaN stays one
+
+
+def _logsumexp(states: Tensor, weight: Tensor) -> Tensor:
+    """log Σ_v exp(x · w_v) [T] of states [T, E] float32."""
+    normalizer = torch.full(states.shape[:1], -torch.inf, device=states.device)
+    for start in range(0, len(weight), _ENTRIES):
+        logits = states @ weight[start : start + _ENTRIES].float().T
+        normalizer = torch.logaddexp(normalizer, logits.logsumexp(-1))
+    return normalizer

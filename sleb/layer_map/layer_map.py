@@ -65,11 +65,13 @@ class LayerMap:
     """A frozen removal order over one model's units, and how it was found.
 
     `losses[k]` is the loss (sum over the calibration windows of mean cross-entropy × window length) with
-    the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss of every
-    unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out` are texts that took no part in
-    the search: the calibration text flatters what was chosen on it. `depth` is the recommended one; left out, it is
-    the whole order. `patches` stand where units were removed, and the losses are those with them; `unpatched` are those
-    without, of one of these texts. Raises LayerMapError when the fields contradict each other.
+    the first k units removed; [0] is the dense model's. `candidate_losses[k]` holds the loss, or what else `search`
+    names as its objective, of every unit that round k + 1 computed whole, `math.inf` for a disqualified one. `held_out`
+    are texts that took no part in the search: the calibration text flatters what was chosen on it. `depth` is the
+    recommended one; left out, it is the whole order. `patches` stand where units were removed, and the losses are those
+    with them; where the search fitted them, to every second window, losses are the others' times all windows for each
+    of them. `unpatched` are the losses without, of one of these texts. Raises LayerMapError when the fields contradict
+    each other.
     """
 
     model: str
@@ -214,6 +216,10 @@ class LayerMap:
                     f"{hidden_size}: its patches belong to another model"
                 )
         return found
+
+    def num_patch_parameters(self, depth: int) -> int:
+        """Of the patches that rows of `depth` get."""
+        return 0 if self.patches is None else self.patches.num_parameters(self._depth(depth))
 
     @property
     def calibration_losses(self) -> TextLosses:

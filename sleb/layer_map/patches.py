@@ -157,7 +157,8 @@ class Patches:
                 small = np.abs(tensor).max() < _HALF_MAX
                 stored = np.ascontiguousarray(tensor, np.float16 if small else np.float32)
                 tensors[f"{index}.{name}"] = stored
-        content = to_bytes(tensors, {"format": "sleb-patches", "patches": json.dumps(listed)})
+        # One entry: safetensors writes several in any order, and the file's name is of its hash.
+        content = to_bytes(tensors, {"patches": json.dumps(listed)})
         return cls(hashlib.sha256(content).hexdigest(), record, None, content)
 
     @classmethod

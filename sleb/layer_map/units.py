@@ -56,12 +56,16 @@ class SearchRecord:
     """How an order was found. Every field may be unknown (None).
 
     `units` is "blocks", "sublayers" or "attention"; `mode` "exact", "race" or "gradient" (`sleb.pruning.search`);
-    `cost` what a removal's added loss was weighed by, if by anything.
+    `cost` what a removal's added loss was weighed by, if by anything; `objective` "loss" or "kl", what candidates were
+    judged by; `patch` what stood where they were removed, "none", "scale", "low-rank=64" or "full". Earlier versions
+    knew "loss" and "none" alone, and say nothing of them.
     """
 
     units: str | None = None
     mode: str | None = None
     cost: str | None = None
+    objective: str | None = None
+    patch: str | None = None
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,20 @@ class PruneOptions(TextOptions):
         EngineConfig, "dtype", "float32", help="Of the search.", choices=DTYPES, aliases=(), group=_COMPUTE
     )
     device: str = option_of(EngineConfig, "device", group=_COMPUTE)
+    patch: str = option(
+        "none",
+        "What stands where units were removed, fitted to every second calibration window before a candidate is judged "
+        "on the others: nothing (the paper), a scale of each channel, or a linear map, of rank R (64) or full.",
+        metavar="none|scale|low-rank[=R]|full",
+        group=_HOW,
+    )
+    objective: str | None = option(
+        None,
+        "What a candidate is judged by: the loss (the paper), or the divergence from the dense model's distributions.",
+        choices=("loss", "kl"),
+        unset="loss; with patches, kl",
+        group=_HOW,
+    )
     held_out: Sequence[str | Path] = option(
         (),
         "Another text: its loss is told too, since the calibration text flatters; repeatable.",
@@ -160,6 +174,16 @@ class PruneOptions(TextOptions):
                 "cost kv weighs by the KV cache, of which an MLP has none: "
                 "take --units blocks or attention, or --cost latency"
             )
+        patch = parse_patch(self.patch)
+        if self.search_mode == "gradient" and (self.search_objective != "loss" or patch is not None):
+            raise ConfigError(
+                "screen gradient says nothing of patches, nor of the divergence, which is flat at the dense model: "
+                "take --screen race, or --patch none --objective loss"
+            )
+        if patch is not None and self.windows == 1:
+            raise ConfigError(
+                "patches are fitted on every second window and judged on the others: take --windows 2 or more"
+            )
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output file that it continues")
         self.check_texts()
@@ -173,6 +197,11 @@ class PruneOptions(TextOptions):
     def predicts_speedup(self) -> bool:
         """Whether a cost model is fitted."""
         return self.speedup or self.target_speedup is not None or self.cost == "latency"
+
+    @property
+    def search_objective(self) -> str:
+        """What candidates are judged by: "loss" or "kl"."""
+        return self.objective or ("loss" if parse_patch(self.patch) is None else "kl")
 
     @property
     def search_mode(self) -> str:
@@ -238,6 +267,9 @@ class PatchForm:
 
     form: Form
     rank: int | None = None
+
+    def __str__(self) -> str:
+        return self.form if self.rank is None else f"{self.form}={self.rank}"
 
 
 def parse_patch(patch: str) -> PatchForm | None:

@@ -51,6 +51,8 @@ def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
         ("fingerprint", earlier.fingerprint, wanted.fingerprint),
         ("units", searched.units, asking.units),
         ("cost", searched.cost, asking.cost),
+        ("objective", searched.objective or "loss", asking.objective or "loss"),
+        ("patch", searched.patch or "none", asking.patch or "none"),
         ("held-out text", _hashes(earlier), _hashes(wanted)),
         ("dtype", found.dtype, asked.dtype),
         ("seqlen", found.seqlen, asked.seqlen),

@@ -6,17 +6,27 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sleb.errors import ConfigError
-from sleb.layer_map.layer_map import LayerMap, SearchRecord, TextLosses, Unit
+from sleb.layer_map.layer_map import LayerMap, Patches, SearchRecord, TextLosses, Unit
+from sleb.layer_map.patches import PatchRecord
 from sleb.options import takes_options
-from sleb.pruning.calibration import Calibration
+from sleb.pruning.calibration import Calibration, token_hash
 from sleb.pruning.cost_model import CostModel, fit_cost_model
-from sleb.pruning.options import DEFAULT_REMOVE, PruneOptions, parse_increase, parse_remove, set_threads
+from sleb.pruning.options import (
+    DEFAULT_REMOVE,
+    PruneOptions,
+    parse_increase,
+    parse_patch,
+    parse_remove,
+    set_threads,
+)
+from sleb.pruning.patching import RIDGE, RunFit
 from sleb.pruning.resume import check_output, check_resume
 from sleb.pruning.search import (
     ScoringModel,
@@ -112,8 +122,12 @@ def run_pruning(
             on_round(run.layer_map)
 
     started = time.monotonic()
+    found = run.layer_map
     start = SearchResult(
-        run.layer_map.removed, run.layer_map.losses or (), run.layer_map.candidate_losses or ()
+        found.removed,
+        found.losses or (),
+        found.candidate_losses or (),
+        () if found.patches is None else found.patches.load(),
     )
     if num_remove > len(start.removed) and not (start.removed and run.is_decided()):
         result = search(
@@ -128,6 +142,8 @@ def run_pruning(
                 units=options.units,
                 mode=options.search_mode,
                 savings=_savings(options, scorer, cost_model, candidates),
+                objective=options.search_objective,
+                fit=run.fit,
                 batch_windows=options.batch_windows,
             ),
         )
@@ -162,35 +178,57 @@ class _Run:
             if options.has_target
             else None
         )
+        what = parse_patch(options.patch)
+        self.fit = None if what is None else partial(RunFit, scorer, what)
+        calibration = replace(tokens.record, dtype=options.dtype)
+        if what is not None:  # every second window
+            fitted = tokens.windows[::2]
+            record = replace(calibration, windows=len(fitted), token_hash=token_hash(fitted))
+            self._patches = PatchRecord(what.form, what.rank, RIDGE, record)
         self.layer_map = LayerMap(
             model=scorer.model_name,
             fingerprint=scorer.fingerprint,
             num_blocks=scorer.num_blocks,
-            calibration=replace(tokens.record, dtype=options.dtype),
-            search=SearchRecord(units=options.units, mode=options.search_mode, cost=options.cost),
+            calibration=calibration,
+            search=SearchRecord(
+                units=options.units,
+                mode=options.search_mode,
+                cost=options.cost,
+                objective=options.search_objective,
+                patch="none" if what is None else str(what),
+            ),
             held_out=tuple(TextLosses(replace(text.record, dtype=options.dtype)) for text in held_out),
         )
 
     def add(self, result: SearchResult) -> None:
         """Takes over a result, adds the held-out losses of its new depths, and recommends a depth."""
+        patches = Patches.of(result.patches, self._patches) if result.patches else None
         self.layer_map = replace(
             self.layer_map,
             removed=result.removed,
             losses=result.losses,
             candidate_losses=result.candidate_losses,
             held_out=tuple(
-                self._extended(known, text.windows, result.removed)
+                self._extended(known, text.windows, result.removed, patches)
                 for known, text in zip(self.layer_map.held_out, self._held_out, strict=True)
             ),
             depth=len(result.removed),
+            patches=patches,
         )
         self.layer_map = self.layer_map.recommend(self._depth())
 
-    def _extended(self, known: TextLosses, windows: Tensor, removed: tuple[Unit, ...]) -> TextLosses:
+    def _extended(
+        self, known: TextLosses, windows: Tensor, removed: tuple[Unit, ...], patches: Patches | None
+    ) -> TextLosses:
         """With the losses of the depths that it lacks."""
         depths = range(len(known.losses), len(removed) + 1)
         units = self._options.units
-        new = [total_loss(self._scorer, windows, units, removed[:depth]) for depth in depths]
+        new = [
+            total_loss(
+                self._scorer, windows, units, removed[:depth], () if patches is None else patches.at(depth)
+            )
+            for depth in depths
+        ]
         return replace(known, losses=(*known.losses, *new))
 
     def front(self) -> list[FrontPoint]:
@@ -209,7 +247,7 @@ class _Run:
 
 def _evidence(layer_map: LayerMap) -> dict[str, Any]:
     """What a continued search takes over."""
-    names = ("removed", "losses", "candidate_losses", "held_out", "depth")
+    names = ("removed", "losses", "candidate_losses", "held_out", "depth", "patches")
     return {name: getattr(layer_map, name) for name in names}
 
 

@@ -33,7 +33,11 @@ def front(layer_map: LayerMap, cost_model: CostModel | None) -> list[FrontPoint]
             removed=layer_map.removed[depth - 1] if depth else None,
             perplexity=layer_map.perplexity(depth),
             held_out=tuple(text.perplexity(depth) for text in layer_map.held_out),
-            speedup=None if cost_model is None else cost_model.speedup(layer_map.removed[:depth]),
+            speedup=(
+                None
+                if cost_model is None
+                else cost_model.speedup(layer_map.removed[:depth], layer_map.num_patch_parameters(depth))
+            ),
         )
         for depth in range(layer_map.max_depth + 1)
     ]

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from sleb.errors import ConfigError, SlebError
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Unit
-from sleb.pruning.search.criterion import Criterion, alive_units, check_num_remove, is_candidate
+from sleb.pruning.search.criterion import (
+    Criterion,
+    alive_units,
+    check_num_remove,
+    is_candidate,
+    model_units,
+)
 from sleb.pruning.search.fast import race, screen
 from sleb.pruning.search.model import (
     EXACT,
@@ -21,7 +28,9 @@ from sleb.pruning.search.model import (
     SearchResult,
     SearchSettings,
 )
+from sleb.pruning.search.patches import in_order
 from sleb.pruning.search.rounds import Evidence, Round, SearchState
+from sleb.pruning.search.trunk import Trunk
 
 # Where batch_windows is left out, windows are seen in so many steps at least: a candidate is abandoned between them.
 _MIN_STEPS = 16
@@ -100,16 +109,23 @@ class _Search:
         self._num_remove = num_remove
         self._first = len(self.result.removed)
         self._round: Round | None = None
-        self._current: Evidence | None = None  # losses of the model as it stands
-        _check_arguments(model.num_blocks, windows, num_remove, settings.units, self.result)
+        self._current: Evidence | None = None  # of the model as it stands
+        _check_arguments(model.num_blocks, windows, num_remove, settings, self.result)
         alive = alive_units(settings.units, model.num_blocks, self.result.removed)
+        self._num_windows = len(windows)
+        # Every second window fits: each part of a mix of texts has its share of both.
+        fitted, windows = (windows[::2], windows[1::2]) if settings.fit is not None else (windows, windows)
         if settings.mode != "exact":
             # Neighbouring windows are often one article. Sums do not depend on the order, being rounded once.
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
         most = max(1, len(windows) // _MIN_STEPS)
         self.state = SearchState(
-            model, windows, alive, settings.batch_windows, most, settings.memory_bound, settings.trunk_bound
-        )
+            model, windows, alive, settings.batch_windows, most, settings.memory_bound, settings.trunk_bound,
+            objective=settings.objective, dense=model_units(settings.units, model.num_blocks),
+        )  # fmt: skip
+        if settings.fit is not None:
+            self.state.patch(settings.fit, fitted, self.result.patches, len(self.result.removed))
+        self._scale = self._num_windows / len(windows)
 
     def begin_round(self) -> Round:
         """The next round, its candidates in the order in which they came out of the last one."""
@@ -121,8 +137,8 @@ class _Search:
         if not self.result.losses:
             self.result = replace(self.result, losses=(self._dense(),))
         if self._current is None and settings.savings is not None:
-            self._current = state.dense()
-        criterion = Criterion(self.result.losses[-1], settings.savings)
+            self._current = state.present()
+        criterion = Criterion(0.0 if self._current is None else self._current.total, settings.savings)
         report = self._report(number, len(candidates))
         self._round = Round(state, candidates, criterion, number, report)
         if settings.mode == "race":
@@ -145,17 +161,20 @@ class _Search:
         reference = sum(whole - len(unit.sublayers) / 2 for unit in self._candidates())
         state.remove(best)
         self._current = found.exact[best]
+        margin, scale = found.margin(best), self._scale
         self.result = replace(
             earlier,
             removed=(*earlier.removed, best),
-            losses=(*earlier.losses, self._current.total),
+            losses=(*earlier.losses, self._current.loss * scale),
             candidate_losses=(
-                *earlier.candidate_losses, {unit: found.exact[unit].total for unit in sorted(found.exact)},
+                *earlier.candidate_losses,
+                {unit: found.exact[unit].total * scale for unit in sorted(found.exact)},
             ),
-            margins=(*earlier.margins, found.margin(best)),
+            patches=() if state.patching is None else tuple(state.patching.patches),
+            margins=(*earlier.margins, replace(margin, difference=margin.difference * scale)),
             cost=SearchCost(
-                state.num_passes / state.num_windows,
-                state.num_evaluations / state.num_windows,
+                state.num_passes / self._num_windows,
+                state.num_evaluations / self._num_windows,
                 earlier.cost.reference_passes + reference,
                 earlier.cost.reference_evaluations + found.num_candidates,
             ),
@@ -167,8 +186,8 @@ class _Search:
         return [unit for unit in self.state.alive if is_candidate(unit, units, self.num_blocks)]
 
     def _dense(self) -> float:
-        self._current = self.state.dense()
-        loss = self._current.total
+        self._current = self.state.present()
+        loss = self._current.loss * self._scale
         if not math.isfinite(loss):
             raise SlebError(
                 "the loss of the whole model over the calibration windows is not a finite number: "
@@ -206,27 +225,36 @@ def _continued(resume: SearchResult | None) -> SearchResult:
     return replace(resume or SearchResult(), margins=(), cost=SearchCost())
 
 
-def total_loss(model: ScoringModel, windows: Tensor, units: str, removed: Iterable[Unit]) -> float:
-    """The loss over `windows` [W, L] int64 without the units in `removed`: the sum of mean cross-entropy × L."""
-    alive = alive_units(units, model.num_blocks, removed)
+def total_loss(
+    model: ScoringModel,
+    windows: Tensor,
+    units: str,
+    removed: Iterable[Unit],
+    patches: Iterable[Patch] = (),
+) -> float:
+    """The loss over `windows` [W, L] int64 without the units in `removed`, with the `patches` of that depth: the sum of
+    mean cross-entropy × L."""
+    items = in_order(alive_units(units, model.num_blocks, removed), patches)
     evidence = Evidence()
     with torch.no_grad():
         for window in windows.split(1):
-            hidden = model.embed(window)
-            for unit in alive:
-                hidden = model.run(unit, hidden)
+            hidden = Trunk(model, [window], items, len(items), lambda *facts: None).at(len(items), 0)
             evidence.add(model.token_losses(hidden, window))
     return evidence.total
 
 
 def _check_arguments(
-    num_blocks: int, windows: Tensor, num_remove: int, units: str, resume: SearchResult
+    num_blocks: int, windows: Tensor, num_remove: int, settings: SearchSettings, resume: SearchResult
 ) -> None:
-    check_num_remove(num_remove, num_blocks, units)
+    check_num_remove(num_remove, num_blocks, settings.units)
     if windows.dim() != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         found = f"{windows.dtype} of shape {tuple(windows.shape)}"
         raise ConfigError(
             f"calibration windows are {found}; they must be int64 of shape [1 or more, 2 or more]"
+        )
+    if settings.fit is not None and len(windows) < 2:
+        raise ConfigError(
+            "patches are fitted on every second window and judged on the others: give 2 windows or more"
         )
     if len(resume.losses) != len(resume.removed) + bool(resume.removed):
         raise ConfigError("cannot continue an order without a loss for the dense model and for each removal")

@@ -4,7 +4,8 @@ A round over the units alive tries every candidate: the loss of the model withou
 The best goes; of equal ones, the shallowest. Exact all the same:
 
 * the trunk, what runs before a candidate, is computed once for all of them and kept between rounds (`trunk`);
-* cross-entropy is never negative, so a candidate whose sum over some windows is past the best whole sum is abandoned;
+* neither cross-entropy nor a divergence is negative, so a candidate whose sum over some windows is past the best whole
+  sum is abandoned;
 * candidates are tried in the order of the round before, so that a good one is whole early.
 
 Windows are cut into as few groups as keep the trunk within a memory bound; between groups nothing is kept, and
@@ -20,32 +21,36 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Unit
 from sleb.pruning.search.criterion import Criterion
 from sleb.pruning.search.model import Margin, ScoringModel
-from sleb.pruning.search.trunk import Trunk, fitting_stride, state_bytes
+from sleb.pruning.search.patches import Fit, Patching, Variant, in_order
+from sleb.pruning.search.trunk import Item, Trunk, fitting_batch, fitting_stride, state_bytes
 
-# The trunk, and the input and output of the unit that runs: hidden states of a batch alive at once.
-_LIVE_COPIES = 3
 # Tokens that are one sample of a paired difference: neighbouring tokens are not independent, stretches nearly so.
 _STRETCH = 64
 
 
 @dataclass
 class Evidence:
-    """Losses of one model variant: a sum for each window seen, and sums over stretches of text, in float64.
+    """The objective of one model variant: a sum for each window seen, and sums over stretches of text, in float64.
 
-    Windows come in the same order for every variant, so that two can be compared pairwise.
+    Windows come in the same order for every variant, so that two can be compared pairwise. `losses` are the windows'
+    losses where the objective is something else.
     """
 
     windows: list[float] = field(default_factory=list)
     stretches: list[Tensor] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
-    def add(self, token_losses: Tensor) -> None:
-        """token_losses [W, L-1]; a window's loss is their mean × L, as in the reference implementation."""
-        losses = token_losses.double().cpu()
+    def add(self, values: Tensor, token_losses: Tensor | None = None) -> None:
+        """Of tokens [W, L-1]; a window's value is their mean × L, as in the reference implementation."""
+        losses = values.double().cpu()
         length = losses.shape[1] + 1
         self.windows += (losses.mean(1) * length).tolist()
+        if token_losses is not None:
+            self.losses += (token_losses.double().cpu().mean(1) * length).tolist()
         self.stretches += [
             torch.stack([part.sum() for part in window.split(_STRETCH)]) * (length / (length - 1))
             for window in losses
@@ -61,8 +66,13 @@ class Evidence:
         except OverflowError:
             return math.inf
 
+    @property
+    def loss(self) -> float:
+        """The sum of the losses, whatever the objective."""
+        return math.fsum(self.losses) if self.losses else self.total
+
     def mean(self) -> float:
-        """The loss a window so far."""
+        """The objective a window so far."""
         return self.total / len(self.windows)
 
 
@@ -77,7 +87,12 @@ def paired(one: Evidence, other: Evidence, weights: tuple[float, float] = (1.0, 
 
 
 class SearchState:
-    """The model, the windows in groups of batches, the trunk of each group, and what was spent."""
+    """The model, the windows that judge in groups of batches, the trunk of each group, and what was spent.
+
+    Attributes:
+        alive: the units that run. items: they and the patches, in order.
+        num_windows: that judge. num_passes, num_evaluations: over these and those that patches are fitted on.
+    """
 
     def __init__(
         self,
@@ -88,27 +103,41 @@ class SearchState:
         most_windows: int,
         memory_bound: int,
         trunk_bound: int,
+        *,
+        objective: str = "loss",
+        dense: Sequence[Unit] | None = None,
     ) -> None:
         self.model = model
         self.alive = list(alive)
+        self.items: list[Item] = list(alive)
+        self.patching: Patching | None = None
         self.num_windows, self.length = windows.shape
-        window_bytes = state_bytes(model, windows)
-        if batch_windows is None:
-            batch_windows = max(1, min(most_windows, memory_bound // (_LIVE_COPIES * window_bytes)))
-        batches = torch.split(windows, batch_windows)
-        batch_bytes = window_bytes * batch_windows
+        self._objective, self._dense = objective, list(alive if dense is None else dense)
+        self._window_bytes, self._trunk_bound = state_bytes(model, windows), trunk_bound
+        self.batch_windows = batch_windows or fitting_batch(model, windows, most_windows, memory_bound)
+        batches = torch.split(windows, self.batch_windows)
+        batch_bytes = self._window_bytes * self.batch_windows
         per_group = max(1, min(len(batches), trunk_bound // (batch_bytes * len(alive))))
         self.stride = fitting_stride(batch_bytes * per_group, len(alive), trunk_bound)
         self.groups = [batches[start : start + per_group] for start in range(0, len(batches), per_group)]
         self._trunks: dict[int, Trunk] = {}
+        self._expected: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.num_passes = 0.0
         self.num_evaluations = 0
+
+    def patch(self, fit: Fit, windows: Tensor, patches: Sequence[Patch], depth: int) -> None:
+        """From now on patches stand where units were: `patches` now, at `depth`, and more fitted on `windows`."""
+        self.items = in_order(self.alive, [patch for patch in patches if patch.serves(depth)])
+        self.patching = Patching(
+            self.model, windows.split(self.batch_windows), fit, self._dense, self.items, patches, depth,
+            (self._window_bytes * len(windows), self._trunk_bound), self._count,
+        )  # fmt: skip
 
     def trunk(self, group: int) -> Trunk:
         """The trunk of a group; one group's is kept until another is asked for."""
         if group not in self._trunks:
             self._trunks.clear()
-            self._trunks[group] = Trunk(self.model, self.groups[group], self.alive, self.stride, self._count)
+            self._trunks[group] = Trunk(self.model, self.groups[group], self.items, self.stride, self._count)
         return self._trunks[group]
 
     def _count(self, unit: Unit, num_windows: int) -> None:
@@ -119,26 +148,58 @@ class SearchState:
         self.num_evaluations += len(tokens)
         return self.model.token_losses(hidden, tokens)
 
+    def without(self, unit: Unit) -> Variant:
+        """The model without a unit."""
+        if self.patching is not None:
+            return self.patching.without(self.items, unit)
+        position = self.items.index(unit)
+        return Variant(position, tuple(self.items[position + 1 :]))
+
     def remove(self, unit: Unit) -> None:
         """Takes a unit out for good."""
-        position = self.alive.index(unit)
+        variant = self.without(unit) if self.patching is None else self.patching.remove(self.items, unit)
         self.alive.remove(unit)
+        self.items[variant.position :] = variant.rest
         for trunk in self._trunks.values():
-            trunk.remove(position)
+            trunk.replace(variant.position, variant.rest)
 
     def evaluate(self, unit: Unit, group: int, index: int, evidence: Evidence) -> None:
-        """Adds to `evidence` the losses of one batch without `unit`."""
-        trunk = self.trunk(group)
-        hidden = trunk.after(self.alive.index(unit), index)
-        evidence.add(self.losses(hidden, trunk.batches[index]))
+        """Adds to `evidence` what one batch says of the model without `unit`."""
+        variant = self.without(unit)
+        hidden = self.trunk(group).after(variant.position, variant.rest, index)
+        self._judge(hidden, group, index, evidence)
 
-    def dense(self) -> Evidence:
-        """The losses of the model as it stands, over all windows."""
+    def present(self) -> Evidence:
+        """Of the model as it stands, over all windows."""
         evidence = Evidence()
         for group, batches in enumerate(self.groups):
-            for index, tokens in enumerate(batches):
-                evidence.add(self.losses(self.trunk(group).at(len(self.alive), index), tokens))
+            for index in range(len(batches)):
+                self._judge(self.trunk(group).at(len(self.items), index), group, index, evidence)
         return evidence
+
+    def _judge(self, hidden: Tensor, group: int, index: int, evidence: Evidence) -> None:
+        tokens = self.groups[group][index]
+        if self._objective == "loss":
+            evidence.add(self.losses(hidden, tokens))
+        else:
+            expected = self._expectations(group)[index]
+            self.num_evaluations += len(tokens)
+            evidence.add(*self.model.divergences(hidden, tokens, expected))
+
+    def _expectations(self, group: int) -> list[tuple[Tensor, Tensor]]:
+        """What is to be known of the dense model's distributions; of one group until another is asked for."""
+        if group not in self._expected:
+            self._expected = {group: []}
+            for index, tokens in enumerate(self.groups[group]):
+                if len(self.alive) == len(self._dense):  # the trunk is the dense model
+                    hidden = self.trunk(group).at(len(self.items), index)
+                else:
+                    hidden = Trunk(self.model, [tokens], self._dense, len(self._dense), self._count).at(
+                        len(self._dense), 0
+                    )
+                self.num_evaluations += 2 * len(tokens)  # each row of the head is multiplied twice
+                self._expected[group].append(self.model.expected_rows(hidden))
+        return self._expected[group]
 
 
 class Round:
