@@ -111,10 +111,9 @@ def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list
     cases += [_attention("decode_attention", *shape, itemsize=size) for shape in decode]
     cases += [_attention("prefill_attention", *shape, itemsize=size) for shape in prefill]
     cases += _on_logits(sampled, vocab, size)
-    for shape in linears:
-        for kind in ("plain", "int8", "int4"):
-            cases += [_linear(kind, rows, *shape, dtype) for rows in linear_rows]
-    cases += [_linear("patch", rows, hidden, hidden, dtype) for rows in linear_rows]
+    kinds = [(kind, *shape) for shape in linears for kind in ("plain", "int8", "int4")]
+    kinds.append(("patch", hidden, hidden))
+    cases += [_linear(kind, rows, first, last, dtype) for kind, first, last in kinds for rows in linear_rows]
     return [case for op in OPS if op in ops for case in cases if case.op == op]
 
 
@@ -171,10 +170,10 @@ def _attention(
     kv_bytes = 2 * batch * context * num_kv * head_dim * itemsize
     # A query sees the context up to itself: scores and values are a product each.
     flops = 4 * batch * num_heads * head_dim * sum(range(before + 1, context + 1))
-    heads = f"heads {num_heads}/{num_kv} × {head_dim}"
-    shape = f"batch {batch}, context {context}, {heads}"
+    shape = f"batch {batch}, context {context}"
     if op == "prefill_attention":
-        shape = f"{new} tokens" + (f" after {before}" if before else "") + f", {heads}"
+        shape = f"{new} tokens" + (f" after {before}" if before else "")
+    shape += f", heads {num_heads}/{num_kv} × {head_dim}"
     num_bytes = 2 * num_tokens * num_heads * head_dim * itemsize + kv_bytes
     return KernelCase(op, shape, num_bytes, build, flops, head_dim)
 
@@ -185,9 +184,8 @@ def _on_logits(rows: int, vocab: int, itemsize: int) -> Iterator[KernelCase]:
 
     def sample(maker: Maker, page_size: int) -> Inputs:
         """As an ordinary request asks: temperature 0.8, top-k 50, top-p 0.95."""
-        points = [(row + 0.5) / rows for row in range(rows)]
-        numbers = [[0.8] * rows, [50.0] * rows, [0.95] * rows, [0.0] * rows, points]
-        return logits(maker), torch.tensor(numbers, dtype=torch.float64, device=maker.device)
+        numbers = [[0.8, 50.0, 0.95, 0.0, (row + 0.5) / rows] for row in range(rows)]
+        return logits(maker), torch.tensor(numbers, dtype=torch.float64, device=maker.device).T.contiguous()
 
     def gather(maker: Maker, page_size: int) -> Inputs:
         return logits(maker), maker.permutation(vocab)[:rows].long()

@@ -112,14 +112,14 @@ def measure_reserve(executor: GpuExecutor, max_num_tokens: int, max_len: int, bu
 
 
 def _measure_graphs(executor: GpuExecutor, buckets: Sequence[int]) -> int:
-    """The largest graphs size the pool; every further one takes what a second one of a depth does."""
+    """The largest graphs size the pool; every further one takes what second ones of a depth do."""
     device, depths = executor.device, executor.depths
     capture = CudaCapture(device)
     largest, *rest = sorted(buckets, reverse=True)
-    free = [torch.cuda.mem_get_info(device)[0]]
+    free, counts = [torch.cuda.mem_get_info(device)[0]], []
     for bucket, some_depths in ((largest, depths), (rest[0] if rest else largest, depths[:1])):
-        executor.capture([bucket], capture, some_depths)
+        counts.append(executor.capture([bucket], capture, some_depths))
         torch.cuda.synchronize(device)
         free.append(torch.cuda.mem_get_info(device)[0])
-    num_further = len(buckets) * len(depths) - len(depths)
-    return max(0, free[0] - free[1]) + num_further * max(0, free[1] - free[2])
+    num_further = (len(buckets) - 1) * counts[0]
+    return max(0, free[0] - free[1]) + num_further * max(0, free[1] - free[2]) // counts[1]

@@ -5,7 +5,7 @@ patches of its own and all deeper depths, over the whole bucket; every operator 
 has in this step. So a step of mixed depths is the replay of its fullest depth's graph: deeper rows are left alone by
 the units that they skip, and what is read is the fullest depth's weights once, and of the KV each row's own. The same
 goes for the rows of a bucket that the step does not fill. A patch that no row of a step gets is launches that end at
-once: its weight is not read.
+once: its weight is not read. Where deeper depths have patches, steps of one depth alone have graphs without them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GpuExecutor:
         self.unit_depths = tuple(planned.depths for planned in plan)
         self._units = tuple(planned.unit for planned in plan)
         self._max_pages = max_pages
-        self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
+        self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}  # fullest and deepest depth, bucket
         self._buckets: tuple[int, ...] = ()
         # One layout for all decode steps, so that graphs find every section where it was when they were captured.
         self._layout = StepLayout(max_num_seqs, max_num_seqs, len(plan))
@@ -125,23 +125,23 @@ class GpuExecutor:
         capture: Capture,
         depths: Sequence[int] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Captures a graph for each of `depths` (None: all) and buckets of rows, the largest first.
+    ) -> int:
+        """Captures the graphs of each of `depths` (None: all) and buckets of rows, the largest first.
 
         The graphs share one pool of memory, which the largest has sized before the others ask. on_progress: graphs
-        captured, of all.
+        captured, of all. Returns how many there are.
         """
-        wanted = [
-            (depth, bucket) for bucket in sorted(buckets, reverse=True) for depth in depths or self.depths
-        ]
+        spans = [span for depth in depths or self.depths for span in self._spans(depth)]
+        wanted = [(*span, bucket) for bucket in sorted(buckets, reverse=True) for span in spans]
         self._buckets = tuple(sorted({*self._buckets, *buckets}))
-        for done, (depth, bucket) in enumerate(wanted):
+        for done, (fullest, deepest, bucket) in enumerate(wanted):
             if on_progress is not None:
                 on_progress(done, len(wanted))
-            units = self._decode_units(depth, bucket)
-            self._graphs[depth, bucket] = capture(partial(self._decode, units, bucket))
+            units = self._decode_units(fullest, deepest, bucket)
+            self._graphs[fullest, deepest, bucket] = capture(partial(self._decode, units, bucket))
         if on_progress is not None:
             on_progress(len(wanted), len(wanted))
+        return len(wanted)
 
     @torch.inference_mode()
     def warm_up(self, num_pages: int, report: Callable[[str], None] | None = None) -> None:
@@ -163,7 +163,7 @@ class GpuExecutor:
             for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 16, 32, 64, 128)}):
                 inputs.row_counts.fill_(bucket)
                 for depth in self.depths:  # a patch is for all rows of one, and for some of another
-                    self._decode(self._decode_units(depth, bucket), bucket)
+                    self._decode(self._decode_units(depth, self.depths[-1], bucket), bucket)
         inputs.row_counts.zero_()
         self._page_table.fill_(self.padding_page)
 
@@ -176,16 +176,31 @@ class GpuExecutor:
         self._hidden[:bucket] = stream.residual
         self._sampled[:bucket] = self._operators.greedy(self._logits[:bucket])
 
-    def _decode_units(self, depth: int, bucket: int) -> list[UnitRows | PatchRows]:
-        """The units that rows of `depth` or deeper run, each reading its rows from the static inputs."""
+    def _spans(self, depth: int) -> list[tuple[int, int]]:
+        """Fullest and deepest depth of the steps that graphs of `depth` are for: any, and where those run patches that
+        rows of `depth` do not get, `depth` alone."""
+        deepest = self.depths[-1]
+        alone = self._running(depth, depth) != self._running(depth, deepest)
+        return [(depth, deepest), *([(depth, depth)] if alone else [])]
+
+    def _running(self, fullest: int, deepest: int) -> list[int]:
+        """The places in the plan of what some served depth from `fullest` to `deepest` runs."""
+        served = [depth for depth in self.depths if fullest <= depth <= deepest]
+        return [
+            index
+            for index, (first, end) in enumerate(self.unit_depths)
+            if any(first <= depth < end for depth in served)
+        ]
+
+    def _decode_units(self, fullest: int, deepest: int, bucket: int) -> list[UnitRows | PatchRows]:
+        """The units that rows of these depths run, each reading its rows from the static inputs."""
         inputs = self._inputs
         units: list[UnitRows | PatchRows] = []
-        for index, (unit, (first, end)) in enumerate(zip(self._units, self.unit_depths, strict=True)):
-            if not any(max(first, depth) <= each < end for each in self.depths):
-                continue
+        for index in self._running(fullest, deepest):
+            unit, first = self._units[index], self.unit_depths[index][0]
             count = inputs.row_counts[index : index + 1]
             if isinstance(unit, int):
-                start = None if first <= depth else inputs.token_starts[index : index + 1]
+                start = None if first <= fullest else inputs.token_starts[index : index + 1]
                 units.append(PatchRows(self._patches[unit], 0, bucket, start, count))
                 continue
             batch = BatchTensors(
@@ -206,7 +221,9 @@ class GpuExecutor:
             return None
         for bucket in self._buckets:
             if bucket >= step.num_sequences:
-                return self._graphs.get((step.depths[0], bucket))
+                fullest = step.depths[0]
+                exact = self._graphs.get((fullest, step.depths[-1], bucket))
+                return exact or self._graphs.get((fullest, self.depths[-1], bucket))
         return None
 
     def _replay(

@@ -212,6 +212,33 @@ def test_patched_rows_of_mixed_steps_equal_the_eager_executor(
     assert (llm.replays.num_replays >= 8) == graphs
 
 
+def test_graphs_of_one_depth_leave_out_the_patches_of_deeper_ones(tiny_model, make, make_request, patches):
+    """A patch of every depth asked for is in the graph that a step replays; of others, none in a step of one depth."""
+    llm = make(tiny_model("llama-gqa"), PATCHED_UNITS, (0, 2, 3), graphs=False, patches=patches(32))
+    tiers = {tier.depth: tier for tier in llm.engine.tiers}
+    executor = llm.engine.runner.executor
+    run, launched = executor._decoder._patch, []
+
+    def spy(stream, rows):
+        launched.append(executor._patches.index(rows.patch))
+        return run(stream, rows)
+
+    executor._decoder._patch = spy
+    assert executor.capture([4], Recorder()) == 5  # depth 3 is the deepest: its steps are of one depth
+    for depths, some in (
+        ([0, 0], []),
+        ([2], [1, 2]),
+        ([3, 3], [0, 1, 3]),
+        ([0, 2], [0, 1, 2, 3]),
+        ([2, 3], [0, 1, 2, 3]),
+    ):
+        rows = [make_request(PROMPT[:6], tiers[each], [2 * n, 2 * n + 1]) for n, each in enumerate(depths)]
+        scheduled = [ScheduledRow(request, 5, 1) for request in rows]
+        launched.clear()
+        executor.run(StepArrays.of(scheduled, executor.unit_depths, executor.page_size), [0], greedy=True)
+        assert launched == some
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights(weights, tiny_model, make, make_llm, patches):
     model, depths = tiny_model("llama-tied"), [0, 3, 0]
