@@ -70,11 +70,10 @@ def new(factor: float = 1.0) -> dict[str, Any]:
 
 
 def formats() -> dict[str, Any]:
-    rows = [
-        {"implementation": "sleb", "weights": weights, "perplexity": perplexity}
-        for weights, perplexity in (("bfloat16", 24.0), ("int8", 25.0))
-    ]
-    return {"kind": "weight-formats", "settings": {"num_tokens": 64, "window": 8}, "rows": rows}
+    result = Result("eval", {}, {})
+    for subject, perplexity in (("bfloat16", 24.0), ("int8", 25.0)):
+        result.measurements.append(Measurement("64 tokens", subject, "perplexity", perplexity))
+    return result.document()
 
 
 @pytest.fixture
@@ -172,8 +171,8 @@ def test_other_layer_maps_and_models_are_told() -> None:
 
 def test_of_times_and_perplexities_less_is_better() -> None:
     b = formats()
-    b["rows"][1]["perplexity"] *= 1.25
-    assert ratios(formats(), b)["64 tokens in windows of 8, sleb int8, perplexity"] == pytest.approx(0.8)
+    b["rows"][1]["value"] *= 1.25
+    assert ratios(formats(), b)["64 tokens, int8, perplexity"] == pytest.approx(0.8)
     kernels = Result("kernels", {}, {}, [Measurement("add 4", "torch", "µs", 10.0)])
     faster = Result("kernels", {}, {}, [Measurement("add 4", "torch", "µs", 8.0)])
     assert ratios(kernels.document(), faster.document()) == {"add 4, torch, µs": pytest.approx(1.25)}
@@ -216,8 +215,8 @@ def test_a_bound_that_is_no_ratio_is_an_error(bound: str, run: Callable[..., Out
 
 def test_names_are_not_read_as_markup(run: Callable[..., Outcome]) -> None:
     data = formats()
-    data["rows"][0]["implementation"] = "[red]sleb[/nothing]"
-    assert "[red]sleb[/nothing] bfloat16" in run(data, data).output
+    data["rows"][0]["subject"] = "[red]bfloat16[/nothing]"
+    assert "[red]bfloat16[/nothing]" in run(data, data).output
 
 
 def without(data: dict[str, Any], key: str) -> dict[str, Any]:
