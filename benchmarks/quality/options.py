@@ -43,6 +43,14 @@ class EvalOptions:
         None, "Text file with a prompt a line.", unset="16 built in", group=_ANSWERS
     )
     output_tokens: int = option(128, "New tokens of an answer at most.", minimum=1, group=_ANSWERS)
+    questions: bool = option(False, "Ask twenty plain questions with known answers.", group=_ANSWERS)
+    question_samples: int | None = option(
+        None,
+        "Ask each so many times at the default temperature too.",
+        unset="greedily alone",
+        minimum=1,
+        group=_ANSWERS,
+    )
     tasks: Sequence[str] = option(
         (), "Tasks of lm-eval, as arc_easy,piqa; needs lm_eval[api].", unset="none", commas=True, group=_TASKS
     )
@@ -63,13 +71,14 @@ class EvalOptions:
             raise ConfigError(
                 "--seqlen is 1; a window's first token is not predicted, so it must be at least 2"
             )
-        if not (self.text or self.generate or self.tasks):
+        if not (self.text or self.generate or self.questions or self.tasks):
             raise ConfigError(
-                "there is nothing to measure; name a --text or --tasks, or leave out --no-generate"
+                "there is nothing to measure; name a --text, --questions or --tasks, or leave out --no-generate"
             )
         needs = {
             "leave out --no-generate": (self.generate, ("prompts",)),
             "name a --text": (self.text, ("windows", "seqlen")),
+            "ask --questions": (self.questions, ("question_samples",)),
             "name --tasks": (self.tasks, ("limit", "include_path", "lm_eval")),
         }
         for remedy, (used, names) in needs.items():
