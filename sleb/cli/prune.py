@@ -98,6 +98,7 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
     """The table of rounds, what the search cost beside the authors' implementation, and where the map is."""
     layer_map, num_tokens = report.layer_map, report.num_windows * report.seqlen
     losses = layer_map.losses or ()
+    objective = None if layer_map.search is None else layer_map.search.objective
     kind = "units" if any(unit.part != "block" for unit in layer_map.removed) else "blocks"
     table = Table(
         title=Text(
@@ -123,7 +124,7 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
             f"{loss / num_tokens:.4f}",
             f"{perplexity(loss, num_tokens):.3f}",
             f"{change:+.1%}" if number else "",
-            margin_text(margins[number], num_tokens) if number in margins else "",
+            margin_text(margins[number], num_tokens, objective) if number in margins else "",
             *held_out_cells(report, number),
             *([f"{report.front[number].speedup:.3f}"] if with_speed else ()),
             style="bold" if number == layer_map.depth else None,
@@ -169,12 +170,15 @@ def draw_front(report: PruneReport, output: Path, console: Console) -> None:
     console.print(f"Plotted to {stem}.png and {stem}.svg.", markup=False, highlight=False, soft_wrap=True)
 
 
-def margin_text(margin: Margin, num_tokens: int) -> str:
-    """How much worse the next best candidate was: "7 +1.2% (3.4 s.e.)"; z is of paired differences between texts."""
+def margin_text(margin: Margin, num_tokens: int, objective: str | None = None) -> str:
+    """How much worse the next best candidate was: "7 +1.2% (3.4 s.e.)", or "7 +0.012 nats" of divergence a token; z is
+    of paired differences between texts."""
     if margin.runner_up is None:
         return "none"
     sign = "≥" if margin.at_least else ""
     clear = "" if margin.z is None else f" ({margin.z:.1f} s.e.)"
+    if objective == "kl":
+        return f"{margin.runner_up} {sign}{margin.difference / num_tokens:+.4f} nats{clear}"
     return f"{margin.runner_up} {sign}{perplexity(margin.difference, num_tokens) - 1:+.2%}{clear}"
 
 

@@ -96,7 +96,7 @@ class PruneOptions(TextOptions):
     )
     device: str = option_of(EngineConfig, "device", group=_COMPUTE)
     patch: str = option(
-        "none",
+        "full",
         "What stands where units were removed, fitted to every second calibration window before a candidate is judged "
         "on the others: nothing (the paper), a scale of each channel, or a linear map, of rank R (64) or full.",
         metavar="none|scale|low-rank[=R]|full",
@@ -182,7 +182,8 @@ class PruneOptions(TextOptions):
             )
         if patch is not None and self.windows == 1:
             raise ConfigError(
-                "patches are fitted on every second window and judged on the others: take --windows 2 or more"
+                "patches are fitted on every second window and judged on the others: take --windows 2 or more, or "
+                "--patch none"
             )
         if self.resume and self.output is None:
             raise ConfigError("resume needs the output file that it continues")

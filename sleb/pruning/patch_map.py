@@ -17,14 +17,11 @@ from sleb.layer_map.patches import PatchRecord
 from sleb.options import takes_options
 from sleb.pruning.calibration import Calibration
 from sleb.pruning.options import PatchForm, PatchOptions, parse_patch, set_threads
-from sleb.pruning.patching import RIDGE, Patcher, States, Step, runs, spans
+from sleb.pruning.patching import RIDGE, Patcher, States, Step, check_text, runs, spans
 from sleb.pruning.run import PrunableModel
 from sleb.pruning.tokens import gather_tokens
 
 __all__ = ["PatchReport", "patch", "run_patching"]
-
-
-_FEW_TOKENS = 8  # a feature: with one a feature, patches of SmolLM2 raised the perplexity of other text
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,8 @@ def run_patching(
     set_threads(options.threads)
     scorer = _load(model, options, layer_map)
     tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)
-    width = scorer.embed(tokens.windows[:1, :1]).shape[-1]
-    if what.rank is not None and what.rank > width:
-        raise ConfigError(f"patch low-rank={what.rank} is more than the hidden size {width}: take full")
-    num_tokens = tokens.windows.numel()
-    if num_tokens < _FEW_TOKENS * width:
-        note(
-            f"{num_tokens} tokens are few for patches of {width} features, which may then do harm: "
-            f"take more --windows, {_FEW_TOKENS * width} tokens or more"
-        )
+    if (advice := check_text(scorer, what, tokens.windows)) is not None:
+        note(advice)
     if options.losses and not held_out:
         note(
             "no held-out text: the losses are those of the text that the patches are fitted to, which flatters"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sleb.errors import SlebError
+from sleb.errors import ConfigError, SlebError
 from sleb.layer_map.patches import Form, Patch, Patches
 from sleb.layer_map.units import Sublayer, Unit
 from sleb.pruning.options import PatchForm
@@ -37,6 +37,7 @@ Step = Sublayer | Patch
 RIDGE = 0.3
 _FLOOR = 1e-3  # of the mean variance: features that hardly vary are held down too
 _CHUNK = 4096  # tokens whose products are summed in float32
+_FEW_TOKENS = 8  # a feature: with one a feature, patches of SmolLM2 raised the perplexity of other text
 _LIVE_COPIES = 4  # hidden states of a batch alive at once: both models', features, targets
 
 
@@ -136,6 +137,19 @@ def runs(removed: Iterable[Unit]) -> list[Run]:
 
 def _place(sublayer: Sublayer) -> int:
     return 2 * sublayer[0] + (sublayer[1] == "mlp")
+
+
+def check_text(model: ScoringModel, what: PatchForm, windows: Tensor) -> str | None:
+    """What to say of windows that are few to fit on. Raises ConfigError for a rank above the hidden size."""
+    width, num_tokens = model.embed(windows[:1, :1]).shape[-1], windows.numel()
+    if what.rank is not None and what.rank > width:
+        raise ConfigError(f"patch low-rank={what.rank} is more than the hidden size {width}: take full")
+    if num_tokens >= _FEW_TOKENS * width:
+        return None
+    return (
+        f"{num_tokens} tokens are few for patches of {width} features, which may then do harm: "
+        f"take more --windows, {_FEW_TOKENS * width} tokens or more"
+    )
 
 
 class States:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sleb.errors import ConfigError, LayerMapError
 from sleb.layer_map.layer_map import LayerMap, SearchRecord
+from sleb.layer_map.patches import PatchRecord
 
 
 def check_output(path: Path, *, resume: bool, force: bool) -> LayerMap | None:
@@ -37,8 +38,16 @@ def _hashes(layer_map: LayerMap) -> str | None:
     return ", ".join(str(text.record.token_hash) for text in layer_map.held_out) or None
 
 
-def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
-    """LayerMapError unless `earlier` was found on the model, tokens and precision of `wanted`."""
+def _fitted(record: PatchRecord | None) -> str:
+    if record is None:
+        return "none"
+    rank = "" if record.rank is None else f"={record.rank}"
+    tokens = None if record.calibration is None else record.calibration.token_hash
+    return f"{record.form}{rank}, fitted to the tokens {tokens}"
+
+
+def check_resume(earlier: LayerMap, wanted: LayerMap, patches: PatchRecord | None) -> None:
+    """LayerMapError unless `earlier` was found on the model, tokens and precision of `wanted`, with such patches."""
     remedy = "repeat the options of the first run, or start again without --resume and with --force"
     found, asked = earlier.calibration, wanted.calibration
     if found is None or asked is None or earlier.losses is None or earlier.candidate_losses is None:
@@ -58,6 +67,8 @@ def check_resume(earlier: LayerMap, wanted: LayerMap) -> None:
         ("seqlen", found.seqlen, asked.seqlen),
         ("number of windows", found.windows, asked.windows),
         ("hash of the calibration tokens", found.token_hash, asked.token_hash),
+        # Those that `sleb patch` fitted are others than the search judged by.
+        ("patches", _fitted(None if earlier.patches is None else earlier.patches.record), _fitted(patches)),
     )
     for name, before, now in pairs:
         if before != now:

@@ -26,7 +26,7 @@ from sleb.pruning.options import (
     parse_remove,
     set_threads,
 )
-from sleb.pruning.patching import RIDGE, RunFit
+from sleb.pruning.patching import RIDGE, RunFit, check_text
 from sleb.pruning.resume import check_output, check_resume
 from sleb.pruning.search import (
     ScoringModel,
@@ -104,13 +104,16 @@ def run_pruning(
     scorer = _load(model, options)
     num_remove = _num_remove(options, scorer.num_blocks)
     tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)
+    what = parse_patch(options.patch)
+    if what is not None and (advice := check_text(scorer, what, tokens.windows[::2])) is not None:
+        note(f"every second window fits patches: {advice}")
     cost_model = _cost_model(model, options, on_fit)
     candidates = candidate_units(options.units, scorer.num_blocks)
     if options.target_speedup is not None and cost_model is not None:
         check_reachable(cost_model, candidates, options.target_speedup)
     run = _Run(scorer, options, tokens, held_out, cost_model, num_remove)
     if earlier is not None:
-        check_resume(earlier, run.layer_map)
+        check_resume(earlier, run.layer_map, run.patches)
         run.layer_map = replace(run.layer_map, **_evidence(earlier))
         note(f"continuing {path}: {earlier.max_depth} of {num_remove} removals are decided")
 
@@ -181,10 +184,11 @@ class _Run:
         what = parse_patch(options.patch)
         self.fit = None if what is None else partial(RunFit, scorer, what)
         calibration = replace(tokens.record, dtype=options.dtype)
+        self.patches: PatchRecord | None = None
         if what is not None:  # every second window
             fitted = tokens.windows[::2]
             record = replace(calibration, windows=len(fitted), token_hash=token_hash(fitted))
-            self._patches = PatchRecord(what.form, what.rank, RIDGE, record)
+            self.patches = PatchRecord(what.form, what.rank, RIDGE, record)
         self.layer_map = LayerMap(
             model=scorer.model_name,
             fingerprint=scorer.fingerprint,
@@ -202,7 +206,7 @@ class _Run:
 
     def add(self, result: SearchResult) -> None:
         """Takes over a result, adds the held-out losses of its new depths, and recommends a depth."""
-        patches = Patches.of(result.patches, self._patches) if result.patches else None
+        patches = Patches.of(result.patches, self.patches or PatchRecord()) if result.patches else None
         self.layer_map = replace(
             self.layer_map,
             removed=result.removed,

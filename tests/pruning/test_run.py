@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -20,9 +21,14 @@ from typer.testing import CliRunner
 from sleb.cli.prune import prune as prune_command
 from sleb.errors import ConfigError, LayerMapError, SlebError
 from sleb.layer_map.layer_map import LayerMap, Unit
-from sleb.pruning.options import PruneOptions, parse_remove
-from sleb.pruning.run import prune, run_pruning
+from sleb.pruning.options import PruneOptions as AnyOptions
+from sleb.pruning.options import parse_remove
+from sleb.pruning.run import prune as prune_with_patches
+from sleb.pruning.run import run_pruning
 
+# The invented model takes no patches; `search/test_patches.py` has one that does.
+PruneOptions = functools.partial(AnyOptions, patch="none")
+prune = functools.partial(prune_with_patches, patch="none")
 WORDS = [f"w{number}" for number in range(40)]
 
 
@@ -87,7 +93,9 @@ def run_command(*arguments: Any) -> Any:
     app = typer.Typer()
     app.command()(prune_command)
     plain = [] if "--speedup" in arguments else ["--no-speedup"]  # the stub is no model of the engine's
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*plain, *(str(each) for each in arguments)])
+    return CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, [*plain, "--patch", "none", *(str(each) for each in arguments)]
+    )
 
 
 def test_the_map_records_the_search(text_file: Path, tmp_path: Path, stub: dict[str, Any]) -> None:

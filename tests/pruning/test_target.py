@@ -29,6 +29,12 @@ def test_the_model_goes_through_its_three_measurements() -> None:
     assert model.saving(Unit(3)) == pytest.approx(0.005)
 
 
+def test_a_patch_takes_the_seconds_of_its_share_of_an_mlp() -> None:
+    model = CostModel(0.005, 0.002, 0.003, 10, 1, mlp_parameters=6000)
+    assert model.seconds([Unit(3)], 2000) == pytest.approx(0.055 - 0.005 + 0.001)
+    assert model.speedup([Unit(3)], 2000) == pytest.approx(0.055 / 0.051)
+
+
 def test_noise_makes_nothing_free() -> None:
     model = solve(10, 4, 1, ((0.05,), (0.06,), (0.05,)))
     assert model.attention > 0 and model.base >= 0
@@ -144,8 +150,8 @@ def test_losses_of_both_texts_are_those_of_transformers(
     units: str, cost: str | None, texts: tuple[Path, Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     options = PruneOptions(
-        remove=3, calibration=texts[0], held_out=texts[::-1], units=units, cost=cost, seqlen=100, windows=4,
-        output=tmp_path / "map.json", device="cpu",
+        remove=3, patch="none", calibration=texts[0], held_out=texts[::-1], units=units, cost=cost, seqlen=100,
+        windows=4, output=tmp_path / "map.json", device="cpu",
     )  # fmt: skip
     layer_map = run_pruning(str(tiny_model_dir), options).layer_map
     assert LayerMap.load(tmp_path / "map.json") == layer_map
@@ -185,13 +191,17 @@ def test_a_perplexity_target_ends_the_search_and_keeps_the_front(
     limit: Any, depth: int, texts: tuple[Path, Path], byte_tokenizer: Any
 ) -> None:
     """Blocks go in their order: exp(0.01), exp(0.03), exp(0.06), ... of the dense perplexity."""
-    options = PruneOptions(calibration=texts[0], seqlen=100, windows=2, max_perplexity_increase=limit)
+    options = PruneOptions(
+        calibration=texts[0], seqlen=100, windows=2, max_perplexity_increase=limit, patch="none"
+    )
     report = run_pruning(Rising(byte_tokenizer), options)
     assert [unit.block for unit in report.layer_map.removed] == list(range(1, min(depth + 1, 8) + 1))
     assert report.layer_map.depth == depth
     assert report.front[1].perplexity == pytest.approx(math.exp(1.01), rel=1e-5)
     with pytest.raises(ConfigError, match="only be predicted for a model given by name"):
-        run_pruning(Rising(byte_tokenizer), PruneOptions(calibration=texts[0], target_speedup=1.1))
+        run_pruning(
+            Rising(byte_tokenizer), PruneOptions(calibration=texts[0], patch="none", target_speedup=1.1)
+        )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sleb.kernels.reference import cross_entropy
-from sleb.kernels.reference.cross_entropy import linear_cross_entropy
+from sleb.kernels.reference.cross_entropy import expected_rows, linear_cross_entropy, linear_divergence
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -53,3 +53,21 @@ def test_large_logits_do_not_overflow():
     weight = torch.tensor([[100.0] * 4, [-100.0] * 4, [99.0] * 4])
     losses = linear_cross_entropy(states, weight, torch.tensor([0, 2]))
     assert losses.tolist() == pytest.approx([0.0, 400.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergences_are_those_of_whole_distributions(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9000, 24, generator=generator).to(dtype)
+    states, others = (torch.randn(600, 24, generator=generator).to(dtype) for _ in range(2))
+    targets = torch.randint(0, 9000, (600,), generator=generator)
+    p, q = (F.linear(each.double(), weight.double()).log_softmax(-1) for each in (states, others))
+    found, losses = linear_divergence(others, weight, *expected_rows(states, weight), targets)
+    wanted = (p.exp() * (p - q)).sum(-1)
+    assert found.dtype == losses.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        losses.double(), F.nll_loss(q, targets, reduction="none"), rtol=1e-5, atol=1e-4
+    )
+    same, _ = linear_divergence(states, weight, *expected_rows(states, weight), targets)
+    assert float(same.min()) >= 0 and float(same.max()) < 2e-5

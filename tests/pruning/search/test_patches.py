@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError, LayerMapError
-from sleb.layer_map.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Patches, Unit
 from sleb.pruning.options import PatchForm, PruneOptions
 from sleb.pruning.patching import RunFit
 from sleb.pruning.run import run_pruning
@@ -207,6 +207,12 @@ def test_a_search_with_patches_goes_on_where_it_was_interrupted(
     assert one.patches is not None and files[0] == files[1] == [one.patches.file_name("map"), "map.json"]
     with pytest.raises(LayerMapError, match="patch is full, this run's is scale"):
         run_pruning(str(tiny_model_dir), replace(parts, resume=True, patch="scale"))
+    later = replace(
+        one.patches.record, ridge=1.0, form="scale"
+    )  # as `sleb patch` would fit others afterwards
+    replace(other, patches=Patches.of(one.patches.load(), later)).save(folders[1] / "map.json")
+    with pytest.raises(LayerMapError, match="patches is scale, fitted to the tokens sha256"):
+        run_pruning(str(tiny_model_dir), replace(parts, resume=True))
     with pytest.raises(LayerMapError, match="objective is kl, this run's is loss"):
         run_pruning(str(tiny_model_dir), replace(parts, resume=True, objective="loss"))
 
@@ -239,8 +245,9 @@ def test_patches_cost_no_more_than_half_as_many_passes_again(text: Path, tiny_mo
 
 
 def test_the_loss_may_be_the_divergence_without_patches(text: Path, tiny_model_dir: Path) -> None:
-    found = run_pruning(str(tiny_model_dir), options_for(text, remove=2, objective="kl")).layer_map
-    judged = run_pruning(str(tiny_model_dir), options_for(text, remove=2)).layer_map
+    plain = options_for(text, remove=2, patch="none")
+    found = run_pruning(str(tiny_model_dir), replace(plain, objective="kl")).layer_map
+    judged = run_pruning(str(tiny_model_dir), plain).layer_map
     assert found.patches is None and found.losses is not None and found.candidate_losses is not None
     assert judged.losses is not None
     assert found.losses[0] == pytest.approx(judged.losses[0], rel=1e-6)
