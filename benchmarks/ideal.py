@@ -20,8 +20,8 @@ from sleb.engine.model.architecture import DecoderSpec
 @dataclass(frozen=True)
 class DepthCost:
     """What one depth of a model holds: numbers of the blocks whose attention, or MLP, runs; bytes of all its weights,
-    embedding and head included (once, if tied), of a token's K and V over the kept attention sublayers, of a row of the
-    embedding table, and of an element of what is not quantised.
+    patches, embedding and head included (once, if tied), of a token's K and V over the kept attention sublayers, of a
+    row of the embedding table, and of an element of what is not quantised; elements of the patches' matrices.
     """
 
     spec: DecoderSpec
@@ -31,6 +31,7 @@ class DepthCost:
     kv_bytes_per_token: int
     embed_row_bytes: int
     itemsize: int
+    patch_elements: int = 0
 
     @classmethod
     def of(cls, engine: Engine, depth: int) -> DepthCost:
@@ -38,7 +39,9 @@ class DepthCost:
         kept, runner = sorted(engine.runner.kept_sublayers(depth)), engine.runner
         attention, mlp = (tuple(block for block, part in kept if part == own) for own in ("attention", "mlp"))
         sizes = engine.weight_bytes(depth), engine.kv_bytes_per_token(depth), runner.embed_row_bytes
-        return cls(engine.spec, attention, mlp, *sizes, runner.dtype.itemsize)
+        patches = [each for patch in runner.patches(depth).values() for each in patch.tensors.values()]
+        elements = sum(each.size for each in patches if each.ndim == 2)
+        return cls(engine.spec, attention, mlp, *sizes, runner.dtype.itemsize, elements)
 
 
 def step_weight_bytes(cost: DepthCost, batch: int) -> int:
@@ -79,6 +82,7 @@ def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
 
         attention   2·T·E·(Q + 2K) + 2·T·Q·E + 4·Q·(1 + 2 + … + T)     scores and values see the causal half only
         MLP         2·T·E·I · (3 if gated else 2)
+        patches     2·T·E·E, low-rank 4·T·E·r
         head        2·E·V, for one row
     """
     return batch * _flops(cost, range(1, prompt_tokens + 1), 1)
@@ -100,7 +104,7 @@ def _flops(cost: DepthCost, contexts: range, num_sampled: int) -> int:
     if spec.embed_size != spec.hidden_size:  # projected in for every token, out for those that sample
         head += 2 * spec.embed_size * spec.hidden_size * (num_tokens + num_sampled)
     attention = len(cost.attention_blocks) * projections + 4 * spec.query_size * attended
-    return attention + len(cost.mlp_blocks) * mlp + head
+    return attention + len(cost.mlp_blocks) * mlp + 2 * num_tokens * cost.patch_elements + head
 
 
 def ideal_speedup(workload: Workload, baseline: DepthCost, cost: DepthCost) -> float:

@@ -355,6 +355,7 @@ def run_throughput(
         **{name: getattr(engine.spec, name) for name in ("architecture", "num_blocks", "fingerprint")},
         "layer_map": bench.map_source,
         "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
+        "patches": engine.layer_map.patches and engine.layer_map.patches.sha256,
     }
     return Result("throughput", environment, settings, measurements, notes, turns.complete)
 

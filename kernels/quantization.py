@@ -185,7 +185,8 @@ Quantized = type[Int8Weight] | type[Int4Weight]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How matrices are quantised: `linear` those of attention and MLP, `head` the head and an embedding tied to it.
+    """How matrices are quantised: `linear` those of attention and MLP, `head` the head and an embedding tied to it,
+    `patch` those of patches.
 
     Norms, biases, position tables, projections of the embedding and an untied embedding, which is only looked into,
     are not quantised.
@@ -193,12 +194,13 @@ class WeightFormat:
 
     linear: Quantized
     head: Quantized
+    patch: Quantized
 
 
 # The head stays at eight bits: its errors go straight into the logits, and it is read once a step.
 WEIGHT_FORMATS = {
-    "int8": WeightFormat(linear=Int8Weight, head=Int8Weight),
-    "int4": WeightFormat(linear=Int4Weight, head=Int8Weight),
+    "int8": WeightFormat(linear=Int8Weight, head=Int8Weight, patch=Int8Weight),
+    "int4": WeightFormat(linear=Int4Weight, head=Int8Weight, patch=Int8Weight),
 }
 
 

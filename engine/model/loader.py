@@ -69,7 +69,7 @@ def load_weights(
             _fill_random(targets, seed, device, progress)
         else:
             _fill(path, checkpoint.tensors, targets, progress)
-        made = tuple(patch_weights(patch, dtype, device) for patch in patches)
+        made = tuple(patch_weights(patch, dtype, device, weight_format) for patch in patches)
     return replace(weights, patches=made)
 
 

@@ -133,18 +133,27 @@ def allocate(
     return _Allocator(spec, dtype, device, weight_format).build(keep)
 
 
-def patch_weights(patch: Patch, dtype: torch.dtype, device: torch.device) -> PatchWeights:
-    """The tensors of a patch, in `dtype` whatever the format of the weights is: they are few."""
+def patch_weights(
+    patch: Patch, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+) -> PatchWeights:
+    """The tensors of a patch: matrices as `weight_format` says, what else there is in `dtype`."""
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(patch.tensors[name]).to(device, dtype)
 
+    def linear(name: str, bias: Tensor | None) -> Linear:
+        if weight_format is None:
+            return Linear(tensor(name), bias)
+        num_rows, num_columns = patch.tensors[name].shape
+        weight = weight_format.patch.empty(num_rows, num_columns, device)
+        weight.fill(torch.from_numpy(patch.tensors[name]))
+        return Linear(weight, bias)
+
     if patch.form == "scale":
         return PatchWeights(False, None, None, tensor("scale"), tensor("bias"))
     if patch.form == "full":
-        return PatchWeights(patch.normed, None, Linear(tensor("weight"), tensor("bias")), None, None)
-    down = Linear(tensor("down"), None)
-    return PatchWeights(patch.normed, down, Linear(tensor("up"), tensor("bias")), None, None)
+        return PatchWeights(patch.normed, None, linear("weight", tensor("bias")), None, None)
+    return PatchWeights(patch.normed, linear("down", None), linear("up", tensor("bias")), None, None)
 
 
 class _Allocator:

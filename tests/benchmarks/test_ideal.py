@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sleb.benchmarks.ideal import (
@@ -22,7 +24,7 @@ from sleb.benchmarks.workloads import Workload
 from sleb.engine.engine import Engine
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
-from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.layer_map import LayerMap, Patch, Patches
 
 _SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -141,6 +143,28 @@ def test_costs_of_an_engine(tiny_model_dir: Path, tiny_chain: LayerMap) -> None:
     block_kv = 2 * spec.num_kv_heads * spec.head_dim * 4
     assert (dense.kv_bytes_per_token, cost.kv_bytes_per_token) == (6 * block_kv, 3 * block_kv)
     assert dense.weight_bytes > cost.weight_bytes
+
+
+def test_patches_count_in_bytes_and_operations(tiny_model_dir: Path, tiny_chain: LayerMap) -> None:
+    """At depth 2 a full one and a low-rank one of rank 5, at depth 1 the first alone."""
+    rng = np.random.default_rng(0)
+    full = {"weight": rng.normal(size=(32, 32)), "bias": rng.normal(size=32)}
+    low_rank = {"down": rng.normal(size=(5, 32)), "up": rng.normal(size=(32, 5)), "bias": rng.normal(size=32)}
+    first, second = (unit.sublayers for unit in tiny_chain.removed[:2])
+    patches = Patches.of(
+        [
+            Patch(first[0], first[-1], 1, None, "full", True, full),
+            Patch(second[0], second[-1], 2, None, "low-rank", True, low_rank),
+        ]
+    )
+    plain, patched = (
+        LLM(tiny_model_dir, each, [0, 1, 2], kv_cache_memory=0.01).engine
+        for each in (tiny_chain, replace(tiny_chain, patches=patches))
+    )
+    for depth, elements, others in [(0, 0, 0), (1, 32 * 32, 32), (2, 32 * 32 + 2 * 5 * 32, 2 * 32)]:
+        bare, cost = DepthCost.of(plain, depth), DepthCost.of(patched, depth)
+        assert cost.weight_bytes - bare.weight_bytes == 4 * (elements + others)
+        assert prompt_flops(cost, 3, 10) - prompt_flops(bare, 3, 10) == 3 * 10 * 2 * elements
 
 
 def test_the_position_table_is_only_looked_into(tiny_model: Callable[[str], Any]) -> None:

@@ -286,6 +286,24 @@ def test_quantised_weights_are_close_to_what_they_stand_for(weights, level, tiny
     assert (scores - expected).abs().mean() < 0.1
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_patches_of_a_quantised_model_take_a_byte_a_weight(
+    weights, level, tiny_model, make_llm, make, random_patch
+):
+    model, options = tiny_model("llama-gqa"), {"weights": weights, "page_size": 16}
+    patches = [
+        random_patch(32, (4, "attention"), (4, "mlp"), 1),
+        random_patch(32, (1, "attention"), (1, "mlp"), 2, form="low-rank"),
+    ]
+    expected, bare = (make_llm(model, (4, 1), (2,), each, **options) for each in (patches, ()))
+    llm = make(model, (4, 1), (2,), patches=patches, max_num_batched_tokens=40, **options)
+    scale_and_bias = 4 * (32 + 32)
+    sizes = [32 * 32 + scale_and_bias, 2 * 5 * 32 + 4 * 5 + scale_and_bias]
+    assert llm.engine.weight_bytes(2) - bare.engine.weight_bytes(2) == sum(sizes)
+    scores, wanted, others = (each.score(PROMPT[:60]) for each in (llm, expected, bare))
+    assert (scores - wanted).abs().mean() < 0.1 < 0.5 < (scores - others).abs().mean()
+
+
 class TestChoice:
     def test_auto_falls_back_where_the_kernels_lack_something(self, tiny_model, make_llm):
         llm = make_llm(tiny_model("opt-350m"), kernels="auto", page_size=16)
