@@ -108,9 +108,8 @@ class _Run:
         for text in texts:
             states = States(self._scorer, text.windows, on_windows=self._count)
             if text is texts[0]:
-                patcher = Patcher(self._scorer, states, what)
                 self._total = self._num_windows(depths, texts, len(judged.windows))
-                models, losses = self._fit(patcher, states, depths)
+                models, losses = self._fit(states, what, depths)
             else:
                 losses = self._losses(states, models, f"measuring {text.record.source}")
             record = replace(text.record, dtype=self._options.dtype)
@@ -129,10 +128,11 @@ class _Run:
         )
 
     def _fit(
-        self, patcher: Patcher, states: States, depths: Sequence[int]
+        self, states: States, what: PatchForm, depths: Sequence[int]
     ) -> tuple[list[tuple[Step, ...]], tuple[float, ...]]:
         """What runs at every depth, and its loss, if it is wanted, on the text that patches are fitted to."""
         removed = self._layer_map.removed
+        patcher = Patcher(self._scorer, states, what)
         models: list[tuple[Step, ...]] = []
         losses: tuple[float, ...] = ()
         for depth in range(len(removed) + 1):
