@@ -109,6 +109,8 @@ def print_map(
     """
     depth = layer_map.depth if depth is None else depth
     lines = strip(layer_map, depth)
+    if layer_map.patches is not None:  # before anything is printed
+        layer_map.patches.check_runs(layer_map.removed)
     console.print(
         f"{layer_map.model}: depth {depth} of 0 to {layer_map.max_depth}, "
         f"{kept_blocks(layer_map, depth):g} of {layer_map.num_blocks} blocks kept",
@@ -159,7 +161,6 @@ def _patch_columns(layer_map: LayerMap) -> list[tuple[str, list[str]]]:
     patches, bare = layer_map.patches, layer_map.unpatched
     if patches is None:
         return []
-    patches.check_runs(layer_map.removed)
     depths = range(layer_map.max_depth + 1)
     columns = [
         ("parameters of patches", [f"{patches.num_parameters(depth) / 1e6:.2f} M" for depth in depths])
