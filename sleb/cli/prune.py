@@ -114,7 +114,9 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, _MIN_WIDTH)
     for heading in headings:  # where there is little room, the next best is what wraps: figures stay whole
-        table.add_column(Text(heading), justify="right", min_width=None if heading == "next best" else 7)
+        table.add_column(
+            Text(heading), justify="right", overflow="fold", min_width=None if heading == "next best" else 7
+        )
     for number, loss in enumerate(losses):
         unit = str(layer_map.removed[number - 1]) if number else "none"
         change = perplexity(loss - losses[0], num_tokens) - 1

@@ -230,7 +230,7 @@ def _table(layer_map: LayerMap) -> Table:
     columns.append(("", ["recommended" if depth == layer_map.depth else "" for depth in depths]))
     table = Table()
     for heading, _ in columns:
-        table.add_column(Text(heading), justify="right" if heading else "left")
+        table.add_column(Text(heading), justify="right" if heading else "left", overflow="fold")
     for row in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*row)
     return table
