@@ -3,6 +3,7 @@
 Block passes a window of a round over `a` blocks, all candidates computed on all windows: (a-1)(a-2)/2 for what runs
 after each candidate, and at most a-2 for the trunk before them; the first round takes two more, for the loss of the
 dense model. The reference implementation runs the a-1 other blocks for each of the a-2 candidates, (a-2)(a-1) passes.
+With patches half of the windows are passed so; on the others, which fit, the passes are those of two trunks.
 """
 
 from sleb.pruning.search.criterion import (
@@ -15,7 +16,9 @@ from sleb.pruning.search.criterion import (
 from sleb.pruning.search.loop import search, search_rounds, total_loss
 from sleb.pruning.search.model import (
     MODES,
+    OBJECTIVES,
     Margin,
+    PatchFit,
     ScoringModel,
     SearchCost,
     SearchProgress,
@@ -24,6 +27,7 @@ from sleb.pruning.search.model import (
 )
 
 __all__ = [
-    "MODES", "UNIT_KINDS", "Margin", "ScoringModel", "SearchCost", "SearchProgress", "SearchResult", "SearchSettings",
-    "candidate_units", "check_num_remove", "check_units", "num_units", "search", "search_rounds", "total_loss",
+    "MODES", "OBJECTIVES", "UNIT_KINDS", "Margin", "PatchFit", "ScoringModel", "SearchCost", "SearchProgress",
+    "SearchResult", "SearchSettings", "candidate_units", "check_num_remove", "check_units", "num_units", "search",
+    "search_rounds", "total_loss",
 ]  # fmt: skip

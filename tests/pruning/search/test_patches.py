@@ -217,6 +217,29 @@ def test_a_search_with_patches_goes_on_where_it_was_interrupted(
         run_pruning(str(tiny_model_dir), replace(parts, resume=True, objective="loss"))
 
 
+def test_a_search_killed_between_the_two_files_leaves_a_map_with_its_patches(
+    text: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, save = tmp_path / "map.json", Path.write_text
+    options, num_maps = options_for(text, output=path), 0
+
+    def write(self: Path, *arguments: Any, **more: Any) -> int:
+        nonlocal num_maps
+        num_maps += 1
+        if num_maps == 3:  # the patches of the third round are there, its map is not
+            raise KeyboardInterrupt
+        return save(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(KeyboardInterrupt):
+        run_pruning(str(tiny_model_dir), options)
+    left = LayerMap.load(path)
+    assert left.max_depth == 2 and left.patches is not None and left.patches.at(2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    done = run_pruning(str(tiny_model_dir), replace(options, resume=True)).layer_map
+    assert LayerMap.load(path) == done and len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def test_a_race_finds_the_same_where_it_is_clear(text: Path, tiny_model_dir: Path) -> None:
     """And what it says of its winners is exact. Patches are fitted all the same: only judging is less."""
     options = options_for(text, remove=2, seqlen=80, windows=12, patch="low-rank=4")
