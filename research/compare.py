@@ -44,7 +44,7 @@ from sleb.models.resolve import resolve_model
 from sleb.options import option, option_of
 
 RULES = ("shortgpt", "run", "replaceme")
-_PROMPT, _SHORT_PROMPT = 512, 64  # tokens: where a prompt is measured, and where decoding is
+_PROMPT, _SHORT_PROMPT = 500, 64  # tokens: where a prompt is measured, and where decoding is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from sleb.benchmarks.old import load
 from sleb.layer_map.layer_map import LayerMap
+from sleb.layer_map.patches import Patch, Patches
 from sleb.layer_map.units import Unit
 
 pytestmark = pytest.mark.slow  # each is a process that searches; lint and types cover them by default
@@ -61,10 +64,14 @@ def test_search_cost(tiny_model_dir, texts, tmp_path):
 def test_compare(tiny_model_dir, texts, tmp_path):
     """Maps, one with patches, and every rule: each depth's perplexity is that of `sleb eval`, and speed is beside it."""
     removed = (Unit(2), Unit(3), Unit(1, "attention"))
-    LayerMap("tiny-llama", None, 6, removed).save(tmp_path / "plain.json")
-    path = tmp_path / "compared.json"
+    plain = LayerMap("tiny-llama", None, 6, removed)
+    plain.save(tmp_path / "plain.json")
+    shift = {"scale": np.zeros(32, np.float32), "bias": np.ones(32, np.float32)}
+    patch = Patch((2, "attention"), (3, "mlp"), 2, None, "scale", False, shift)
+    replace(plain, patches=Patches.of([patch])).save(tmp_path / "patched.json")
+    path, maps = tmp_path / "compared.json", f"{tmp_path / 'plain.json'},{tmp_path / 'patched.json'}"
     arguments = (
-        tiny_model_dir, "--calibration", texts[0], "--text", texts[1], "--maps", tmp_path / "plain.json",
+        tiny_model_dir, "--calibration", texts[0], "--text", texts[1], "--maps", maps,
         "--depths", "1,2", "--seqlen", "100", "--windows", "6", "--text-windows", "3", "--output-tokens", "3",
         "--device", "cpu", "--repetitions", "1", "--max-repetitions", "1",
     )  # fmt: skip
@@ -81,7 +88,7 @@ def test_compare(tiny_model_dir, texts, tmp_path):
     assert "two perplexity" in shown
     result = load(path)
     rows = {each.key: each for each in result.measurements}
-    ways = ("plain", "shortgpt", "run", "replaceme")
+    ways = ("plain", "patched", "shortgpt", "run", "replaceme")
     subjects = {("dense", "depth 0"), *((way, f"depth {depth}") for way in ways for depth in (1, 2))}
     metrics = ("two perplexity", "looped", "decode tokens/s", "prompt tokens/s")
     assert set(rows) == {(*subject, metric) for subject in subjects for metric in metrics}
