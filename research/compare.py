@@ -190,7 +190,7 @@ def speed(
     rows = [
         replace(each, case="dense", subject="depth 0", facts={}) for each in found if each.subject == "dense"
     ]
-    for way, depth in ((way, depth) for way in ways for depth in way.depths):
+    for way, depth in ((each, depth) for each in ways for depth in each.depths):
         same = names[way.shape(depth)]
         facts = {} if same == f"{way.name} {depth}" else {"speed of": same}
         rows += [

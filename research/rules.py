@@ -85,7 +85,7 @@ def replace_me(model: ScoringModel, windows: Tensor, run: list[Unit]) -> Tensor:
     MLP before the run adds, Y the residual that it adds to, and L the residual after the run, all of the whole model.
     Raises ConfigError for a run that begins with the first block.
     """
-    before, size = run[0].block - 1, model.hidden_size
+    before, size = run[0].block - 1, model.embed(windows[:1, :1]).shape[-1]
     if before < 0:
         raise ConfigError(
             "ReplaceMe needs a block before the run; the first block is in it: give other --counts"
@@ -103,7 +103,8 @@ def replace_me(model: ScoringModel, windows: Tensor, run: list[Unit]) -> Tensor:
         wanted = (hidden.float() - residual.float()).double().flatten(0, 1).cpu()
         gram += added.T @ added
         cross += added.T @ wanted
-    return torch.linalg.solve(gram, cross)
+    solved: Tensor = torch.linalg.solve(gram, cross)
+    return solved
 
 
 def write_replaced(folder: Path, into: Path, block: int, transform: Tensor) -> None:

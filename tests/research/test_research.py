@@ -62,7 +62,7 @@ def test_search_cost(tiny_model_dir, texts, tmp_path):
 
 
 def test_compare(tiny_model_dir, texts, tmp_path):
-    """Maps, one with patches, and every rule: each depth's perplexity is that of `sleb eval`, and speed is beside it."""
+    """Maps, one with patches, and every rule: what each depth gives, and speed beside it."""
     removed = (Unit(2), Unit(3), Unit(1, "attention"))
     plain = LayerMap("tiny-llama", None, 6, removed)
     plain.save(tmp_path / "plain.json")

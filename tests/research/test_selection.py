@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from rules import angular_distances, block_influence, contiguous_run, replace_me, shortgpt, write_replaced
+from transformers import AutoModelForCausalLM
 
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
