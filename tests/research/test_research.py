@@ -75,16 +75,8 @@ def test_compare(tiny_model_dir, texts, tmp_path):
         "--depths", "1,2", "--seqlen", "100", "--windows", "6", "--text-windows", "3", "--output-tokens", "3",
         "--device", "cpu", "--repetitions", "1", "--max-repetitions", "1",
     )  # fmt: skip
-    shown = run_script(
-        "compare",
-        *arguments,
-        "--rules",
-        "shortgpt,run,replaceme",
-        "--json",
-        path,
-        "--plot",
-        tmp_path / "plot",
-    )
+    more = ("--rules", "shortgpt,run,replaceme", "--json", path, "--plot", tmp_path / "plot")
+    shown = run_script("compare", *arguments, *more)
     assert "two perplexity" in shown
     result = load(path)
     rows = {each.key: each for each in result.measurements}
@@ -93,7 +85,9 @@ def test_compare(tiny_model_dir, texts, tmp_path):
     metrics = ("two perplexity", "looped", "decode tokens/s", "prompt tokens/s")
     assert set(rows) == {(*subject, metric) for subject in subjects for metric in metrics}
     assert all(each.value is not None for each in rows.values())
-    assert rows["run", "depth 1", "decode tokens/s"].facts["speed of"] == "plain 1"
+    for way in ("patched", "run"):
+        assert rows[way, "depth 1", "decode tokens/s"].facts["speed of"] == "plain 1"
+    assert "speed of" not in rows["patched", "depth 2", "decode tokens/s"].facts
     assert (
         rows["run", "depth 2", "two perplexity"].value != rows["replaceme", "depth 2", "two perplexity"].value
     )
