@@ -32,7 +32,7 @@ ARROWS = {
     "pruning": {"engine", "layer_map", "models"},
     "pruning/search": {"layer_map"},
     "pruning/calibration": {"layer_map"},
-    "formats": {"engine", "layer_map", "models"},
+    "formats": {"engine", "layer_map", "models", "pruning"},
     "client": set(),
     "doctor": {"client"},
     "server": {"engine", "layer_map", "models"},

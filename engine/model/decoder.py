@@ -138,8 +138,16 @@ class Decoder:
         attended = attend(block, query, key, heads[:, num_rotated:])
         return kernels.linear(attended.reshape(-1, spec.query_size), weights.out.weight, weights.out.bias)
 
-    def _mlp(self, block: int, inputs: Tensor) -> Tensor:
-        spec, weights, kernels = self.spec, self.weights.mlp[block], self.kernels
-        hidden = kernels.linear(inputs, weights.up.weight, weights.up.bias)
+    def neurons(self, block: int, residual: Tensor) -> Tensor:
+        """The residual stream [T, E] before a block's MLP to what its output projection multiplies: [T, I]."""
+        norm = self.weights.mlp[block].norm
+        return self._neurons(block, self._norm(residual, norm) if self.spec.norm_first else residual)
+
+    def _neurons(self, block: int, inputs: Tensor) -> Tensor:
+        spec, up, kernels = self.spec, self.weights.mlp[block].up, self.kernels
         gate = kernels.gated_activate if spec.gated else kernels.activate
-        return kernels.linear(gate(hidden, spec.activation), weights.down.weight, weights.down.bias)
+        return gate(kernels.linear(inputs, up.weight, up.bias), spec.activation)
+
+    def _mlp(self, block: int, inputs: Tensor) -> Tensor:
+        down = self.weights.mlp[block].down
+        return self.kernels.linear(self._neurons(block, inputs), down.weight, down.bias)

@@ -114,6 +114,16 @@ class DecoderScorer:
         """What a normed patch multiplies: hidden states [..., E] after a norm without a weight, float32."""
         return self._decoder.normed(hidden.float().reshape(-1, hidden.shape[-1])).view(hidden.shape)
 
+    def neurons(self, block: int, hidden: Tensor) -> Tensor:
+        """Hidden states [W, L, E] before a block's MLP to what its output projection multiplies: [W, L, I]."""
+        return self._decoder.neurons(block, hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+    def output_projection(self, block: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [E, I] and bias [E] of the output projection of a block's MLP; the weights must not be quantised."""
+        down = self._decoder.weights.mlp[block].down
+        assert isinstance(down.weight, Tensor)
+        return down.weight, down.bias
+
     def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Cross-entropy [W, L − 1] float32 in nats of each token given those before it."""
         states, targets = self.head_states(hidden[:, :-1]), self._targets(token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from sleb.cli.options import Model, with_options
 from sleb.cli.progress import Bar
 from sleb.cli.show import find_map
 from sleb.formats import EXPORT_FORMATS
-from sleb.formats.removal import PATCH_WAYS, Removal, check_way
+from sleb.formats.removal import PATCH_WAYS, Mending, Removal, check_way
 from sleb.models.resolve import shipped_map
-from sleb.options import option
+from sleb.options import option, option_of
+from sleb.pruning.options import PruneOptions
 from sleb.terminal import tell
 
 
@@ -33,9 +35,18 @@ class ExportOptions:
     max_shard_size: str = option("5GB", "Largest weight file: 5GB, 500MB.", metavar="SIZE")
     patches: str = option(
         "keep",
-        "Those of the depth: written exactly (decilm, zeroed), or left out.",
+        "Those of the depth: written exactly (decilm, zeroed), merged into the blocks before them (hf), or left out.",
         choices=PATCH_WAYS,
     )
+    calibration: str | Path | None = option_of(
+        PruneOptions,
+        "calibration",
+        None,
+        help="The text to merge patches on, as for `sleb prune`.",
+        unset="none",
+    )
+    windows: int | None = option_of(PruneOptions, "windows")
+    seqlen: int | None = option_of(PruneOptions, "seqlen")
     force: bool = option(False, "Replace the output if it exists.")
 
 
@@ -66,6 +77,7 @@ def export(model: Model, options: ExportOptions) -> None:
             layer_map=chosen,
             depth=options.depth,
             patches=options.patches,
+            merge=_merger(model, options, bar),
             force=options.force,
             shard_bytes=parse_size(options.max_shard_size),
             progress=lambda done, total: bar.show("writing weights", done, total),
@@ -78,3 +90,15 @@ def export(model: Model, options: ExportOptions) -> None:
     kept, total = len(removal.kept_blocks), removal.layer_map.num_blocks
     with_patches = f" and {len(removal.mending.kept)} patches" if removal.mending.kept else ""
     tell(f"Written to {options.output}: depth {removal.depth}, {kept} of {total} blocks{with_patches}")
+
+
+def _merger(model: str, options: ExportOptions, bar: Bar) -> Callable[[Removal], Mending] | None:
+    from sleb.formats.merging import merge_patches
+
+    if options.calibration is None:
+        return None
+    text = PruneOptions(calibration=options.calibration, windows=options.windows, seqlen=options.seqlen)
+    text.check_texts()
+    return lambda removal: merge_patches(
+        model, removal, text, progress=lambda done, total: bar.show("merging patches", done, total)
+    )

@@ -58,4 +58,5 @@ def import_file(
     )
     layer_map.save(output)
     units = ", ".join(map(str, layer_map.removed))
-    tell(f"Written to {output}: {layer_map.model}, {layer_map.num_blocks} blocks, without {units}")
+    patched = "" if layer_map.patches is None else ", with a patch for them"
+    tell(f"Written to {output}: {layer_map.model}, {layer_map.num_blocks} blocks, without {units}{patched}")

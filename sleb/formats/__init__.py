@@ -7,9 +7,10 @@
 | llm-drop | yes | yes | attention and MLP, in order | LLM-Drop, `drop_attn_list` and `drop_mlp_list` |
 | blockpruner | yes | yes | attention and MLP, in order | BlockPruner, `…_del_order_list.json` |
 | mergekit | yes | yes | blocks; attention and MLP by scale 0 | mergekit, passthrough slices |
-| decilm | yes | a model | attention and MLP | Nemotron-NAS, `block_configs` |
+| decilm | yes | a model | attention and MLP; holds patches | Nemotron-NAS, `block_configs` |
+| linearpatch | yes | | a run of blocks, for one patch | LinearPatch, `scales.pt` as safetensors |
 | hf | | a model | blocks | a smaller checkpoint of the same architecture |
-| zeroed | | a model | attention and MLP | the same shape, output projections zero |
+| zeroed | | a model | attention and MLP; holds patches | the same shape, output projections zero |
 | llama.cpp | | yes | blocks | `llama-quantize --prune-layers` |
 
 One module a notation holds what reads and what writes it; `exporting` and `importing` choose among them.
@@ -22,7 +23,16 @@ from sleb.errors import ConfigError
 FOLDER_FORMATS = ("hf", "zeroed", "decilm")
 TEXT_FORMATS = ("mergekit", "removal-list", "llm-drop", "blockpruner", "llama.cpp")
 EXPORT_FORMATS = (*FOLDER_FORMATS, *TEXT_FORMATS)
-IMPORT_FORMATS = ("auto", "removal-list", "sleb-result", "llm-drop", "blockpruner", "mergekit", "decilm")
+IMPORT_FORMATS = (
+    "auto",
+    "removal-list",
+    "sleb-result",
+    "llm-drop",
+    "blockpruner",
+    "mergekit",
+    "decilm",
+    "linearpatch",
+)
 
 
 def check_format(notation: str, allowed: tuple[str, ...]) -> None:

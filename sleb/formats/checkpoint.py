@@ -83,7 +83,8 @@ def export_folder(
         chosen = [each for tensor in located if (each := plan.choose(tensor)) is not None]
         tensors = [each for each in chosen if each.name not in plan.made]
         dtype = next(each.dtype for each in located if each.name == f"{source.spec.names.embed}.weight")
-        tensors += made_tensors(plan.made, dtype) + zero_tensors(plan.zeros, dtype)
+        rounded = removal.mending.way == "merge"  # as the others of the checkpoint
+        tensors += made_tensors(plan.made, dtype, rounded=rounded) + zero_tensors(plan.zeros, dtype)
         write_checkpoint(tensors, folder, shard_bytes=shard_bytes, progress=progress)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -121,7 +122,18 @@ def _compact(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Pl
             return None
         return replace(tensor, name=f"{spec.names.block.format(block=new_number[block])}.{rest}")
 
-    return _Plan(compact_config(raw, spec, removal.kept_blocks), choose)
+    config = compact_config(raw, spec, removal.kept_blocks)
+    prefixes = {block: spec.names.block.format(block=number) for block, number in new_number.items()}
+    made = {
+        f"{prefixes[block]}.{name}": array
+        for block, tensors in removal.mending.merged.items()
+        for name, array in tensors.items()
+    }
+    if spec.mlp_bias or not made or not biases_field(spec):
+        return _Plan(config, choose, made)
+    zeros = {name: shape for prefix in prefixes.values() for name, shape in zero_biases(spec, prefix).items()}
+    zeros = {name: shape for name, shape in zeros.items() if name not in made}
+    return _Plan(config | biases_field(spec), choose, made, zeros)
 
 
 def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Plan:

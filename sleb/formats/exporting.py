@@ -39,6 +39,7 @@ def export_model(
     layer_map: LayerMap | str | os.PathLike[str] | None = None,
     depth: int | None = None,
     patches: str = "keep",
+    merge: Callable[[Removal], Mending] | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
@@ -46,7 +47,7 @@ def export_model(
     """Writes `model` at a depth of its map to `output`: a folder for FOLDER_FORMATS, else a text file.
 
     Without `output` a text is only returned, as the second value. The first says what was removed, and what became of
-    patches. patches: one of PATCH_WAYS. `progress` counts bytes of weights.
+    patches. patches: one of PATCH_WAYS; "merge" needs `merge`, which fits them. `progress` counts bytes of weights.
     Raises ConfigError, ModelError or LayerMapError.
     """
     check_format(notation, EXPORT_FORMATS)
@@ -62,6 +63,10 @@ def export_model(
         if target is not None:
             write_file(target, text, force=force)
         return removal, text
+    if patches == "merge":
+        if merge is None:
+            raise ConfigError("patches are merged on a text: name one with --calibration")
+        removal = replace(removal, mending=merge(removal))
     assert target is not None
     export_folder(removal, source, target, notation, force=force, shard_bytes=shard_bytes, progress=progress)
     return removal, None

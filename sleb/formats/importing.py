@@ -16,7 +16,7 @@ from sleb.formats.llm_drop import is_llm_drop, read_llm_drop
 from sleb.formats.mergekit import is_mergekit, parse_yaml, read_mergekit
 from sleb.formats.removal import Imported
 from sleb.formats.removal_list import read_removal_list, read_sleb_result
-from sleb.layer_map.layer_map import LayerMap, Unit
+from sleb.layer_map.layer_map import LayerMap, Patches, Unit
 from sleb.layer_map.units import is_int
 from sleb.models.config import model_fingerprint, read_config
 
@@ -49,10 +49,13 @@ def import_map(
     check_format(notation, IMPORT_FORMATS)
     path = Path(file)
     path = path / "config.json" if path.is_dir() else path
-    text = _read(path)
+    binary = path.suffix == ".safetensors" if notation == "auto" else notation == "linearpatch"
+    text = "" if binary and not _is_pickle(path) else _read(path)
     try:
-        chosen = _detect(text, path) if notation == "auto" else notation
-        found = _READERS[chosen](text)
+        if binary:
+            found = _read_linear_patch(path)
+        else:
+            found = _READERS[_detect(text, path) if notation == "auto" else notation](text)
         layer_map = _layer_map(found, _shape(found, model, num_blocks))
     except LayerMapError as error:
         raise LayerMapError(f"{path}: {error}") from None
@@ -61,7 +64,31 @@ def import_map(
     return layer_map
 
 
+def _read_linear_patch(path: Path) -> Imported:
+    from sleb.formats.linear_patch import read_linear_patch  # torch: not for lists
+
+    return read_linear_patch(path)
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether torch.save, or pickle, wrote a file: a zip archive, or the mark of a protocol."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError:
+        return False
+    return start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
 def _read(path: Path) -> str:
+    if _is_pickle(path):
+        from sleb.formats.linear_patch import CONVERT
+
+        raise LayerMapError(
+            f"{path} is a pickle, which is never opened here, since opening one can run code. LinearPatch's scales.pt, "
+            f"if you trust it, becomes a safetensors file by: {CONVERT}. ReplaceMe's transforms are of an MLP's "
+            "output, which no patch is; the checkpoint that it writes has them merged, and is a MODEL as it is"
+        )
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise LayerMapError(f"{path} has more than {_MAX_BYTES >> 20} MiB: it is no map in any notation")
@@ -111,6 +138,11 @@ def _detect(text: str, path: Path) -> str:
     for notation, fits in checks:
         if fits:
             return notation
+    if isinstance(document, dict) and "model_type" in document and "num_hidden_layers" in document:
+        raise LayerMapError(
+            "it is the configuration of a model, and names nothing that is removed. A checkpoint of fewer blocks with "
+            "what mends them merged into the others, such as ReplaceMe's, is a MODEL as it is: serve it"
+        )
     raise LayerMapError(f"it is in no notation that sleb knows: {', '.join(IMPORT_FORMATS[1:])}")
 
 
@@ -167,4 +199,5 @@ def _layer_map(found: Imported, shape: tuple[str, int, str | None]) -> LayerMap:
         removed=units,
         calibration=found.calibration,
         source=found.source,
+        patches=Patches.of(found.patches) if found.patches else None,
     )

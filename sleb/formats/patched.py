@@ -33,14 +33,15 @@ def check_exact(spec: DecoderSpec, patches: Iterable[Patch], notation: str) -> N
     if patches and notation != "decilm" and not (spec.mlp_bias or biases_field(spec)):
         raise ConfigError(
             f"the MLPs of {spec.architecture} have no biases here, which format {notation} needs to hold patches: "
-            "use --patches drop"
+            "use --format hf with --patches merge, or --patches drop"
         )
     for patch in patches:
         if not patch.normed:
             what = "a scale" if patch.form == "scale" else "a map"
             raise ConfigError(
                 f"{patch.where} is {what} of the residual stream as it is, but all that format {notation} computes "
-                "comes after a norm: fit with `sleb patch --patch full` or low-rank, or use --patches drop"
+                "comes after a norm: fit with `sleb patch --patch full` or low-rank, or use "
+                "--format hf with --patches merge"
             )
 
 
@@ -86,13 +87,13 @@ def zero_biases(spec: DecoderSpec, prefix: str) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}.{name}.bias": (size,) for name, size in sizes.items()}
 
 
-def made_tensors(tensors: Mapping[str, Array], dtype: str) -> list[LocatedTensor]:
-    """Tensors of our own, in the checkpoint's `dtype` where that changes no value, else in float32."""
+def made_tensors(tensors: Mapping[str, Array], dtype: str, *, rounded: bool) -> list[LocatedTensor]:
+    """Tensors of our own in the checkpoint's `dtype`, or, unless `rounded`, in float32 where that changes a value."""
     made = []
     for name, array in tensors.items():
         value = torch.from_numpy(np.ascontiguousarray(array, np.float32))
         small = value.to(_DTYPES.get(dtype, torch.float32))
-        exact = dtype in _DTYPES and torch.equal(small.float(), value)
+        exact = dtype in _DTYPES and (rounded or torch.equal(small.float(), value))
         data = (small if exact else value).view(torch.uint8).numpy().tobytes()
         chosen = dtype if exact else "F32"
         made.append(LocatedTensor(name, chosen, array.shape, Path(), 0, len(data), data=data))

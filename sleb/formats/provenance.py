@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ def _patches(removal: Removal) -> dict[str, Any] | None:
         "num_parameters": sum(patch.num_parameters for patch in mending.patches),
         "sha256": found.sha256,
         "record": asdict(found.record),
+        "merged_on": None if mending.calibration is None else asdict(mending.calibration),
+        "token_losses": None
+        if mending.losses is None
+        else dict(zip(("patched", "merged"), mending.losses, strict=True)),
     }
 
 
@@ -67,6 +72,12 @@ def lost(removal: Removal) -> str | None:
     number = f"{len(mending.patches)} patch{'es' * (len(mending.patches) > 1)}"
     if not mending.patches or mending.way == "keep":
         return None
+    if mending.losses is not None:
+        patched, merged = map(math.exp, mending.losses)
+        return (
+            f"the depth's {number} are merged into the output projections before them, which is an approximation: "
+            f"perplexity {merged:.4g} instead of {patched:.4g} on the text that it was fitted on"
+        )
     return f"the depth's {number} are left out: it is worse than this depth of the layer map served by sleb"
 
 

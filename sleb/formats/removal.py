@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from sleb.errors import ConfigError, LayerMapError
 from sleb.fields import shown_path
 from sleb.layer_map.layer_map import LayerMap
-from sleb.layer_map.patches import Patch
+from sleb.layer_map.patches import Array, Patch
 from sleb.layer_map.units import CalibrationRecord, Sublayer, Unit, is_int
 
-PATCH_WAYS = ("keep", "drop")
+PATCH_WAYS = ("keep", "merge", "drop")
 _HOLD_PATCHES = ("decilm", "zeroed")
 
 
@@ -22,11 +22,16 @@ class Mending:
     """What becomes of the patches of a depth in an export.
 
     Attributes:
-        way: "keep": they are written as they are; "drop": they are not.
+        way: "keep": they are written as they are; "merge": into the output projection of the MLP before each; "drop".
+        merged: for each block whose output projection has taken a patch in, its new tensors, by names in the block.
+        calibration: the text on which that was fitted. losses: a token, there, in nats: with the patches, and merged.
     """
 
     way: str = "keep"
     patches: tuple[Patch, ...] = ()
+    merged: Mapping[int, Mapping[str, Array]] = field(default_factory=dict)
+    calibration: CalibrationRecord | None = None
+    losses: tuple[float, float] | None = None
 
     @property
     def kept(self) -> tuple[Patch, ...]:
@@ -98,10 +103,16 @@ def check_way(removal: Removal, notation: str, way: str) -> None:
         raise ConfigError(f"patches {way!r} is unknown: choose {', '.join(PATCH_WAYS)}")
     patches = removal.layer_map.patches
     number = 0 if patches is None else len(patches.at(removal.depth))
+    if way == "merge" and (notation != "hf" or not number):
+        why = f"format {notation} is another" if number else f"depth {removal.depth} has none"
+        raise ConfigError(f"patches can only be merged in format hf, and where there are some, but {why}")
+    if way == "merge":
+        removal.whole_blocks(notation)
+    merge = "--patches merge with a --calibration text, which approximates them, " if notation == "hf" else ""
     if way == "keep" and number and notation not in _HOLD_PATCHES:
         raise ConfigError(
             f"depth {removal.depth} has {number} patch{'es' * (number > 1)}, which format {notation} cannot hold: use "
-            f"--format decilm, which holds them exactly, or --patches drop, which leaves them out"
+            f"--format decilm, which holds them exactly, {merge}or --patches drop, which leaves them out"
         )
 
 
@@ -121,6 +132,7 @@ class Imported:
     source: str | None = None
     rest_from: int | None = None
     notes: tuple[str, ...] = ()
+    patches: tuple[Patch, ...] = ()
 
 
 def block_numbers(values: Sequence[Any], where: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from sleb.formats import FOLDER_FORMATS, safetensors_copy
 from sleb.formats.decilm_model import DeciLMForCausalLM
 from sleb.formats.exporting import export_model
 from sleb.formats.importing import import_map
-from sleb.layer_map.layer_map import Unit
+from sleb.layer_map.layer_map import Unit, shipped_maps
 
 PROMPT = torch.randint(3, 96, (29,), generator=torch.Generator().manual_seed(7)).tolist()
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -521,13 +522,14 @@ def test_smollm2_at_depth_6(tmp_path):
     """The demo model: transformers continues as our engine does, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    export_model("smollm2", "hf", tmp_path / "out", depth=6)
+    layer_map = replace(LayerMap.load(shipped_maps()["smollm2-135m-instruct"]), patches=None)
+    export_model("smollm2", "hf", tmp_path / "out", layer_map=layer_map, depth=6)
     prompts = [
         "The capital of France is",
         "Once upon a time, in a village by the sea,",
         "def fibonacci(n):\n",
     ]
-    llm = LLM("smollm2", tiers=[6], dtype="float32", max_model_len=256)
+    llm = LLM("smollm2", layer_map, [6], dtype="float32", max_model_len=256)
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     ours = [output.text for output in llm.generate(prompts, params)]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sleb import LLM, SamplingParams
+from sleb import LLM, LayerMap, SamplingParams
 from sleb.formats.exporting import export_model
+from sleb.layer_map.layer_map import shipped_maps
 
 NUM_TOKENS = 48
 PROMPTS = [
@@ -40,8 +42,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("notation", ["hf", "zeroed"])
 def test_depth_6_gives_the_same_greedy_text_in_vllm(notation, tmp_path):
     folder = tmp_path / "smaller"
-    export_model("smollm2", notation, folder, layer_map=None, depth=6)
-    llm = LLM("smollm2", tiers=[6], dtype="float32", max_model_len=256)
+    layer_map = replace(LayerMap.load(shipped_maps()["smollm2-135m-instruct"]), patches=None)
+    export_model("smollm2", notation, folder, layer_map=layer_map, depth=6)
+    llm = LLM("smollm2", layer_map, [6], dtype="float32", max_model_len=256)
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     tokenizer = llm.engine.tokenizer
     prompts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]

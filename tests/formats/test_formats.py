@@ -470,9 +470,9 @@ def test_lists_of_what_is_kept_are_not_taken_for_what_goes(read):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(LayerMapError, match=r"there is no file .*nothing\.json"):
         import_map(tmp_path / "nothing.json")
-    (tmp_path / "pickle").write_bytes(b"\x80\x04\x95")
+    (tmp_path / "bytes").write_bytes(b"\xff\x04\x95")
     with pytest.raises(LayerMapError, match="is no text"):
-        import_map(tmp_path / "pickle")
+        import_map(tmp_path / "bytes")
 
 
 def test_a_deep_nest_is_not_followed(read):
