@@ -41,13 +41,10 @@ def read_result(document: Document, name: str) -> Result:
 def _old(document: Document) -> Result:
     if document["kind"] != "throughput":
         raise ValueError("no other kind was kept in the form of before")
-    settings = dict(document.get("settings") or {})
-    if document.get("model"):
-        settings["model"] = document["model"]
+    settings = dict(document.get("settings") or {}, model=document.get("model"))
     notes = list((document.get("conditions") or {}).get("notices", ()))
-    complete = bool(document.get("complete", True))
-    environment = dict(document.get("environment") or {})
-    return Result("throughput", environment, settings, list(_throughput(document)), notes, complete)
+    found, environment = list(_throughput(document)), dict(document.get("environment") or {})
+    return Result("throughput", environment, settings, found, notes, bool(document.get("complete", True)))
 
 
 def _ratio(row: Document, name: str) -> Ratio | None:
