@@ -268,11 +268,11 @@ class LayerMap:
                 f"but {model} has another shape (fingerprint {fingerprint}); {remedy}"
             )
 
-    def to_json(self) -> str:
-        """Schema 1, keys sorted, units in the order of the blocks, strict (no NaN), ends with a newline."""
-        return self._document("map")
+    def to_json(self, stem: str = "map") -> str:
+        """Schema 1, keys sorted, units in the order of the blocks, strict (no NaN), ends with a newline.
 
-    def _document(self, stem: str) -> str:
+        stem: of the map's file, after which that of its patches is named.
+        """
         return dump_document({each.name: getattr(self, each.name) for each in fields(self)}, stem)
 
     @classmethod
@@ -307,7 +307,7 @@ class LayerMap:
             if self.patches is not None:
                 self.patches.save(target.with_name(self.patches.file_name(target.stem)))
             with replacement(target) as temporary:
-                temporary.write_text(self._document(target.stem), encoding="utf-8")
+                temporary.write_text(self.to_json(target.stem), encoding="utf-8")
             if earlier is not None and earlier != self.patches:
                 earlier.remove(target.stem)
         except OSError as error:

@@ -84,8 +84,10 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def reference(path, removed, windows, dtype=torch.float32):
+def reference(path, removed, windows, dtype=torch.float32, patches=()):
     """Mean loss a scored token, by transformers with units' outputs zeroed: a loop with nothing of ours in it.
+
+    patches: for runs of whole blocks, as `Patch` has them.
 
     windows: (token ids, how many of the last are scored).
     """
@@ -97,6 +99,13 @@ def reference(path, removed, windows, dtype=torch.float32):
             for block, part in unit.sublayers:
                 layer = model.model.layers[block]
                 (layer.self_attn.o_proj if part == "attention" else layer.mlp.down_proj).weight.zero_()
+    for patch in patches:
+        weight, bias = (torch.from_numpy(patch.tensors[name]).to(dtype) for name in ("weight", "bias"))
+        model.model.layers[patch.last[0]].register_forward_hook(
+            lambda module, _, hidden, weight=weight, bias=bias: (
+                hidden + torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-5) @ weight.T + bias
+            )
+        )
     total, count = 0.0, 0
     for ids, num_scored in windows:
         with torch.inference_mode():
@@ -507,7 +516,7 @@ class TestRealModel:
         token_ids = TextProcessor(path).encode(self.TEXT.read_text("utf-8"))
         windows = (packed(token_ids, 256) if scheme == "sleb" else rolling(token_ids, 1, 256))[:4]
         for depth in (0, 3):
-            loss = reference(path, chain.removed[:depth], windows)
+            loss = reference(path, chain.removed[:depth], windows, patches=chain.patches_at(depth, 576))
             found = figures(result, depth, self.TEXT.name)["perplexity"]
             assert found.value == pytest.approx(math.exp(loss), rel=1e-5)
 

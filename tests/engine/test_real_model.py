@@ -48,9 +48,24 @@ def llm():
     )
 
 
+class PatchLayer(nn.Module):
+    """In a decoder's list of layers: h + W h / rms(h) + b."""
+
+    def __init__(self, patch):
+        super().__init__()
+        assert patch.form == "full" and patch.normed
+        self.weight, self.bias = (
+            torch.from_numpy(patch.tensors[name]).float() for name in ("weight", "bias")
+        )
+
+    def forward(self, hidden_states, **kwargs):
+        normed = hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return hidden_states + normed @ self.weight.T + self.bias
+
+
 @pytest.fixture(scope="module")
 def reference(llm):
-    """{depth: transformers model with those blocks deleted}."""
+    """{depth: transformers model with those blocks deleted, and a patch where the last of each run was}."""
     from transformers import AutoModelForCausalLM
 
     from sleb.models.resolve import resolve_model
@@ -63,8 +78,11 @@ def reference(llm):
         model._modules = dict(dense._modules)
         model._modules["model"] = copy.copy(dense.model)
         model.model._modules = dict(dense.model._modules)
+        patches = {each.last[0]: PatchLayer(each) for each in layer_map.patches_at(depth, 576)}
+        assert patches.keys() <= gone
+        layers = [patches.get(block, layer) for block, layer in enumerate(dense.model.layers)]
         model.model._modules["layers"] = nn.ModuleList(
-            layer for block, layer in enumerate(dense.model.layers) if block not in gone
+            layer for block, layer in enumerate(layers) if block not in gone or block in patches
         )
         model.config = model.model.config = copy.deepcopy(dense.config)
         model.config.num_hidden_layers = len(model.model.layers)
@@ -85,11 +103,11 @@ def assert_greedy(model, prompt_ids, token_ids):
 def test_the_map_is_the_one_that_ships(llm):
     layer_map = llm.engine.layer_map
     assert layer_map == LayerMap.load(shipped_maps()["smollm2-135m-instruct"])
-    assert layer_map.depth == 3 and layer_map.max_depth >= 10
+    assert layer_map.depth == 0 and layer_map.max_depth == 10
     assert all(unit.part == "block" for unit in layer_map.removed)
     default = LLM("smollm2", max_model_len=64).engine
     assert default.layer_map == layer_map
-    assert [tier.depth for tier in default.tiers] == [0, 3, 6] and default.default_tier.depth == 3
+    assert [tier.depth for tier in default.tiers] == [0, 3, 6] and default.default_tier.depth == 0
 
 
 def test_128_greedy_tokens_in_one_mixed_batch_and_alone(llm, reference):

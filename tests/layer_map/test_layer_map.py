@@ -442,7 +442,7 @@ def test_published_maps(name: str) -> None:
 @pytest.mark.parametrize("name", shipped_maps())
 def test_shipped_maps_are_in_the_written_form(name: str) -> None:
     path = shipped_maps()[name]
-    assert LayerMap.load(path).to_json() == path.read_text(encoding="utf-8")
+    assert LayerMap.load(path).to_json(path.stem) == path.read_text(encoding="utf-8")
 
 
 def shown(layer_map: LayerMap, depth: int | None = None) -> str:
@@ -492,11 +492,17 @@ def test_the_shipped_demo_map_fits_the_hubs_own_checkpoints() -> None:
     }
     layer_map = LayerMap.load(shipped_maps()["smollm2-135m-instruct"])
     layer_map.check_model(num_blocks=30, fingerprint=model_fingerprint(hub), model="SmolLM2-135M")
-    assert (layer_map.depth, layer_map.max_depth) == (3, 12)
+    assert (layer_map.depth, layer_map.max_depth) == (0, 10)
     assert {layer_map.removed[0].block, layer_map.removed[-1].block}.isdisjoint({0, 29})
     assert all(
-        min(losses, key=losses.__getitem__) == unit and losses[unit] == loss
-        for unit, losses, loss in zip(
-            layer_map.removed, layer_map.candidate_losses or (), (layer_map.losses or ())[1:], strict=True
-        )
+        min(found, key=found.__getitem__) == unit
+        for unit, found in zip(layer_map.removed, layer_map.candidate_losses or (), strict=True)
     )
+    assert layer_map.search is not None and layer_map.search.objective == "kl"
+    for depth in range(1, 11):  # each removal leaves one patch
+        patches = layer_map.patches_at(depth, hub["hidden_size"])
+        assert {patch.form for patch in patches} == {"full"}
+        gone = {each for unit in layer_map.removed[:depth] for each in unit.sublayers}
+        stood = {(block, part) for patch in patches for block in range(patch.first[0], patch.last[0] + 1)
+                 for part in ("attention", "mlp")}  # fmt: skip
+        assert stood == gone
