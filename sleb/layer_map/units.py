@@ -14,6 +14,16 @@ Sublayer = tuple[int, Literal["attention", "mlp"]]
 MAX_BLOCKS = 1 << 10  # that a model may have: the deepest published has 126 (Llama 3.1 405B)
 
 
+def place_of(sublayer: Sublayer) -> int:
+    """Where a sublayer stands among all, from 0."""
+    return 2 * sublayer[0] + (sublayer[1] == "mlp")
+
+
+def sublayer_at(place: int) -> Sublayer:
+    """The inverse of `place_of`."""
+    return (place // 2, "mlp" if place % 2 else "attention")
+
+
 def is_int(value: Any) -> TypeGuard[int]:
     """An integer that is not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sleb.errors import ConfigError, SlebError
 from sleb.layer_map.patches import Form, Patch, Patches
-from sleb.layer_map.units import Sublayer, Unit
+from sleb.layer_map.units import Sublayer, Unit, place_of
 from sleb.pruning.options import PatchForm
 from sleb.pruning.search.model import DEFAULT_MEMORY_BOUND, DEFAULT_TRUNK_BOUND, ScoringModel
 from sleb.pruning.search.rounds import Evidence
@@ -130,13 +130,9 @@ def runs(removed: Iterable[Unit]) -> list[Run]:
     gone = sorted(each for unit in removed for each in unit.sublayers)
     starts = [
         0,
-        *(at for at, (one, other) in enumerate(pairwise(gone), 1) if _place(other) != _place(one) + 1),
+        *(at for at, (one, other) in enumerate(pairwise(gone), 1) if place_of(other) != place_of(one) + 1),
     ]
     return [(gone[start], gone[end - 1]) for start, end in pairwise([*starts, len(gone)])] if gone else []
-
-
-def _place(sublayer: Sublayer) -> int:
-    return 2 * sublayer[0] + (sublayer[1] == "mlp")
 
 
 def check_text(model: ScoringModel, what: PatchForm, windows: Tensor) -> str | None:
@@ -250,8 +246,8 @@ class Patcher:
         found: tuple[Step, ...] = ()
         end = 0
         for run in runs(removed):
-            found += self._dense[end : _place(run[0])]
-            end = _place(run[1]) + 1
+            found += self._dense[end : place_of(run[0])]
+            end = place_of(run[1]) + 1
             if not patched:
                 continue
             if run not in self._fitted:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sleb.layer_map.patches import Patch
-from sleb.layer_map.units import Sublayer, Unit
+from sleb.layer_map.units import Sublayer, Unit, place_of, sublayer_at
 from sleb.pruning.search.model import PatchFit, ScoringModel
 from sleb.pruning.search.trunk import Item, Trunk, fitting_stride
 
@@ -70,7 +70,7 @@ class Patching:
         low, high = _run_around(items, unit)
         position = next(at for at, item in enumerate(items) if _span(item)[0] >= low)
         if unit not in self._fitted:
-            fit = self._fit((_sublayer(low), _sublayer(high)), self._depth + 1)
+            fit = self._fit((sublayer_at(low), sublayer_at(high)), self._depth + 1)
             end = sum(_span(each)[1] <= high for each in self._dense_units)
             for index in range(len(self.batches)):
                 fit.add(self._pruned.at(position, index), self._dense.at(end, index))
@@ -104,7 +104,7 @@ def _span(item: Item) -> tuple[int, int]:
     first, last = (
         (item.first, item.last) if isinstance(item, Patch) else (item.sublayers[0], item.sublayers[-1])
     )
-    return _place(first), _place(last)
+    return place_of(first), place_of(last)
 
 
 def _run_around(items: Sequence[Item], unit: Unit) -> tuple[int, int]:
@@ -117,11 +117,3 @@ def _run_around(items: Sequence[Item], unit: Unit) -> tuple[int, int]:
     while high < top and high + 1 not in alive:
         high += 1
     return low, high
-
-
-def _place(sublayer: Sublayer) -> int:
-    return 2 * sublayer[0] + (sublayer[1] == "mlp")
-
-
-def _sublayer(place: int) -> Sublayer:
-    return (place // 2, "mlp" if place % 2 else "attention")
