@@ -148,7 +148,7 @@ PEERS = {
 LOADS = {
     "1 stream": ("decode 1 × 128 after 64", "sleb bf16"),
     "8 streams": ("generate 8 × 128 after 64", "sleb bf16"),
-    "8 streams, 6 of 30 blocks removed": ("generate 8 × 128 after 64", "sleb bf16 depth 6"),
+    "8 streams, 6 of 30 blocks removed, no patches": ("generate 8 × 128 after 64", "sleb bf16 depth 6"),
 }
 
 
