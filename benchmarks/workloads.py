@@ -41,7 +41,10 @@ class ThroughputOptions(TurnOptions):
         unset="the one shipped with the model; of a --config without one, a stand-in",
     )
     depths: Sequence[int] | None = option(
-        None, "Depths to compare, as 0,6.", unset="0 and the map's recommended one", minimum=0
+        None,
+        "Depths to compare, as 0,6.",
+        unset="0 and the map's recommended one, or half its order",
+        minimum=0,
     )
     tests: Sequence[str] = option(
         ("prompt", "generate"), "What to measure; decode is generate without the prompts.", choices=TESTS
@@ -172,9 +175,9 @@ def check_overlap(workloads: Iterable[Workload], step_tokens: int) -> None:
 
 
 def choose_depths(depths: Sequence[int] | None, layer_map: LayerMap, model: str) -> tuple[int, ...]:
-    """The depths to measure: those asked for, or 0 and the recommended one. ConfigError if the map lacks one."""
+    """The depths to measure: those asked for, or 0 and `measured_depth`. ConfigError if the map lacks one."""
     if depths is None:
-        return tuple(dict.fromkeys((0, layer_map.depth)))
+        return tuple(dict.fromkeys((0, layer_map.measured_depth)))
     for depth in depths:
         if depth > layer_map.max_depth:
             has = f"the layer map has depths 0 to {layer_map.max_depth}"

@@ -22,7 +22,10 @@ class EvalOptions:
     model: str
     layer_map: LayerMap | str | Path | None = option_of(EngineConfig, "layer_map")
     depths: Sequence[int] | None = option(
-        None, "Depths to compare, as 0,2,4,6; 0 is always there.", unset="what the map recommends", minimum=0
+        None,
+        "Depths to compare, as 0,2,4,6; 0 is always there.",
+        unset="what the map recommends, or half its order",
+        minimum=0,
     )
     _: KW_ONLY
     text: Sequence[str] = option(
@@ -99,4 +102,4 @@ class EvalOptions:
                 raise ConfigError(
                     f"depth {depth} is not there: {has}; name another in --depths, or a longer --layer-map"
                 )
-        return tuple(sorted({0, *((layer_map.depth,) if self.depths is None else self.depths)}))
+        return tuple(sorted({0, *((layer_map.measured_depth,) if self.depths is None else self.depths)}))

@@ -162,6 +162,11 @@ class LayerMap:
         return depth
 
     @property
+    def measured_depth(self) -> int:
+        """What is measured beside depth 0 unless one says: the recommended depth; where that is 0, half the order."""
+        return self.depth or (self.max_depth + 1) // 2
+
+    @property
     def max_depth(self) -> int:
         """How many units the whole order removes."""
         return len(self.removed)
