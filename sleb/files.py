@@ -5,6 +5,7 @@ The standard library alone.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -114,6 +115,7 @@ def replacement(path: Path, *, durable: bool = True) -> Iterator[Path]:
     OSError of a disk that refuses.
     """
     target = path.resolve()  # where `path` is a link, what it points to is replaced
+    _refuse_device(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
@@ -142,10 +144,17 @@ def check_writable(path: Path) -> None:
     target = path.resolve()
     probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        _refuse_device(target)
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise _not_writable(path, error) from None
+
+
+def _refuse_device(path: Path) -> None:
+    """OSError for a device, pipe or socket: a file in its place would take it from every other program."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "it is a device, pipe or socket")
 
 
 def sync(path: Path) -> None:

@@ -52,6 +52,17 @@ def test_names_that_are_no_utf8_are_escaped(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b'"caf\\udce9"'
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
+@pytest.mark.parametrize("write", [lambda path: write_text(path, ""), check_writable])
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path: Path, write) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (link := tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(ConfigError, match=r"cannot be written \(it is a device, pipe or socket\)"):
+            write(path)
+    assert pipe.is_fifo() and sorted(tmp_path.iterdir()) == [link, pipe]
+
+
 @pytest.mark.parametrize("write", [lambda path: write_text(path, ""), check_writable])
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, write) -> None:
     with pytest.raises(ConfigError, match=r"none/a cannot be written \(No such file or directory\); name"):

@@ -277,7 +277,7 @@ def parse_patch(patch: str) -> PatchForm | None:
     """ "none", "scale", "full", "low-rank" (of `DEFAULT_RANK`) or "low-rank=16". Raises ConfigError for others."""
     form, equals, rank = str(patch).partition("=")
     if form == "low-rank" and (
-        not equals or (rank.isascii() and rank.isdigit() and 0 < int(rank) <= 1 << 20)
+        not equals or (rank.isascii() and rank.isdigit() and len(rank) < 8 and int(rank))
     ):
         return PatchForm("low-rank", int(rank) if equals else DEFAULT_RANK)
     forms: dict[str, PatchForm | None] = {

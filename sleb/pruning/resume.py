@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from sleb.errors import ConfigError, LayerMapError
+from sleb.files import check_writable
 from sleb.layer_map.layer_map import LayerMap, SearchRecord
 from sleb.layer_map.patches import PatchRecord
 
 
 def check_output(path: Path, *, resume: bool, force: bool) -> LayerMap | None:
     """The map to continue, if any; an error, before any work, when the map could not be saved at the end."""
-    if path.is_dir():
-        raise ConfigError(f"output {path} is a folder: name a file in it, like {path / 'map.json'}")
-    folder = path.resolve().parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"output {path} cannot be written ({error.strerror}): name a file elsewhere"
-        ) from None
+    check_writable(path)
     if not path.exists():
         return None
     if resume:

@@ -282,6 +282,7 @@ def test_the_loss_may_be_the_divergence_without_patches(text: Path, tiny_model_d
     [
         ({"patch": "half"}, "'half'.*none, scale, low-rank"),
         ({"patch": "low-rank=0"}, "'low-rank=0'"),
+        ({"patch": "low-rank=" + "9" * 5000}, "is not known; choose none"),
         ({"objective": "mse"}, "'mse'.*loss, kl"),
         ({"patch": "full", "mode": "fast", "screen": "gradient"}, "--screen race"),
         ({"objective": "kl", "mode": "fast", "screen": "gradient"}, "--screen race"),
