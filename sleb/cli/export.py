@@ -88,7 +88,8 @@ def export(model: Model, options: ExportOptions) -> None:
         typer.echo(written, nl=False)
         return
     kept, total = len(removal.kept_blocks), removal.layer_map.num_blocks
-    with_patches = f" and {len(removal.mending.kept)} patches" if removal.mending.kept else ""
+    number = len(removal.mending.kept)
+    with_patches = f" and {number} patch{'es' * (number > 1)}" if number else ""
     tell(f"Written to {options.output}: depth {removal.depth}, {kept} of {total} blocks{with_patches}")
 
 

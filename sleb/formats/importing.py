@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ConfigError, LayerMapError
+from sleb.fields import read_json
 from sleb.formats import IMPORT_FORMATS, check_format
 from sleb.formats.blockpruner import is_blockpruner, read_blockpruner
 from sleb.formats.decilm import is_decilm, read_decilm
 from sleb.formats.llm_drop import is_llm_drop, read_llm_drop
 from sleb.formats.mergekit import is_mergekit, parse_yaml, read_mergekit
+from sleb.formats.output import PROVENANCE
 from sleb.formats.removal import Imported
 from sleb.formats.removal_list import read_removal_list, read_sleb_result
 from sleb.layer_map.layer_map import LayerMap, Patches, Unit
@@ -51,6 +53,12 @@ def import_map(
     path = path / "config.json" if path.is_dir() else path
     binary = path.suffix == ".safetensors" if notation == "auto" else notation == "linearpatch"
     text = "" if binary and not _is_pickle(path) else _read(path)
+    if path.name == "config.json" and _holds_patches(path.with_name(PROVENANCE)):
+        raise LayerMapError(
+            f"{path.parent} was exported with patches, which stand in its blocks where others were removed, so its "
+            f"configuration does not tell what is: use the layer map that it was made from, as {PROVENANCE} there "
+            "describes it"
+        )
     try:
         if binary:
             found = _read_linear_patch(path)
@@ -62,6 +70,14 @@ def import_map(
     for remark in found.notes:
         note(remark)
     return layer_map
+
+
+def _holds_patches(file: Path) -> bool:
+    """Whether an export of sleb, by its provenance, has patches among its blocks."""
+    if not file.is_file():
+        return False
+    patches = read_json(file, LayerMapError).object("patches", None)
+    return patches is not None and patches.string("written", None, None) == "keep"
 
 
 def _read_linear_patch(path: Path) -> Imported:

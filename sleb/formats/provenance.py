@@ -69,16 +69,16 @@ def _patches(removal: Removal) -> dict[str, Any] | None:
 def lost(removal: Removal) -> str | None:
     """What an export has lost of the depth's patches, for people; None: nothing."""
     mending = removal.mending
-    number = f"{len(mending.patches)} patch{'es' * (len(mending.patches) > 1)}"
+    number = f"{len(mending.patches)} patches are" if len(mending.patches) > 1 else "1 patch is"
     if not mending.patches or mending.way == "keep":
         return None
     if mending.losses is not None:
         patched, merged = map(math.exp, mending.losses)
         return (
-            f"the depth's {number} are merged into the output projections before them, which is an approximation: "
+            f"the depth's {number} merged into the output projections before them, which is an approximation: "
             f"perplexity {merged:.4g} instead of {patched:.4g} on the text that it was fitted on"
         )
-    return f"the depth's {number} are left out: it is worse than this depth of the layer map served by sleb"
+    return f"the depth's {number} left out: it is worse than this depth of the layer map served by sleb"
 
 
 _KEPT = {

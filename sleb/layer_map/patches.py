@@ -229,8 +229,13 @@ class Patches:
                 temporary.write_bytes(content)
 
     def remove(self, stem: str) -> None:
-        """Deletes their file, unless another map's name than `stem` is in its own. Raises OSError."""
-        if self._path is not None and self._path.name == self.file_name(stem):
+        """Deletes their file, the map "stem.json" having others now, unless a copy of it in the folder names it too.
+
+        Raises OSError.
+        """
+        if self._path is None or self._path.name != self.file_name(stem):
+            return
+        if not any(_names(other, self._path.name) for other in self._path.parent.glob("*.json")):
             self._path.unlink(missing_ok=True)
 
     @property
@@ -297,6 +302,14 @@ class Patches:
             if str(error).startswith(self._source):
                 raise
             raise LayerMapError(f"{self._source}: {error}") from None
+
+
+def _names(file: Path, name: str) -> bool:
+    """Whether a JSON file has `name` in it."""
+    try:
+        return name.encode() in read_bytes(file, LayerMapError)
+    except (LayerMapError, OSError):
+        return False
 
 
 def _name(sublayer: Sublayer) -> str:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from sleb import LLM, LayerMap, SamplingParams, cli
 from sleb.engine.model.scoring import DecoderScorer
-from sleb.errors import ConfigError
+from sleb.errors import ConfigError, LayerMapError
 from sleb.formats.decilm_model import DeciLMForCausalLM
 from sleb.formats.exporting import export_model
+from sleb.formats.importing import import_map
 from sleb.formats.merging import Merger
 from sleb.layer_map.layer_map import Patch, Patches, Unit
 from sleb.pruning.patching import RIDGE
@@ -287,6 +288,10 @@ def test_the_model_card_says_what_stands_where_blocks_stood(tiny_model, tmp_path
     assert "2 linear maps of the residual stream" in (tmp_path / "out/README.md").read_text()
     record = json.loads((tmp_path / "out/sleb.json").read_text())["patches"]
     assert (record["written"], record["num_parameters"]) == ("keep", 32 * 32 + 32 + 2 * 3 * 32 + 32)
+    with pytest.raises(
+        LayerMapError, match=r"was exported with patches, .*: use the layer map that it was made from"
+    ):
+        import_map(tmp_path / "out")  # its blocks hold the patches: they are none of the model's
 
 
 # --- merged into the blocks before

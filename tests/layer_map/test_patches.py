@@ -70,6 +70,13 @@ def test_a_new_map_takes_its_patches_with_it(tmp_path):
     LayerMap.load(path).recommend(1).save(path)
     assert file.exists() and LayerMap.load(path).depth == 1
     LayerMap.load(path).save(tmp_path / "copy.json")  # its patches go along, under its name
+    backup = tmp_path / "backup.json"  # a plain copy, which names the file too
+    backup.write_bytes(path.read_bytes())
+    layer_map().save(path)
+    assert file.exists() and LayerMap.load(backup).patches_at(1, WIDTH)
+    backup.unlink()
+    LayerMap.load(tmp_path / "copy.json").save(path)
+    [file] = tmp_path.glob("map.*.safetensors")
     layer_map().save(path)
     assert not file.exists() and LayerMap.load(tmp_path / "copy.json").patches_at(1, WIDTH)
 
