@@ -136,9 +136,8 @@ def quality(way: Way, options: Options, *, dense: bool) -> Iterator[Measurement]
         say(f"{way.name}: {problem}")
     for each in found.measurements:
         name = "dense" if each.subject == "depth 0" else way.name
-        if each.metric in ("same token", "KL", "mean tokens", "early", "identical") or (
-            name == "dense" and not dense
-        ):
+        left_out = each.metric in ("same token", "KL", "mean tokens", "early", "identical")
+        if left_out or "+" in each.case or (name == "dense" and not dense):  # +: of all texts together
             continue
         # Depth 0 of a model that ReplaceMe changed is not the dense one.
         ratio = None if way.name == "replaceme" else each.ratio
