@@ -95,10 +95,11 @@ def check_model(model: str) -> None:
         check_config(path)
         return
     if path.is_dir():
-        _only_gguf(path)
+        _check_gguf(_only_gguf(path))
     elif path.exists():
         if not _is_gguf(path):
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
+        _check_gguf(path)
     else:
         _hub_id(model)
 
@@ -190,6 +191,7 @@ def _convert(gguf: Path, to: Path | None, progress: bool) -> Path:
     """The conversion of a .gguf file, in the cache unless `to` says otherwise."""
     if not _is_gguf(gguf):
         raise ModelError(f"{gguf} is not a GGUF file: fetch it again, or give a model's folder")
+    _check_gguf(gguf)
     with _bar(f"Reading {gguf.name}", progress) as report:
         digest = content_digest(gguf, report)  # a file that was moved or copied is not converted again
     key = hashlib.sha256(f"{_CONVERTER} {digest}".encode()).hexdigest()[:16]
@@ -206,6 +208,14 @@ def _convert_file(gguf: Path, target: Path, report: Report | None) -> None:
     from sleb.models.gguf.convert import convert_gguf  # imports torch: not for a model that is already there
 
     convert_gguf(gguf, target, progress=report)
+
+
+def _check_gguf(gguf: Path) -> None:
+    """Raises ModelError for an architecture that is not known, before the file is read through or torch imported."""
+    from sleb.models.gguf.config import architecture_of
+    from sleb.models.gguf.reader import read_architecture
+
+    architecture_of(read_architecture(gguf))
 
 
 def _only_gguf(folder: Path) -> Path:

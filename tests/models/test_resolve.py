@@ -363,6 +363,31 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         resolve_model(str(path), progress=False)
 
 
+def test_an_unknown_architecture_is_refused_from_the_first_bytes(tmp_path: Path) -> None:
+    """Of 64 GB, which would take a minute to read through; by what each command does first, and by fetch itself."""
+    path = tmp_path / "large.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_array("tokenizer.ggml.tokens", ["a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    os.truncate(path, 1 << 36)  # sparse
+    code = (
+        "import sys; from sleb.models.resolve import check_model, fetch_model\n"
+        "from sleb.errors import ModelError\n"
+        "for attempt in (check_model, fetch_model):\n"
+        "    try: attempt(sys.argv[1])\n"
+        "    except ModelError as error: print(error)\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'gguf'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second and 'architecture "mamba" is not supported; supported: llama' in first
+
+
 def test_pipes_and_names_that_the_system_refuses(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(ModelError, match=r"pipe\.gguf is no regular file"):

@@ -53,12 +53,7 @@ def read_gguf(
     `check` gets the metadata as soon as the architecture is read, which writers put first: it may refuse before the
     vocabulary is read. Raises ModelError for what is no whole GGUF file, or one that lies about itself.
     """
-    try:
-        size = source.stat().st_size if source.is_file() else 0
-        data = np.memmap(source, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    except OSError as error:
-        raise ModelError(f"{shown_path(source)} cannot be read: {error.strerror or error}") from None
-    reader = _Reader(source, data)
+    reader = _Reader(source, _mapped(source))
     num_tensors, num_keys = reader.header()
     values: dict[str, Any] = {}
     fields = Fields(values, source)
@@ -67,6 +62,24 @@ def read_gguf(
         if key == "general.architecture" and check is not None:
             check(fields)
     return fields, reader.tensors(num_tensors, _alignment(fields))
+
+
+def read_architecture(source: Path) -> Fields:
+    """The metadata up to the architecture alone: takes no longer for a large file. Raises ModelError as `read_gguf`."""
+    reader = _Reader(source, _mapped(source))
+    _, num_keys = reader.header()
+    values: dict[str, Any] = {}
+    while len(values) < num_keys and "general.architecture" not in values:
+        reader.read_key(values)
+    return Fields(values, source)
+
+
+def _mapped(source: Path) -> npt.NDArray[np.uint8]:
+    try:
+        size = source.stat().st_size if source.is_file() else 0
+        return np.memmap(source, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    except OSError as error:
+        raise ModelError(f"{shown_path(source)} cannot be read: {error.strerror or error}") from None
 
 
 def _alignment(fields: Fields) -> int:
