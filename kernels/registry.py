@@ -132,7 +132,9 @@ class Kernels:
     activate: Callable[[Tensor, str], Tensor]
     gated_activate: Callable[[Tensor, str], Tensor]
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    paged_attention: Callable[[Tensor, Tensor, Tensor, PagedBatch, float, int | None], Tensor]
+    paged_attention: Callable[
+        [Tensor, Tensor, Tensor, PagedBatch, float, int | None, float | None, Tensor | None], Tensor
+    ]
     greedy: Callable[[Tensor], Tensor]
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
     sample: Callable[[Tensor, Numbers, Numbers, Numbers, Numbers, Numbers], Tensor]

@@ -34,8 +34,22 @@ def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
         return "norms after the residual add"
     if spec.embed_size != spec.hidden_size:
         return "projected embeddings"
+    missing = {
+        "norms of updates": spec.post_norm or not spec.pre_norm,
+        "parallel blocks": spec.parallel,
+        "scaled embeddings or updates": spec.embed_scale != 1.0 or spec.residual_scale != 1.0,
+        "soft caps": spec.attention_softcap is not None or spec.logit_softcap is not None,
+        "norms of queries and keys of this kind": spec.qk_norm is not None
+        and (spec.qk_norm == "whole" or spec.qk_norm_after_rotation or spec.norm != "rms"),
+        "clamped queries and keys": spec.clip_qkv is not None,
+        "attention sinks": spec.sinks,
+        "rotation that differs from layer to layer": len(spec.rotaries) > 1,
+    }
     if spec.activation not in ACTIVATIONS:
         return f"activation {spec.activation}"
+    for name, has_it in missing.items():
+        if has_it:
+            return name
     if page_size not in PAGE_SIZES:
         return f"a page size of {page_size}"
     return None
@@ -164,7 +178,7 @@ class CpuExecutor:
             max_tokens=max_num_tokens,
             position_offset=spec.position_offset,
             norm_eps=spec.norm_eps,
-            scale=spec.head_dim**-0.5,
+            scale=spec.attention_scale,
             head=self._head,
             pool=self._kernels.pool,
         )
@@ -180,13 +194,14 @@ class CpuExecutor:
         if weights.final_norm is not None:
             model.has_final_norm = 1
             model.final_norm = self._norm(weights.final_norm)
-        if spec.rotary is not None:
-            self._tables = tables = RotaryTables(spec.rotary, max_model_len, torch.device("cpu"))
+        if spec.rotaries:
+            self._tables = tables = RotaryTables(spec.rotaries[0], max_model_len, torch.device("cpu"))
             model.rotary_half = tables.cos.shape[1]
             model.cos, model.sin = tables.cos.data_ptr(), tables.sin.data_ptr()
         return model
 
-    def _norm(self, norm: Norm) -> records.Norm:
+    def _norm(self, norm: Norm | None) -> records.Norm:
+        assert norm is not None
         return records.Norm(self._kernels.keep(norm.weight), self._kernels.keep(norm.bias))
 
     def _fill_attention(
@@ -200,7 +215,7 @@ class CpuExecutor:
         if weights.query_norm is not None and weights.key_norm is not None:
             unit.query_norm = kernels.keep(weights.query_norm.weight)
             unit.key_norm = kernels.keep(weights.key_norm.weight)
-        unit.rotate = spec.rotary_blocks[block]
+        unit.rotate = spec.block_rotary[block] is not None
         unit.window = spec.windows[block] or 0
         padded = -(-spec.head_dim // 16) * 16
         size = num_pages * self.page_size * spec.num_kv_heads * padded * self._dtype.itemsize

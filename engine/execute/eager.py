@@ -102,5 +102,12 @@ class EagerExecutor:
         key_cache, value_cache = self.kv_cache.layer(block)
         kernels.store_kv(key, value, key_cache, value_cache, slots)
         return kernels.paged_attention(
-            query, key_cache, value_cache, batch, self.decoder.scale, spec.windows[block]
+            query,
+            key_cache,
+            value_cache,
+            batch,
+            spec.attention_scale,
+            spec.windows[block],
+            spec.attention_softcap,
+            self.decoder.weights.attention[block].sinks,
         )

@@ -94,6 +94,7 @@ class GpuDecoder:
                 continue
             block, part = unit.sublayer
             norm = weights.attention[block].norm if part == "attention" else weights.mlp[block].norm
+            assert norm is not None
             if spec.norm_first:
                 inputs = self.norm(stream, norm, unit.token_count, unit.num_tokens)
             else:
@@ -172,12 +173,14 @@ class GpuDecoder:
 
     def _attend(self, block: int, inputs: Tensor, positions: Tensor, slots: Tensor, unit: UnitRows) -> Tensor:
         spec, weights, kernels = self.decoder.spec, self.decoder.weights.attention[block], self._kernels
-        heads, tables = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias), self.decoder.tables
+        heads = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias)
+        rotary = spec.block_rotary[block]
+        rotation = None if rotary is None else self.decoder.tables[rotary].both
         key_cache, value_cache = self.kv_cache.layer(block)
         query = kernels.rope_store(
             heads.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim),
             spec.num_heads,
-            (tables.cos, tables.sin) if tables is not None and spec.rotary_blocks[block] else None,
+            rotation,
             positions[: unit.num_tokens],
             None if weights.query_norm is None else weights.query_norm.weight,
             None if weights.key_norm is None else weights.key_norm.weight,
@@ -188,7 +191,7 @@ class GpuDecoder:
             unit.token_count,
         )
         attended = self._attention(
-            query, key_cache, value_cache, unit.batch, self.decoder.scale, spec.windows[block]
+            query, key_cache, value_cache, unit.batch, spec.attention_scale, spec.windows[block]
         )
         return kernels.linear(attended.view(-1, spec.query_size), weights.out.weight, weights.out.bias)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sleb.engine.model.rotary import Rotary, read_rotary
+from sleb.engine.model.rotary import Rotary, read_rotaries
 from sleb.fields import Fields
 from sleb.kernels.reference.ops import ACTIVATIONS
 from sleb.models.config import (
@@ -19,7 +19,7 @@ from sleb.models.config import (
     read_config,
     read_fields,
 )
-from sleb.models.families import TensorNames
+from sleb.models.families import Family, Formula, TensorNames
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,17 @@ class DecoderSpec:
     Attributes:
         embed_size: width of the token embedding; differs from hidden_size where the checkpoint projects it.
         norm_first: norms stand before attention and MLP; otherwise after the residual add (OPT-350M).
+        norm_shift: what is added to the norms' weights as they are stored.
+        parallel: attention and MLP of a block read the same residual.
         final_norm: whether a norm stands before the head.
         position_offset: added to positions before the learned table is read (2 in OPT).
-        rotary_blocks: for each block, whether its queries and keys are rotated (SmolLM3 leaves some out).
+        rotaries: the ways in which queries and keys are rotated; none with learned positions.
+        block_rotary: for each block, which of them is its own, or None: SmolLM3 leaves some out.
+        interleaved: the checkpoint's rows of queries and keys are in pairs; loaded ones never are.
         windows: for each block, the sliding window in tokens, or None.
-        rotary: how queries and keys are rotated; None with learned positions.
+        qk_norm: of each head alone, or of all together; before the rotation, or after it.
+        clip_qkv, attention_softcap, logit_softcap: bounds, or None.
+        logit_scale: is part of the final norm's weight once that is loaded.
         fingerprint: of the shape, as layer maps record it.
         special_token_ids: what config.json names as "bos", "eos" and "pad"; the vocabulary need not have them.
     """
@@ -51,19 +57,35 @@ class DecoderSpec:
     norm: Literal["rms", "layer"]
     norm_eps: float
     norm_affine: bool
+    norm_bias: bool
+    norm_shift: float
     norm_first: bool
     final_norm: bool
     activation: str
     gated: bool
     position: Literal["rope", "learned"]
     position_offset: int
-    rotary: Rotary | None
-    rotary_blocks: tuple[bool, ...]
+    rotaries: tuple[Rotary, ...]
+    block_rotary: tuple[int | None, ...]
+    interleaved: bool
     windows: tuple[int | None, ...]
-    qk_norm: bool
+    parallel: bool
+    qk_norm: Literal["head", "whole"] | None
+    qk_norm_after_rotation: bool
+    clip_qkv: float | None
+    embed_scale: float
+    attention_scale: float
+    residual_scale: float
+    logit_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    sinks: bool
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
+    head_bias: bool
+    qkv_layout: Literal["stacked", "heads"]
+    transposed: bool
     tied_embeddings: bool
     names: TensorNames
     fingerprint: str
@@ -73,12 +95,27 @@ class DecoderSpec:
     @property
     def longest_context(self) -> int:
         """What --max-model-len may ask for: more than `max_positions` where rotation is stretched past them."""
-        return max(self.max_positions, 0 if self.rotary is None else self.rotary.longest)
+        return max([self.max_positions, *(rotary.longest for rotary in self.rotaries)])
 
     @property
     def short_context(self) -> int | None:
         """The length past which all of a sequence is rotated by other frequencies; None: one set serves all."""
-        return self.rotary.original if self.rotary is not None and self.rotary.long_frequencies else None
+        return next((rotary.original for rotary in self.rotaries if rotary.long_frequencies), None)
+
+    @property
+    def pre_norm(self) -> bool:
+        """Whether norms stand before attention and MLP."""
+        return self.norm_first and self.names.attention_norm is not None
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether norms stand after attention and MLP, on what they add."""
+        return self.names.attention_post_norm is not None
+
+    @property
+    def shared_norm(self) -> bool:
+        """Whether one norm stands before both."""
+        return self.parallel and self.names.mlp_norm is None
 
     @property
     def query_size(self) -> int:
@@ -109,9 +146,11 @@ def resolve_spec(path: Path) -> DecoderSpec:
     if values[family.activation] not in ACTIVATIONS:
         raise config.wrong(family.activation, f"one of {', '.join(ACTIVATIONS)}")
     norm_first = read("do_layer_norm_before", True)
-    rotary_blocks = (
-        _rotary_blocks(config, values, num_blocks) if family.position == "rope" else (False,) * num_blocks
-    )
+    rotates = _rotates(config, values, num_blocks) if family.position == "rope" else (False,) * num_blocks
+    windows = _windows(config, family, values, num_blocks, rotates)
+    if family.rope_layers == "sliding" and any(windows):
+        rotates = tuple(each and window is not None for each, window in zip(rotates, windows, strict=True))
+    rotaries, kinds = read_rotaries(config, values, head_dim) if family.position == "rope" else ((), {})
     return DecoderSpec(
         architecture=family.architecture,
         num_blocks=num_blocks,
@@ -125,20 +164,39 @@ def resolve_spec(path: Path) -> DecoderSpec:
         max_positions=values["max_position_embeddings"],
         norm=family.norm,
         norm_eps=_value(family.norm_eps, values),
-        norm_affine=read("layer_norm_elementwise_affine", True),
+        norm_affine=_value(family.norm_affine, values),
+        norm_bias=family.norm == "layer" and _value(family.norm_bias, values),
+        norm_shift=family.norm_shift,
         norm_first=norm_first,
         final_norm=norm_first and not read("_remove_final_layer_norm", False),
         activation=values[family.activation],
         gated=family.gated,
         position=family.position,
         position_offset=family.position_offset,
-        rotary=read_rotary(config, values, head_dim) if family.position == "rope" else None,
-        rotary_blocks=rotary_blocks,
-        windows=_windows(config, values, num_blocks, rotary_blocks),
+        rotaries=rotaries,
+        block_rotary=tuple(
+            kinds["full_attention" if window is None else "sliding_attention"] if turns else None
+            for window, turns in zip(windows, rotates, strict=True)
+        ),
+        interleaved=family.interleaved,
+        windows=windows,
+        parallel=_value(family.parallel, values),
         qk_norm=family.qk_norm,
+        qk_norm_after_rotation=family.qk_norm_after_rotation,
+        clip_qkv=_value(family.clip_qkv, values),
+        embed_scale=_number(family.embed_scale, values, 1.0),
+        attention_scale=_number(family.attention_scale, values, head_dim**-0.5),
+        residual_scale=_number(family.residual_scale, values, 1.0),
+        logit_scale=_number(family.logit_scale, values, 1.0),
+        attention_softcap=_value(family.attention_softcap, values),
+        logit_softcap=_value(family.logit_softcap, values),
+        sinks=family.sinks,
         qkv_bias=_value(family.qkv_bias, values),
         out_bias=_value(family.out_bias, values),
         mlp_bias=_value(family.mlp_bias, values),
+        head_bias=family.head_bias,
+        qkv_layout=family.qkv_layout,
+        transposed=family.transposed,
         tied_embeddings=values["tie_word_embeddings"],
         names=family.names,
         fingerprint=model_fingerprint(config),
@@ -148,11 +206,18 @@ def resolve_spec(path: Path) -> DecoderSpec:
 
 
 def _value(value: Any, values: Mapping[str, Any]) -> Any:
-    """What a family says itself, or leaves to a field of the config."""
+    """What a family says itself, or leaves to a field of the config, or to a function of the fields."""
+    if callable(value):
+        return value(values)
     return values[value] if isinstance(value, str) else value
 
 
-def _rotary_blocks(config: Fields, values: Mapping[str, Any], num_blocks: int) -> tuple[bool, ...]:
+def _number(formula: Formula, values: Mapping[str, Any], otherwise: float) -> float:
+    value = _value(formula, values)
+    return otherwise if value is None else float(value)
+
+
+def _rotates(config: Fields, values: Mapping[str, Any], num_blocks: int) -> tuple[bool, ...]:
     if "no_rope_layers" not in values:
         return (True,) * num_blocks
     pattern = values["no_rope_layers"]  # named for its zeros: 1 means "rotate"
@@ -163,7 +228,7 @@ def _rotary_blocks(config: Fields, values: Mapping[str, Any], num_blocks: int) -
 
 
 def _windows(
-    config: Fields, values: Mapping[str, Any], num_blocks: int, rotary_blocks: Sequence[bool]
+    config: Fields, family: Family, values: Mapping[str, Any], num_blocks: int, rotates: Sequence[bool]
 ) -> tuple[int | None, ...]:
     """As transformers' configuration classes derive them where `layer_types` does not list them."""
     window = values.get("sliding_window")
@@ -177,7 +242,9 @@ def _windows(
     elif "max_window_layers" in values:
         slides = [block >= values["max_window_layers"] for block in range(num_blocks)]
     elif "no_rope_layers" in values:
-        slides = [not rotates for rotates in rotary_blocks]
+        slides = [not each for each in rotates]
+    elif every := _value(family.full_every, values):
+        slides = [(block + 1) % every != 0 for block in range(num_blocks)]
     else:
         slides = [True] * num_blocks
     return tuple(

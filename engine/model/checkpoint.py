@@ -64,7 +64,7 @@ def open_checkpoint(path: Path, spec: DecoderSpec) -> Checkpoint:
     _check_present(path, spec, expected, named, extras)
     tensors = {name: named[name] for name in expected}
     for name, tensor in tensors.items():
-        wanted = tuple(expected[name].shape)
+        wanted = expected[name].stored_shape
         if tensor.shape != wanted:
             raise ModelError(
                 f"{shown_path(tensor.file)}: {tensor.name} has shape {tensor.shape}, but the config asks for {wanted}"

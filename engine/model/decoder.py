@@ -26,16 +26,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin, each [T, R/2] float32, of the tokens' positions; both None without rotary embedding."""
+    """For each of the spec's rotaries cos and sin of the tokens' positions, each [T, R/2] float32."""
 
-    cos: Tensor | None
-    sin: Tensor | None
+    tables: tuple[tuple[Tensor, Tensor], ...]
 
     def prefix(self, num_tokens: int) -> Rotation:
         """The rotation of the first `num_tokens` tokens, as views."""
-        if self.cos is None or self.sin is None or num_tokens == self.cos.shape[0]:
-            return self
-        return Rotation(self.cos[:num_tokens], self.sin[:num_tokens])
+        return Rotation(tuple((cos[:num_tokens], sin[:num_tokens]) for cos, sin in self.tables))
 
 
 class Decoder:
@@ -53,23 +50,23 @@ class Decoder:
         self.weights = weights
         self.kernels = kernels
         self.device = device
-        self.scale = spec.head_dim**-0.5
-        self.tables = RotaryTables(spec.rotary, max_model_len, device) if spec.rotary else None
+        self.tables = tuple(RotaryTables(rotary, max_model_len, device) for rotary in spec.rotaries)
+        self._entry: Tensor | None = None  # of a parallel block, from its attention to its MLP
 
     def select_context(self, long: bool) -> None:
         """Whether the sequences of what follows are past the original context: see `RotaryTables`."""
-        if self.tables is not None:
-            self.tables.select(long)
+        for tables in self.tables:
+            tables.select(long)
 
     def rotation(self, positions: Tensor) -> Rotation:
         """The Rotation of positions [T] int64."""
-        if self.tables is None:
-            return Rotation(None, None)
-        return Rotation(self.tables.cos[positions], self.tables.sin[positions])
+        return Rotation(tuple((tables.cos[positions], tables.sin[positions]) for tables in self.tables))
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """token_ids and positions [T] int64 to the residual stream [T, E]."""
         hidden = embedding(token_ids, self.weights.embed, self.weights.dtype)
+        if self.spec.embed_scale != 1.0:
+            hidden = hidden * self.spec.embed_scale
         if self.weights.project_in is not None:
             hidden = self.kernels.linear(hidden, self.weights.project_in.weight, None)
         if self.weights.position_embed is not None:
@@ -77,16 +74,32 @@ class Decoder:
         return hidden
 
     def run(self, sublayer: Sublayer, residual: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
-        """The residual stream [T, E] after one sublayer, as a new tensor."""
+        """The residual stream [T, E] after one sublayer, as a new tensor.
+
+        The MLP of a parallel block must follow its attention, over the same rows: it reads what that has read.
+        """
         block, part = sublayer
-        norm = self.weights.attention[block].norm if part == "attention" else self.weights.mlp[block].norm
-        inputs = self._norm(residual, norm) if self.spec.norm_first else residual
+        spec = self.spec
+        weights = self.weights.attention[block] if part == "attention" else self.weights.mlp[block]
+        entry = residual
+        if spec.parallel and part == "attention":
+            self._entry = residual
+        elif spec.parallel:
+            assert self._entry is not None and self._entry.shape == residual.shape
+            entry, self._entry = self._entry, None
+        inputs = self._norm(entry, weights.norm) if spec.norm_first and weights.norm is not None else entry
         if part == "attention":
             update = self._attention(block, inputs, rotation, attend)
         else:
             update = self._mlp(block, inputs)
+        if weights.post_norm is not None:
+            update = self._norm(update, weights.post_norm)
+        if spec.residual_scale != 1.0:
+            update = update * spec.residual_scale
         residual = residual + update
-        return residual if self.spec.norm_first else self._norm(residual, norm)
+        if spec.norm_first or weights.norm is None:
+            return residual
+        return self._norm(residual, weights.norm)
 
     def patch(self, weights: PatchWeights, residual: Tensor) -> Tensor:
         """The residual stream [T, E] after a patch, as a new tensor; see `sleb.layer_map.patches`."""
@@ -104,7 +117,9 @@ class Decoder:
 
     def logits(self, residual: Tensor) -> Tensor:
         """Final norm and head: residual [B, E] to logits [B, V] in float32."""
-        return self.kernels.linear(self.head_inputs(residual), self.weights.head.weight, None).float()
+        head, cap = self.weights.head, self.spec.logit_softcap
+        logits = self.kernels.linear(self.head_inputs(residual), head.weight, head.bias).float()
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def head_inputs(self, residual: Tensor) -> Tensor:
         """What the head multiplies: residual [B, E] after the final norm and, where there is one, the projection."""
@@ -123,25 +138,34 @@ class Decoder:
         spec, weights, kernels = self.spec, self.weights.attention[block], self.kernels
         num_rotated = spec.num_heads + spec.num_kv_heads
         heads = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias)
+        if spec.clip_qkv is not None:
+            heads = heads.clamp(-spec.clip_qkv, spec.clip_qkv)
         heads = heads.view(-1, num_rotated + spec.num_kv_heads, spec.head_dim)
         query, key = heads[:, : spec.num_heads], heads[:, spec.num_heads : num_rotated]
-        if weights.query_norm is not None and weights.key_norm is not None:
-            query = kernels.rms_norm(query, weights.query_norm.weight, spec.norm_eps)
-            key = kernels.rms_norm(key, weights.key_norm.weight, spec.norm_eps)
-        if spec.rotary_blocks[block] and rotation.cos is not None and rotation.sin is not None:
-            if weights.query_norm is None:  # still adjacent: one call for both
-                rotated = kernels.rope(heads[:, :num_rotated], rotation.cos, rotation.sin)
-                query, key = rotated[:, : spec.num_heads], rotated[:, spec.num_heads :]
-            else:
-                query = kernels.rope(query, rotation.cos, rotation.sin)
-                key = kernels.rope(key, rotation.cos, rotation.sin)
+        if not spec.qk_norm_after_rotation:
+            query, key = self._head_norm(query, weights.query_norm), self._head_norm(key, weights.key_norm)
+        if (rotary := spec.block_rotary[block]) is not None:
+            cos, sin = rotation.tables[rotary]
+            query, key = kernels.rope(query, cos, sin), kernels.rope(key, cos, sin)
+        if spec.qk_norm_after_rotation:
+            query, key = self._head_norm(query, weights.query_norm), self._head_norm(key, weights.key_norm)
         attended = attend(block, query, key, heads[:, num_rotated:])
         return kernels.linear(attended.reshape(-1, spec.query_size), weights.out.weight, weights.out.bias)
+
+    def _head_norm(self, heads: Tensor, norm: Norm | None) -> Tensor:
+        """heads [T, H, D], each normed alone or all of a token together, as the spec says."""
+        if norm is None:
+            return heads
+        if self.spec.qk_norm == "whole":
+            return self._norm(heads.flatten(1), norm).view(heads.shape)
+        return self._norm(heads, norm)
 
     def neurons(self, block: int, residual: Tensor) -> Tensor:
         """The residual stream [T, E] before a block's MLP to what its output projection multiplies: [T, I]."""
         norm = self.weights.mlp[block].norm
-        return self._neurons(block, self._norm(residual, norm) if self.spec.norm_first else residual)
+        return self._neurons(
+            block, self._norm(residual, norm) if self.spec.norm_first and norm is not None else residual
+        )
 
     def _neurons(self, block: int, inputs: Tensor) -> Tensor:
         spec, up, kernels = self.spec, self.weights.mlp[block].up, self.kernels

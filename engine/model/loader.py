@@ -20,10 +20,10 @@ from sleb.engine.memory import GIB, check_fits, refusal_told
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.engine.model.weight_cache import WeightCache
-from sleb.engine.model.weights import DecoderWeights, Targets, allocate, num_bytes, patch_weights
+from sleb.engine.model.weights import DecoderWeights, Target, Targets, allocate, num_bytes, patch_weights
 from sleb.errors import ModelError
 from sleb.fields import shown_path
-from sleb.kernels.quantization import WEIGHT_FORMATS, QuantizedWeight, Weight, WeightFormat
+from sleb.kernels.quantization import WEIGHT_FORMATS, WeightFormat
 from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer
 from sleb.models.weight_files import StoredTensor, opened
@@ -90,13 +90,13 @@ def _smaller(spec: DecoderSpec, keep: set[Sublayer], dtype: torch.dtype, size: i
 
 def _fill(path: Path, stored: Mapping[str, StoredTensor], targets: Targets, progress: _Progress) -> None:
     """Fills every target from the checkpoint in `path`, or from what is kept of it."""
-    plain = {name: target for name, target in targets.items() if isinstance(target, Tensor)}
+    plain = {name: target for name, target in targets.items() if isinstance(target.weight, Tensor)}
     for names in _grouped(stored, plain):
         with opened(stored[names[0]].file) as handle:
             for name in names:
-                plain[name].copy_(handle.get_tensor(stored[name].name))
+                plain[name].fill(handle.get_tensor(stored[name].name))
         progress.add(plain[name] for name in names)
-    quantized = {name: target for name, target in targets.items() if not isinstance(target, Tensor)}
+    quantized = {name: target for name, target in targets.items() if not isinstance(target.weight, Tensor)}
     if quantized:
         shards = {stored[name].file for name in quantized}
         _quantize(WeightCache(path, shards), stored, quantized, progress)
@@ -108,11 +108,11 @@ class _Progress:
     def __init__(self, targets: Targets, report: OnProgress | None) -> None:
         self._report = report
         self._num_done = 0
-        self._total = sum(math.prod(target.shape) for target in targets.values())
+        self._total = sum(math.prod(target.weight.shape) for target in targets.values())
         self.add([])
 
-    def add(self, targets: Iterable[Weight]) -> None:
-        self._num_done += sum(math.prod(target.shape) for target in targets)
+    def add(self, targets: Iterable[Target]) -> None:
+        self._num_done += sum(math.prod(target.weight.shape) for target in targets)
         if self._report is not None:
             self._report(self._num_done, self._total)
 
@@ -120,19 +120,20 @@ class _Progress:
 def _fill_random(targets: Targets, seed: int, device: torch.device, progress: _Progress) -> None:
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, target in targets.items():
-        if not isinstance(target, Tensor):
-            target.fill_random(_DEVIATION, generator)
-        elif name.endswith("norm.weight"):
-            target.fill_(1.0)
+        weight = target.weight
+        if not isinstance(weight, Tensor):
+            weight.fill_random(_DEVIATION, generator)
+        elif weight.dim() == 1 and name.endswith(".weight"):
+            weight.fill_(target.factor)  # a norm's
         else:
-            target.normal_(0.0, _DEVIATION, generator=generator)
+            weight.normal_(0.0, _DEVIATION, generator=generator)
         progress.add([target])
 
 
 def _quantize(
     cache: WeightCache,
     stored: Mapping[str, StoredTensor],
-    targets: Mapping[str, QuantizedWeight],
+    targets: Mapping[str, Target],
     progress: _Progress,
 ) -> None:
     """Fills every target from the cache, or else from the checkpoint.
@@ -145,9 +146,11 @@ def _quantize(
     )
 
     def load(name: str) -> None:
-        if not cache.load(name, stored[name].file, targets[name]):
+        weight = targets[name].weight
+        assert not isinstance(weight, Tensor)
+        if not cache.load(name, stored[name].file, weight):
             _read_quantized(stored[name], targets[name])
-            cache.store(name, stored[name].file, targets[name])
+            cache.store(name, stored[name].file, weight)
 
     try:
         for name, _ in zip(targets, pool.map(load, targets), strict=True):
@@ -157,7 +160,7 @@ def _quantize(
         torch.set_num_threads(num_threads)  # the last call counts for threads that start later
 
 
-def _read_quantized(stored: StoredTensor, target: QuantizedWeight) -> None:
+def _read_quantized(stored: StoredTensor, target: Target) -> None:
     with opened(stored.file) as handle:
         try:
             target.fill(handle.get_tensor(stored.name))

@@ -54,6 +54,10 @@ class RotaryTables:
         self._long = False
         self.cos, self.sin = (table.clone() for table in self._sets[0]) if self._sets[1:] else self._sets[0]
 
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        return self.cos, self.sin
+
     def select(self, long: bool) -> None:
         """Fills the tables, in place: kernels and graphs hold their addresses."""
         if long != self._long and len(self._sets) > 1:
@@ -70,10 +74,17 @@ def _tables(
     return (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
 
 
-def read_rotary(config: Fields, values: Mapping[str, Any], head_dim: int) -> Rotary:
-    """The Rotary of a config.json, of which `values` are its family's fields.
+_KINDS = ("full_attention", "sliding_attention")
 
-    Older files have rope_theta and rope_scaling at the top, newer ones all of it in rope_parameters. Raises ModelError.
+
+def read_rotaries(
+    config: Fields, values: Mapping[str, Any], head_dim: int
+) -> tuple[tuple[Rotary, ...], Mapping[str, int]]:
+    """The Rotary objects of a config.json, of which `values` are its family's fields; and for each kind of layer,
+    "full_attention" and "sliding_attention", which of them is its own.
+
+    Older files have rope_theta and rope_scaling at the top, newer ones all of it in rope_parameters, or an object a
+    kind of layer in that; Gemma 3's first ones rope_local_base_freq of sliding layers. Raises ModelError.
     """
     rope = next(
         (
@@ -83,9 +94,28 @@ def read_rotary(config: Fields, values: Mapping[str, Any], head_dim: int) -> Rot
         ),
         Fields({}, f"{config.source}: rope_parameters"),
     )
-    for name, value in rope.values.items():
-        if isinstance(value, dict):  # other families' classes have one object a kind of layer
-            raise rope.wrong(name, "a value: rotation that differs from layer to layer is not supported")
+    named = [name for name, value in rope.values.items() if isinstance(value, dict)]
+    if not named:
+        whole = _read_rotary(config, rope, values, head_dim)
+        local = values.get("rope_local_base_freq")
+        if local is None:
+            return (whole,), dict.fromkeys(_KINDS, 0)
+        plain = Fields({"rope_theta": local}, rope.source)
+        return (whole, _read_rotary(config, plain, values, head_dim)), dict(zip(_KINDS, (0, 1), strict=True))
+    for name in named:
+        if "layer_types" not in values:  # other families' classes have one object a kind of layer
+            raise rope.wrong(name, "a value: this family's rotation does not differ from layer to layer")
+        if name not in _KINDS:
+            raise rope.wrong(name, f"the rotation of one of {', '.join(_KINDS)}")
+    missing = [kind for kind in _KINDS if kind not in named]
+    if missing:
+        raise rope.wrong(named[0], f"one of two objects: {missing[0]} is not there")
+    each = tuple(_read_rotary(config, rope.object(kind), values, head_dim) for kind in _KINDS)
+    return each, dict(zip(_KINDS, (0, 1), strict=True))
+
+
+def _read_rotary(config: Fields, rope: Fields, values: Mapping[str, Any], head_dim: int) -> Rotary:
+    """Of one object, or of none."""
     theta = rope.number("rope_theta", 1.0, _MAX_THETA, values["rope_theta"], above=True)
     rotated = int(head_dim * _partial(rope, values))
     num_frequencies = -(-rotated // 2)

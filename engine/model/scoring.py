@@ -98,8 +98,9 @@ class DecoderScorer:
 
         def attend(block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query, key, value = (part.unflatten(0, (num_windows, length)) for part in (query, key, value))
-            window = self._decoder.spec.windows[block]
-            return causal_attention(query, key, value, self._decoder.scale, window)
+            spec, sinks = self._decoder.spec, self._decoder.weights.attention[block].sinks
+            scale, window = spec.attention_scale, spec.windows[block]
+            return causal_attention(query, key, value, scale, window, spec.attention_softcap, sinks)
 
         for sublayer in unit.sublayers:
             flat = self._decoder.run(sublayer, flat, rotation, attend)

@@ -8,7 +8,7 @@ tier runs are never read. Quantised matrices are filled in the same way, each ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,44 @@ from sleb.kernels.quantization import Quantized, Weight, WeightFormat
 from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer, Unit
 
-Targets = dict[str, Weight]
+Targets = dict[str, "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint tensor belongs, and what is done to it on its way.
+
+    Attributes:
+        weight: the view that it fills, [N, K] or [N].
+        rows: [N] int64, which stored row each row of the view takes; None: its own.
+        transposed: it is stored [K, N].
+        shift, factor: the view gets (stored + shift) · factor.
+    """
+
+    weight: Weight
+    rows: Tensor | None = None
+    transposed: bool = False
+    shift: float = 0.0
+    factor: float = 1.0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor."""
+        shape = tuple(self.weight.shape)
+        return shape[::-1] if self.transposed else shape
+
+    def fill(self, stored: Tensor) -> None:
+        """Raises ValueError for values that cannot be quantised."""
+        if self.transposed:
+            stored = stored.t()
+        if self.rows is not None:
+            stored = stored[self.rows]
+        if self.shift or self.factor != 1.0:
+            stored = (stored.float() + self.shift) * self.factor
+        if isinstance(self.weight, Tensor):
+            self.weight.copy_(stored)
+        else:
+            self.weight.fill(stored)
 
 
 @dataclass(frozen=True)
@@ -39,18 +76,21 @@ class Norm:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    norm: Norm
+    norm: Norm | None
     qkv: Linear  # rows: queries, then keys, then values
     out: Linear
     query_norm: Norm | None
     key_norm: Norm | None
+    post_norm: Norm | None = None
+    sinks: Tensor | None = None  # [H]
 
 
 @dataclass(frozen=True)
 class MLPWeights:
-    norm: Norm
+    norm: Norm | None
     up: Linear  # rows: gate, then up, where the architecture is gated
     down: Linear
+    post_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -127,8 +167,8 @@ def allocate(
 ) -> tuple[DecoderWeights, Targets]:
     """Uninitialised weights for the sublayers in `keep`, and where each checkpoint tensor belongs in them.
 
-    Returns the weights and a dictionary from checkpoint name to the view that its tensor fills; the views cover
-    every allocated element exactly once. On the meta device it costs nothing and states names and shapes.
+    Returns the weights and a dictionary from checkpoint name to what its tensor fills; the views cover every
+    allocated element exactly once. On the meta device it costs nothing and states names and shapes.
     """
     return _Allocator(spec, dtype, device, weight_format).build(keep)
 
@@ -184,47 +224,62 @@ class _Allocator:
             project_out=self._linear([str(names.project_out)], [spec.embed_size], spec.hidden_size)
             if projected
             else None,
-            final_norm=self._norm(names.final_norm, spec.hidden_size) if spec.final_norm else None,
+            final_norm=self._norm(names.final_norm, spec.hidden_size, spec.logit_scale)
+            if spec.final_norm
+            else None,
             head=head,
             attention={block: self._attention(block) for block, part in sorted(keep) if part == "attention"},
-            mlp={block: self._mlp(block) for block, part in sorted(keep) if part == "mlp"},
+            mlp={},
         )
+        for block in (block for block, part in sorted(keep) if part == "mlp"):
+            beside = weights.attention.get(block)
+            weights.mlp[block] = self._mlp(block, beside.norm if beside and spec.shared_norm else None)
         return weights, self.targets
 
     def _embed_and_head(self) -> tuple[Weight, Linear]:
         spec, name = self.spec, f"{self.spec.names.embed}.weight"
         if not spec.tied_embeddings:
             embed = self._tensor(name, spec.vocab_size, spec.embed_size)
-            head = self._linear([spec.names.head], [spec.vocab_size], spec.embed_size, kind=self._head_kind)
+            head = self._linear(
+                [spec.names.head], [spec.vocab_size], spec.embed_size, spec.head_bias, self._head_kind
+            )
             return embed, head
         shared = self._matrix(spec.vocab_size, spec.embed_size, self._head_kind)
-        self.targets[name] = shared
-        return shared, Linear(shared, None)
+        self.targets[name] = Target(shared)
+        bias = self._tensor(f"{spec.names.head}.bias", spec.vocab_size) if spec.head_bias else None
+        return shared, Linear(shared, bias)
 
     def _attention(self, block: int) -> AttentionWeights:
         spec, names = self.spec, self.spec.names
         prefix = names.block.format(block=block)
         sizes = [spec.query_size, spec.kv_size, spec.kv_size]
+        whole = spec.qk_norm == "whole"
+        sinks = self._tensor(f"{prefix}.{names.sinks}", spec.num_heads) if spec.sinks else None
         return AttentionWeights(
-            norm=self._norm(f"{prefix}.{names.attention_norm}", spec.hidden_size),
-            qkv=self._fused(prefix, names.qkv, sizes, spec.hidden_size, spec.qkv_bias),
+            norm=self._norm_of(prefix, names.attention_norm),
+            post_norm=self._norm_of(prefix, names.attention_post_norm),
+            qkv=self._fused(prefix, names.qkv, sizes, spec.hidden_size, spec.qkv_bias, _stored_rows(spec)),
             out=self._linear(
                 [f"{prefix}.{names.attention_out}"],
                 [spec.hidden_size],
                 spec.query_size,
                 spec.out_bias,
                 self._linear_kind,
+                transposed=spec.transposed,
             ),
-            query_norm=self._norm(f"{prefix}.{names.query_norm}", spec.head_dim) if spec.qk_norm else None,
-            key_norm=self._norm(f"{prefix}.{names.key_norm}", spec.head_dim) if spec.qk_norm else None,
+            query_norm=self._head_norm(f"{prefix}.{names.query_norm}", spec.num_heads if whole else 1),
+            key_norm=self._head_norm(f"{prefix}.{names.key_norm}", spec.num_kv_heads if whole else 1),
+            sinks=sinks,
         )
 
-    def _mlp(self, block: int) -> MLPWeights:
+    def _mlp(self, block: int, shared_norm: Norm | None) -> MLPWeights:
         spec, names = self.spec, self.spec.names
         prefix = names.block.format(block=block)
         sizes = [spec.intermediate_size] * (2 if spec.gated else 1)
         return MLPWeights(
-            norm=self._norm(f"{prefix}.{names.mlp_norm}", spec.hidden_size),
+            norm=shared_norm
+            or self._norm_of(prefix, names.attention_norm if spec.shared_norm else names.mlp_norm),
+            post_norm=self._norm_of(prefix, names.mlp_post_norm),
             up=self._fused(prefix, names.up, sizes, spec.hidden_size, spec.mlp_bias),
             down=self._linear(
                 [f"{prefix}.{names.down}"],
@@ -232,8 +287,23 @@ class _Allocator:
                 spec.intermediate_size,
                 spec.mlp_bias,
                 self._linear_kind,
+                transposed=spec.transposed,
             ),
         )
+
+    def _norm_of(self, prefix: str, name: str | None) -> Norm | None:
+        return None if name is None else self._norm(f"{prefix}.{name}", self.spec.hidden_size)
+
+    def _head_norm(self, name: str, num_heads: int) -> Norm | None:
+        spec = self.spec
+        if spec.qk_norm is None:
+            return None
+        norm = self._norm(name, num_heads * spec.head_dim)
+        if (rows := _paired_rows(spec, num_heads)) is not None:
+            for each in ("weight", "bias"):
+                if target := self.targets.get(f"{name}.{each}"):
+                    self.targets[f"{name}.{each}"] = replace(target, rows=rows)
+        return norm
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
@@ -245,22 +315,38 @@ class _Allocator:
 
     def _tensor(self, name: str, *shape: int) -> Tensor:
         tensor = self._empty(*shape)
-        self.targets[name] = tensor
+        self.targets[name] = Target(tensor)
         return tensor
 
-    def _norm(self, name: str, size: int) -> Norm:
-        if not self.spec.norm_affine:
-            return Norm(None, None)
-        bias = self._tensor(f"{name}.bias", size) if self.spec.norm == "layer" else None
-        return Norm(self._tensor(f"{name}.weight", size), bias)
+    def _norm(self, name: str, size: int, factor: float = 1.0) -> Norm:
+        """Weights that are not what is stored are kept in float32: others would round them once more."""
+        spec, changed = self.spec, bool(self.spec.norm_shift) or factor != 1.0
+        if not spec.norm_affine:
+            if factor == 1.0:
+                return Norm(None, None)
+            return Norm(torch.full((size,), factor, device=self._device), None)
+        dtype = torch.float32 if changed else self._dtype
+        weight = torch.empty(size, dtype=dtype, device=self._device)
+        self.targets[f"{name}.weight"] = Target(weight, shift=spec.norm_shift, factor=factor)
+        bias = torch.empty(size, dtype=dtype, device=self._device) if spec.norm_bias else None
+        if bias is not None:
+            self.targets[f"{name}.bias"] = Target(bias, factor=factor)
+        return Norm(weight, bias)
 
     def _fused(
-        self, prefix: str, modules: tuple[str, ...], sizes: list[int], width: int, bias: bool
+        self,
+        prefix: str,
+        modules: tuple[str, ...],
+        sizes: list[int],
+        width: int,
+        bias: bool,
+        rows: Tensor | None = None,
     ) -> Linear:
         if len(modules) == 1:  # the checkpoint holds them fused
             sizes = [sum(sizes)]
+        names = [f"{prefix}.{module}" for module in modules]
         return self._linear(
-            [f"{prefix}.{module}" for module in modules], sizes, width, bias, self._linear_kind
+            names, sizes, width, bias, self._linear_kind, rows=rows, transposed=self.spec.transposed
         )
 
     def _linear(
@@ -270,16 +356,43 @@ class _Allocator:
         width: int,
         bias: bool = False,
         kind: Quantized | None = None,
+        *,
+        rows: Tensor | None = None,
+        transposed: bool = False,
     ) -> Linear:
+        """`rows` [sum of sizes]: which of all the stored rows, those of the modules one after another, each takes."""
         weight = self._matrix(sum(sizes), width, kind)
         vector = self._empty(sum(sizes)) if bias else None
         start = 0
         for module, size in zip(modules, sizes, strict=True):
-            self.targets[f"{module}.weight"] = _rows(weight, start, start + size)
+            stop = start + size
+            own = None if rows is None else rows[start:stop] - start
+            self.targets[f"{module}.weight"] = Target(_rows(weight, start, stop), own, transposed)
             if vector is not None:
-                self.targets[f"{module}.bias"] = vector[start : start + size]
-            start += size
+                self.targets[f"{module}.bias"] = Target(vector[start:stop], own)
+            start = stop
         return Linear(weight, vector)
+
+
+def _stored_rows(spec: DecoderSpec) -> Tensor | None:
+    """For each row of queries, keys and values, [H + 2K, D] flat, which stored one it is; None: the same."""
+    heads, dim = spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim
+    rows = torch.arange(heads * dim)
+    if spec.qkv_layout == "heads":  # of each head its query, key and value
+        rows = rows.view(spec.num_heads, 3, dim).transpose(0, 1).flatten()
+    if (paired := _paired_rows(spec, spec.num_heads + spec.num_kv_heads)) is not None:
+        rows = torch.cat((rows[: len(paired)][paired], rows[len(paired) :]))
+    return None if bool((rows == torch.arange(len(rows))).all()) else rows
+
+
+def _paired_rows(spec: DecoderSpec, num_heads: int) -> Tensor | None:
+    """Rows of heads stored in pairs that rotate together, (2i, 2i + 1), in half-split order, (i, i + R / 2)."""
+    if not spec.interleaved:
+        return None
+    rotated = 2 * len(spec.rotaries[0].frequencies)
+    order = torch.arange(spec.head_dim)
+    order[:rotated] = order[:rotated].view(-1, 2).t().flatten()
+    return (torch.arange(num_heads)[:, None] * spec.head_dim + order).flatten()
 
 
 def _rows(weight: Weight, start: int, stop: int) -> Weight:

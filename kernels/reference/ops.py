@@ -29,11 +29,15 @@ Numbers: TypeAlias = Sequence[float] | Tensor
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    if weight is not None and weight.dtype != x.dtype:
+        return F.rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, eps).to(x.dtype)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x − mean) / sqrt(var + eps) · weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    if weight is not None and weight.dtype != x.dtype:
+        return F.layer_norm(x.to(weight.dtype), (x.shape[-1],), weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
@@ -83,10 +87,15 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "relu": F.relu,
+    "relu2": _relu_squared,
     "gelu": F.gelu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
@@ -111,7 +120,14 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch, scale: float, window: int | None
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens over their sequences' cached context.
 
@@ -120,24 +136,35 @@ def paged_attention(
         key_cache, value_cache: [num_slots, K, D], this step's tokens already stored; H is a multiple of K.
         scale: factor on the scores.
         window: a token sees itself and the window − 1 tokens before it; None for all.
+        softcap: scores s become softcap · tanh(s / softcap).
+        sinks: [H], a logit of each head that joins the softmax's denominator.
 
     Returns: [T, H, D].
     """
     output = torch.empty_like(query)
     if batch.decode_rows:
         tokens = batch.decode_tokens
-        output[tokens] = _decode_attention(query[tokens], key_cache, value_cache, batch, scale, window)
+        output[tokens] = _decode_attention(
+            query[tokens], key_cache, value_cache, batch, scale, window, softcap, sinks
+        )
     for row in batch.chunk_rows:
         start, end = batch.query_starts[row], batch.query_starts[row + 1]
         slots = batch.slots(row)
         output[start:end] = causal_attention(
-            query[start:end], key_cache[slots], value_cache[slots], scale, window
+            query[start:end], key_cache[slots], value_cache[slots], scale, window, softcap, sinks
         )
     return output
 
 
 def _decode_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch, scale: float, window: int | None
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One new token a row, [D, H, head_dim]: the rows' contexts are gathered side by side and masked."""
     num_rows, num_heads, head_dim = query.shape
@@ -150,16 +177,54 @@ def _decode_attention(
     # The heads of a group share their keys, so they can stand in the place of the query's length.
     grouped = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     keys, values = key_cache[slots].transpose(1, 2), value_cache[slots].transpose(1, 2)
-    attended = F.scaled_dot_product_attention(
-        grouped, keys, values, attn_mask=visible[:, None, None, :], scale=scale
-    )
+    visible = visible[:, None, None, :]
+    if softcap is not None or sinks is not None:
+        grouped_sinks = None if sinks is None else sinks.view(num_kv_heads, -1)
+        attended = _capped_attention(grouped, keys, values, visible, scale, softcap, grouped_sinks)
+    else:
+        attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible, scale=scale)
     return attended.reshape(num_rows, num_heads, head_dim)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """query [..., Q, D] over key and value [..., L, D], in float32; sinks broadcast against the scores' rows.
+
+    Soft caps: Gemma 2 (arXiv 2408.00118); sinks: arXiv 2309.17453, learned ones as in gpt-oss.
+    """
+    scores = (query.float() @ key.float().transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is None:
+        shares = scores.softmax(dim=-1)
+    else:
+        column = sinks.float()[..., None].expand(*scores.shape[:-1], 1)
+        shares = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :-1]
+    return (shares @ value.float()).to(query.dtype)
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention of the last Q of L positions: query [..., Q, H, D] over key and value [..., L, K, D].
 
-    Query i sits at position L − Q + i. Leading dimensions are batched. Returns [..., Q, H, D].
+    Query i sits at position L − Q + i. Leading dimensions are batched. softcap, sinks: as in `paged_attention`.
+    Returns [..., Q, H, D].
     """
     num_queries, num_keys = query.shape[-3], key.shape[-3]
     mask: Tensor | None = None
@@ -173,15 +238,27 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
     batched = query.dim() > 3
     if not batched:
         query, key, value = query[None], key[None], value[None]
-    attended = F.scaled_dot_product_attention(
-        query.transpose(-3, -2),
-        key.transpose(-3, -2),
-        value.transpose(-3, -2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[-2] != key.shape[-2],
-    ).transpose(-3, -2)
+    query, key, value = (each.transpose(-3, -2) for each in (query, key, value))
+    if softcap is not None or sinks is not None:
+        key, value = (
+            each.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3) for each in (key, value)
+        )
+        visible = (
+            torch.ones(num_queries, num_keys, device=query.device).tril().bool() if mask is None else mask
+        )
+        own_sinks = None if sinks is None else sinks[:, None]
+        attended = _capped_attention(query, key, value, visible, scale, softcap, own_sinks)
+    else:
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[-3] != key.shape[-3],
+        )
+    attended = attended.transpose(-3, -2)
     return attended if batched else attended[0]
 
 

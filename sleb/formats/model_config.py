@@ -59,7 +59,7 @@ def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, 
     windows = ["full_attention" if window is None else "sliding_attention" for window in spec.windows]
     lists: dict[str, list[Any]] = {
         "layer_types": windows,
-        "no_rope_layers": [int(rotates) for rotates in spec.rotary_blocks],
+        "no_rope_layers": [int(rotary is not None) for rotary in spec.block_rotary],
     }
     reads = FAMILIES[spec.architecture].fields
     return {name: [lists[name][block] for block in kept_blocks] for name in lists if name in reads}

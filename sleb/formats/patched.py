@@ -68,10 +68,12 @@ def as_mlp(spec: DecoderSpec, down: Array, up: Array, bias: Array, num_neurons: 
     return tensors | plain_norm(spec, names.mlp_norm)
 
 
-def plain_norm(spec: DecoderSpec, name: str) -> dict[str, Array]:
-    """The tensors of a norm that only divides."""
-    tensors = {f"{name}.weight": np.ones(spec.hidden_size, np.float32)} if spec.norm_affine else {}
-    if spec.norm_affine and spec.norm == "layer":
+def plain_norm(spec: DecoderSpec, name: str | None) -> dict[str, Array]:
+    """The tensors of a norm that only divides, if there is one of that name."""
+    if name is None or not spec.norm_affine:
+        return {}
+    tensors = {f"{name}.weight": np.full(spec.hidden_size, 1.0 - spec.norm_shift, np.float32)}
+    if spec.norm_bias:
         tensors[f"{name}.bias"] = np.zeros(spec.hidden_size, np.float32)
     return tensors
 

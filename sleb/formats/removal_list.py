@@ -78,7 +78,7 @@ def read_sleb_result(text: str) -> Imported:
 def write_llama_cpp(removal: Removal, spec: DecoderSpec, model: Path | None) -> str:
     """The command that prunes `model`, a GGUF file; without one the line says MODEL.gguf."""
     blocks = removal.whole_blocks("llama.cpp")
-    if len(set(spec.rotary_blocks)) > 1 or len(set(spec.windows)) > 1:
+    if len(set(spec.block_rotary)) > 1 or len(set(spec.windows)) > 1:
         raise ConfigError(
             f"llama.cpp tells by a block's number whether it rotates positions or slides a window, so pruning an "
             f"{spec.architecture} there mixes them up: use --format hf with a tool that reads config.json"

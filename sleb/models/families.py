@@ -6,9 +6,12 @@ A family that computes what another one does is one more entry of `FAMILIES`, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+# A number, the config's field that holds it, or a function of the fields' values. None: there is none.
+Formula = float | str | Callable[[Mapping[str, Any]], float | None] | None
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class TensorNames:
     """Checkpoint names of an architecture's modules; `.weight` and `.bias` are appended.
 
     `qkv` and `up` list the modules that are stacked, in order, into one fused matrix; a checkpoint that stores
-    them fused lists one module.
+    them fused lists one module. A norm that is None is not there; where the MLP has none in a parallel block, the
+    attention's serves both. The post norms are of a sublayer's update, before it is added.
     """
 
     embed: str = "model.embed_tokens"
@@ -26,12 +30,15 @@ class TensorNames:
     position_embed: str | None = None
     project_in: str | None = None
     project_out: str | None = None
-    attention_norm: str = "input_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    attention_post_norm: str | None = None
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_out: str = "self_attn.o_proj"
     query_norm: str = "self_attn.q_norm"
     key_norm: str = "self_attn.k_norm"
-    mlp_norm: str = "post_attention_layernorm"
+    sinks: str = "self_attn.sinks"
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_post_norm: str | None = None
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
 
@@ -55,8 +62,23 @@ class Family:
         fields: those of config.json that are read, and no other one is; each with what transformers' configuration
             class fills in where it is absent. Their types and bounds: `sleb.models.config`.
         norm_eps: a number, or the config's field. activation, intermediate_size: the config's fields.
+        norm_affine, norm_bias: whether norms have weights, and layer norms biases, or the field that says so.
+        norm_shift: what is added to the norms' weights as they are stored.
         position_offset: added to positions before the learned table is read.
-        qkv_bias, out_bias, mlp_bias: whether there are biases, or the config's field that says so.
+        rope_layers: "sliding" where blocks that attend to all of the context do not rotate.
+        interleaved: rotation pairs neighbouring features, (2i, 2i + 1), rather than (i, i + R / 2).
+        full_every: where the config does not list kinds of layers, every so manieth block attends to all of the
+            context and the others to a window: a number, or the config's field.
+        parallel: whether attention and MLP of a block read the same residual, or the config's field that says so.
+        qk_norm: of each head alone, weight [D], or of all heads together, weight [H · D]; of the kind of the norms.
+        qk_norm_after_rotation: or before it. clip_qkv: what queries, keys and values are clamped to, ± this.
+        embed_scale, residual_scale, logit_scale: factors on the embedding, on each sublayer's update, on the logits.
+        attention_scale: factor on the scores; None: 1 / sqrt(D).
+        attention_softcap, logit_softcap: c of c · tanh(x / c), on scores and logits.
+        sinks: each head has a logit of its own in the softmax's denominator.
+        qkv_bias, out_bias, mlp_bias, head_bias: whether there are biases, or the config's field that says so.
+        qkv_layout: rows of the one fused module: all queries, keys and values, or those of each head in turn.
+        transposed: matrices in attention and MLP are stored [in, out].
         gguf: None where its GGUF files are not read, or say that they are of another family.
     """
 
@@ -65,15 +87,34 @@ class Family:
     fields: Mapping[str, Any]
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float | str = "rms_norm_eps"
+    norm_affine: bool | str = True
+    norm_bias: bool | str = True
+    norm_shift: float = 0.0
     position: Literal["rope", "learned"] = "rope"
     position_offset: int = 0
+    rope_layers: Literal["all", "sliding"] = "all"
+    interleaved: bool = False
+    full_every: int | str | None = None
+    parallel: bool | str = False
     activation: str = "hidden_act"
     intermediate_size: str = "intermediate_size"
     gated: bool = True
-    qk_norm: bool = False
+    qk_norm: Literal["head", "whole"] | None = None
+    qk_norm_after_rotation: bool = False
+    clip_qkv: str | None = None
+    embed_scale: Formula = 1.0
+    attention_scale: Formula = None
+    residual_scale: Formula = 1.0
+    logit_scale: Formula = 1.0
+    attention_softcap: Formula = None
+    logit_softcap: Formula = None
+    sinks: bool = False
     qkv_bias: bool | str = False
     out_bias: bool | str = False
     mlp_bias: bool | str = False
+    head_bias: bool = False
+    qkv_layout: Literal["stacked", "heads"] = "stacked"
+    transposed: bool = False
     names: TensorNames = field(default_factory=TensorNames)
     gguf: Gguf | None = None
 
@@ -140,7 +181,7 @@ _ALL = (
         _rotary_fields(
             *(32, 4096, 22016, 32, 32, 128, 151936), positions=32768, attention_bias=False, **_WINDOWS
         ),
-        qk_norm=True,
+        qk_norm="head",
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         gguf=Gguf("qwen3"),
@@ -209,6 +250,7 @@ _ALL = (
         },
         norm="layer",
         norm_eps=1e-5,
+        norm_affine="layer_norm_elementwise_affine",
         position="learned",
         position_offset=2,
         activation="activation_function",

@@ -311,13 +311,15 @@ def test_rotary_angles_are_those_of_transformers(
         config["original_max_position_embeddings"] = original
     spec = spec_of(folder, config)
     theirs = transformers.LlamaConfig(**copy.deepcopy(config))
-    edge = spec.rotary.original
+    edge = spec.rotaries[0].original
     wanted, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, torch.device("cpu"), seq_len=edge + long)
     ours = (
-        spec.rotary.long_frequencies if long and rope["rope_type"] == "longrope" else spec.rotary.frequencies
+        spec.rotaries[0].long_frequencies
+        if long and rope["rope_type"] == "longrope"
+        else spec.rotaries[0].frequencies
     )
     torch.testing.assert_close(torch.tensor(ours), wanted.float(), rtol=1e-5, atol=0)
-    assert spec.rotary.scaling == pytest.approx(scaling, rel=1e-6)
+    assert spec.rotaries[0].scaling == pytest.approx(scaling, rel=1e-6)
 
 
 def same_as_transformers(folder: Path, num_tokens: int, **options: Any) -> None:
@@ -368,7 +370,7 @@ def test_the_names_that_phi3_has_for_longrope(name: str, tmp_path: Path) -> None
     rope = {"type": name, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = PHI | {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": rope}
     config |= {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
-    rotary = spec_of(tmp_path, config).rotary
+    rotary = spec_of(tmp_path, config).rotaries[0]
     assert rotary is not None and rotary.original == 32
     tables = RotaryTables(rotary, 33, torch.device("cpu"))
     for long, divisor in ((False, 1.0), (True, 2.0), (False, 1.0)):
@@ -440,8 +442,8 @@ def check_any_config(folder: Path, config: dict[str, Any]) -> None:
         return
     _, targets = allocate(spec, all_sublayers(spec), torch.float32, torch.device("meta"))
     assert len(targets) < 20 * 1024
-    if spec.rotary is not None:
-        tables = RotaryTables(spec.rotary, 3, torch.device("cpu"))
+    if spec.rotaries:
+        tables = RotaryTables(spec.rotaries[0], 3, torch.device("cpu"))
         assert tables.cos.isfinite().all() and tables.sin.isfinite().all()
 
 
