@@ -45,12 +45,24 @@ class TensorNames:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The name of a family in GGUF files; `interleaved`: the rows of q and k are stored in the order of llama.cpp's
-    rotation, pair by pair.
+    """A family in GGUF files.
+
+    Attributes:
+        name: its general.architecture. needs: a key without which a file of that name is of another family.
+        interleaved: the rows of q and k are stored in the order of llama.cpp's rotation, pair by pair.
+        mlp_norm: what the norm before the MLP is called.
+        keys: for fields of config.json, the key (None: there is none) and what an absent one or 0 stands for: a value,
+            or a function of the fields so far. Those that all families have are not listed.
+        full_every: where a file does not list the blocks that attend to a window only, every so manieth does not: 0:
+            all do. None: windows are not known.
     """
 
     name: str
     interleaved: bool = False
+    needs: str | None = None
+    mlp_norm: str = "ffn_norm"
+    keys: Mapping[str, tuple[str | None, Any]] = field(default_factory=dict)
+    full_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +237,7 @@ _ALL = (
             pad_token_id=32000,
         ),
         names=TensorNames(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
-        gguf=Gguf("phi3"),
+        gguf=Gguf("phi3", full_every=0),
     ),
     Family(
         "OPTForCausalLM",

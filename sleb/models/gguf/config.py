@@ -21,6 +21,7 @@ from sleb.models.gguf.vocabulary import Vocabulary
 Floats = npt.NDArray[np.float32]
 
 ARCHITECTURES = {family.gguf.name: family for family in FAMILIES.values() if family.gguf}
+_SHARES = ("partial_rotary_factor", "rotary_pct")  # the fields that say how much of a head is rotated
 _MAX_WIDTH, _MAX_HEAD_DIM, _MAX_POSITIONS, _MAX_FACTOR = 1 << 20, 1 << 12, (1 << 31) - 1, 1e6
 # general.sampling.*: the name in generation_config.json, the least and the largest value.
 _SAMPLING = {
@@ -48,52 +49,6 @@ def architecture_of(fields: Fields) -> Family:
     return ARCHITECTURES[name]
 
 
-def outer_tensors(family: Family) -> dict[str, str]:
-    """Names of the tensors outside the blocks, in the file and in the checkpoint."""
-    names = family.names
-    return {"token_embd": names.embed, "output_norm": names.final_norm, "output": names.head}
-
-
-def block_tensors(family: Family) -> dict[str, str]:
-    """Names of a block's tensors, in the file and in the checkpoint."""
-    names = family.names
-    norms = {"attn_norm": names.attention_norm, "ffn_norm": names.mlp_norm}
-    if family.qk_norm:
-        norms |= {"attn_q_norm": names.query_norm, "attn_k_norm": names.key_norm}
-    inputs = [*zip(_qkv(family), names.qkv, strict=True), *zip(_up(family), names.up, strict=True)]
-    return {**norms, **dict(inputs), "attn_output": names.attention_out, "ffn_down": names.down}
-
-
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights by their names in the file, without `blk.N.`."""
-    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    table = (config["vocab_size"], hidden)
-    fused_up = config["model_type"] == "phi3"
-    return {
-        "token_embd": table, "output": table,
-        **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm"), (hidden,)),
-        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head_dim,)),
-        "attn_q": (query, hidden), "attn_k": (key, hidden), "attn_v": (key, hidden),
-        "attn_qkv": (query + 2 * key, hidden), "attn_output": (hidden, query),
-        "ffn_gate": (inner, hidden), "ffn_up": (inner * (1 + fused_up), hidden), "ffn_down": (hidden, inner),
-    }  # fmt: skip
-
-
-def bias_flags(family: Family) -> dict[str, bool | str]:
-    """For each of a block's matrices in the file whether it has a bias, or the config's field that says so."""
-    attention = {**dict.fromkeys(_qkv(family), family.qkv_bias), "attn_output": family.out_bias}
-    return attention | dict.fromkeys((*_up(family), "ffn_down"), family.mlp_bias)
-
-
-def _qkv(family: Family) -> tuple[str, ...]:
-    return ("attn_qkv",) if len(family.names.qkv) == 1 else ("attn_q", "attn_k", "attn_v")
-
-
-def _up(family: Family) -> tuple[str, ...]:
-    return ("ffn_up",) if len(family.names.up) == 1 else ("ffn_gate", "ffn_up")
-
-
 def model_config(
     fields: Fields,
     vocabulary_size: int,
@@ -117,33 +72,84 @@ def model_config(
     head_dim = fields.integer(f"{a}.attention.key_length", 2, _MAX_HEAD_DIM, hidden_size // num_heads)
     if fields.integer(f"{a}.attention.value_length", 2, _MAX_HEAD_DIM, head_dim) != head_dim:
         raise fields.wrong(f"{a}.attention.value_length", f"that of a key, {head_dim}")
-    positions = fields.integer(f"{a}.context_length", 1, _MAX_POSITIONS)
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": vocabulary_size,
         "hidden_size": hidden_size,
-        "intermediate_size": _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
+        family.intermediate_size: _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
         "num_hidden_layers": blocks,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": positions,
-        "rms_norm_eps": _shortest(fields.number(f"{a}.attention.layer_norm_rms_epsilon", 0, 1)),
-        "rope_theta": _shortest(fields.number(f"{a}.rope.freq_base", 0, 1e12, 10000.0, above=True)),
-        "rope_scaling": None,
+        family.activation: family.fields[family.activation],  # no key says it
+        "max_position_embeddings": fields.integer(f"{a}.context_length", 1, _MAX_POSITIONS),
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": dtype,
     }
-    biases = bias_flags(family)
-    for switch in dict.fromkeys(flag for flag in biases.values() if isinstance(flag, str)):
-        config[switch] = any(f"blk.0.{each}.bias" in names for each, flag in biases.items() if flag == switch)
-    config |= _Rotation(fields, a, config).fields(rope_factors)
-    if family.model_type == "phi3":  # the other classes want a switch of their own and do without here
-        window = fields.integer(f"{a}.attention.sliding_window", 0, _MAX_POSITIONS, 0)
-        config["sliding_window"] = window if 0 < window < positions else None
+    epsilon = f"{a}.attention.layer_norm_{'rms_' if family.norm == 'rms' else ''}epsilon"
+    if isinstance(family.norm_eps, str):
+        config[family.norm_eps] = _shortest(fields.number(epsilon, 0, 1))
+    elif _shortest(fields.number(epsilon, 0, 1, family.norm_eps)) != family.norm_eps:
+        raise fields.wrong(epsilon, f"{family.norm_eps:g}, which {family.architecture} computes with")
+    switches = (family.qkv_bias, family.out_bias, family.mlp_bias)
+    parts = (("attn_q", "attn_qkv"), ("attn_output",), ("ffn_up", "ffn_down"))
+    for switch in dict.fromkeys(switch for switch in switches if isinstance(switch, str)):
+        config[switch] = any(
+            f"blk.0.{part}.bias" in names
+            for each, some in zip(switches, parts, strict=True)
+            for part in some
+            if each == switch
+        )
+    if family.position == "rope":
+        config["rope_theta"] = _shortest(fields.number(f"{a}.rope.freq_base", 0, 1e12, 10000.0, above=True))
+        config["rope_scaling"] = None
+        config |= _Rotation(fields, a, config, family).fields(rope_factors)
+    _add_stated(fields, a, family, config)
+    _add_windows(fields, a, family, config)
     return config
+
+
+def _add_stated(fields: Fields, architecture: str, family: Family, config: dict[str, Any]) -> None:
+    """What the family's own keys say."""
+    assert family.gguf is not None
+    for name, (key, absent) in family.gguf.keys.items():
+        stated: Any = None
+        if key is not None and isinstance(absent, bool):
+            stated = fields.boolean(f"{architecture}.{key}", None)
+        elif key is not None:
+            stated = (
+                fields.number(f"{architecture}.{key}", -_MAX_FACTOR, 1e12, None) or None
+            )  # 0: there is none
+        if stated is None:
+            config[name] = absent(config) if callable(absent) else absent
+        else:
+            config[name] = stated if isinstance(stated, bool) else _shortest(stated)
+
+
+def _add_windows(fields: Fields, architecture: str, family: Family, config: dict[str, Any]) -> None:
+    """As `load_swa_pattern`: blocks are listed, or every so manieth attends to all of the context."""
+    assert family.gguf is not None
+    every, blocks = family.gguf.full_every, config["num_hidden_layers"]
+    if every is None:
+        return
+    key = f"{architecture}.attention.sliding_window"
+    window = fields.integer(key, 0, _MAX_POSITIONS, config.get("sliding_window") or 0)
+    config["sliding_window"] = window or None
+    if "layer_types" not in family.fields:
+        if window >= config["max_position_embeddings"]:
+            config["sliding_window"] = None
+        return
+    key += "_pattern"
+    if isinstance(stated := fields.values.get(key), list):
+        if len(stated) != blocks:
+            raise fields.wrong(key, f"a list with a value for each of the {blocks} blocks")
+        slides = [bool(each) for each in stated]
+    else:
+        every = fields.integer(key, 0, _MAX_POSITIONS, every)
+        slides = [not every or (block + 1) % every != 0 for block in range(blocks)]
+    kinds = ["sliding_attention" if window and each else "full_attention" for each in slides]
+    config["layer_types"] = kinds
 
 
 def generation_config(fields: Fields, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -190,9 +196,11 @@ def _shortest(value: float) -> float:
 class _Rotation:
     """The fields of config.json that say how positions rotate, where they differ from the plain case."""
 
-    def __init__(self, fields: Fields, architecture: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Fields, architecture: str, config: Mapping[str, Any], family: Family) -> None:
         self._fields, self._prefix = fields, f"{architecture}.rope."
         self._is_phi3 = architecture == "phi3"
+        self._share = next((name for name in _SHARES if name in family.fields), None)
+        self._default_share = 1.0 if self._share is None else family.fields[self._share]
         self._head_dim, self._theta = config["head_dim"], config["rope_theta"]
         self._rotated = fields.integer(f"{self._prefix}dimension_count", 2, self._head_dim, self._head_dim)
         positions, key = config["max_position_embeddings"], "scaling.original_context_length"
@@ -200,11 +208,11 @@ class _Rotation:
 
     def fields(self, factors: Mapping[str, Floats]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self._rotated % 2 or (self._rotated != self._head_dim and not self._is_phi3):
-            wanted = "an even number" if self._is_phi3 else f"the head's size, {self._head_dim}, and even"
+        if self._rotated % 2 or (self._rotated != self._head_dim and not self._share):
+            wanted = "an even number" if self._share else f"the head's size, {self._head_dim}, and even"
             raise self._fields.wrong(f"{self._prefix}dimension_count", wanted)
-        if self._rotated != self._head_dim:
-            fields["partial_rotary_factor"] = self._rotated / self._head_dim
+        if self._share is not None and (self._rotated != self._head_dim or self._default_share != 1.0):
+            fields[self._share] = self._rotated / self._head_dim
         if self._is_phi3:
             fields["original_max_position_embeddings"] = self._original
         scaling = self._scaling(factors)

@@ -1,10 +1,9 @@
 """A GGUF file as a Hugging Face folder: config.json, safetensors, tokenizer, chat template, generation config.
 
-transformers has a GGUF loader. It is not used for the weights, because it needs a package more (accelerate),
-holds the whole model in memory, drops Llama 3's rope scaling, and knows neither SmolLM3 nor SmolLM's way of
-splitting text. The `gguf` package, which llama.cpp's authors keep, does the dequantising; here
-tensors are renamed, put into Hugging Face's row order, and written chunk by chunk, so memory stays small
-whatever the model's size.
+transformers has a GGUF loader. It is not used for the weights, because it needs a package more (accelerate), holds the
+whole model in memory, drops Llama 3's rope scaling, and knows neither SmolLM3 nor SmolLM's way of splitting text. The
+`gguf` package, which llama.cpp's authors keep, does the dequantising; here tensors are renamed, put into Hugging Face's
+row order (`sleb.models.gguf.tensors`), and written chunk by chunk, so memory stays small whatever the model's size.
 """
 
 from __future__ import annotations
@@ -24,15 +23,12 @@ from sleb.fields import shown, shown_path
 from sleb.models.families import Family
 from sleb.models.gguf.config import (
     architecture_of,
-    bias_flags,
-    block_tensors,
     generation_config,
     model_config,
-    outer_tensors,
-    tensor_shapes,
     token_ids,
 )
 from sleb.models.gguf.reader import Tensor, read_gguf
+from sleb.models.gguf.tensors import Placed, family_tensors
 from sleb.models.gguf.tokenizer import write_tokenizer
 from sleb.models.gguf.vocabulary import read_vocabulary
 from sleb.models.store import check_space
@@ -50,16 +46,14 @@ _MAX_ROPE_FACTORS = 1 << 11  # half the largest head
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to write. `shape` as Hugging Face has it; `num_heads`: its rows are in rotation order, else 0."""
+    """A tensor to write."""
 
-    name: str
-    shape: tuple[int, ...]
+    placed: Placed
     source: Tensor
-    num_heads: int
 
     @property
     def num_elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return int(np.prod(self.source.shape, dtype=np.int64))
 
 
 def convert_gguf(
@@ -101,25 +95,22 @@ def _plan(
     tensors: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], source: Path
 ) -> list[_Planned]:
     """Every tensor of the model in the file's order. Raises ModelError if the file has others than the model."""
-    renamed = _renamed(family, config)
+    expected = family_tensors(family, config)
     present = set(tensors) - set(_ROPE_FACTORS)
-    if missing := sorted(set(renamed) - present):
+    if missing := sorted(set(expected) - present):
         raise ModelError(
             f"{shown_path(source)} lacks {len(missing)} tensors of a {family.model_type} model: {_few(missing)}"
         )
-    if extra := sorted(present - set(renamed)):
+    if extra := sorted(present - set(expected)):
         raise ModelError(
             f"{shown_path(source)} has {len(extra)} tensors that a {family.model_type} model has no place for: "
             f"{_few(extra)}"
         )
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    shapes = tensor_shapes(config)
     plan = []
     for name, tensor in tensors.items():
-        if name not in renamed:
+        if name not in expected:
             continue
-        part, kind = name.split(".")[-2:]
-        wanted = shapes[part] if kind == "weight" else shapes[part][:1]
+        wanted = expected[name].shape
         if tensor.shape != wanted:
             told = f"{name} has shape {list(tensor.shape)}; by the metadata it must be {list(wanted)}"
             raise ModelError(f"{shown_path(source)}: {told}")
@@ -127,26 +118,10 @@ def _plan(
             raise ModelError(
                 f"{shown_path(source)}: {name} is a quantised vector; only matrices may be quantised"
             )
-        num_heads = heads.get(part, 0) if family.gguf and family.gguf.interleaved else 0
-        plan.append(_Planned(renamed[name], tensor.shape, tensor, num_heads))
+        plan.append(_Planned(expected[name], tensor))
     for planned in {planned.source.kind: planned for planned in plan}.values():
         _dequantized(planned.source.data[:1], planned.source, source)  # refused before the work, not amid it
     return plan
-
-
-def _renamed(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
-    """The names of all tensors that the model must have, in the file and in the folder."""
-    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in outer_tensors(family).items()}
-    if config["tie_word_embeddings"]:
-        del names["output.weight"]
-    flags = bias_flags(family)
-    biased = {each for each, flag in flags.items() if (config[flag] if isinstance(flag, str) else flag)}
-    for block in range(config["num_hidden_layers"]):
-        prefix = family.names.block.format(block=block)
-        for theirs, ours in block_tensors(family).items():
-            for kind in ("weight", "bias") if theirs in biased else ("weight",):
-                names[f"blk.{block}.{theirs}.{kind}"] = f"{prefix}.{ours}.{kind}"
-    return names
 
 
 def _few(names: list[str]) -> str:
@@ -174,21 +149,19 @@ def _dequantized(data: npt.NDArray[np.uint8], tensor: Tensor, source: Path) -> n
 
 
 def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
-    """The tensor's little-endian bytes in `dtype`, some rows at a time.
-
-    llama.cpp rotates neighbours (0, 1), (2, 3), … of a head, Hugging Face its halves (0, d/2), (1, d/2 + 1), …:
-    files made for the former hold a head's rows as [d/2, 2], to be read here as [2, d/2].
-    """
+    """The tensor's little-endian bytes in `dtype`, some rows at a time; a matrix that is turned, at once."""
     import torch
 
-    data = planned.source.data
-    num_rows = planned.shape[0]
-    order = np.arange(num_rows)
-    if planned.num_heads:
-        order = order.reshape(planned.num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    step = max(1, _CHUNK_ELEMENTS * num_rows // planned.num_elements)
+    placed, data = planned.placed, planned.source.data
+    num_rows = planned.source.shape[0]
+    order = np.arange(num_rows) if placed.order is None else placed.order
+    step = num_rows if placed.transposed else max(1, _CHUNK_ELEMENTS * num_rows // planned.num_elements)
     for start in range(0, num_rows, step):
         values = _dequantized(data[order[start : start + step]], planned.source, source)
+        if placed.shift:
+            values -= np.float32(placed.shift)
+        if placed.transposed:
+            values = np.ascontiguousarray(values.T)
         if dtype == "bfloat16":
             values = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
         yield values.tobytes()
@@ -214,7 +187,7 @@ def _write_weights(
         with (folder / name).open("wb") as file:
             _write_header(file, shard, dtype)
             for planned in shard:
-                weight_map[planned.name] = name
+                weight_map[planned.placed.name] = name
                 for chunk in _chunks(planned, dtype, source):
                     file.write(chunk)
                     done += len(chunk)
@@ -247,9 +220,9 @@ def _write_header(file: BinaryIO, shard: list[_Planned], dtype: Dtype) -> None:
     offset = 0
     for planned in shard:
         end = offset + planned.num_elements * _ITEM_BYTES[dtype]
-        header[planned.name] = {
+        header[planned.placed.name] = {
             "dtype": _SAFETENSORS_NAME[dtype],
-            "shape": list(planned.shape),
+            "shape": list(planned.placed.checkpoint_shape),
             "data_offsets": [offset, end],
         }
         offset = end
