@@ -39,7 +39,7 @@ class EngineConfig:
     """Options of an engine: the arguments of `LLM`, and of `sleb serve`.
 
     Attributes:
-        model: a Hugging Face folder, a hub id, a .gguf file or the alias smollm2.
+        model: a Hugging Face folder, a hub id, a .gguf file or an alias: smollm2, gemma3-270m.
         on_progress: called while weights are loaded, in the loading thread: weights that have come in, and of all.
         on_tuning: called at a GPU's first start, with the name of each operator that is about to be measured.
         on_capture: called while graphs are captured: how many are, and of how many.
@@ -51,14 +51,14 @@ class EngineConfig:
     layer_map: LayerMap | str | Path | None = option(
         None,
         "Layer map (JSON), or none.",
-        unset="none; for smollm2 the shipped one",
+        unset="none; for smollm2 and gemma3-270m the shipped one",
         group=_MODEL,
         metavar="FILE",
     )
     tiers: Sequence[int] | None = option(
         None,
         "Depths to serve, such as 0,3,6.",
-        unset="what the map recommends; smollm2: 0,3,6",
+        unset="what the map recommends; of a shipped one 0,3,6",
         minimum=0,
         group=_MODEL,
     )

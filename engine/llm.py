@@ -25,9 +25,9 @@ class LLM:
     """A model, its layer map and the depths to serve, ready to generate and to score.
 
     Args:
-        model: a Hugging Face folder, a hub id, a .gguf file or the alias smollm2.
+        model: a Hugging Face folder, a hub id, a .gguf file or an alias: smollm2, gemma3-270m.
         layer_map: a LayerMap, the path of one, "none", or None for the alias's own.
-        tiers: depths to serve; None: the map's recommended one (0 without a map; 0, 3, 6 for smollm2).
+        tiers: depths to serve; None: the map's recommended one (0 without a map; 0, 3, 6 of a shipped one).
         others: the fields of EngineConfig, which every engine flag of `sleb serve` is.
 
     Raises ConfigError, ModelError or LayerMapError.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sleb.errors import ConfigError, RequestError
 from sleb.layer_map.layer_map import LayerMap, Unit
 
-# What the demo model serves unless told otherwise: the full model and two depths of its shipped map.
+# What a model with a shipped map serves unless told otherwise: the full model and two depths of the map.
 _DEMO_DEPTHS = (0, 3, 6)
 
 

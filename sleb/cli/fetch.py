@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from sleb.models.aliases import ALIASES
 from sleb.models.resolve import fetch_model
 
 
 def fetch(
-    model: Annotated[str, typer.Argument(help="smollm2, a hub id (owner/name), or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(help=f"{', '.join(ALIASES)}, a hub id (owner/name), or a .gguf file.")
+    ],
     to: Annotated[
         Path | None, typer.Option("--to", help="Put it into this folder.", show_default="the cache")
     ] = None,

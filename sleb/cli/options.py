@@ -25,6 +25,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from sleb.errors import ConfigError
+from sleb.models.aliases import ALIASES
 from sleb.options import Option, ValueType, check_values, options_of, value_types
 
 _METAVARS: dict[type, str] = {int: "N", float: "X", Path: "PATH"}
@@ -245,13 +246,13 @@ def _check_model(model: str | None) -> str | None:
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    """The alias; where it does not fit, the shell goes on with files."""
-    return [name for name in ("smollm2",) if name.startswith(incomplete)]
+    """The aliases; where none fits, the shell goes on with files."""
+    return [name for name in ALIASES if name.startswith(incomplete)]
 
 
 _MODEL = typer.Argument(
     metavar="MODEL",
-    help="Folder, hub id (owner/name), .gguf file, or smollm2.",
+    help=f"Folder, hub id (owner/name), .gguf file, {' or '.join(ALIASES)}.",
     callback=_check_model,
     autocompletion=_complete_model,
     show_default=False,

@@ -24,7 +24,8 @@ from sleb.layer_map.layer_map import (
     shipped_maps,
 )
 from sleb.layer_map.patches import PatchRecord
-from sleb.models.resolve import ALIAS, check_model, resolve_config, shipped_map
+from sleb.models.aliases import ALIASES
+from sleb.models.resolve import check_model, resolve_config, shipped_map
 from sleb.options import option
 from sleb.terminal import Console
 
@@ -46,7 +47,7 @@ class ShowOptions:
 
 
 def _complete(incomplete: str) -> list[str]:
-    return [name for name in (ALIAS, *shipped_maps()) if name.startswith(incomplete)]
+    return [name for name in (*ALIASES, *shipped_maps()) if name.startswith(incomplete)]
 
 
 @with_options
@@ -79,12 +80,12 @@ def show(
 
 
 def find_map(name: str) -> LayerMap:
-    """The map in a file of that name, else the shipped one of that name or of that model's alias.
+    """The map in a file of that name, else the shipped one of that name or alias.
 
     Raises LayerMapError: it lists the shipped ones, or tells how a model gets a map.
     """
     path, shipped = Path(name), shipped_maps()
-    if name == ALIAS and (own := shipped_map(name)) is not None:
+    if (own := shipped_map(name)) is not None:
         return LayerMap.load(own)
     if not os.path.exists(path) and name in shipped:
         return LayerMap.load(shipped[name])
@@ -93,7 +94,7 @@ def find_map(name: str) -> LayerMap:
             f"{name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
         )
     if not os.path.exists(path):  # a name that is too long is none
-        known = ", ".join((ALIAS, *shipped))
+        known = ", ".join((*ALIASES, *shipped))
         raise LayerMapError(
             f"layer map {shown_path(name)} is neither a file nor shipped; shipped are: {known}"
         )

