@@ -1,6 +1,7 @@
 """Fixtures for everyone: tiny random models of every architecture, made by transformers, nothing downloaded.
 
     architecture    parametrises a test over all variants in ARCHITECTURES
+    variant         over those in VARIANTS: at least one of every other family, for one test each
     tiny_model      tiny_model("qwen3") -> TinyModel: the folder and, as the oracle, the transformers model
     tiny_model_dir  a 6-block Llama folder with a byte-level tokenizer, chat template and generation config
     tiny_chain      a LayerMap of 5 removals over it
@@ -138,10 +139,102 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-no-final-norm": ("OPT", {"_remove_final_layer_norm": True}),
 }
 
+_GPT2_SHAPE = {"n_inner": 48, "activation_function": "gelu_new"}
+_SLIDING = {
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+}
+_KINDS = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+_GEMMA2 = {
+    **_SLIDING,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+_GRANITE = {
+    "embedding_multiplier": 1.7,
+    "attention_multiplier": 0.6,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 1.3,
+    "attention_bias": True,
+}
+_GLM = {"hidden_size": 64, "head_dim": 16, "pad_token_id": 0}
+_MQA = {"num_key_value_heads": None}
+
+# The same of the other families: windows and caps bite, scales are not 1.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "internlm3": ("InternLM3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("IQuestCoder", {"head_dim": 16}),
+    "ministral": ("Ministral", _SLIDING | {"head_dim": 8}),
+    "gemma": ("Gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", _GEMMA2),
+    "gemma3": ("Gemma3Text", _GEMMA2 | {"rope_parameters": _KINDS, "attn_logit_softcapping": None}),
+    "gemma3-uncapped": (
+        "Gemma3Text",
+        _GEMMA2
+        | {"layer_types": None, "sliding_window_pattern": 3}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "vaultgemma": ("VaultGemma", _GEMMA2),
+    "olmo2": ("Olmo2", {"attention_bias": True}),
+    "olmo3": ("Olmo3", {**_SLIDING, "rope_parameters": _KINDS}),
+    "granite": ("Granite", _GRANITE),
+    "hyperclovax": ("HyperCLOVAX", _GRANITE | {"mlp_bias": True}),
+    "glm": ("Glm", _GLM),
+    "glm4": ("Glm4", _GLM | {"attention_bias": False}),
+    "exaone4": ("Exaone4", _SLIDING),
+    "exaone4-full": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 5}),
+    "cwm": ("Cwm", {"sliding_window": 5, "head_dim": 16}),
+    "seed-oss": ("SeedOss", {"head_dim": 12, "attention_out_bias": True}),
+    "arcee": ("Arcee", {"mlp_bias": True}),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 7.0, "factor": 1.0, "rope_theta": 500.0},
+        },
+    ),
+    "ernie4.5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "helium": ("Helium", {"head_dim": 8, "attention_bias": True, "pad_token_id": 0}),
+    "olmo": ("Olmo", {"clip_qkv": 0.8}),
+    "nemotron": ("Nemotron", {"hidden_size": 64, "attention_bias": True}),
+    "jais2": ("Jais2", {}),
+    "stablelm": ("StableLm", {"hidden_size": 64, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 6}),
+    "cohere": ("Cohere", {"logit_scale": 0.7}),
+    "cohere2": ("Cohere2", {**_SLIDING, "logit_scale": 0.7, "attention_bias": True}),
+    "phi": ("Phi", {"hidden_size": 64}),
+    "persimmon": ("Persimmon", {"hidden_size": 64, **_MQA}),
+    "gpt-neox": ("GPTNeoX", {"hidden_size": 64}),
+    "gpt-neox-sequential": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False},
+    ),
+    "falcon": ("Falcon", {"ffn_hidden_size": 48, "bias": True, "num_kv_heads": None}),
+    "gptj": ("GPTJ", {**_GPT2_SHAPE, "rotary_dim": 4}),
+    "gpt2": ("GPT2", _GPT2_SHAPE),
+    "gpt2-unscaled": ("GPT2", {"scale_attn_weights": False, "n_inner": None}),
+    "gpt-bigcode": ("GPTBigCode", _GPT2_SHAPE),
+    "gpt-neo": ("GPTNeo", {"attention_types": [[["global", "local"], 2], [["local"], 1]], "window_size": 5}),
+    "biogpt": ("BioGpt", {"pad_token_id": 0}),
+}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "architecture" in metafunc.fixturenames:
-        metafunc.parametrize("architecture", list(ARCHITECTURES))
+    for name, variants in (("architecture", ARCHITECTURES), ("variant", VARIANTS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, list(variants))
+
+
+@pytest.fixture(scope="session")
+def model_names() -> list[str]:
+    """Every name that tiny_model knows."""
+    return [*ARCHITECTURES, *VARIANTS]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -151,6 +244,29 @@ def weight_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sleb.engine.model.weight_cache.cache_dir", lambda: folder)
         yield folder
+
+
+_OUTPUTS = {
+    "attention": (
+        "attn.o_proj",
+        "attn.out_proj",
+        "attn.c_proj",
+        "attention.out_proj",
+        "attn.dense",
+        "attention.dense",
+    ),
+    "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "fc2"),
+}
+
+
+def _layers(model: Any) -> tuple[Any, str]:
+    """The module that holds a model's blocks, and its attribute for them."""
+    return next(
+        (module, name)
+        for module in model.modules()
+        for name in ("layers", "h")
+        if isinstance(getattr(module, name, None), nn.ModuleList)
+    )
 
 
 @dataclass(frozen=True)
@@ -177,38 +293,32 @@ class TinyModel:
     def without(self, blocks: Sequence[int]) -> TinyModel:
         """The same model with blocks deleted and the others renumbered, configuration included."""
         model = copy.deepcopy(self.model)
-        parent = next(
-            module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)
-        )
+        parent, name = _layers(model)
         kept = [block for block in range(self.num_blocks) if block not in blocks]
-        parent.layers = nn.ModuleList(parent.layers[block] for block in kept)
-        for index, layer in enumerate(parent.layers):
-            layer.self_attn.layer_idx = index
-            if hasattr(layer, "layer_idx"):
-                layer.layer_idx = index
+        setattr(parent, name, nn.ModuleList(getattr(parent, name)[block] for block in kept))
+        for index, layer in enumerate(getattr(parent, name)):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index
         for config in {id(each.config): each.config for each in (model, parent)}.values():
-            for name in ("layer_types", "no_rope_layers"):
-                if getattr(config, name, None) is not None:
-                    setattr(config, name, [getattr(config, name)[block] for block in kept])
+            for field in ("layer_types", "no_rope_layers"):
+                if getattr(config, field, None) is not None:
+                    setattr(config, field, [getattr(config, field)[block] for block in kept])
             config.num_hidden_layers = len(kept)
         return TinyModel(f"{self.name} without {list(blocks)}", self.path, model)
 
     def without_sublayers(self, units: Sequence[Unit]) -> TinyModel:
         """The same model with the output projections of these sublayers zeroed: their residual adds nothing."""
         model = copy.deepcopy(self.model)
-        layers = next(
-            module.layers
-            for module in model.modules()
-            if isinstance(getattr(module, "layers", None), nn.ModuleList)
-        )
+        layers = getattr(*_layers(model))
         with torch.no_grad():
             for unit in units:
                 for block, part in unit.sublayers:
-                    layer = layers[block]
-                    if part == "attention":
-                        output = getattr(layer.self_attn, "o_proj", None) or layer.self_attn.out_proj
-                    else:
-                        output = layer.mlp.down_proj if hasattr(layer, "mlp") else layer.fc2
+                    output = next(
+                        module
+                        for name, module in layers[block].named_modules()
+                        if name.endswith(_OUTPUTS[part]) and hasattr(module, "weight")
+                    )
                     output.weight.zero_()
                     if output.bias is not None:
                         output.bias.zero_()
@@ -254,14 +364,14 @@ def _apply(patch: Patch, hidden: Tensor, eps: float) -> Tensor:
 
 
 def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
-    """A random transformers model of an architecture of ARCHITECTURES, in float32."""
+    """A random transformers model of an architecture of ARCHITECTURES or VARIANTS, in float32."""
     import transformers
 
-    family, overrides = ARCHITECTURES[architecture]
+    family, overrides = (ARCHITECTURES | VARIANTS)[architecture]
     shape = _OPT_SHAPE if family == "OPT" else _SHAPE
     config_class = getattr(transformers, f"{family}Config")
     config = config_class(**copy.deepcopy({**shape, **overrides, **changes}), attn_implementation="eager")
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     randomise(model, seed)
     return model
 
@@ -269,9 +379,10 @@ def make_model(architecture: str, seed: int = 0, **changes: Any) -> Any:
 def randomise(model: Any, seed: int) -> None:
     """Every parameter anew: matrices with deviation 1.7 / sqrt(inputs), norm weights around 1, biases around 0."""
     generator = torch.Generator().manual_seed(seed)
+    shifted = "gemma" in model.config.model_type or model.config.model_type == "nemotron"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if name.endswith("weight") and parameter.dim() == 1 else 0.0
+            centre = 1.0 if name.endswith("weight") and parameter.dim() == 1 and not shifted else 0.0
             deviation = 1.7 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 0.3
             parameter.copy_(centre + deviation * torch.randn(parameter.shape, generator=generator))
 

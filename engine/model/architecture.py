@@ -137,26 +137,29 @@ def resolve_spec(path: Path) -> DecoderSpec:
     values = read_fields(config, family)
     read = values.get
     num_heads, num_blocks = values["num_attention_heads"], values["num_hidden_layers"]
-    num_kv_heads = read("num_key_value_heads") or num_heads
+    num_kv_heads = read("num_key_value_heads") or family.num_kv_heads or num_heads
     if num_heads % num_kv_heads:
         raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
     head_dim = read("head_dim") or values["hidden_size"] // num_heads
     if head_dim < 1:
-        raise config.wrong("hidden_size", f"num_attention_heads, {num_heads}, or more")
-    if values[family.activation] not in ACTIVATIONS:
-        raise config.wrong(family.activation, f"one of {', '.join(ACTIVATIONS)}")
+        raise config.wrong(family.own("hidden_size"), f"num_attention_heads, {num_heads}, or more")
+    activation = _value(family.activation, values)
+    if activation not in ACTIVATIONS:
+        raise config.wrong(family.own("hidden_act"), f"one of {', '.join(ACTIVATIONS)}")
     norm_first = read("do_layer_norm_before", True)
     rotates = _rotates(config, values, num_blocks) if family.position == "rope" else (False,) * num_blocks
     windows = _windows(config, family, values, num_blocks, rotates)
-    if family.rope_layers == "sliding" and any(windows):
-        rotates = tuple(each and window is not None for each, window in zip(rotates, windows, strict=True))
-    rotaries, kinds = read_rotaries(config, values, head_dim) if family.position == "rope" else ((), {})
+    if family.rope_layers == "sliding" or (family.rope_layers != "all" and values["sliding_window"]):
+        rotates = tuple(window is not None for window in windows)
+    rotaries, kinds = (
+        read_rotaries(config, family, values, head_dim) if family.position == "rope" else ((), {})
+    )
     return DecoderSpec(
         architecture=family.architecture,
         num_blocks=num_blocks,
         hidden_size=values["hidden_size"],
         embed_size=read("word_embed_proj_dim") or values["hidden_size"],
-        intermediate_size=values[family.intermediate_size],
+        intermediate_size=values["intermediate_size"] or 4 * values["hidden_size"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -169,7 +172,7 @@ def resolve_spec(path: Path) -> DecoderSpec:
         norm_shift=family.norm_shift,
         norm_first=norm_first,
         final_norm=norm_first and not read("_remove_final_layer_norm", False),
-        activation=values[family.activation],
+        activation=activation,
         gated=family.gated,
         position=family.position,
         position_offset=family.position_offset,
@@ -235,21 +238,24 @@ def _windows(
     if window is None or not values.get("use_sliding_window", True):
         return (None,) * num_blocks
     if window == 0:
-        raise config.wrong("sliding_window", "1 or more, or null for none")
-    kinds = values.get("layer_types")
+        raise config.wrong(family.own("sliding_window"), "1 or more, or null for none")
+    name = "layer_types" if "layer_types" in values else "attention_layers"
+    kinds = values.get(name)
     if kinds is not None:
-        slides = [kind == "sliding_attention" for kind in kinds]
+        slides = [kind in ("sliding_attention", "local") for kind in kinds]
     elif "max_window_layers" in values:
         slides = [block >= values["max_window_layers"] for block in range(num_blocks)]
     elif "no_rope_layers" in values:
         slides = [not each for each in rotates]
-    elif every := _value(family.full_every, values):
-        slides = [(block + 1) % every != 0 for block in range(num_blocks)]
+    elif family.full_every is not None:
+        if not (every := _value(family.full_every, values)):
+            raise config.wrong(name, "a list of full_attention and sliding_attention")
+        slides = [
+            (block + 1) % every != (1 % every if family.full_first else 0) for block in range(num_blocks)
+        ]
     else:
         slides = [True] * num_blocks
-    return tuple(
-        window if each else None for each in _a_block_each(config, "layer_types", slides, num_blocks)
-    )
+    return tuple(window if each else None for each in _a_block_each(config, name, slides, num_blocks))
 
 
 def _a_block_each(config: Fields, name: str, values: Sequence[bool], num_blocks: int) -> tuple[bool, ...]:

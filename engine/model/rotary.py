@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sleb.fields import Fields
 from sleb.models.config import MAX_POSITIONS
+from sleb.models.families import Family
 
 _RULES = ("default", "linear", "llama3", "yarn", "longrope")
 _MAX_THETA = 1e15  # the largest in use are near 1e8
@@ -78,58 +79,61 @@ _KINDS = ("full_attention", "sliding_attention")
 
 
 def read_rotaries(
-    config: Fields, values: Mapping[str, Any], head_dim: int
+    config: Fields, family: Family, values: Mapping[str, Any], head_dim: int
 ) -> tuple[tuple[Rotary, ...], Mapping[str, int]]:
     """The Rotary objects of a config.json, of which `values` are its family's fields; and for each kind of layer,
     "full_attention" and "sliding_attention", which of them is its own.
 
     Older files have rope_theta and rope_scaling at the top, newer ones all of it in rope_parameters, or an object a
-    kind of layer in that; Gemma 3's first ones rope_local_base_freq of sliding layers. Raises ModelError.
+    kind of layer in that. What is at the top is of the kind "full_attention" where the kinds differ. Raises ModelError.
     """
     rope = next(
         (
             each
             for name in ("rope_scaling", "rope_parameters")
-            if (each := config.object(name, None)) and each.values
+            if "rope_theta" in values and (each := config.object(name, None)) and each.values
         ),
-        Fields({}, f"{config.source}: rope_parameters"),
+        Fields(family.rope, f"{config.source}: rope_parameters"),
     )
     named = [name for name, value in rope.values.items() if isinstance(value, dict)]
-    if not named:
-        whole = _read_rotary(config, rope, values, head_dim)
-        local = values.get("rope_local_base_freq")
-        if local is None:
-            return (whole,), dict.fromkeys(_KINDS, 0)
-        plain = Fields({"rope_theta": local}, rope.source)
-        return (whole, _read_rotary(config, plain, values, head_dim)), dict(zip(_KINDS, (0, 1), strict=True))
+    local = family.local_rope_theta
     for name in named:
-        if "layer_types" not in values:  # other families' classes have one object a kind of layer
+        if local is None:  # other families' classes have one object a kind of layer
             raise rope.wrong(name, "a value: this family's rotation does not differ from layer to layer")
         if name not in _KINDS:
             raise rope.wrong(name, f"the rotation of one of {', '.join(_KINDS)}")
-    missing = [kind for kind in _KINDS if kind not in named]
-    if missing:
-        raise rope.wrong(named[0], f"one of two objects: {missing[0]} is not there")
-    each = tuple(_read_rotary(config, rope.object(kind), values, head_dim) for kind in _KINDS)
-    return each, dict(zip(_KINDS, (0, 1), strict=True))
+    full = rope.object("full_attention", Fields({}, rope.source)) if named else rope
+    rotary = _read_rotary(config, family, full, values, head_dim)
+    if local is None:
+        return (rotary,), dict.fromkeys(_KINDS, 0)
+    sliding = rope.object("sliding_attention", Fields({}, rope.source)) if named else Fields({}, rope.source)
+    theta = values[local] if isinstance(local, str) else local
+    other = _read_rotary(config, family, sliding, {**values, "rope_theta": theta}, head_dim)
+    if other == rotary:
+        return (rotary,), dict.fromkeys(_KINDS, 0)
+    return (rotary, other), {"full_attention": 0, "sliding_attention": 1}
 
 
-def _read_rotary(config: Fields, rope: Fields, values: Mapping[str, Any], head_dim: int) -> Rotary:
-    """Of one object, or of none."""
-    theta = rope.number("rope_theta", 1.0, _MAX_THETA, values["rope_theta"], above=True)
-    rotated = int(head_dim * _partial(rope, values))
+def _read_rotary(
+    config: Fields, family: Family, rope: Fields, values: Mapping[str, Any], head_dim: int
+) -> Rotary:
+    """Of one object."""
+    theta = rope.number("rope_theta", 1.0, _MAX_THETA, values.get("rope_theta", 10000.0), above=True)
+    rotated = values.get("rotary_dim") or int(head_dim * _partial(rope, values))
     num_frequencies = -(-rotated // 2)
     if rotated < 1 or 2 * num_frequencies > head_dim:
         raise config.wrong(
             "head_dim", f"even, and at least 2, to be rotated; it makes {rotated} of {head_dim} features"
         )
+    rule = _rule(rope, family)
+    if rule == "dynamic":
+        theta *= rope.number("alpha", 0.0, _MAX_FACTOR, above=True) ** (head_dim / (head_dim - 2))
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
     plain = 1.0 / theta**exponents
     positions = values["max_position_embeddings"]
-    rule = _rule(rope, "partial_rotary_factor" in values)
-    if rule == "default":
+    if rule in ("default", "dynamic"):
         return _rotary(plain, 1.0, positions)
-    original = values["original_max_position_embeddings"] or rope.integer(
+    original = values.get("original_max_position_embeddings") or rope.integer(
         "original_max_position_embeddings", 2, MAX_POSITIONS, positions
     )
     match rule:
@@ -156,11 +160,11 @@ def _rotary(frequencies: Tensor, scaling: float, original: int, longest: float =
     return Rotary(tuple(frequencies.tolist()), scaling, min(int(longest), MAX_POSITIONS), original)
 
 
-def _rule(rope: Fields, is_phi3: bool) -> str:
+def _rule(rope: Fields, family: Family) -> str:
     name = "rope_type" if "rope_type" in rope else "type"
-    older = ("su", "yarn") if is_phi3 else ()  # names that Phi-3's first files have for longrope
-    rule: str = rope.string(name, (*_RULES, *older), "default")
-    return "longrope" if rule in older else rule
+    stretched = ("dynamic",) if family.ntk_alpha else ()
+    rule: str = rope.string(name, (*_RULES, *stretched, *family.longrope_names), "default")
+    return "longrope" if rule in family.longrope_names else rule
 
 
 def _partial(rope: Fields, values: Mapping[str, Any]) -> float:

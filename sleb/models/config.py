@@ -6,6 +6,7 @@ what lies beyond them is a damaged file, and nobody is to allocate or count so f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MAX_IDS = 1 << 10  # tokens that end a text
 
 Rule = Callable[[Fields, str, Any], Any]
+_RUNS = (
+    f"sleb runs {len(FAMILIES)} architectures, from LlamaForCausalLM to GPT2LMHeadModel: see docs/models.md"
+)
 
 
 def read_config(path: Path) -> Fields:
@@ -47,11 +51,14 @@ def check_config(path: Path) -> None:
 
 def family_of(config: Fields) -> Family:
     """The family that `architectures` names, or model_type where that is empty. Raises ModelError for others."""
-    wanted = f"a list of names; sleb runs {', '.join(FAMILIES)}"
+    wanted = f"a list of names; {_RUNS}"
     named = config.items("architectures", 64, [])
     if not all(isinstance(each, str) for each in named):
         raise config.wrong("architectures", wanted)
     model_type = config.string("model_type", default=None)
+    for family in FAMILIES.values():
+        if family.model_type == model_type and set(named) & set(family.also):
+            return family
     for family in FAMILIES.values():
         if family.architecture in named or (not named and family.model_type == model_type):
             if model_type not in (None, family.model_type):
@@ -60,17 +67,19 @@ def family_of(config: Fields) -> Family:
                 )
             return family
     found = f"architectures {shown(named)}" if named else f"model_type {shown(model_type)}"
-    raise ModelError(
-        f"{shown_path(config.source)}: {found} is not supported; sleb runs {', '.join(FAMILIES)}"
-    )
+    raise ModelError(f"{shown_path(config.source)}: {found} is not supported; {_RUNS}")
 
 
 def read_fields(config: Fields, family: Family) -> dict[str, Any]:
     """The value of every field that `family` reads, and of no other. Raises ModelError for the first wrong one."""
     values = {}
     for name, default in family.fields.items():
-        is_null = name in config.values and config.values[name] is None
-        values[name] = _RULES[name](config, name, None if is_null and name in _NULLABLE else default)
+        own = family.own(name)
+        is_null = own in config.values and config.values[own] is None
+        values[name] = _RULES[name](config, own, None if is_null and name in _NULLABLE else default)
+        if values[name] not in family.only.get(name, (values[name],)):
+            allowed = " or ".join(json.dumps(each) for each in family.only[name])
+            raise config.wrong(own, f"{allowed}: no other variant of {family.architecture} is supported")
     return values
 
 
@@ -87,8 +96,9 @@ def model_fingerprint(config: Fields | Mapping[str, Any]) -> str:
     """The fingerprint of the shape in a config.json, with what its family fills in: see `shape_fingerprint`."""
     fields = config if isinstance(config, Fields) else Fields(config, "config.json")
     model_type = fields.string("model_type", default="unknown")
-    known = [family.fields for family in FAMILIES.values() if family.model_type == model_type]
-    return shape_fingerprint(model_type, fields, known[0] if known else {})
+    known = [family for family in FAMILIES.values() if family.model_type == model_type]
+    own = {family.own(name): value for family in known for name, value in family.fields.items()}
+    return shape_fingerprint(model_type, fields, own)
 
 
 def _integer(least: int, most: int) -> Rule:
@@ -105,6 +115,13 @@ def _boolean(config: Fields, name: str, default: Any) -> Any:
 
 def _string(config: Fields, name: str, default: Any) -> Any:
     return config.string(name, default=default)
+
+
+def _pattern(config: Fields, name: str, default: Any) -> Any:
+    """How many blocks a pattern has; none, or 0, where the kinds of layers are listed beside one that is spelt out."""
+    if isinstance(config.values.get(name), str):
+        return None
+    return config.integer(name, 0, MAX_POSITIONS, default)
 
 
 def _token_ids(config: Fields, name: str, default: Any) -> tuple[int, ...]:
@@ -132,7 +149,7 @@ def _each_of(*choices: Any) -> Rule:
 _RULES: Mapping[str, Rule] = {
     "num_hidden_layers": _integer(1, MAX_BLOCKS),
     **dict.fromkeys(("hidden_size", "word_embed_proj_dim"), _integer(1, MAX_WIDTH)),
-    **dict.fromkeys(("intermediate_size", "ffn_dim"), _integer(1, MAX_INNER)),
+    "intermediate_size": _integer(1, MAX_INNER),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), _integer(1, MAX_HEADS)),
     "vocab_size": _integer(1, MAX_VOCABULARY),
     "max_position_embeddings": _integer(1, MAX_POSITIONS),
@@ -140,17 +157,43 @@ _RULES: Mapping[str, Rule] = {
     "sliding_window": _integer(0, MAX_POSITIONS),
     "max_window_layers": _integer(0, MAX_POSITIONS),
     "no_rope_layer_interval": _integer(1, MAX_POSITIONS),
-    "rms_norm_eps": _number(0.0, 1.0),
-    "rope_theta": _number(1.0, 1e15, above=True),  # the largest in use are near 1e8
+    **dict.fromkeys(
+        ("rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon"),
+        _number(0.0, 1.0),
+    ),
+    # The largest in use are near 1e8.
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), _number(1.0, 1e15, above=True)),
+    "rotary_dim": _integer(2, MAX_HEADS),
     "partial_rotary_factor": _number(0.0, 1.0, above=True),
+    "sliding_window_pattern": _pattern,
+    **dict.fromkeys(
+        (
+            *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+            *("logit_scale", "query_pre_attn_scalar", "clip_qkv"),
+            *("attn_logit_softcapping", "final_logit_softcapping"),
+        ),
+        _number(0.0, 1e6, above=True),
+    ),
     "layer_types": _each_of("full_attention", "sliding_attention"),
+    "attention_layers": _each_of("global", "local"),
     "no_rope_layers": _each_of(0, 1),
-    **dict.fromkeys(("hidden_act", "activation_function"), _string),
+    "hidden_act": _string,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _token_ids),
     **dict.fromkeys(
         (
             *("attention_bias", "mlp_bias", "enable_bias", "tie_word_embeddings", "use_sliding_window"),
             *("do_layer_norm_before", "layer_norm_elementwise_affine", "_remove_final_layer_norm"),
+            *(
+                "attention_out_bias",
+                "qkv_bias",
+                "use_qkv_bias",
+                "use_bias",
+                "bias",
+                "use_bidirectional_attention",
+            ),
+            *("qk_layernorm", "use_qk_norm", "use_post_norm", "use_parallel_residual", "parallel_attn"),
+            *("alibi", "multi_query", "new_decoder_architecture", "scale_embedding", "add_cross_attention"),
+            *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
         ),
         _boolean,
     ),
@@ -166,4 +209,5 @@ _NULLABLE = frozenset(
         "word_embed_proj_dim",
     }
     | {"original_max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    | {"attn_logit_softcapping", "final_logit_softcapping"}
 )

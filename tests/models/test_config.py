@@ -17,6 +17,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
@@ -30,15 +31,17 @@ FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family:
 
 
 def config_class(family: Family) -> Any:
-    return getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
+    return CONFIG_MAPPING[family.model_type]
 
 
 def small(family: Family, **changes: Any) -> dict[str, Any]:
     """A whole, valid config.json of the family as transformers writes it."""
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
-    inner = {family.intermediate_size: 48}
+    inner: dict[str, Any] = {family.own("intermediate_size"): 48}
     if family.position == "rope":
         inner["num_key_value_heads"] = 2
+    if family.model_type == "gpt_neo":
+        inner["attention_types"] = [[["global", "local", "global"], 1]]
     return json.loads(config_class(family)(**shape, **inner, **changes).to_json_string(use_diff=False))
 
 
@@ -57,20 +60,22 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def test_what_is_absent_is_what_transformers_fills_in(family: Family) -> None:
     theirs = config_class(family)()
     rotary = getattr(theirs, "rope_parameters", None) or {}
+    derived = {"num_key_value_heads", "head_dim", "word_embed_proj_dim", "layer_types", "no_rope_layers"}
+    derived |= {"intermediate_size", "attention_layers", "attention_multiplier"}
     for name, ours in family.fields.items():
-        if name in ("rope_theta", "partial_rotary_factor"):
-            assert rotary[name] == ours, name
-        elif ours is not None or hasattr(theirs, name):
-            derived = {
-                "num_key_value_heads",
-                "head_dim",
-                "word_embed_proj_dim",
-                "layer_types",
-                "no_rope_layers",
-            }
+        own = family.own(name)
+        if name in ("qkv_bias", "bias") and family.model_type == "internlm3":
+            assert ours is False  # their class takes them for other names of attention_bias and mlp_bias
+        elif name == "rope_local_base_freq":
+            assert rotary["sliding_attention"]["rope_theta"] == ours
+        elif name in ("rope_theta", "partial_rotary_factor"):
+            assert rotary.get("full_attention", rotary)[name] == ours, name
+        elif name == "sliding_window_pattern":  # which kinds of layers come of it, the next test looks at
+            assert getattr(theirs, name, ours) == ours
+        elif ours is not None or hasattr(theirs, own):
             if name == "sliding_window" and not getattr(theirs, "use_sliding_window", True):
                 continue  # their class takes it away
-            assert ours == getattr(theirs, name) or (ours is None and name in derived), name
+            assert ours == getattr(theirs, own) or (ours is None and name in derived), name
 
 
 @FAMILY
@@ -83,7 +88,13 @@ def test_a_config_of_the_model_type_alone(family: Family, tmp_path: Path) -> Non
         theirs.hidden_size,
         theirs.vocab_size,
     )
-    assert spec.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert spec.head_dim == (
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    )
+    kinds = getattr(theirs, "layer_types", None) or getattr(theirs, "attention_layers", None)
+    if kinds is not None and getattr(theirs, "use_sliding_window", True):
+        slide = [kind in ("sliding_attention", "local") for kind in kinds]
+        assert [window is not None for window in spec.windows] == slide
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

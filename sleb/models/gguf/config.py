@@ -77,12 +77,12 @@ def model_config(
         "model_type": family.model_type,
         "vocab_size": vocabulary_size,
         "hidden_size": hidden_size,
-        family.intermediate_size: _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
+        family.own("intermediate_size"): _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
         "num_hidden_layers": blocks,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
-        family.activation: family.fields[family.activation],  # no key says it
+        family.own("hidden_act"): family.fields["hidden_act"],  # no key says it
         "max_position_embeddings": fields.integer(f"{a}.context_length", 1, _MAX_POSITIONS),
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": dtype,

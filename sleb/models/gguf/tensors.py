@@ -105,7 +105,7 @@ def _outer(family: Family, config: Mapping[str, Any]) -> list[_Module]:
 
 
 def _block(family: Family, config: Mapping[str, Any]) -> list[_Module]:
-    names, hidden, inner = family.names, config["hidden_size"], config[family.intermediate_size]
+    names, hidden, inner = family.names, config["hidden_size"], config[family.own("intermediate_size")]
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     query, key = num_heads * config["head_dim"], num_kv_heads * config["head_dim"]
     assert family.gguf is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -9,9 +10,12 @@ import shutil
 import pytest
 import torch
 
+from sleb.engine.execute.cpu import unsupported_feature
+from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.kernels.cpu.features import cpu_features
 from sleb.layer_map.layer_map import Unit
+from sleb.models.families import FAMILIES, Family
 
 TOLERANCE = 1e-4
 PROMPT = torch.randint(3, 96, (37,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -181,3 +185,45 @@ def test_scorer_loss_is_mean_cross_entropy_times_length(name, tiny_model):
         losses = scorer.token_losses(hidden, windows)
         assert losses.shape == (3, 20)
         assert float(losses.mean(1).sum() * 21) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+def test_every_family(variant, kernels, tiny_model, make_llm, make_request, forward):
+    """Whole and pruned, at once and in pieces: transformers' logits, by each executor that knows the family."""
+    model, removed, page_size = tiny_model(variant), (3, 1), 4 if kernels == "torch" else 16
+    if kernels == "cpu" and (lacking := unsupported_feature(resolve_spec(model.path), page_size)):
+        pytest.skip(f"the C kernels lack {lacking}")
+    if kernels == "cpu" and cpu_features().level == "none":
+        pytest.skip("the C kernels need AVX-512 with VNNI")
+    engine = make_llm(model, removed, (0, 2), kernels=kernels, page_size=page_size).engine
+    assert engine.runner.executor.name == {"torch": "eager"}.get(kernels, kernels)
+    for depth in (0, 2):
+        expected = model.without(removed[:depth]).logits(PROMPT)
+        whole, cut = (
+            make_request(PROMPT, engine.tier(depth), own_pages(len(PROMPT), page_size, first))
+            for first in (0, 10)
+        )
+        close(forward(engine, [(whole, 0, len(PROMPT))]), expected)
+        pieces = [forward(engine, [(cut, *piece)]).clone() for piece in itertools.pairwise((0, 17, 36, 37))]
+        close(torch.cat(pieces), expected)
+
+
+def test_every_family_and_every_column_is_tested(model_names, tiny_model):
+    """Each column of the table differs somewhere from what it is by default, and what comes of it between models."""
+    specs = [resolve_spec(tiny_model(name).path) for name in model_names]
+    assert {spec.architecture for spec in specs} == set(FAMILIES)
+    columns = {each.name for each in dataclasses.fields(Family)} - {"architecture", "model_type", "fields"}
+    plain = Family("", "", {})
+    unused = {
+        name
+        for name in columns
+        if all(getattr(each, name) == getattr(plain, name) for each in FAMILIES.values())
+    }
+    assert unused <= {"sinks"}
+    same = {
+        each.name
+        for each in dataclasses.fields(DecoderSpec)
+        if len({str(getattr(spec, each.name)) for spec in specs}) == 1
+    }
+    same -= {"vocab_size", "max_positions", "num_heads", "num_blocks", "checkpoint_dtype"}
+    assert same <= {"sinks"}
