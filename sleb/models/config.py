@@ -27,9 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MAX_IDS = 1 << 10  # tokens that end a text
 
 Rule = Callable[[Fields, str, Any], Any]
-_RUNS = (
-    f"sleb runs {len(FAMILIES)} architectures, from LlamaForCausalLM to GPT2LMHeadModel: see docs/models.md"
-)
+_RUNS = f"sleb runs {len(FAMILIES)} others, from LlamaForCausalLM to GPT2LMHeadModel: see docs/models.md"
 
 
 def read_config(path: Path) -> Fields:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,8 @@ def test_one_entry_makes_a_family(tiny_model_dir, tmp_path, monkeypatch):
         for path in (tiny_model_dir, folder)
     )
     assert (expected == found).all()
+
+
+def test_the_page_of_models_lists_every_architecture():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    assert {name for name in FAMILIES if f"`{name}`" not in page} == set()
