@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 from rich.progress import BarColumn, DownloadColumn, TimeElapsedColumn, TransferSpeedColumn
 
-from sleb.cli.options import Model, with_options
+from sleb.cli.options import AnyModel, with_options
 from sleb.cli.progress import Bar
 from sleb.cli.show import find_map
 from sleb.formats import EXPORT_FORMATS
@@ -51,7 +51,7 @@ class ExportOptions:
 
 
 @with_options
-def export(model: Model, options: ExportOptions) -> None:
+def export(model: AnyModel, options: ExportOptions) -> None:
     """Write a model at one depth of a layer map for other tools.
 
     hf is a smaller checkpoint; zeroed keeps the shape; decilm can lack attention or MLP alone. The other formats are

@@ -245,18 +245,31 @@ def _check_model(model: str | None) -> str | None:
     return model
 
 
+def _check_any_model(model: str) -> str:
+    from sleb.models.resolve import check_model
+
+    check_model(model, any_architecture=True)
+    return model
+
+
 def _complete_model(incomplete: str) -> list[str]:
     """The aliases; where none fits, the shell goes on with files."""
     return [name for name in ALIASES if name.startswith(incomplete)]
 
 
-_MODEL = typer.Argument(
-    metavar="MODEL",
-    help=f"Folder, hub id (owner/name), .gguf file, {' or '.join(ALIASES)}.",
-    callback=_check_model,
-    autocompletion=_complete_model,
-    show_default=False,
-)
+def _model_argument(check: Callable[..., str | None]) -> Any:
+    return typer.Argument(
+        metavar="MODEL",
+        help=f"Folder, hub id (owner/name), .gguf file, {' or '.join(ALIASES)}.",
+        callback=check,
+        autocompletion=_complete_model,
+        show_default=False,
+    )
+
+
+_MODEL = _model_argument(_check_model)
 Model = Annotated[str, _MODEL]
 """MODEL, the same in every command that takes one; a name that can be none is refused at once."""
+AnyModel = Annotated[str, _model_argument(_check_any_model)]
+"""MODEL, of an architecture that need not be one of the engine's."""
 OptionalModel = Annotated[str | None, _MODEL]

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsed
 from rich.table import Table
 from rich.text import Text
 
-from sleb.cli.options import Model, with_options
+from sleb.cli.options import AnyModel, with_options
 from sleb.cli.progress import Bar
 from sleb.options import option, option_of
 from sleb.pruning.options import PruneOptions
@@ -38,7 +38,7 @@ class PruneCommand(PruneOptions):
 
 @with_options
 def prune(
-    model: Model,
+    model: AnyModel,
     options: PruneCommand,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where the layer map goes (JSON).", metavar="FILE")
@@ -49,6 +49,10 @@ def prune(
     Ctrl-C keeps what is decided; the same command with --resume goes on from there.
     """
     from sleb.benchmarks.plots import check_plots
+    from sleb.models.resolve import check_model
+
+    if options.runtime == "engine":
+        check_model(model)
     from sleb.pruning.run import run_pruning
 
     console = Console(stderr=True)

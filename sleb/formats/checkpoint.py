@@ -38,6 +38,7 @@ from sleb.formats.source import Source
 from sleb.layer_map.patches import Array
 from sleb.layer_map.units import Sublayer
 from sleb.models.config import read_config
+from sleb.models.weight_files import stored_tensors
 
 # Everything of a model's folder but its configuration, weights, code and papers.
 _COPIED = (
@@ -73,18 +74,9 @@ def export_folder(
     Raises ConfigError for what the notation cannot express or a place that cannot be written, ModelError for a
     checkpoint that is not whole.
     """
-    raw, checkpoint = read_config(source.path).values, open_checkpoint(source.path, source.spec)
-    plan = _PLANS[notation](raw, checkpoint.spec, removal)
-    config = plan.config
-    if checkpoint.spec.tied_embeddings != source.spec.tied_embeddings:
-        config["tie_word_embeddings"] = checkpoint.spec.tied_embeddings
+    contents = _contents if source.known else _any_contents
+    config, tensors = contents(removal, source, notation)
     with new_folder(target, force=force, source=source.path) as folder:
-        located = locate({**checkpoint.tensors, **checkpoint.extras})
-        chosen = [each for tensor in located if (each := plan.choose(tensor)) is not None]
-        tensors = [each for each in chosen if each.name not in plan.made]
-        dtype = next(each.dtype for each in located if each.name == f"{source.spec.names.embed}.weight")
-        rounded = removal.mending.way == "merge"  # as the others of the checkpoint
-        tensors += made_tensors(plan.made, dtype, rounded=rounded) + zero_tensors(plan.zeros, dtype)
         write_checkpoint(tensors, folder, shard_bytes=shard_bytes, progress=progress)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -92,6 +84,38 @@ def export_folder(
             shutil.copyfile(Path(__file__).with_name("decilm_model.py"), folder / MODEL_FILE)
         _copy_beside(source.path, folder)
         write_provenance(folder, removal, source, notation)
+
+
+def _contents(removal: Removal, source: Source, notation: str) -> tuple[dict[str, Any], list[LocatedTensor]]:
+    """The config.json and the tensors of an export."""
+    raw, checkpoint = read_config(source.path).values, open_checkpoint(source.path, source.spec)
+    plan = _PLANS[notation](raw, checkpoint.spec, removal)
+    config = plan.config
+    if checkpoint.spec.tied_embeddings != source.spec.tied_embeddings:
+        config["tie_word_embeddings"] = checkpoint.spec.tied_embeddings
+    located = locate({**checkpoint.tensors, **checkpoint.extras})
+    chosen = [each for tensor in located if (each := plan.choose(tensor)) is not None]
+    tensors = [each for each in chosen if each.name not in plan.made]
+    dtype = next(each.dtype for each in located if each.name == f"{source.spec.names.embed}.weight")
+    rounded = removal.mending.way == "merge"  # as the others of the checkpoint
+    tensors += made_tensors(plan.made, dtype, rounded=rounded) + zero_tensors(plan.zeros, dtype)
+    return config, tensors
+
+
+def _any_contents(
+    removal: Removal, source: Source, notation: str
+) -> tuple[dict[str, Any], list[LocatedTensor]]:
+    """The same for an architecture that the engine does not know: whole blocks of it can be left out."""
+    from sleb.formats.shortened import shortened  # transformers: for these alone
+
+    if notation != "hf":
+        source.spec  # noqa: B018  # refuses the architecture
+    removal.whole_blocks(notation)
+    stored = stored_tensors(source.path)
+    raw = read_config(source.path).values
+    config, names = shortened(source.path, raw, list(stored), removal.kept_blocks)
+    located = locate({name: stored[name] for name in names})
+    return config, [replace(tensor, name=names[tensor.name]) for tensor in located]
 
 
 @dataclass(frozen=True)
@@ -154,7 +178,7 @@ def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Pla
         return replace(tensor, zero=tensor.name in zeroed)
 
     if not removal.mending.kept:
-        return _Plan(full_config(raw, spec), choose)
+        return _Plan(full_config(raw, spec.architecture), choose)
     check_exact(spec, removal.mending.kept, "zeroed")
     made: dict[str, Array] = {}
     for patch in removal.mending.kept:
@@ -179,7 +203,7 @@ def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Pla
             if name not in made
         }
     )
-    return _Plan(full_config(raw, spec) | biases_field(spec), choose, made, zeros)
+    return _Plan(full_config(raw, spec.architecture) | biases_field(spec), choose, made, zeros)
 
 
 def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Plan:

@@ -102,7 +102,7 @@ def _tensors(spec: DecoderSpec, patch: Patch) -> dict[str, Array]:
 
 def decilm_config(raw: Mapping[str, Any], spec: DecoderSpec, blocks: Sequence[Block]) -> dict[str, Any]:
     """The config.json of a checkpoint of these blocks."""
-    config = full_config(raw, spec) | {
+    config = full_config(raw, spec.architecture) | {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {

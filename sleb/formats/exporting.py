@@ -56,8 +56,9 @@ def export_model(
     source = open_source(model, weights=notation in FOLDER_FORMATS, progress=progress is not None)
     removal = choose_removal(source, layer_map, depth)
     check_way(removal, notation, patches)
-    found = removal.layer_map.patches_at(removal.depth, source.spec.hidden_size)
-    removal = replace(removal, mending=Mending(patches, found))
+    if removal.layer_map.patches is not None:
+        found = removal.layer_map.patches_at(removal.depth, source.spec.hidden_size)
+        removal = replace(removal, mending=Mending(patches, found))
     if notation not in FOLDER_FORMATS:
         text = _TEXTS[notation](removal, source)
         if target is not None:

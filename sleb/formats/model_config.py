@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # it needs torch, which reading a list does not
     from sleb.engine.model.architecture import DecoderSpec
 
 
-# Lists that are as long as the model is deep by chance only: tokens, names, the frequencies of a head.
-_NOT_PER_BLOCK = frozenset(
+# Lists that are as long as the model is deep by chance only: tokens, names, frequencies of a head, parts of a block.
+NOT_PER_BLOCK = frozenset(
     {
         "architectures",
         "bos_token_id",
@@ -25,16 +25,19 @@ _NOT_PER_BLOCK = frozenset(
         "label2id",
         "rope_scaling",
         "rope_parameters",
+        "ssm_multipliers",
+        "mlp_multipliers",
+        "time_step_limit",
     }
 )
 # Remote code is not copied, and a folder's own name means nothing elsewhere.
 _DROPPED = ("auto_map", "_name_or_path")
 
 
-def full_config(raw: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
+def full_config(raw: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     """The config.json of a checkpoint in which no block is missing: the source's own."""
     config = {name: value for name, value in raw.items() if name not in _DROPPED}
-    config.setdefault("architectures", [spec.architecture])
+    config.setdefault("architectures", [architecture])
     return config
 
 
@@ -44,7 +47,7 @@ def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Seque
     Every list with a value for each block is cut, and what the configuration class would derive from a block's
     number (a window from `max_window_layers`, rotation from `no_rope_layer_interval`) is stated.
     """
-    config: dict[str, Any] = _cut(full_config(raw, spec), spec.num_blocks, kept_blocks)
+    config: dict[str, Any] = cut_lists(full_config(raw, spec.architecture), spec.num_blocks, kept_blocks)
     config["num_hidden_layers"] = len(kept_blocks)
     if isinstance(raw.get("max_window_layers"), int):  # the blocks below it have no window
         config["max_window_layers"] = sum(block < raw["max_window_layers"] for block in kept_blocks)
@@ -65,10 +68,11 @@ def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, 
     return {name: [lists[name][block] for block in kept_blocks] for name in lists if name in reads}
 
 
-def _cut(value: Any, num_blocks: int, kept_blocks: Sequence[int]) -> Any:
+def cut_lists(value: Any, num_blocks: int, kept_blocks: Sequence[int]) -> Any:
+    """A configuration, or a part of one, whose lists with a value for each block are cut to the kept blocks."""
     if isinstance(value, dict):
         return {
-            name: each if name in _NOT_PER_BLOCK else _cut(each, num_blocks, kept_blocks)
+            name: each if name in NOT_PER_BLOCK else cut_lists(each, num_blocks, kept_blocks)
             for name, each in value.items()
         }
     if isinstance(value, list) and len(value) == num_blocks:

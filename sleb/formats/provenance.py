@@ -33,7 +33,7 @@ def provenance(removal: Removal, source: Source, notation: str) -> dict[str, Any
         "sleb_version": __version__,
         "format": notation,
         "source_model": source.hub_id or source.name,
-        "source_fingerprint": source.spec.fingerprint,
+        "source_fingerprint": source.fingerprint,
         "layer_map": {
             "model": layer_map.model,
             "digest": layer_map.digest(depth),

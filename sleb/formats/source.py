@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
@@ -11,7 +12,9 @@ from sleb.errors import ConfigError
 from sleb.formats.removal import Removal
 from sleb.layer_map.layer_map import LayerMap
 from sleb.models.aliases import ALIASES
+from sleb.models.config import is_known, model_fingerprint, read_config
 from sleb.models.resolve import resolve_config, resolve_model
+from sleb.pruning.transformers_scorer import read_architecture
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,27 @@ class Source:
 
     path: Path
     name: str
-    spec: DecoderSpec
     hub_id: str | None = None
     gguf: Path | None = None
     shipped: Path | None = None
+
+    @cached_property
+    def known(self) -> bool:
+        """Whether the engine knows the architecture."""
+        return is_known(read_config(self.path))
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """Raises ModelError where the engine does not know the architecture."""
+        return resolve_spec(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint if self.known else model_fingerprint(read_config(self.path))
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return self.spec.num_blocks if self.known else int(read_architecture(self.path).num_hidden_layers)
 
     @property
     def reference(self) -> str:
@@ -32,19 +52,23 @@ class Source:
 
 
 def open_source(model: str, *, weights: bool = True, progress: bool = True) -> Source:
-    """MODEL as for every command; without `weights` only the config.json of a hub repository is fetched."""
+    """MODEL as for every command; without `weights` only the config.json of a hub repository is fetched.
+
+    Raises ModelError, also for a config.json that is wrong.
+    """
     resolved = (
         resolve_model(model, progress=progress) if weights else resolve_config(model, progress=progress)
     )
     given = Path(model).expanduser()
-    return Source(
+    source = Source(
         resolved.path,
         resolved.name,
-        resolve_spec(resolved.path),
         hub_id=None if model in ALIASES or given.exists() else model,
         gguf=given if given.is_file() and model not in ALIASES else None,
         shipped=resolved.layer_map,
     )
+    assert source.num_blocks  # a configuration that is wrong is told of before all else
+    return source
 
 
 def choose_removal(
@@ -60,7 +84,5 @@ def choose_removal(
             f"{source.name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
         )
     loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
-    loaded.check_model(
-        num_blocks=source.spec.num_blocks, fingerprint=source.spec.fingerprint, model=source.name
-    )
+    loaded.check_model(num_blocks=source.num_blocks, fingerprint=source.fingerprint, model=source.name)
     return Removal(loaded, loaded.depth if depth is None else depth)

@@ -65,7 +65,17 @@ def family_of(config: Fields) -> Family:
                 )
             return family
     found = f"architectures {shown(named)}" if named else f"model_type {shown(model_type)}"
-    raise ModelError(f"{shown_path(config.source)}: {found} is not supported; {_RUNS}")
+    raise ModelError(
+        f"{shown_path(config.source)}: {found} is not supported; {_RUNS}. `sleb prune --runtime transformers` finds "
+        "what another architecture can do without, and `sleb export` writes the smaller checkpoint"
+    )
+
+
+def is_known(config: Fields) -> bool:
+    """Whether the engine has a family of that model_type, or of one of the architectures."""
+    named = config.values.get("architectures")
+    names = [config.values.get("model_type"), *(named if isinstance(named, list) else [])]
+    return any(each in names for family in FAMILIES.values() for each in (family.model_type, family.architecture))
 
 
 def read_fields(config: Fields, family: Family) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sleb.errors import ConfigError, ModelError
 from sleb.fields import shown_path
 from sleb.files import cache_dir, content_digest
 from sleb.models.aliases import ALIASES, Alias, Download, fetch_gguf
-from sleb.models.config import check_config
+from sleb.models.config import check_config, read_config
 from sleb.models.hub import config_folder, snapshot
 from sleb.models.store import build_once, is_complete
 
@@ -78,15 +78,15 @@ def shipped_map(model: str) -> Path | None:
     return None if alias is None else alias.shipped_map
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, *, any_architecture: bool = False) -> None:
     """Raises ModelError for what can be no MODEL, whatever the hub holds: a path that is not there, a mere word, a
-    config.json that is wrong. Takes no torch.
+    config.json that is wrong, or of an architecture that the engine does not know. Takes no torch.
     """
     path = _path(model)
     if model in ALIASES:
         return
     if (path / "config.json").exists():
-        check_config(path)
+        read_config(path) if any_architecture else check_config(path)
         return
     if path.is_dir():
         _check_gguf(_only_gguf(path))

@@ -16,6 +16,7 @@ from sleb.layer_map.patches import Form
 from sleb.options import check_values, option, option_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+RUNTIMES = ("engine", "transformers")
 DEFAULT_REMOVE = "20%"
 DEFAULT_RANK = 64
 _WHAT, _TEXT, _HOW, _COMPUTE, _PATCH = "What to remove", "Calibration", "Search", "Compute", "Patches"
@@ -95,11 +96,12 @@ class PruneOptions(TextOptions):
         EngineConfig, "dtype", "float32", help="Of the search.", choices=DTYPES, aliases=(), group=_COMPUTE
     )
     device: str = option_of(EngineConfig, "device", group=_COMPUTE)
-    patch: str = option(
-        "full",
+    patch: str | None = option(
+        None,
         "What stands where units were removed, fitted to every second calibration window before a candidate is judged "
         "on the others: nothing (the paper), a scale of each channel, or a linear map, of rank R (64) or full.",
         metavar="none|scale|low-rank[=R]|full",
+        unset="full; with --runtime transformers, none",
         group=_HOW,
     )
     objective: str | None = option(
@@ -156,11 +158,20 @@ class PruneOptions(TextOptions):
     resume: bool = option(False, "Go on with the map in --output.")
     force: bool = option(False, "Replace the map in --output.")
     threads: int | None = option_of(EngineConfig, "threads", unset="torch's choice", group=_COMPUTE)
+    runtime: str = option(
+        "engine",
+        "What runs the model: sleb's engine, or transformers' own modules, for architectures that the engine does not "
+        "know; such a map is for `sleb export`.",
+        choices=RUNTIMES,
+        group=_COMPUTE,
+    )
 
     def check(self) -> None:
         """ConfigError for what can be seen without the model: a slip must not cost the time to load it."""
         check_values(self)
         EngineConfig("", device=self.device).check()
+        if self.runtime == "transformers":
+            self._check_transformers()
         if self.remove is not None:
             parse_remove(self.remove, 10**6)
         if self.max_perplexity_increase is not None:
@@ -174,7 +185,7 @@ class PruneOptions(TextOptions):
                 "cost kv weighs by the KV cache, of which an MLP has none: "
                 "take --units blocks or attention, or --cost latency"
             )
-        patch = parse_patch(self.patch)
+        patch = self.patch_form
         if self.search_mode == "gradient" and (self.search_objective != "loss" or patch is not None):
             raise ConfigError(
                 "screen gradient says nothing of patches, nor of the divergence, which is flat at the dense model: "
@@ -189,6 +200,24 @@ class PruneOptions(TextOptions):
             raise ConfigError("resume needs the output file that it continues")
         self.check_texts()
 
+    def _check_transformers(self) -> None:
+        """ConfigError for what takes the engine."""
+        from sleb.pruning.calibration import GENERATED, is_generated  # imports torch: last
+
+        refused = {
+            "--units other than blocks": self.units != "blocks",
+            "patches, which the checkpoint that is exported from the map could not hold": self.patch_form
+            is not None,
+            "predicted speedups, which are the engine's": self.target_speedup is not None
+            or self.cost == "latency",
+            "--cost kv, since blocks of such models need not have a KV cache": self.cost == "kv",
+            f"calibration {GENERATED}, which the engine writes": is_generated(self.calibration)
+            or any(map(is_generated, self.held_out)),
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise ConfigError(f"--runtime transformers does without {what}: leave that out")
+
     @property
     def has_target(self) -> bool:
         """Whether the recommended depth is chosen by a target."""
@@ -197,12 +226,19 @@ class PruneOptions(TextOptions):
     @property
     def predicts_speedup(self) -> bool:
         """Whether a cost model is fitted."""
-        return self.speedup or self.target_speedup is not None or self.cost == "latency"
+        asked = self.speedup or self.target_speedup is not None or self.cost == "latency"
+        return asked and self.runtime == "engine"
 
     @property
     def search_objective(self) -> str:
         """What candidates are judged by: "loss" or "kl"."""
-        return self.objective or ("loss" if parse_patch(self.patch) is None else "kl")
+        return self.objective or ("loss" if self.patch_form is None else "kl")
+
+    @property
+    def patch_form(self) -> PatchForm | None:
+        """Of the patches that the search fits; None: of none."""
+        unset = "none" if self.runtime == "transformers" else "full"
+        return parse_patch(unset if self.patch is None else self.patch)
 
     @property
     def search_mode(self) -> str:

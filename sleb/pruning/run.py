@@ -22,7 +22,6 @@ from sleb.pruning.options import (
     DEFAULT_REMOVE,
     PruneOptions,
     parse_increase,
-    parse_patch,
     parse_remove,
     set_threads,
 )
@@ -101,10 +100,15 @@ def run_pruning(
     earlier = None if path is None else check_output(path, resume=options.resume, force=options.force)
     if options.resume and earlier is None:
         note(f"{path} does not exist yet: the search begins with its first round")
+    if options.runtime == "transformers":
+        note(
+            "the map is found without patches and without predicted speedups: sleb does not serve a model of any "
+            "architecture, but `sleb export` writes the smaller checkpoint"
+        )
     scorer = _load(model, options)
     num_remove = _num_remove(options, scorer.num_blocks)
     tokens, held_out = gather_tokens(model, scorer, options, note=note, on_generate=on_generate)
-    what = parse_patch(options.patch)
+    what = options.patch_form
     if what is not None and (advice := check_text(scorer, what, tokens.windows[::2])) is not None:
         note(f"every second window fits patches: {advice}")
     cost_model = _cost_model(model, options, on_fit)
@@ -181,7 +185,7 @@ class _Run:
             if options.has_target
             else None
         )
-        what = parse_patch(options.patch)
+        what = options.patch_form
         self.fit = None if what is None else partial(RunFit, scorer, what)
         calibration = replace(tokens.record, dtype=options.dtype)
         self.patches: PatchRecord | None = None
@@ -301,6 +305,15 @@ def _num_remove(options: PruneOptions, num_blocks: int) -> int:
 def _load(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) -> PrunableModel:
     if not isinstance(model, str | os.PathLike):
         return model
+    if options.runtime == "transformers":
+        from sleb.pruning.transformers_scorer import TransformersScorer
+
+        return TransformersScorer.load(
+            os.fspath(model),
+            dtype=options.dtype,
+            device=options.device,
+            check=lambda num_blocks: _num_remove(options, num_blocks),
+        )
     from sleb.engine.model.scoring import DecoderScorer
 
     return DecoderScorer.load(
