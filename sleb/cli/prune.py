@@ -68,6 +68,12 @@ def prune(
             line = f"round {layer_map.max_depth}: {layer_map.removed[-1]} goes; saved in {output}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    if options.runtime == "transformers":
+        from sleb.formats.shortened import doubt
+
+        options.check()
+        if (remark := doubt(model)) is not None:
+            console.print(remark, markup=False, highlight=False, soft_wrap=True)
     try:
         with _SearchBar(console) as bar:
             report = run_pruning(

@@ -26,7 +26,9 @@ from sleb.errors import ConfigError, ModelError
 from sleb.fields import shown_path
 from sleb.formats.model_config import NOT_PER_BLOCK, cut_lists, full_config
 from sleb.layer_map.fingerprint import FIELDS
-from sleb.pruning.transformers_scorer import decoder_layers, error_line, read_architecture
+from sleb.models.config import read_config
+from sleb.models.resolve import resolve_config
+from sleb.pruning.transformers_scorer import decoder_layers, error_line, quiet, read_architecture
 
 logger = logging.getLogger("sleb.formats")
 
@@ -50,12 +52,36 @@ def shortened(
     raw: its config.json. names: of its tensors. Raises ConfigError for what the configuration cannot express,
     ModelError for a model that transformers does not know, or whose blocks cannot be told.
     """
+    config = read_architecture(path)
+    new, where = _checked_config(path, raw, config, kept_blocks)
+    return new, _renamed(path, names, where.rpartition(".")[2], config.num_hidden_layers, kept_blocks)
+
+
+def doubt(model: str) -> str | None:
+    """What to say, before a search, of a model whose configuration cannot express that its middle block is gone.
+
+    Raises ModelError.
+    """
+    path = resolve_config(model).path
+    config = read_architecture(path)
+    blocks, middle = range(config.num_hidden_layers), config.num_hidden_layers // 2
+    try:
+        _checked_config(path, read_config(path).values, config, [each for each in blocks if each != middle])
+    except ConfigError as error:
+        return f"not every depth can be exported, so check one before you rely on it: {error}"
+    return None
+
+
+@quiet()
+def _checked_config(
+    path: Path, raw: Mapping[str, Any], config: Any, kept_blocks: Sequence[int]
+) -> tuple[dict[str, Any], str]:
+    """The new config.json, and the name of the list of blocks."""
     if "quantization_config" in raw:
         raise ConfigError(
             f"{shown_path(path)} is quantised, and its architecture is none of the engine's: export the checkpoint "
             "that it was made from, and quantise the result"
         )
-    config = read_architecture(path)
     whole = _skeleton(config)
     where, layers = decoder_layers(whole)
     new = _shortened_config(full_config(raw, type(whole).__name__), config, kept_blocks)
@@ -70,7 +96,7 @@ def shortened(
     for number, block in enumerate(kept_blocks):
         if difference := _difference(layers[block], fewer[number]):
             raise _cannot(config, kept_blocks, f"of block {block}, then block {number}, {difference}")
-    return new, _renamed(path, names, where.rpartition(".")[2], len(layers), kept_blocks)
+    return new, where
 
 
 def _shortened_config(raw: Mapping[str, Any], config: Any, kept_blocks: Sequence[int]) -> dict[str, Any]:

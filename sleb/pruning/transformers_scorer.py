@@ -98,7 +98,7 @@ class TransformersScorer:
         self.vocab_size = int(model.config.vocab_size)
         self.text, self.tokenizer = text, text.tokenizer
         self._calls: dict[tuple[int, ...], list[_Call]] = {}
-        with _quiet():
+        with quiet():
             self._check_walk()
 
     @classmethod
@@ -320,7 +320,7 @@ def read_architecture(path: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except Exception as error:
@@ -351,7 +351,7 @@ def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device
     remedy = "take --dtype bfloat16" if dtype == torch.float32 else "take a machine with more"
     check_fits("the weights take", size, device, remedy, ModelError)
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
-    with _quiet(), refusal_told("the weights", device, remedy):
+    with quiet(), refusal_told("the weights", device, remedy):
         try:
             model, info = load(
                 path,
@@ -381,7 +381,7 @@ def error_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own remarks and bars."""
     from transformers.utils import logging
 
