@@ -75,7 +75,9 @@ def is_known(config: Fields) -> bool:
     """Whether the engine has a family of that model_type, or of one of the architectures."""
     named = config.values.get("architectures")
     names = [config.values.get("model_type"), *(named if isinstance(named, list) else [])]
-    return any(each in names for family in FAMILIES.values() for each in (family.model_type, family.architecture))
+    return any(
+        each in names for family in FAMILIES.values() for each in (family.model_type, family.architecture)
+    )
 
 
 def read_fields(config: Fields, family: Family) -> dict[str, Any]:
