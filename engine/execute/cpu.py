@@ -34,22 +34,10 @@ def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
         return "norms after the residual add"
     if spec.embed_size != spec.hidden_size:
         return "projected embeddings"
-    missing = {
-        "norms of updates": spec.post_norm or not spec.pre_norm,
-        "parallel blocks": spec.parallel,
-        "scaled embeddings or updates": spec.embed_scale != 1.0 or spec.residual_scale != 1.0,
-        "soft caps": spec.attention_softcap is not None or spec.logit_softcap is not None,
-        "norms of queries and keys of this kind": spec.qk_norm is not None
-        and (spec.qk_norm == "whole" or spec.qk_norm_after_rotation or spec.norm != "rms"),
-        "clamped queries and keys": spec.clip_qkv is not None,
-        "attention sinks": spec.sinks,
-        "rotation that differs from layer to layer": len(spec.rotaries) > 1,
-    }
+    if spec.qk_norm == "whole" and spec.qk_norm_after_rotation:
+        return "norms of all heads together after their rotation"
     if spec.activation not in ACTIVATIONS:
         return f"activation {spec.activation}"
-    for name, has_it in missing.items():
-        if has_it:
-            return name
     if page_size not in PAGE_SIZES:
         return f"a page size of {page_size}"
     return None
@@ -87,13 +75,15 @@ class CpuExecutor:
         self._max_tokens = max_num_tokens
         self._kept: list[object] = []  # what the records point to
         self._logits = torch.empty(0)
-        self._tables: RotaryTables | None = None
+        self._tables = tuple(
+            RotaryTables(rotary, max_model_len, torch.device("cpu")) for rotary in spec.rotaries
+        )
         self._argmax = (ctypes.c_int32 * max_num_seqs)()
         self._dtype = weights.dtype
         self._head = kernels.pack(weights.head.weight, weights.head.bias)
-        self._model = self._make_model(weights, max_model_len, max_num_tokens)
+        self._model = self._make_model(weights, max_num_tokens)
         units = (records.Unit * len(plan))()
-        for unit, planned in zip(units, plan, strict=True):
+        for number, (unit, planned) in enumerate(zip(units, plan, strict=True)):
             if isinstance(planned.unit, int):
                 self._fill_patch(unit, weights.patches[planned.unit])
             elif planned.unit[1] == "attention":
@@ -101,6 +91,8 @@ class CpuExecutor:
                 self._fill_attention(unit, block, weights.attention.pop(block), num_pages)
             else:
                 self._fill_mlp(unit, weights.mlp.pop(planned.unit[0]))
+                if spec.shared_norm:  # the same record: the kernels see that the rows are normed already
+                    unit.norm = units[number - 1].norm
                 kernels.library.sleb_trim()
         self._kept.append(units)
         self._model.units = ctypes.addressof(units)
@@ -123,8 +115,8 @@ class CpuExecutor:
         """One step; see `sleb.engine.execute.executor.Executor`."""
         assert step.sources is None, "this executor takes tokens from the host alone"
         assert step.num_tokens <= self._max_tokens, "a step has more tokens than the workspace"
-        if self._tables is not None:
-            self._tables.select(step.long_context)
+        for tables in self._tables:
+            tables.select(step.long_context)
         sampled = array("i", samples)
         record = records.Step(
             num_tokens=step.num_tokens,
@@ -164,7 +156,7 @@ class CpuExecutor:
             self._logits = torch.empty(num_rows, self._spec.vocab_size)
         return self._logits[:num_rows]
 
-    def _make_model(self, weights: DecoderWeights, max_model_len: int, max_num_tokens: int) -> records.Model:
+    def _make_model(self, weights: DecoderWeights, max_num_tokens: int) -> records.Model:
         spec, keep = self._spec, self._kernels.keep
         model = records.Model(
             hidden_size=spec.hidden_size,
@@ -172,13 +164,19 @@ class CpuExecutor:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             vocab_size=spec.vocab_size,
-            norm_kind=NORMS[spec.norm],
             page_size=self.page_size,
             kv_format=FORMATS[weights.dtype],
             max_tokens=max_num_tokens,
             position_offset=spec.position_offset,
             norm_eps=spec.norm_eps,
             scale=spec.attention_scale,
+            embed_scale=spec.embed_scale,
+            residual_scale=spec.residual_scale,
+            clip=spec.clip_qkv or 0.0,
+            softcap=spec.attention_softcap or 0.0,
+            logit_softcap=spec.logit_softcap or 0.0,
+            qk_whole=spec.qk_norm == "whole",
+            qk_after=spec.qk_norm_after_rotation,
             head=self._head,
             pool=self._kernels.pool,
         )
@@ -191,31 +189,29 @@ class CpuExecutor:
             model.embed_format = FORMATS[weights.embed.dtype]
         if weights.position_embed is not None:
             model.position_embed = keep(weights.position_embed)
-        if weights.final_norm is not None:
-            model.has_final_norm = 1
-            model.final_norm = self._norm(weights.final_norm)
-        if spec.rotaries:
-            self._tables = tables = RotaryTables(spec.rotaries[0], max_model_len, torch.device("cpu"))
-            model.rotary_half = tables.cos.shape[1]
-            model.cos, model.sin = tables.cos.data_ptr(), tables.sin.data_ptr()
+        model.final_norm = self._norm(weights.final_norm)
         return model
 
     def _norm(self, norm: Norm | None) -> records.Norm:
-        assert norm is not None
-        return records.Norm(self._kernels.keep(norm.weight), self._kernels.keep(norm.bias))
+        if norm is None:
+            return records.Norm()
+        keep = self._kernels.keep
+        return records.Norm(keep(norm.weight), keep(norm.bias), NORMS[self._spec.norm])
 
     def _fill_attention(
         self, unit: records.Unit, block: int, weights: AttentionWeights, num_pages: int
     ) -> None:
         spec, kernels = self._spec, self._kernels
         unit.kind = ATTENTION
-        unit.norm = self._norm(weights.norm)
+        unit.norm, unit.post_norm = self._norm(weights.norm), self._norm(weights.post_norm)
         unit.first = kernels.pack(weights.qkv.weight, weights.qkv.bias)
         unit.second = kernels.pack(weights.out.weight, weights.out.bias)
-        if weights.query_norm is not None and weights.key_norm is not None:
-            unit.query_norm = kernels.keep(weights.query_norm.weight)
-            unit.key_norm = kernels.keep(weights.key_norm.weight)
-        unit.rotate = spec.block_rotary[block] is not None
+        unit.query_norm, unit.key_norm = self._norm(weights.query_norm), self._norm(weights.key_norm)
+        if (rotary := spec.block_rotary[block]) is not None:
+            cos, sin = self._tables[rotary].both
+            unit.cos, unit.sin, unit.rotary_half = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
+        unit.sinks = kernels.keep(weights.sinks)
+        unit.parallel = spec.parallel
         unit.window = spec.windows[block] or 0
         padded = -(-spec.head_dim // 16) * 16
         size = num_pages * self.page_size * spec.num_kv_heads * padded * self._dtype.itemsize
@@ -225,7 +221,7 @@ class CpuExecutor:
     def _fill_mlp(self, unit: records.Unit, weights: MLPWeights) -> None:
         spec, kernels = self._spec, self._kernels
         unit.kind = MLP
-        unit.norm = self._norm(weights.norm)
+        unit.norm, unit.post_norm = self._norm(weights.norm), self._norm(weights.post_norm)
         unit.activation = ACTIVATIONS[spec.activation]
         unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
         unit.second = kernels.pack(weights.down.weight, weights.down.bias)
@@ -233,7 +229,7 @@ class CpuExecutor:
     def _fill_patch(self, unit: records.Unit, weights: PatchWeights) -> None:
         kernels = self._kernels
         unit.kind = PATCH
-        unit.normed = weights.normed
+        unit.norm = self._norm(Norm(None, None) if weights.normed else None)
         if weights.first is not None:
             unit.first = kernels.pack(weights.first.weight)
         if weights.second is not None:

@@ -136,20 +136,19 @@ class Decoder:
 
     def _attention(self, block: int, inputs: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
         spec, weights, kernels = self.spec, self.weights.attention[block], self.kernels
-        num_rotated = spec.num_heads + spec.num_kv_heads
         heads = kernels.linear(inputs, weights.qkv.weight, weights.qkv.bias)
-        if spec.clip_qkv is not None:
-            heads = heads.clamp(-spec.clip_qkv, spec.clip_qkv)
-        heads = heads.view(-1, num_rotated + spec.num_kv_heads, spec.head_dim)
-        query, key = heads[:, : spec.num_heads], heads[:, spec.num_heads : num_rotated]
+        heads = heads.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        query, key, value = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if not spec.qk_norm_after_rotation:
             query, key = self._head_norm(query, weights.query_norm), self._head_norm(key, weights.key_norm)
+        if (clip := spec.clip_qkv) is not None:
+            query, key, value = (part.clamp(-clip, clip) for part in (query, key, value))
         if (rotary := spec.block_rotary[block]) is not None:
             cos, sin = rotation.tables[rotary]
             query, key = kernels.rope(query, cos, sin), kernels.rope(key, cos, sin)
         if spec.qk_norm_after_rotation:
             query, key = self._head_norm(query, weights.query_norm), self._head_norm(key, weights.key_norm)
-        attended = attend(block, query, key, heads[:, num_rotated:])
+        attended = attend(block, query, key, value)
         return kernels.linear(attended.reshape(-1, spec.query_size), weights.out.weight, weights.out.bias)
 
     def _head_norm(self, heads: Tensor, norm: Norm | None) -> Tensor:

@@ -32,6 +32,7 @@ ACTIVATIONS = {
     "gelu": HEADER.constants["SLEB_GELU"],
     "gelu_new": HEADER.constants["SLEB_GELU_TANH"],
     "gelu_pytorch_tanh": HEADER.constants["SLEB_GELU_TANH"],
+    "relu2": HEADER.constants["SLEB_RELU2"],
 }
 PAGE_SIZES = (16, 32, 64, 128)  # a page must hold whole columns of 16 keys and divide a chunk of 128
 EMULATED = "amx-emulated"

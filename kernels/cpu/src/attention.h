@@ -44,6 +44,19 @@ static void rotate_head(float *x, const float *cos, const float *sin, int32_t ha
     }
 }
 
+static void clip_head(float *x, int32_t dim, float clip) {
+    for (int32_t d = 0; d < dim; d++) x[d] = x[d] > clip ? clip : x[d] < -clip ? -clip : x[d]; /* a NaN stays one */
+}
+
+/* One token's heads [H + 2K, D] into `out`, the queries under one norm and the keys under another. */
+static const float *norm_all_heads(const sleb_model *m, const sleb_unit *u, const float *heads, float *out) {
+    int32_t queries = m->num_heads * m->head_dim, keys = m->num_kv_heads * m->head_dim;
+    norm_row(heads, queries, &u->query_norm, m->norm_eps, out);
+    norm_row(heads + queries, keys, &u->key_norm, m->norm_eps, out + queries);
+    memcpy(out + queries + keys, heads + queries + keys, (size_t)keys * 4);
+    return out;
+}
+
 INLINE void write_half(void *to, int32_t format, float x) {
     if (format == SLEB_F32) {
         memcpy(to, &x, 4);
@@ -119,21 +132,24 @@ static void place_token(const attention *at, int32_t token, int32_t sequence, sl
     int32_t dim = m->head_dim, padded = round_up(dim, 16), group = m->num_heads / m->num_kv_heads;
     int32_t position = s->positions[token], kind = query_kind(m->kv_format);
     int32_t page = s->pages[s->page_starts[sequence] + position / m->page_size], offset = position % m->page_size;
-    const float *cos = m->cos + (size_t)position * m->rotary_half, *sin = m->sin + (size_t)position * m->rotary_half;
+    const float *cos = u->cos + (size_t)position * u->rotary_half, *sin = u->sin + (size_t)position * u->rotary_half;
     const float *heads = at->qkv + (size_t)token * (m->num_heads + 2 * m->num_kv_heads) * dim;
     float *x = local->row;
     memset(x + dim, 0, (size_t)(padded - dim) * 4);
-    const __m512 factor = _mm512_set1_ps(m->scale * LOG2_E); /* so that the softmax needs powers of two only */
+    if (m->qk_whole && u->query_norm.kind) heads = norm_all_heads(m, u, heads, x + padded);
+    /* So that the softmax needs powers of two only; a soft cap comes first. */
+    const __m512 factor = _mm512_set1_ps(m->softcap > 0.0f ? m->scale / m->softcap : m->scale * LOG2_E);
     for (int32_t head = 0; head < m->num_heads + m->num_kv_heads; head++, heads += dim) {
         int32_t is_key = head >= m->num_heads;
-        const float *weight = is_key ? u->key_norm : u->query_norm;
-        if (weight) {
-            sleb_norm norm = {weight, NULL};
-            norm_row(heads, dim, SLEB_NORM_RMS, &norm, m->norm_eps, x);
-        } else {
+        const sleb_norm *norm = is_key ? &u->key_norm : &u->query_norm;
+        int32_t is_normed = norm->kind && !m->qk_whole;
+        if (is_normed && !m->qk_after)
+            norm_row(heads, dim, norm, m->norm_eps, x);
+        else
             memcpy(x, heads, (size_t)dim * 4);
-        }
-        if (u->rotate) rotate_head(x, cos, sin, m->rotary_half);
+        if (m->clip > 0.0f) clip_head(x, dim, m->clip);
+        if (u->cos) rotate_head(x, cos, sin, u->rotary_half);
+        if (is_normed && m->qk_after) norm_row(x, dim, norm, m->norm_eps, x);
         if (is_key) {
             char *to = (char *)u->key_cache + page_offset(m, page, head - m->num_heads);
             store_key(m, to, offset, x, padded);
@@ -148,6 +164,7 @@ static void place_token(const attention *at, int32_t token, int32_t sequence, sl
     int32_t dirty = is_last && (offset == 0 || s->query_starts[sequence] != token);
     for (int32_t head = 0; head < m->num_kv_heads; head++, heads += dim) {
         memcpy(x, heads, (size_t)dim * 4);
+        if (m->clip > 0.0f) clip_head(x, dim, m->clip);
         char *to = (char *)u->value_cache + page_offset(m, page, head);
         store_value(m, to, offset, x, padded);
         if (dirty) clear_values_after(m, to, offset, padded);
@@ -209,6 +226,12 @@ static void score_keys(const sleb_model *m, const char *query, int32_t rows, con
         t.out = out + (size_t)row * SLEB_ATTENTION_KEYS;
         TILES[m->kv_format][min_i(MAX_ROWS, rows - row) - 1](&t);
     }
+}
+
+/* The scores [low, high) of a row under the soft cap, in powers of two. */
+static void cap_scores(float *scores, int32_t low, int32_t high, float softcap) {
+    for (int32_t at = low / 16 * 16; at < high; at += 16)
+        _mm512_storeu_ps(scores + at, softcap_ps(load_f32(scores + at), 1.0f, softcap * LOG2_E));
 }
 
 /* Online softmax of one row's scores [keys], of which [low, high) are visible: probs before they are divided by `sum`.
@@ -295,7 +318,11 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
     size_t query_row = (size_t)head * s->num_tokens * group + piece->first_row;
     const char *query = at->query + query_row * padded * element_bytes(kind);
     float *top = local->stats, *sum = local->stats + SLEB_ATTENTION_ROWS;
-    for (int32_t row = 0; row < rows; row++) top[row] = -INFINITY, sum[row] = 0.0f;
+    const float *sinks = piece->first_key == 0 ? at->unit->sinks : NULL;
+    for (int32_t row = 0; row < rows; row++) { /* a sink is as a first key whose value is 0 */
+        top[row] = sinks ? sinks[head * group + (piece->first_row + row) % group] * LOG2_E : -INFINITY;
+        sum[row] = sinks ? 1.0f : 0.0f;
+    }
     memset(local->mixed, 0, (size_t)rows * padded * 4);
 
     /* The row's own position is the last that it sees. */
@@ -329,6 +356,8 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
         for (int32_t row = 0; row < rows; row++) {
             int32_t position = base + (piece->first_row + row) / group;
             int32_t high = min_i(position + 1, end) - chunk, low = window ? max_i(0, position - window + 1 - chunk) : 0;
+            if (m->softcap > 0.0f)
+                cap_scores(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, low, min_i(high, padded_keys), m->softcap);
             float factor = softmax_keys(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, padded_keys, low, high,
                                       local->probs + (size_t)row * SLEB_ATTENTION_KEYS * element_bytes(kind), kind,
                                       &top[row], &sum[row]);

@@ -12,6 +12,8 @@ typedef struct {
     int32_t target, activation, kind; /* kind: of the rows that TO_ACTIVATE writes */
     char *out;
     size_t stride; /* bytes; TO_HEAD: of logits */
+    float factor;  /* TO_ADD: of the sums */
+    float softcap; /* TO_HEAD: of the logits, 0 for none; the order of them stays */
     float *best;   /* TO_HEAD, or NULL */
     int32_t *best_index;
 } epilogue;
@@ -21,8 +23,8 @@ INLINE void finish_head(const epilogue *e, const sleb_linear *w, int32_t row, in
     __mmask16 m0 = tail_mask(left), m1 = left > 16 ? tail_mask(left - 16) : 0;
     if (e->out) {
         float *out = (float *)(e->out + (size_t)row * e->stride) + column;
-        _mm512_mask_storeu_ps(out, m0, x0);
-        _mm512_mask_storeu_ps(out + 16, m1, x1);
+        _mm512_mask_storeu_ps(out, m0, e->softcap > 0.0f ? softcap_ps(x0, 1.0f / e->softcap, e->softcap) : x0);
+        _mm512_mask_storeu_ps(out + 16, m1, e->softcap > 0.0f ? softcap_ps(x1, 1.0f / e->softcap, e->softcap) : x1);
     }
     if (!e->best) return;
     const __m512 least = _mm512_set1_ps(-INFINITY);
@@ -70,8 +72,9 @@ INLINE void finish_row(const epilogue *e, const sleb_linear *w, int32_t row, int
         }
         float *sums = (float *)out + column;
         if (e->target == TO_ADD) {
-            x0 = _mm512_add_ps(x0, _mm512_maskz_loadu_ps(m0, sums));
-            x1 = _mm512_add_ps(x1, _mm512_maskz_loadu_ps(m1, sums + 16));
+            const __m512 factor = _mm512_set1_ps(e->factor);
+            x0 = _mm512_fmadd_ps(x0, factor, _mm512_maskz_loadu_ps(m0, sums));
+            x1 = _mm512_fmadd_ps(x1, factor, _mm512_maskz_loadu_ps(m1, sums + 16));
         }
         _mm512_mask_storeu_ps(sums, m0, x0);
         _mm512_mask_storeu_ps(sums + 16, m1, x1);

@@ -48,13 +48,13 @@ static operand prepare(const sleb_model *m, const sleb_linear *w, const sleb_nor
         into.data = local->few;
         into.scale = local->few_scale, into.offset = local->few_offset, into.init = local->few_init;
         for (int32_t row = 0; row < rows; row++)
-            prepare_row(x + (size_t)row * stride, w->k, m->norm_kind, norm, m->norm_eps, local->row, row, &into);
+            prepare_row(x + (size_t)row * stride, w->k, norm, m->norm_eps, local->row, row, &into);
         return into;
     }
     int32_t begin, end;
     while (sleb_take(m->pool, rows, &begin, &end))
         for (int32_t row = begin; row < end; row++)
-            prepare_row(x + (size_t)row * stride, w->k, m->norm_kind, norm, m->norm_eps, local->row, row, &into);
+            prepare_row(x + (size_t)row * stride, w->k, norm, m->norm_eps, local->row, row, &into);
     sleb_barrier(m->pool);
     return into;
 }
@@ -72,39 +72,86 @@ INLINE int32_t written_kind(const sleb_linear *w, int32_t rows) {
     return operand_kind(w->format, rows) == ROWS_BF16 ? ROWS_BF16 : ROWS_F32;
 }
 
-static void run_attention(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local,
-                          int32_t index) {
+/* residual += what rows `x` give by a sublayer's second product, normed first where the model norms its updates. */
+static void add_update(const sleb_model *m, const sleb_unit *u, const operand *x, int32_t rows, sleb_local *local) {
+    sleb_workspace *ws = m->workspace;
+    int32_t features = m->hidden_size, begin, end;
+    epilogue e = {.target = TO_ADD, .factor = m->residual_scale, .out = (char *)ws->residual,
+                  .stride = (size_t)features * 4};
+    if (u->post_norm.kind) e.target = TO_STORE, e.out = (char *)ws->first;
+    multiply(m->pool, &u->second, x, &e, rows, local);
+    sleb_barrier(m->pool);
+    if (!u->post_norm.kind) return;
+    while (sleb_take(m->pool, rows, &begin, &end))
+        for (size_t at = (size_t)begin * features; begin < end; begin++, at += features)
+            add_normed_row(ws->residual + at, ws->first + at, features, &u->post_norm, m->norm_eps, m->residual_scale);
+    sleb_barrier(m->pool);
+}
+
+INLINE operand prepare_residual(const sleb_model *m, const sleb_unit *u, int32_t rows, sleb_local *local) {
+    return prepare(m, &u->first, &u->norm, m->workspace->residual, m->hidden_size, rows, local);
+}
+
+static void project_heads(const sleb_model *m, const sleb_unit *u, const operand *x, int32_t rows, sleb_local *local) {
+    epilogue store = {.target = TO_STORE, .out = (char *)m->workspace->first, .stride = (size_t)u->first.n * 4};
+    multiply(m->pool, &u->first, x, &store, rows, local);
+    sleb_barrier(m->pool);
+}
+
+static void attend_and_add(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local,
+                           int32_t index) {
     const sleb_model *m = p->model;
     sleb_workspace *ws = m->workspace;
-    operand x = prepare(m, &u->first, &u->norm, ws->residual, m->hidden_size, rows, local);
-    epilogue store = {.target = TO_STORE, .out = (char *)ws->first, .stride = (size_t)u->first.n * 4};
-    multiply(m->pool, &u->first, &x, &store, rows, local);
-    sleb_barrier(m->pool);
     int32_t kind = written_kind(&u->second, rows);
     if (index == 0) clear_padding(ws->attended, u->second.k, kind, rows);
     attention at = {m, u, p->step, ws->first, ws->query, ws->attended, row_bytes(u->second.k, kind), kind, rows,
                     sequences};
     attend(&at, local);
-    x = written(m, &u->second, ws->attended, kind, rows, local);
-    epilogue add = {.target = TO_ADD, .out = (char *)ws->residual, .stride = (size_t)m->hidden_size * 4};
-    multiply(m->pool, &u->second, &x, &add, rows, local);
-    sleb_barrier(m->pool);
+    operand x = written(m, &u->second, ws->attended, kind, rows, local);
+    add_update(m, u, &x, rows, local);
 }
 
-static void run_mlp(const pass *p, const sleb_unit *u, int32_t rows, sleb_local *local, int32_t index) {
-    const sleb_model *m = p->model;
+static void activate(const sleb_model *m, const sleb_unit *u, const operand *x, int32_t rows, sleb_local *local,
+                     int32_t index) {
     sleb_workspace *ws = m->workspace;
-    operand x = prepare(m, &u->first, &u->norm, ws->residual, m->hidden_size, rows, local);
     int32_t kind = written_kind(&u->second, rows);
     if (index == 0) clear_padding(ws->activated, u->second.k, kind, rows);
     epilogue act = {.target = TO_ACTIVATE, .activation = u->activation, .kind = kind, .out = ws->activated,
                     .stride = row_bytes(u->second.k, kind)};
-    multiply(m->pool, &u->first, &x, &act, rows, local);
+    multiply(m->pool, &u->first, x, &act, rows, local);
     sleb_barrier(m->pool);
-    x = written(m, &u->second, ws->activated, kind, rows, local);
-    epilogue add = {.target = TO_ADD, .out = (char *)ws->residual, .stride = (size_t)m->hidden_size * 4};
-    multiply(m->pool, &u->second, &x, &add, rows, local);
-    sleb_barrier(m->pool);
+}
+
+static void add_activated(const sleb_model *m, const sleb_unit *u, int32_t rows, sleb_local *local) {
+    operand x = written(m, &u->second, m->workspace->activated, written_kind(&u->second, rows), rows, local);
+    add_update(m, u, &x, rows, local);
+}
+
+static void run_attention(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local,
+                          int32_t index) {
+    operand x = prepare_residual(p->model, u, rows, local);
+    project_heads(p->model, u, &x, rows, local);
+    attend_and_add(p, u, sequences, rows, local, index);
+}
+
+static void run_mlp(const pass *p, const sleb_unit *u, int32_t rows, sleb_local *local, int32_t index) {
+    operand x = prepare_residual(p->model, u, rows, local);
+    activate(p->model, u, &x, rows, local, index);
+    add_activated(p->model, u, rows, local);
+}
+
+/* Attention and MLP of a block that read the same residual: both first products come before either adds to it. */
+static void run_parallel(const pass *p, const sleb_unit *u, int32_t sequences, int32_t rows, sleb_local *local,
+                         int32_t index) {
+    const sleb_model *m = p->model;
+    const sleb_unit *mlp = u + 1;
+    operand x = prepare_residual(m, u, rows, local);
+    project_heads(m, u, &x, rows, local);
+    if (mlp->norm.weight != u->norm.weight || mlp->norm.bias != u->norm.bias || mlp->first.format != u->first.format)
+        x = prepare_residual(m, mlp, rows, local);
+    activate(m, mlp, &x, rows, local, index);
+    attend_and_add(p, u, sequences, rows, local, index);
+    add_activated(m, mlp, rows, local);
 }
 
 /* Over rows [first, first + rows) of the residual. */
@@ -122,8 +169,7 @@ static void run_patch(const pass *p, const sleb_unit *u, int32_t first, int32_t 
         return;
     }
     int32_t is_full = u->first.data == NULL;
-    operand x = prepare(m, is_full ? &u->second : &u->first, u->normed ? &u->norm : NULL, residual, m->hidden_size,
-                        rows, local);
+    operand x = prepare(m, is_full ? &u->second : &u->first, &u->norm, residual, m->hidden_size, rows, local);
     if (!is_full) {
         int32_t kind = written_kind(&u->second, rows);
         if (index == 0) clear_padding(ws->activated, u->second.k, kind, rows);
@@ -135,7 +181,7 @@ static void run_patch(const pass *p, const sleb_unit *u, int32_t first, int32_t 
     } else if (rows <= SLEB_FEW_ROWS) {
         sleb_barrier(m->pool); /* each thread has read, on its own, what the product now adds to */
     }
-    epilogue add = {.target = TO_ADD, .out = (char *)residual, .stride = (size_t)m->hidden_size * 4};
+    epilogue add = {.target = TO_ADD, .factor = 1.0f, .out = (char *)residual, .stride = (size_t)m->hidden_size * 4};
     multiply(m->pool, &u->second, &x, &add, rows, local);
     sleb_barrier(m->pool);
 }
@@ -190,6 +236,8 @@ static void embed_row(const sleb_model *m, int32_t id, int32_t position, float *
             _mm512_mask_storeu_ps(out + d, mask, x);
         }
     }
+    if (m->embed_scale != 1.0f)
+        for (int32_t d = 0; d < features; d++) out[d] *= m->embed_scale;
     if (m->position_embed) {
         const float *add = (const float *)m->position_embed + (size_t)(position + m->position_offset) * features;
         for (int32_t d = 0; d < features; d++) out[d] += add[d];
@@ -200,8 +248,9 @@ static void embed_row(const sleb_model *m, int32_t id, int32_t position, float *
  * is NaN), or both. */
 static void run_head(const sleb_model *m, const float *from, int32_t rows, float *logits, int32_t *argmax,
                      sleb_local *local, int32_t index) {
-    operand x = prepare(m, &m->head, m->has_final_norm ? &m->final_norm : NULL, from, m->hidden_size, rows, local);
-    epilogue e = {.target = TO_HEAD, .out = (char *)logits, .stride = (size_t)m->vocab_size * 4};
+    operand x = prepare(m, &m->head, &m->final_norm, from, m->hidden_size, rows, local);
+    epilogue e = {.target = TO_HEAD, .softcap = m->logit_softcap, .out = (char *)logits,
+                  .stride = (size_t)m->vocab_size * 4};
     if (argmax) {
         e.best = local->best, e.best_index = local->best_index;
         for (int32_t row = 0; row < rows; row++) e.best[row] = -INFINITY, e.best_index[row] = INT32_MAX;
@@ -241,7 +290,9 @@ static void forward_thread(void *argument, int32_t index) {
         int32_t sequences = s->unit_ends[number], first = s->query_starts[s->unit_starts[number]];
         int32_t rows = s->query_starts[sequences] - first;
         if (rows == 0) continue;
-        if (u->kind == SLEB_ATTENTION)
+        if (u->kind == SLEB_ATTENTION && u->parallel)
+            run_parallel(p, u, sequences, rows, local, index), number++;
+        else if (u->kind == SLEB_ATTENTION)
             run_attention(p, u, sequences, rows, local, index);
         else if (u->kind == SLEB_MLP)
             run_mlp(p, u, rows, local, index);
@@ -306,14 +357,15 @@ static void linear_thread(void *argument, int32_t index) {
     tiles_begin();
     operand x = prepare(m, c->linear, c->norm, c->x, c->linear->k, c->rows, local);
     int32_t columns = c->linear->gated ? c->linear->n / 2 : c->linear->n;
-    epilogue e = {.target = c->target, .activation = c->activation, .kind = ROWS_F32, .out = (char *)c->out,
-                  .stride = (size_t)columns * 4};
+    epilogue e = {.target = c->target, .activation = c->activation, .kind = ROWS_F32, .factor = m->residual_scale,
+                  .out = (char *)c->out, .stride = (size_t)columns * 4};
     multiply(m->pool, c->linear, &x, &e, c->rows, local);
     sleb_barrier(m->pool);
     tiles_end();
 }
 
-/* x [rows, k], normed if `norm` is not NULL, times `w`; target: 0 store, 1 add to out, 2 store activated. */
+/* x [rows, k], normed if `norm` is not NULL, times `w`; target: 0 store, 1 add to out (times the residual_scale), 2
+ * store activated. */
 static int32_t linear(const sleb_model *m, const sleb_norm *norm, const sleb_linear *w, const float *x, int32_t rows,
                       int32_t target, int32_t activation, float *out) {
     operator_call c = {.model = m, .x = x, .linear = w, .norm = norm, .rows = rows, .target = target,

@@ -57,11 +57,11 @@ static void quantise_row(const float *x, int32_t features, int8_t *q, float *sca
     }
 }
 
-static void norm_row(const float *x, int32_t features, int32_t norm_kind, const sleb_norm *norm, float eps,
-                     float *out) {
+/* `out` may be x. */
+static void norm_row(const float *x, int32_t features, const sleb_norm *norm, float eps, float *out) {
     __m512 sum = _mm512_setzero_ps();
     float mean = 0.0f;
-    if (norm_kind == SLEB_NORM_LAYER) {
+    if (norm->kind == SLEB_NORM_LAYER) {
         for (int32_t at = 0; at < features; at += 16)
             sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(tail_mask(features - at), x + at));
         mean = _mm512_reduce_add_ps(sum) / (float)features;
@@ -83,6 +83,16 @@ static void norm_row(const float *x, int32_t features, int32_t norm_kind, const 
     }
 }
 
+/* x += scale · norm(update), which is used up. */
+static void add_normed_row(float *x, float *update, int32_t features, const sleb_norm *norm, float eps, float scale) {
+    norm_row(update, features, norm, eps, update);
+    for (int32_t at = 0; at < features; at += 16) {
+        __mmask16 mask = tail_mask(features - at);
+        __m512 sum = _mm512_maskz_loadu_ps(mask, x + at), add = _mm512_maskz_loadu_ps(mask, update + at);
+        _mm512_mask_storeu_ps(x + at, mask, _mm512_fmadd_ps(add, _mm512_set1_ps(scale), sum));
+    }
+}
+
 /* x = scale x + shift. */
 static void scale_row(float *x, int32_t features, const float *scale, const float *shift) {
     for (int32_t at = 0; at < features; at += 16) {
@@ -93,13 +103,13 @@ static void scale_row(float *x, int32_t features, const float *scale, const floa
 }
 
 /* One row x [features], normed if there is a norm, as row `row` of an operand. `scratch` holds a row in float32. */
-static void prepare_row(const float *x, int32_t features, int32_t norm_kind, const sleb_norm *norm, float eps,
-                        float *scratch, int32_t row, operand *into) {
+static void prepare_row(const float *x, int32_t features, const sleb_norm *norm, float eps, float *scratch, int32_t row,
+                        operand *into) {
     char *out = (char *)into->data + (size_t)row * into->stride;
     const float *ready = x;
-    if (norm) {
+    if (norm && norm->kind) {
         float *target = into->kind == ROWS_F32 ? (float *)out : scratch;
-        norm_row(x, features, norm_kind, norm, eps, target);
+        norm_row(x, features, norm, eps, target);
         if (into->kind == ROWS_F32) {
             memset(target + features, 0, (size_t)(round_up(features, SLEB_GROUP) - features) * 4);
             return;

@@ -84,6 +84,12 @@ INLINE __m512 tanh_ps(__m512 x) {
     return _mm512_sub_ps(_mm512_set1_ps(1.0f), quotient);
 }
 
+/* scale · tanh(x · inverse): a soft cap where inverse is 1 / scale. A NaN stays one. */
+INLINE __m512 softcap_ps(__m512 x, float inverse, float scale) {
+    __m512 capped = _mm512_mul_ps(tanh_ps(_mm512_mul_ps(x, _mm512_set1_ps(inverse))), _mm512_set1_ps(scale));
+    return _mm512_mask_mov_ps(capped, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
+
 INLINE __m512 gelu_tanh_ps(__m512 x) {
     __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
     __m512 inner = _mm512_fmadd_ps(cubed, _mm512_set1_ps(0.044715f), x);
@@ -98,10 +104,13 @@ static __attribute__((noinline)) __m512 gelu_ps(__m512 x) { /* exact; rare, so l
     return _mm512_load_ps(lanes);
 }
 
+INLINE __m512 relu_ps(__m512 x) { return _mm512_max_ps(_mm512_setzero_ps(), x); } /* of a NaN the second */
+
 INLINE __m512 activate_ps(__m512 x, int32_t activation) {
     switch (activation) {
     case SLEB_SILU: return silu_ps(x);
-    case SLEB_RELU: return _mm512_max_ps(_mm512_setzero_ps(), x); /* of a NaN the second */
+    case SLEB_RELU: return relu_ps(x);
+    case SLEB_RELU2: return _mm512_mul_ps(relu_ps(x), relu_ps(x));
     case SLEB_GELU: return gelu_ps(x);
     case SLEB_IDENTITY: return x;
     default: return gelu_tanh_ps(x);

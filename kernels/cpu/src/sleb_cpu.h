@@ -21,8 +21,8 @@ enum { SLEB_PANEL = 32, SLEB_GROUP = 32 };
  * by groups of 32 inputs. */
 enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4 };
 
-enum { SLEB_NORM_RMS, SLEB_NORM_LAYER };
-enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH, SLEB_IDENTITY };
+enum { SLEB_NO_NORM, SLEB_NORM_RMS, SLEB_NORM_LAYER };
+enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH, SLEB_RELU2, SLEB_IDENTITY };
 enum { SLEB_ATTENTION, SLEB_MLP, SLEB_PATCH };
 
 /* A packed matrix [n, k]. When gated, rows [0, n/2) are gate and the rest up, and a panel holds 16 of each. */
@@ -35,21 +35,25 @@ typedef struct {
 
 typedef struct {
     const float *weight, *bias; /* [features] or NULL */
+    int32_t kind;               /* SLEB_NO_NORM: there is none */
 } sleb_norm;
 
 /* What rows of the residual run. A sublayer: norm, a first product (qkv, or up), attention or activation, a second
- * product (out, or down). A patch: the same without anything between its products; without a first one if it is of full
- * rank; x = scale x + shift if there is a scale. */
+ * product (out, or down), and perhaps a norm of the update before it is added. A patch: the same without anything
+ * between its products; without a first one if it is of full rank; x = scale x + shift if there is a scale. */
 typedef struct {
-    sleb_norm norm;
+    sleb_norm norm, post_norm;
     sleb_linear first, second;
-    const float *query_norm, *key_norm; /* [D] or NULL */
-    void *key_cache, *value_cache;      /* attention only; see attention.h for the layout of a page */
-    const float *scale, *shift;         /* [E] or NULL; patches only */
+    /* attention only */
+    sleb_norm query_norm, key_norm;  /* of a head [D]; where the model's qk_whole is set, of all [H·D] and [K·D] */
+    const float *cos, *sin;          /* [max_model_len, rotary_half], or NULL: nothing is rotated */
+    const float *sinks;              /* [H] or NULL: logits that join the denominators of a head's softmax */
+    void *key_cache, *value_cache;   /* see attention.h for the layout of a page */
+    const float *scale, *shift;      /* [E] or NULL; patches only */
     int32_t kind;
-    int32_t normed;     /* patches only; sublayers are */
-    int32_t rotate;     /* whether this block rotates its queries and keys */
+    int32_t rotary_half;
     int32_t window;     /* a token sees itself and the window - 1 before it; 0 for all */
+    int32_t parallel;   /* attention only: the next unit is the block's MLP and reads what this one reads */
     int32_t activation; /* MLP only */
 } sleb_unit;
 
@@ -57,15 +61,17 @@ typedef struct sleb_pool sleb_pool;
 typedef struct sleb_workspace sleb_workspace;
 
 typedef struct {
-    int32_t hidden_size, num_heads, num_kv_heads, head_dim, rotary_half, vocab_size, norm_kind, num_units;
+    int32_t hidden_size, num_heads, num_kv_heads, head_dim, vocab_size, num_units;
     int32_t page_size, kv_format, embed_format, embed_packed, max_tokens, position_offset;
-    float norm_eps, scale;
-    const float *cos, *sin;           /* [max_model_len, rotary_half] */
+    int32_t qk_whole, qk_after;       /* norms of queries and keys: over all heads; after the rotation */
+    float norm_eps, scale;            /* scale: of the scores */
+    float embed_scale, residual_scale; /* of the token embeddings; of every update of the residual */
+    float clip;                       /* queries, keys and values lie within [-clip, clip]; 0: anywhere */
+    float softcap, logit_softcap;     /* of scores and of logits: x becomes c tanh(x / c); 0: it stays */
     const void *embed;                /* row-major [V, E] in embed_format, or the packed head */
     const void *position_embed;       /* float32 [positions, E], or NULL */
     const sleb_unit *units;
     sleb_norm final_norm;
-    int32_t has_final_norm;
     sleb_linear head;
     sleb_pool *pool;
     sleb_workspace *workspace;

@@ -37,7 +37,7 @@ static void lay_out(sleb_workspace *ws, arena *a, const sleb_model *m, size_t wi
     size_t keys = SLEB_ATTENTION_KEYS, piece_rows = SLEB_ATTENTION_ROWS;
     size_t wide = padded_row(widest), groups = (widest + 31) / 32, token_rows = max_size(rows, samples);
     ws->residual = carve(a, rows * hidden * 4);
-    ws->first = carve(a, rows * (heads + 2 * kv) * dim * 4);
+    ws->first = carve(a, rows * max_size((heads + 2 * kv) * dim, hidden) * 4);
     ws->query = carve(a, (rows * heads + piece_rows) * padded * 4);
     ws->attended = carve(a, rows * padded_row(heads * dim));
     ws->activated = carve(a, rows * padded_row(activated));
@@ -59,7 +59,7 @@ static void lay_out(sleb_workspace *ws, arena *a, const sleb_model *m, size_t wi
         local.few_scale = carve(a, SLEB_FEW_ROWS * groups * 4);
         local.few_offset = carve(a, SLEB_FEW_ROWS * groups * 4);
         local.few_init = carve(a, SLEB_FEW_ROWS * groups * 4);
-        local.row = carve(a, (max_size(widest, max_size(dim, padded)) + 64) * 4);
+        local.row = carve(a, (max_size(widest, padded + (heads + 2 * kv) * dim) + 64) * 4);
         local.tile = carve(a, 32 * SLEB_PANEL * 4);
         local.panel = carve(a, max_size((widest + 31) / 32 * 32 * SLEB_PANEL * 2, 16 * 128));
         local.best = carve(a, samples * 4);

@@ -17,7 +17,7 @@ typedef struct {
     char *few;            /* a product's operand of a few rows, which each thread prepares on its own */
     float *few_scale, *few_offset;
     int32_t *few_init;
-    float *row;           /* one row in float32 */
+    float *row;           /* one row in float32; in attention a head, padded, and all heads */
     float *tile;          /* [32, 32] sums */
     char *panel;          /* a panel of weights widened to bf16 */
     float *best;          /* [B] highest logit so far */
@@ -36,7 +36,7 @@ typedef struct {
 struct sleb_workspace {
     int32_t max_partials;
     float *residual;              /* [T, E], float32 for every format: small beside weights, rounded in operands only */
-    float *first;                 /* [T, qkv features] */
+    float *first;                 /* [T, qkv features], or [T, E]: an update before its norm */
     char *query;                  /* [T, H, Dp] */
     char *attended, *activated;   /* [T, .], as the next product reads them, or float32 */
     char *operand;                /* [T, .] */

@@ -73,14 +73,27 @@ static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_
     size_t cache = (size_t)SEQUENCES * PAGES * KV_HEADS * PAGE * 32 * (size_t)kv_bytes;
     for (int32_t i = 0; i < 2 * BLOCKS; i++) {
         sleb_unit *u = &units[i];
-        u->norm.weight = random_floats(HIDDEN, 1.0f, 0.2f);
+        /* The first block is parallel, the second without norms before, the last with norms after. */
+        u->norm = (sleb_norm){random_floats(HIDDEN, 1.0f, 0.2f), NULL, SLEB_NORM_RMS};
+        if (i / 2 != 0) u->post_norm = u->norm;
+        if (i / 2 == 1) u->norm.kind = SLEB_NO_NORM;
+        u->parallel = i == 0;
         u->kind = i % 2 == 0 ? SLEB_ATTENTION : SLEB_MLP;
         if (u->kind == SLEB_ATTENTION) {
             u->first = random_linear(pool, format, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, 0, i == 0);
             u->second = random_linear(pool, format, HIDDEN, HEADS * DIM, 0, i == 2);
             u->key_cache = must(sleb_map(cache, 0)), u->value_cache = must(sleb_map(cache, 0));
-            u->rotate = i != 2, u->window = i == 4 ? 300 : 0;
-            if (i == 0) u->query_norm = random_floats(DIM, 1.0f, 0.2f), u->key_norm = random_floats(DIM, 1.0f, 0.2f);
+            u->window = i == 4 ? 300 : 0;
+            if (i != 2) {
+                u->cos = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f);
+                u->sin = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f);
+                u->rotary_half = HALF;
+            }
+            if (i == 2) u->sinks = random_floats(HEADS, 0.0f, 2.0f);
+            if (i == 0) {
+                u->query_norm = (sleb_norm){random_floats(HEADS * DIM, 1.0f, 0.2f), NULL, SLEB_NORM_RMS};
+                u->key_norm = (sleb_norm){random_floats(KV_HEADS * DIM, 1.0f, 0.2f), NULL, SLEB_NORM_RMS};
+            }
         } else {
             int32_t gated = i != 3;
             u->activation = i == 3 ? SLEB_GELU_TANH : SLEB_SILU;
@@ -88,7 +101,7 @@ static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_
             u->second = random_linear(pool, format, HIDDEN, MIDDLE, 0, 0);
         }
     }
-    for (int32_t i = 2 * BLOCKS; i < UNITS; i++) units[i].kind = SLEB_PATCH, units[i].normed = 1;
+    for (int32_t i = 2 * BLOCKS; i < UNITS; i++) units[i].kind = SLEB_PATCH, units[i].norm.kind = SLEB_NORM_RMS;
     sleb_unit *low_rank = &units[2 * BLOCKS], *full = low_rank + 1, *scale = full + 1;
     low_rank->first = random_linear(pool, format, RANK, HIDDEN, 0, 0);
     low_rank->second = random_linear(pool, format, HIDDEN, RANK, 0, 1);
@@ -175,12 +188,11 @@ int main(int argc, char **argv) {
     int32_t kv_format = format > SLEB_BF16 ? SLEB_BF16 : format;
     fill_units(units, pool, format, kv_format == SLEB_F32 ? 4 : 2);
     sleb_model m = {
-        .hidden_size = HIDDEN, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .rotary_half = HALF,
-        .vocab_size = VOCAB, .norm_kind = SLEB_NORM_RMS, .num_units = UNITS, .page_size = PAGE,
-        .kv_format = kv_format, .embed_packed = 1, .max_tokens = MAX_TOKENS, .norm_eps = 1e-5f, .scale = 0.2f,
-        .cos = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),
-        .sin = random_floats((size_t)LONGEST * HALF, 0.0f, 0.7f),
-        .units = units, .final_norm = {random_floats(HIDDEN, 1.0f, 0.2f), NULL}, .has_final_norm = 1,
+        .hidden_size = HIDDEN, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM,
+        .vocab_size = VOCAB, .num_units = UNITS, .page_size = PAGE, .kv_format = kv_format, .embed_packed = 1,
+        .max_tokens = MAX_TOKENS, .qk_whole = 1, .norm_eps = 1e-5f, .scale = 0.2f, .embed_scale = 1.5f,
+        .residual_scale = 0.8f, .clip = 3.0f, .softcap = 5.0f, .logit_softcap = 20.0f,
+        .units = units, .final_norm = {random_floats(HIDDEN, 1.0f, 0.2f), NULL, SLEB_NORM_RMS},
         .head = random_linear(pool, format == SLEB_I4 ? SLEB_I8 : format, VOCAB, HIDDEN, 0, 0), .pool = pool,
     };
     size_t bytes;

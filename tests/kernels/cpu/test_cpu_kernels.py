@@ -46,6 +46,8 @@ class Rig:
             "page_size": 16,
             "norm_eps": 1e-5,
             "scale": 0.3,
+            "embed_scale": 1.0,
+            "residual_scale": 1.0,
         }
         self.kernels = kernels
         self.model = records.Model(**(defaults | fields), max_tokens=max_tokens, pool=kernels.pool)
@@ -147,7 +149,7 @@ def test_activation(kernels, name, gated):
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("affine", [True, False])
 def test_norm_before_a_product(kernels, norm, affine):
-    with Rig(kernels, norm_kind=library.NORMS[norm], widest=600) as rig:
+    with Rig(kernels, widest=600) as rig:
         for rows, k in [(1, 16), (2, 33), (5, 576), (70, 600)]:
             weight, x = torch.eye(k), 3 * randn(rows, k, seed=k) + 1
             scale, shift = (randn(k, seed=1), randn(k, seed=2)) if affine else (None, None)
@@ -156,7 +158,8 @@ def test_norm_before_a_product(kernels, norm, affine):
             else:
                 pair = (None, None) if scale is None else (scale.double(), shift.double())
                 expected = reference.layer_norm(x.double(), *pair, 1e-5)
-            record = records.Norm(kernels.keep(scale), kernels.keep(shift if norm == "layer" else None))
+            bias = kernels.keep(shift if norm == "layer" else None)
+            record = records.Norm(kernels.keep(scale), bias, library.NORMS[norm])
             out = torch.zeros(rows, k)
             packed = kernels.pack(weight)
             kernels.isa.linear(rig.model, record, packed, x.data_ptr(), rows, STORE, 0, out.data_ptr())
@@ -183,7 +186,8 @@ def test_norm_and_activation_around_a_product_of_every_format(kernels, kind, gat
             operand, _ = expected_operand(kernels, kind, rows, reference.rms_norm(x, scale, 1e-5))
             hidden = operand @ exact.T
             expected = (reference.gated_activate if gated else reference.activate)(hidden, "silu")
-            record, packed = records.Norm(kernels.keep(scale), None), kernels.pack(stored, gated=gated)
+            record = records.Norm(kernels.keep(scale), None, library.NORMS["rms"])
+            packed = kernels.pack(stored, gated=gated)
             out = torch.full((rows, features), torch.nan)
             address = x.data_ptr(), rows, ACTIVATE, library.ACTIVATIONS["silu"], out.data_ptr()
             kernels.isa.linear(rig.model, record, packed, *address)
@@ -229,10 +233,10 @@ class TestPatch:
 
     WIDTH, RANK = 100, 13
 
-    def unit(self, kernels, kind, form, normed, seed):
+    def unit(self, kernels, kind, form, norm, seed):
         """A patch's record, and its arithmetic in float64 over rows that have been through its norm."""
         width, bias = self.WIDTH, randn(self.WIDTH, seed=seed)
-        unit = records.Unit(kind=library.PATCH, normed=normed)
+        unit = records.Unit(kind=library.PATCH, norm=records.Norm(kind=library.NORMS.get(norm, 0)))
         if form == "scale":
             scale = 1 + randn(width, seed=seed + 1)
             unit.scale, unit.shift = kernels.keep(scale), kernels.keep(bias)
@@ -261,11 +265,11 @@ class TestPatch:
             norm == "rms"
         )
         with Rig(
-            kernels, hidden_size=self.WIDTH, norm_kind=library.NORMS[norm], vocab_size=count, widest=self.WIDTH,
+            kernels, hidden_size=self.WIDTH, vocab_size=count, widest=self.WIDTH,
             max_tokens=count, embed=embed.data_ptr(), num_units=1, head=kernels.pack(torch.zeros(count, self.WIDTH)),
         ) as rig:  # fmt: skip
             for seed, (form, normed) in enumerate(forms):
-                unit, patch = self.unit(kernels, kind, form, normed, seed)
+                unit, patch = self.unit(kernels, kind, form, norm if normed else None, seed)
                 rig.model.units = ctypes.addressof(unit)
                 for first, end in [(0, 8), (5, 6), (2, 5), (3, 3)]:
                     found = self.run(kernels, rig, lengths, starts, first, end).view(embed.shape)
@@ -297,6 +301,122 @@ class TestPatch:
         kernels.isa.forward(rig.model, step)
         address = kernels.library.sleb_workspace_residual(rig.model.workspace)
         return torch.tensor((ctypes.c_float * (starts[-1] * self.WIDTH)).from_address(address))
+
+
+class TestBlock:
+    """A step of one block's attention and MLP: what stands around their products, against float64."""
+
+    WIDTH, INNER, HEADS, DIM, VOCAB = 100, 44, 3, 20, 70
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"before": None, "after": "rms"},
+            {"after": "rms", "embed_scale": 1.7, "residual_scale": 0.3, "logit_softcap": 2.0},
+            {"before": "layer", "after": "layer", "residual_scale": 1.5},
+            {"parallel": "shared", "before": "layer"},
+            {"parallel": "own", "residual_scale": 0.6},
+        ],
+        ids=str,
+    )
+    def test_block(self, kernels, kind, options):
+        """Chunks and single tokens of which the last sequence skips the block, then fewer rows than are shared."""
+        width, before, after = self.WIDTH, options.get("before", "rms"), options.get("after")
+        shapes = [(5 * self.DIM, width), (width, 3 * self.DIM), (2 * self.INNER, width), (width, self.INNER)]
+        made = [make_weight(kind, *shape, number) for number, shape in enumerate(shapes)]
+        biases = [0.3 * randn(shape[0], seed=20 + number) for number, shape in enumerate(shapes)]
+        scales = [0.2 + 0.05 * randn(width, seed=40 + number) for number in range(4)]
+        if options.get("parallel") == "shared":
+            scales[2] = scales[0]
+        kept = {id(scale): kernels.keep(scale) for scale in scales}
+        packed = [
+            kernels.pack(weight, bias, gated=number == 2)
+            for number, ((weight, _), bias) in enumerate(zip(made, biases, strict=True))
+        ]
+        cache = [torch.full((8 * 48 * 32,), torch.nan) for _ in range(2)]
+        units = (records.Unit * 2)(
+            records.Unit(kind=library.ATTENTION, parallel="parallel" in options),
+            records.Unit(kind=library.MLP, activation=library.ACTIVATIONS["silu"]),
+        )
+        units[0].key_cache, units[0].value_cache = (half.data_ptr() for half in cache)
+        for number, unit in enumerate(units):
+            unit.first, unit.second = packed[2 * number : 2 * number + 2]
+            unit.norm, unit.post_norm = (
+                records.Norm(kept[id(scale)], None, library.NORMS[norm]) if norm else records.Norm()
+                for scale, norm in zip(scales[2 * number : 2 * number + 2], (before, after), strict=True)
+            )
+        embed, head = 0.2 * randn(self.VOCAB, width, seed=60), randn(self.VOCAB, width, seed=61)
+        head_bias = randn(self.VOCAB, seed=62)
+        fields = {name: value for name, value in options.items() if name.endswith(("_scale", "_softcap"))}
+
+        def expected(start, end):
+            """Residual and logits of the tokens [start, end), a sequence that runs the block."""
+
+            def product(number, x):
+                x = expected_operand(kernels, kind, rows, x.float())[0]
+                return x @ made[number][1].T + biases[number].double()
+
+            def normed(number, norm, x):
+                scale = scales[number].double()
+                if norm is None:
+                    return x
+                if norm == "rms":
+                    return reference.rms_norm(x, scale, 1e-5)
+                return reference.layer_norm(x, scale, None, 1e-5)
+
+            first = x = embed[start:end].double() * fields.get("embed_scale", 1.0)
+            heads = product(0, normed(0, before, x)).view(end - start, 5, self.DIM)
+            query, key, value = heads[:, :3], heads[:, 3:4], heads[:, 4:]
+            attended = reference.causal_attention(query, key, value, 0.3, None).flatten(1)
+            factor = fields.get("residual_scale", 1.0)
+            x = x + factor * normed(1, after, product(1, attended))
+            gate_up = product(2, normed(2, before, first if "parallel" in options else x))
+            update = product(3, reference.gated_activate(gate_up, "silu"))
+            return x + factor * normed(3, after, update)
+
+        with Rig(
+            kernels, hidden_size=width, vocab_size=self.VOCAB, widest=width, num_heads=3, head_dim=self.DIM,
+            page_size=48 // 3, kv_format=library.F32, embed=embed.data_ptr(), num_units=2,
+            units=ctypes.addressof(units), head=kernels.pack(head, head_bias), **fields,
+        ) as rig:  # fmt: skip
+            for lengths, run in [([1, 3, 9, 1, 7], 4), ([1, 1], 2), ([1, 2, 1], 2)]:
+                starts = [0, *itertools.accumulate(lengths)]
+                rows = starts[run]
+                residual, logits = self.forward(kernels, rig, lengths, starts, run)
+                for row in range(run):
+                    want = expected(starts[row], starts[row + 1])
+                    tolerance = 1e-5 if kind in ("float32", "float16") else 2e-2
+                    atol = tolerance * float(want.abs().max())
+                    found = residual[starts[row] : starts[row + 1]]
+                    torch.testing.assert_close(found.double(), want, atol=atol, rtol=0)
+                skipped = embed[rows : starts[-1]] * fields.get("embed_scale", 1.0)
+                assert torch.equal(residual[rows:], skipped)
+                want = residual.double() @ head.double().T + head_bias.double()
+                if cap := fields.get("logit_softcap"):
+                    want = cap * (want / cap).tanh()
+                torch.testing.assert_close(
+                    logits.double(), want, atol=1e-6 * float(want.abs().max()), rtol=1e-5
+                )
+
+    def forward(self, kernels, rig, lengths, starts, run):
+        count = starts[-1]
+        positions = [position for length in lengths for position in range(length)]
+        page_starts = list(range(len(lengths)))
+        tables = range(count), positions, starts, lengths, page_starts, page_starts, [0] * 2, [run] * 2
+        arrays = [array("i", values) for values in tables]
+        at = [values.buffer_info()[0] for values in arrays]
+        logits = torch.zeros(count, self.VOCAB)
+        step = records.Step(
+            num_tokens=count, num_sequences=len(lengths), num_samples=count, token_ids=at[0], positions=at[1],
+            query_starts=at[2], context_lens=at[3], page_starts=at[4], pages=at[5], unit_starts=at[6],
+            unit_ends=at[7], samples=at[0], logits=logits.data_ptr(),
+        )  # fmt: skip
+        kernels.isa.forward(rig.model, step)
+        address = kernels.library.sleb_workspace_residual(rig.model.workspace)
+        residual = torch.tensor((ctypes.c_float * (count * self.WIDTH)).from_address(address))
+        return residual.view(count, self.WIDTH), logits
 
 
 class TestHead:
@@ -362,9 +482,18 @@ class Sequences:
     """Sequences in scattered pages of a cache that is full of NaN, computed step by step."""
 
     def __init__(self, kernels, dtype, lengths, *, seed=0, heads=4, kv_heads=2, dim=16, page_size=16, window=0,
-                 rotary=0, qk_norm=False):  # fmt: skip
+                 rotary=0, qk_norm=None, qk_after=False, norm="rms", clip=0.0, softcap=0.0, sinks=False):  # fmt: skip
         self.kernels, self.dtype, self.page_size, self.window = kernels, dtype, page_size, window
         self.heads, self.kv_heads, self.dim, self.rotary = heads, kv_heads, dim, rotary
+        self.qk_norm, self.qk_after, self.norm, self.clip, self.softcap = (
+            qk_norm,
+            qk_after,
+            norm,
+            clip,
+            softcap,
+        )
+        self.sinks = 2 * randn(heads, seed=92) if sinks else None
+        self.scale = min(0.3, 3 / dim**0.5)
         width = (heads + 2 * kv_heads) * dim
         self.qkv = [randn(length, width, seed=seed + row) for row, length in enumerate(lengths)]
         self.done = [0] * len(lengths)
@@ -378,7 +507,13 @@ class Sequences:
         longest = max(lengths)
         angles = torch.outer(torch.arange(longest).float(), 10.0 ** -torch.arange(max(rotary, 1)).float())
         self.cos, self.sin = angles.cos().contiguous(), angles.sin().contiguous()
-        self.norms = (1 + 0.1 * randn(dim, seed=90), 1 + 0.1 * randn(dim, seed=91)) if qk_norm else None
+        sizes = (heads * dim, kv_heads * dim) if qk_norm == "whole" else (dim, dim)
+        self.norms = [1 + 0.3 * randn(size, seed=90 + size) for size in sizes] if qk_norm else None
+        self.model = {
+            "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size, "clip": clip,
+            "kv_format": library.FORMATS[dtype], "softcap": softcap, "qk_whole": qk_norm == "whole",
+            "qk_after": qk_after, "widest": heads * dim, "scale": self.scale,
+        }  # fmt: skip
 
     def step(self, rig, new):
         """Computes `new` more tokens of each sequence (0: it is not in the step); the attended heads of each."""
@@ -395,13 +530,16 @@ class Sequences:
             context_lens=at[2], page_starts=at[3], pages=at[4],
         )  # fmt: skip
         unit = records.Unit(
-            key_cache=self.keys.data_ptr(), value_cache=self.values.data_ptr(), window=self.window,
-            rotate=bool(self.rotary),
-        )  # fmt: skip
+            key_cache=self.keys.data_ptr(), value_cache=self.values.data_ptr(), window=self.window
+        )
         if self.norms:
-            unit.query_norm, unit.key_norm = map(self.kernels.keep, self.norms)
+            unit.query_norm, unit.key_norm = (
+                records.Norm(self.kernels.keep(weight), None, library.NORMS[self.norm])
+                for weight in self.norms
+            )
+        unit.sinks = self.kernels.keep(self.sinks)
         if self.rotary:
-            rig.model.cos, rig.model.sin = self.cos.data_ptr(), self.sin.data_ptr()
+            unit.cos, unit.sin, unit.rotary_half = self.cos.data_ptr(), self.sin.data_ptr(), self.rotary
         qkv = torch.cat([self.qkv[row][self.done[row] : end] for row, end in zip(rows, ends, strict=True)])
         out = torch.full((starts[-1], self.heads * self.dim), torch.nan)
         self.kernels.isa.attention(rig.model, unit, step, qkv.contiguous().data_ptr(), out.data_ptr())
@@ -411,25 +549,40 @@ class Sequences:
             self.done[row] = end
         return results, expected
 
-    def expected(self, row, start, end, scale=0.3):
+    def expected(self, row, start, end):
         """Attention of positions start to end over all before, in float64, by the reference operators."""
         heads = self.qkv[row][:end].double().view(end, -1, self.dim)
         query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.norms:
-            query = reference.rms_norm(query, self.norms[0].double(), 1e-5)
-            key = reference.rms_norm(key, self.norms[1].double(), 1e-5)
+        if self.norms and not self.qk_after:
+            query, key = map(self.normed, (query, key), self.norms)
+        if self.clip:
+            query, key, value = (part.clamp(-self.clip, self.clip) for part in (query, key, value))
         if self.rotary:
             tables = self.cos[:end], self.sin[:end]
             query, key = (reference.rope(part.float(), *tables).double() for part in (query, key))
+        if self.norms and self.qk_after:
+            query, key = map(self.normed, (query, key), self.norms)
         group = self.heads // self.kv_heads
         key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", query[start:], key) * scale
+        scores = torch.einsum("qhd,khd->hqk", query[start:], key) * self.scale
+        if self.softcap:
+            scores = self.softcap * (scores / self.softcap).tanh()
         own, seen = torch.arange(start, end)[:, None], torch.arange(end)[None]
         hidden = seen > own
         if self.window:
             hidden |= seen <= own - self.window
-        probs = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.double()[:, None, None].expand(-1, end - start, 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        probs = scores.softmax(dim=-1)[..., :end]
         return torch.einsum("hqk,khd->qhd", probs, value).reshape(end - start, -1)
+
+    def normed(self, heads, weight):
+        whole = heads.flatten(1) if self.qk_norm == "whole" else heads
+        if self.norm == "rms":
+            return reference.rms_norm(whole, weight.double(), 1e-5).view(heads.shape)
+        return reference.layer_norm(whole, weight.double(), None, 1e-5).view(heads.shape)
 
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -437,11 +590,7 @@ TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 def run(kernels, dtype, lengths, steps, **options):
     sequences = Sequences(kernels, dtype, lengths, **options)
-    with Rig(
-        kernels, num_heads=sequences.heads, num_kv_heads=sequences.kv_heads, head_dim=sequences.dim,
-        page_size=sequences.page_size, kv_format=library.FORMATS[dtype], rotary_half=sequences.rotary,
-        max_tokens=2048, widest=sequences.heads * sequences.dim,
-    ) as rig:  # fmt: skip
+    with Rig(kernels, max_tokens=2048, **sequences.model) as rig:
         for new in steps:
             results, expected = sequences.step(rig, new)
             for row in results:
@@ -463,7 +612,10 @@ class TestAttention:
     @DTYPES
     @pytest.mark.parametrize(
         ("heads", "kv_heads", "dim"),
-        [(1, 1, 8), (3, 1, 24), (9, 3, 64), (4, 4, 80), (8, 1, 96), (16, 1, 16), (34, 2, 128)],
+        [
+            *((1, 1, 8), (3, 1, 24), (9, 3, 64), (4, 4, 80), (8, 1, 96), (16, 1, 16), (34, 2, 128)),
+            *((4, 1, 256), (6, 2, 7), (2, 2, 144)),
+        ],
     )
     def test_head_shapes(self, kernels, dtype, heads, kv_heads, dim):
         steps = [[20, 1, 35], [1, 1, 1], [2, 13, 1]]
@@ -474,9 +626,35 @@ class TestAttention:
         run(kernels, torch.float32, [45, 17, 33, 3, 119], MIXED, window=window)
 
     @pytest.mark.parametrize("rotary", [4, 8])
-    @pytest.mark.parametrize("qk_norm", [False, True])
+    @pytest.mark.parametrize("qk_norm", [None, "head"])
     def test_rotation_and_norms_of_heads(self, kernels, rotary, qk_norm):
         run(kernels, torch.float32, [45, 17, 33, 3, 119], MIXED, rotary=rotary, qk_norm=qk_norm)
+
+    @pytest.mark.parametrize("norm", ["rms", "layer"])
+    @pytest.mark.parametrize(("qk_norm", "qk_after"), [("head", True), ("head", False), ("whole", False)])
+    def test_norms_of_queries_and_keys(self, kernels, norm, qk_norm, qk_after):
+        options = {"norm": norm, "qk_norm": qk_norm, "qk_after": qk_after, "clip": 1.2, "rotary": 6}
+        run(kernels, torch.float32, [45, 17, 33, 3, 119], MIXED, heads=6, dim=21, **options)
+
+    @DTYPES
+    @pytest.mark.parametrize(
+        "options",
+        [{"softcap": 0.7}, {"sinks": True}, {"softcap": 0.4, "sinks": True, "window": 20}, {"clip": 0.8}],
+        ids=str,
+    )
+    def test_soft_cap_sinks_and_clipping(self, kernels, dtype, options):
+        """Groups of few rows and of many, and contexts that are split between threads."""
+        run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, heads=8, kv_heads=1, dim=40, **options)
+        run(kernels, dtype, [671], [[670], [1]], heads=2, kv_heads=1, **options)
+
+    @pytest.mark.parametrize("height", [-1e4, 1e4])
+    def test_a_sink_far_below_or_above_every_score(self, kernels, height):
+        sequences = Sequences(kernels, torch.float32, [300], sinks=True)
+        sequences.sinks = torch.tensor([0.0, height, 1.0, height])
+        with Rig(kernels, **sequences.model) as rig:
+            for new in ([299], [1]):
+                results, expected = sequences.step(rig, new)
+                torch.testing.assert_close(results[0].double(), expected[0], atol=2e-5, rtol=0)
 
     @DTYPES
     @pytest.mark.parametrize("window", [0, 300])
@@ -504,7 +682,7 @@ class TestAttention:
         """Five are more than the cores of many machines; each number splits contexts in its own way."""
         kernels = library.CpuKernels.load(num_threads=num_threads, level=LEVELS[-1])
         for dtype in TOLERANCES:
-            run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, qk_norm=True, rotary=4)
+            run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, qk_norm="head", rotary=4)
             run(kernels, dtype, [1103, 3], [[1100, 1], [1, 1], [1, 0], [1, 1]], heads=5, kv_heads=1, dim=32)
 
     @DTYPES
@@ -517,10 +695,7 @@ class TestAttention:
                 kernels, dtype, lengths, heads=8, kv_heads=1, dim=dim, page_size=page_size, rotary=4
             )
             sequences.qkv[2][:] = poison
-            with Rig(
-                kernels, num_heads=8, num_kv_heads=1, head_dim=dim, page_size=page_size, rotary_half=4,
-                kv_format=library.FORMATS[dtype], widest=8 * dim,
-            ) as rig:  # fmt: skip
+            with Rig(kernels, **sequences.model) as rig:
                 outputs.append([sequences.step(rig, new)[0] for new in MIXED])
         for clean, dirty in zip(*outputs, strict=True):
             assert all(torch.equal(dirty[row], clean[row]) for row in clean if row != 2)
