@@ -91,6 +91,8 @@ class EagerExecutor:
             updated = decoder.run(unit, residual[:num_tokens], rotation.prefix(num_tokens), attend)
             if num_tokens == residual.shape[0]:
                 residual = updated
+            elif decoder.spec.parallel:  # the block's MLP has yet to read what its attention has read
+                residual = torch.cat((updated, residual[num_tokens:]))
             else:
                 residual[:num_tokens] = updated
         return residual

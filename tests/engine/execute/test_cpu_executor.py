@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,18 @@ import torch
 from sleb import SamplingParams
 from sleb.engine.execute.cpu import CpuExecutor
 from sleb.engine.execute.eager import EagerExecutor
+from sleb.engine.execute.executor import PlannedUnit
+from sleb.engine.execute.kv_cache import PagedKVCache
+from sleb.engine.execute.step_arrays import NEVER, StepArrays
+from sleb.engine.model.architecture import resolve_spec
+from sleb.engine.model.decoder import Decoder
+from sleb.engine.model.weights import all_sublayers, allocate
+from sleb.engine.requests.tier import Tier
+from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError
 from sleb.kernels.cpu import library
 from sleb.kernels.cpu.features import cpu_features
+from sleb.kernels.registry import select_kernels
 from sleb.layer_map.layer_map import Unit
 
 TOLERANCE = 1e-4
@@ -148,6 +158,87 @@ def test_patched_rows_of_a_mixed_step(
     for row, logits in enumerate(mixed):
         close(logits, run([row])[0])
         close(logits, expected[row])
+
+
+AFTER = {"attention_post_norm": "after_attention", "mlp_post_norm": "after_mlp"}
+FEATURES = {
+    "norms-after": ({"qk_norm": "whole"}, {"attention_norm": None, "mlp_norm": None, **AFTER}),
+    "norms-around-and-soft-caps": (
+        {"qk_norm": "head", "embed_scale": 2.5, "attention_scale": 0.4, "attention_softcap": 3.0,
+         "logit_softcap": 5.0, "activation": "gelu_pytorch_tanh", "windows": (6, 6, None, 6, None)},
+        AFTER,
+    ),
+    "scales": ({"embed_scale": 0.7, "residual_scale": 0.3, "attention_scale": 0.1}, {}),
+    "parallel": (
+        {"parallel": True, "norm": "layer", "norm_bias": True, "gated": False, "activation": "relu2",
+         "qkv_bias": True, "out_bias": True, "mlp_bias": True, "head_bias": True},
+        {"up": ("mlp.up_proj",)},
+    ),
+    "parallel-with-one-norm": (
+        {"parallel": True, "norm": "layer", "norm_bias": False, "qk_norm": "head"}, {"mlp_norm": None}
+    ),
+    "norms-of-heads-after-rotation": ({"qk_norm": "head", "qk_norm_after_rotation": True, "sinks": True}, {}),
+    "clipped": ({"clip_qkv": 0.9, "norm": "layer", "norm_affine": False}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_of_a_decoder_against_the_torch_operators(name, level, tiny_model, make_request):
+    """Rows of two depths in mixed steps, of many rows and of few: as alone, and as the eager executor's."""
+    spec = resolve_spec(tiny_model("llama-gqa").path)
+    changes, names = FEATURES[name]
+    slow = replace(spec.rotaries[0], frequencies=tuple(f / 4 for f in spec.rotaries[0].frequencies[:5]))
+    spec = replace(
+        spec, rotaries=(*spec.rotaries, slow), block_rotary=(0, 1, None, 1, 0),
+        **{**changes, "names": replace(spec.names, **names)},
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    weights, targets = allocate(spec, all_sublayers(spec), torch.float32, cpu)
+    generator = torch.Generator().manual_seed(7)
+    for target in targets.values():
+        is_norm = target.weight.dim() == 1 and len(target.weight) % 16 == 0
+        target.weight.normal_(float(is_norm), 0.4, generator=generator)
+    plan = tuple(
+        PlannedUnit((block, part), (0, 2 if block in (1, 3) else NEVER))
+        for block in range(5)
+        for part in ("attention", "mlp")
+    )
+    blocks, pages = list(range(5)), 24
+    decoder = Decoder(spec, copy.deepcopy(weights), select_kernels("torch", cpu, None, None), 64, cpu)
+    eager = EagerExecutor(decoder, PagedKVCache(spec, blocks, pages, 16, torch.float32, cpu), plan, 16)
+    kernels = library.CpuKernels.load(num_threads=3, level=level)
+    executor = CpuExecutor(
+        kernels, spec, weights, plan, max_model_len=64, num_pages=pages, page_size=16, max_num_tokens=128,
+        max_num_seqs=8,
+    )  # fmt: skip
+    tiers = [Tier("model", depth, f"digest-{depth}", 1, ()) for depth in (0, 2)]
+    lengths, depths = (9, 1, 33, 5, 41), (0, 0, 0, 1, 1)
+
+    def logits(which, rows):
+        requests = [
+            make_request(
+                PROMPT[row : row + lengths[row] + 2], tiers[depths[row]], range(4 * row, 4 * row + 4)
+            )
+            for row in rows
+        ]
+        parts = []
+        for new in (0, 1, 2):  # the prompts, then two steps of single tokens
+            scheduled = [
+                ScheduledRow(request, lengths[row] + new - 1, 1)
+                if new
+                else ScheduledRow(request, 0, lengths[row])
+                for row, request in zip(rows, requests, strict=True)
+            ]
+            step = StepArrays.of(scheduled, which.unit_depths, 16)
+            with torch.inference_mode():
+                out = which.logits(which.run(step, [], greedy=False).hidden).clone()
+            parts.append(out.split([each.num_tokens for each in scheduled]))
+        return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+
+    mixed, expected = (logits(which, range(5)) for which in (executor, eager))
+    for row in range(5):
+        close(mixed[row], expected[row])
+        close(mixed[row], logits(executor, [row])[0])
 
 
 def workload(seed, vocab=96, count=14):
