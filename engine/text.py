@@ -22,7 +22,8 @@ class TextProcessor:
     """Strings to token ids and conversations to prompts.
 
     A folder without tokenizer files gives a processor that knows nothing: prompts must then be token ids and answers
-    have no text. `max_tokens`: of a text that is encoded (`encode_text`).
+    have no text. `max_tokens`: of a text that is encoded (`encode_text`). `window_start`: the token that windows of a
+    text begin with, or None (`LoadedTokenizer`).
 
     Args:
         vocab_size: of the model; tokens of the tokenizer past it are left out, with a warning.
@@ -39,6 +40,7 @@ class TextProcessor:
         loaded = load_tokenizer(path, vocab_size)
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.named_tokens = loaded.named_tokens
+        self.window_start = loaded.window_start
         templates, source = loaded.templates, shown_path(path)
         if chat_template is not None:
             templates, source = {"default": _read_template(Path(chat_template))}, shown_path(chat_template)

@@ -8,6 +8,8 @@ lm-eval  As lm-evaluation-harness does for loglikelihood_rolling (lm_eval/utils.
          its end. The first window predicts `seqlen` tokens after the prefix; each further one as many after the last
          token of the one before; the last has what comes before its tokens as context, as far as there is room.
          Every token of the text is predicted once.
+
+For a model that needs it (`Family.needs_bos`), each window of either kind begins with the beginning-of-text token.
 """
 
 from __future__ import annotations
@@ -102,9 +104,11 @@ def cut_text(
         raise ConfigError("the model has no tokenizer; add its tokenizer.json to the model's folder")
     token_ids = processor.encode(text.content, add_special_tokens=scheme == "sleb")
     if scheme == "sleb":
-        windows, least, remedy = packed_windows(token_ids, seqlen), f" of {seqlen}", " or a shorter --seqlen"
+        windows = packed_windows(token_ids, seqlen, processor.window_start)
+        least, remedy = f" of {seqlen}", " or a shorter --seqlen"
     else:
-        windows, least, remedy = rolling_windows(token_ids, prefix_token(processor), seqlen), "", ""
+        again = processor.window_start is not None
+        windows, least, remedy = rolling_windows(token_ids, prefix_token(processor), seqlen, again), "", ""
     if not windows:
         raise ConfigError(
             f"text {text.name} has {len(token_ids)} tokens, fewer than one window{least}; give a longer text{remedy}"
@@ -113,18 +117,23 @@ def cut_text(
     return WindowedText(text, kept, scheme == "lm-eval" and len(kept) == len(windows))
 
 
-def packed_windows(token_ids: Sequence[int], seqlen: int) -> list[Window]:
-    """The windows of the scheme "sleb"."""
-    starts = range(0, len(token_ids) - seqlen + 1, seqlen)
-    return [Window(tuple(token_ids[start : start + seqlen]), seqlen - 1) for start in starts]
+def packed_windows(token_ids: Sequence[int], seqlen: int, begin: int | None = None) -> list[Window]:
+    """The windows of the scheme "sleb"; `begin` is the first token of each."""
+    if begin is None:
+        starts = range(0, len(token_ids) - seqlen + 1, seqlen)
+        return [Window(tuple(token_ids[start : start + seqlen]), seqlen - 1) for start in starts]
+    own = seqlen - 1
+    starts = range(1 if token_ids[:1] == [begin] else 0, len(token_ids) - own + 1, own)
+    return [Window((begin, *token_ids[start : start + own]), own) for start in starts]
 
 
-def rolling_windows(token_ids: Sequence[int], prefix: int, seqlen: int) -> list[Window]:
-    """The windows of the scheme "lm-eval"."""
+def rolling_windows(token_ids: Sequence[int], prefix: int, seqlen: int, again: bool = False) -> list[Window]:
+    """The windows of the scheme "lm-eval"; `again`: the prefix stands in the place of each one's first token."""
     ids, windows = [prefix, *token_ids], []
     for start in range(1, len(ids), seqlen):
         end = min(start + seqlen, len(ids))
-        windows.append(Window(tuple(ids[max(0, end - seqlen - 1) : end]), end - start))
+        window = ids[max(0, end - seqlen - 1) : end]
+        windows.append(Window((prefix, *window[1:]) if again else tuple(window), end - start))
     return windows
 
 

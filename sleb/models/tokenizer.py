@@ -32,12 +32,14 @@ _MAX_REASON = 300
 class LoadedTokenizer:
     """tokenizer: None if the folder has none. named_tokens: the special ones, by the names that templates know.
 
-    templates: chat templates by name, "default" among them.
+    templates: chat templates by name, "default" among them. window_start: the token that every window of a text begins
+    with, wherever it is cut from: see `Family.needs_bos`. None: windows are the text's tokens alone.
     """
 
     tokenizer: Tokenizer | None = None
     named_tokens: dict[str, str] = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=dict)
+    window_start: int | None = None
 
 
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer:
@@ -64,6 +66,11 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
         template = fast.chat_template
         ids = tokenizer.encode(_PROBE).ids
         tokenizer.decode(ids)
+        start = (
+            ids[0]
+            if _needs_bos(path) and ids[0] == tokenizer.token_to_id(named.get("bos_token", ""))
+            else None
+        )
     except ModelError:
         raise
     except BaseException as error:
@@ -84,7 +91,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
             "tokenizer_config.json, or take them from the model's own repository"
         ) from error
     templates = template if isinstance(template, dict) else {"default": template} if template else {}
-    return LoadedTokenizer(tokenizer, named, templates)
+    return LoadedTokenizer(tokenizer, named, templates, start)
 
 
 def is_panic(error: BaseException) -> bool:
@@ -106,6 +113,13 @@ def _model_config(path: Path) -> Any:
     config.name_or_path = str(path)
     config.tokenizer_class = fields.string("tokenizer_class", default=None)
     return config
+
+
+def _needs_bos(path: Path) -> bool:
+    try:
+        return family_of(read_json(path / "config.json")).needs_bos
+    except (FileNotFoundError, ModelError):
+        return False
 
 
 def _check_file(path: Path) -> None:

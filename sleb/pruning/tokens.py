@@ -34,7 +34,8 @@ _DATE_CODES = "aAbBdmyYHIMSpj"
 
 
 class TokenizedModel(Protocol):
-    """What is asked of the model that is searched; one with a `TextProcessor` as `text` can render conversations."""
+    """What is asked of the model that is searched; one with a `TextProcessor` as `text` can render conversations, and
+    tells which token windows begin with."""
 
     @property
     def model_name(self) -> str: ...
@@ -122,6 +123,7 @@ class _Gatherer:
             render=self._render,
             generate=self._writer.write if is_generated(source) else None,
             on_generate=self._on_generate,
+            start=getattr(getattr(self._scorer, "text", None), "window_start", None),
         )
 
     @cached_property

@@ -46,6 +46,15 @@ class TestWindows:
         assert packed_windows(range(7), 3) == [Window((0, 1, 2), 2), Window((3, 4, 5), 2)]
         assert packed_windows(range(2), 3) == []
 
+    def test_with_a_token_that_each_begins_with(self):
+        assert packed_windows([9, 10, 11, 12, 13, 14], 3, 9) == [
+            Window((9, 10, 11), 2),
+            Window((9, 12, 13), 2),
+        ]
+        assert packed_windows([10, 11, 12, 13], 3, 9) == [Window((9, 10, 11), 2), Window((9, 12, 13), 2)]
+        windows = rolling_windows([10, 11, 12, 13, 14], 1, 3, again=True)
+        assert windows == [Window((1, 10, 11, 12), 3), Window((1, 12, 13, 14), 2)]
+
     def test_rolling_by_hand(self):
         """The prefix stands before the first window alone; the last is filled up with what came before."""
         windows = rolling_windows([10, 11, 12, 13, 14, 15, 16], 1, 3)

@@ -25,6 +25,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     LlamaConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -197,11 +198,15 @@ def config_of(case: str, vocabulary_size: int) -> tuple[str, PreTrainedConfig]:
         case "phi3 long":
             long = {**SHAPE, "max_position_embeddings": 256, "vocab_size": vocabulary_size}
             return "phi3", Phi3Config(**long, original_max_position_embeddings=64, rope_parameters=LONG)
+        case "gemma3":
+            own = {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+            return "gemma3", Gemma3TextConfig(**shape | own)
     raise AssertionError(case)
 
 
 CASES = [
     "llama", "llama untied, biased", "llama 3 scaling", "qwen2", "qwen2 yarn", "qwen3", "smollm3", "phi3", "phi3 long",
+    "gemma3",
 ]  # fmt: skip
 
 
@@ -221,7 +226,7 @@ def write_gguf(
     quantize: gguf.GGMLQuantizationType | None = None,
 ) -> Path:
     config = model.config
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     writer = gguf.GGUFWriter(path, architecture)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_block_count(config.num_hidden_layers)
@@ -238,6 +243,8 @@ def write_gguf(
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if architecture == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     if architecture == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         writer.add_sliding_window(0)
@@ -275,6 +282,8 @@ def write_gguf(
             weight = permuted(weight, config.num_attention_heads)
         if architecture in ("llama", "smollm3") and ".k_proj." in name:
             weight = permuted(weight, config.num_key_value_heads)
+        if architecture == "gemma3" and "norm" in name:
+            weight = weight + 1
         array = weight.float().numpy()
         if quantize is not None and array.ndim == 2:
             writer.add_tensor(target, gguf.quants.quantize(array, quantize), raw_dtype=quantize)
@@ -295,7 +304,7 @@ def _arch(name: str) -> Any:
 
 def _rope_tensors(model: Any) -> dict[str, Any]:
     """The frequency divisors that llama.cpp's converter stores as tensors."""
-    rope = model.config.rope_parameters
+    rope = model.config.rope_parameters.get("full_attention", model.config.rope_parameters)
     if rope["rope_type"] == "llama3":
         scaled = model.model.rotary_emb.inv_freq
         plain = rope["rope_theta"] ** -(torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled)))

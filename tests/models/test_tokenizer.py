@@ -301,3 +301,13 @@ def test_many_values_of_the_tokenizer_s_config(folder: Path, name: str, value: A
 @given(draw=st.data(), value=JSON)
 def test_many_values_in_the_tokenizer(folder: Path, draw: st.DataObject, value: Any) -> None:
     test_any_value_anywhere_in_the_tokenizer.hypothesis.inner_test(folder, draw, value)
+
+
+@pytest.mark.parametrize("named", ["Gemma3ForCausalLM", "LlamaForCausalLM"])
+def test_windows_of_gemma_begin_with_the_token_that_texts_begin_with(folder: Path, named: str) -> None:
+    """Those of others are cut as in the paper, whatever the tokenizer puts before a text."""
+    change(folder / "config.json", architectures=[named], model_type=None)
+    change(folder / "tokenizer_config.json", bos_token="<|im_start|>")
+    assert load_tokenizer(folder).window_start is None  # this tokenizer puts nothing there
+    change(folder / "tokenizer.json", post_processor=template("<|im_start|>"))
+    assert load_tokenizer(folder).window_start == (257 if named == "Gemma3ForCausalLM" else None)

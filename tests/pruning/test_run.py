@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,18 @@ def test_special_tokens_are_added_by_the_rows_sampler_alone(text_file: Path) -> 
     first.clear()
     prune(Listening(), 1, text_file, windows=1, sampler="rows")
     assert set(first) == {0}
+
+
+def test_each_window_of_a_model_that_needs_it_begins_with_its_token(text_file: Path) -> None:
+    class Beginning(StubModel):
+        text = SimpleNamespace(window_start=0, chat_template=None)
+
+        def embed(self, token_ids: Tensor) -> Tensor:
+            assert token_ids[:, 0].tolist() == [0] * len(token_ids) and (token_ids[:, 1:] > 0).all()
+            return super().embed(token_ids)
+
+    calibration = prune(Beginning(), 1, text_file, windows=2, held_out=text_file).calibration
+    assert calibration is not None and calibration.special_tokens
 
 
 @pytest.mark.parametrize("units", ["sublayers", "attention"])

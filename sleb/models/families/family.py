@@ -99,6 +99,8 @@ class Family:
         qkv_bias, out_bias, mlp_bias, head_bias: whether there are biases, or the config's field that says so.
         qkv_layout: rows of the one fused module: all queries, keys and values, or those of each head in turn.
         transposed: matrices in attention and MLP are stored [in, out].
+        needs_bos: each window of a text, wherever it is cut from, must begin with the beginning-of-text token: without
+            it the perplexity of Gemma doubles. Others' windows are cut as the authors' implementation does.
         gguf: None where its GGUF files are not read, or say that they are of another family.
     """
 
@@ -143,6 +145,7 @@ class Family:
     head_bias: bool = False
     qkv_layout: Literal["stacked", "heads"] = "stacked"
     transposed: bool = False
+    needs_bos: bool = False
     names: TensorNames = field(default_factory=TensorNames)
     gguf: Gguf | None = None
 

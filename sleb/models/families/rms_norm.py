@@ -21,6 +21,7 @@ _QWEN_WINDOW = {**WINDOW, "use_sliding_window": False, "max_window_layers": 28}
 _GEMMA: Any = {
     **ATTENTION_BIASES,
     "norm_shift": 1.0,
+    "needs_bos": True,
     "embed_scale": lambda values: values["hidden_size"] ** 0.5,
 }
 _GEMMA_FIELDS: Any = {
@@ -67,6 +68,13 @@ _MULTIPLIER_FIELDS: Any = {
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
+
+
+def _gemma3_scalar(config: Any) -> int:
+    """No key says it: it is the head's size, but in the model of 27B."""
+    largest = config["num_hidden_layers"] == 62
+    return int(config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"])
+
 
 RMS_NORM = (
     Family(
@@ -225,6 +233,16 @@ RMS_NORM = (
         qk_norm="head",
         **_GEMMA2,
         names=_GEMMA2_NAMES,
+        gguf=Gguf(
+            "gemma3",
+            keys={
+                "query_pre_attn_scalar": (None, _gemma3_scalar),
+                "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
+                "final_logit_softcapping": ("final_logit_softcapping", None),
+                "attn_logit_softcapping": (None, None),
+            },
+            full_every=6,
+        ),
     ),
     Family(
         "VaultGemmaForCausalLM",

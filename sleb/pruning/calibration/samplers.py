@@ -7,8 +7,9 @@ rows    what the authors' implementation does (github.com/jiwonsong-dev/SLEB, ut
         samples" are lines, blank ones included, so there are about 4 windows of 2,048 tokens rather than
         128. The tokenizer adds its special tokens there.
 
-Both drop the tail that is shorter than a window. The rows of a table are its documents. A table is read no further
-than the windows need, and with a seed no further than `POOL_TOKENS`, so it may be larger than the memory.
+Both drop the tail that is shorter than a window; a model that needs it has a beginning-of-text token in each
+(`Family.needs_bos`). The rows of a table are its documents. A table is read no further than the windows need, and with
+a seed no further than `POOL_TOKENS`, so it may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sleb.errors import ConfigError
@@ -40,16 +42,21 @@ def adds_special_tokens(sampler: str) -> bool:
     return sampler == "rows"
 
 
-def cut_windows(token_ids: Sequence[int], seqlen: int, source: str = "the text") -> Tensor:
-    """Consecutive windows [len // seqlen, seqlen] int64 from the first token on, without the tail."""
-    num_windows = len(token_ids) // seqlen
+def cut_windows(
+    token_ids: Sequence[int], seqlen: int, source: str = "the text", start: int | None = None
+) -> Tensor:
+    """Consecutive windows [W, seqlen] int64 from the first token on, without the tail; `start` begins each of them."""
+    own = seqlen if start is None else seqlen - 1
+    if start is not None and len(token_ids) and token_ids[0] == start:  # the tokenizer's own
+        token_ids = token_ids[1:]
+    num_windows = len(token_ids) // own
     if num_windows == 0:
         raise ConfigError(
             f"calibration {source} has {len(token_ids)} tokens, fewer than one window of {seqlen}: "
             "give a longer text or a shorter --seqlen"
         )
-    flat = torch.tensor(token_ids[: num_windows * seqlen], dtype=torch.int64)
-    return flat.view(num_windows, seqlen)
+    windows = torch.tensor(token_ids[: num_windows * own], dtype=torch.int64).view(num_windows, own)
+    return windows if start is None else F.pad(windows, (1, 0), value=start)
 
 
 def sample_rows(rows: Sequence[str], seed: int, separator: str = "\n\n", num_rows: int = NUM_ROWS) -> str:

@@ -49,6 +49,7 @@ class _Model:
     render: Render | None
     generate: Generate | None
     on_generate: Callable[[float], None]
+    start: int | None
 
 
 def calibration_windows(
@@ -63,13 +64,15 @@ def calibration_windows(
     render: Render | None = None,
     generate: Generate | None = None,
     on_generate: Callable[[float], None] = lambda share: None,
+    start: int | None = None,
 ) -> Calibration:
     """Tokens of `source` as windows of `seqlen`, those of a mix one source after the other (`calibration.spec`).
 
     `encode` turns text into token ids; `adds_special_tokens` says whether with the special ones. `render` turns
     messages into token ids, `generate` samples documents (`calibration.generated`); without them such sources
     are errors. `windows` None: as many as there are, up to `most`; of a mix, `most`. `seed` None is 0 for rows and
-    for whatever holds text of the model. on_generate gets the share of that text that is written. Raises ConfigError
+    for whatever holds text of the model. on_generate gets the share of that text that is written. `start`: a token that
+    each window begins with. Raises ConfigError
     for options out of range and for a text that is too short for them, SlebError for one that cannot be read or
     downloaded.
     """
@@ -78,7 +81,7 @@ def calibration_windows(
     names = [_GENERATED_SAMPLER if spec.name == GENERATED else sampler for spec in specs]
     if seed is None and (sampler == "rows" or _GENERATED_SAMPLER in names):
         seed = 0
-    model = _Model(encode, render, generate, on_generate)
+    model = _Model(encode, render, generate, on_generate, start)
     chosen = _gather(specs, model, sampler, seqlen, windows or most, seed)
     record = CalibrationRecord(
         source=label(specs),
@@ -87,7 +90,7 @@ def calibration_windows(
         seqlen=seqlen,
         windows=len(chosen),
         token_hash=token_hash(chosen),
-        special_tokens=adds_special_tokens(sampler),
+        special_tokens=adds_special_tokens(sampler) or start is not None,
     )
     return Calibration(chosen, record, _shortage(record, windows, most))
 
@@ -159,12 +162,12 @@ def _source_windows(
         token_ids: Sequence[int] = generated_tokens(
             model.generate, num_tokens, seed or 0, seqlen - 1, model.on_generate
         )
-        return cut_windows(token_ids, seqlen, spec.label)
+        return cut_windows(token_ids, seqlen, spec.label, model.start)
     source = open_source(spec, model.encode, model.render)
     if sampler == "rows":
-        return cut_windows(source.rows(seed or 0), seqlen, spec.label)[:wanted].contiguous()
+        return cut_windows(source.rows(seed or 0), seqlen, spec.label, model.start)[:wanted].contiguous()
     token_ids = source.packed(num_tokens if seed is None else max(num_tokens, POOL_TOKENS))
-    windows = cut_windows(token_ids, seqlen, spec.label)
+    windows = cut_windows(token_ids, seqlen, spec.label, model.start)
     if seed is not None:
         windows = windows[permutation(len(windows), seed).tolist()]
     return windows[:wanted].contiguous()

@@ -42,6 +42,15 @@ def test_windows_are_consecutive_and_the_tail_is_dropped(token_ids: list[int], s
             cut_windows(token_ids, seqlen)
 
 
+@given(st.lists(st.integers(0, 9), min_size=12, max_size=60), st.integers(2, 9))
+def test_a_token_that_windows_begin_with_takes_no_text(token_ids: list[int], seqlen: int) -> None:
+    windows = cut_windows(token_ids, seqlen, start=7)
+    assert {window[0] for window in windows.tolist()} == {7} and windows.shape[1] == seqlen
+    text = token_ids[1:] if token_ids[0] == 7 else token_ids  # which the tokenizer has put there
+    rest = [token for window in windows.tolist() for token in window[1:]]
+    assert rest == text[: len(rest)] and len(text) - len(rest) < seqlen - 1
+
+
 def test_a_file_is_packed_whole_from_its_first_token(text_file: Path) -> None:
     token_ids = encode(text_file.read_text())
     found = calibration_windows(text_file, encode, seqlen=100, windows=7)
