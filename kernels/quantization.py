@@ -7,15 +7,18 @@ Nothing here belongs to a device or to a kernel: kernels pack these tensors into
 |---|---|---|
 | `Int8Weight` | scale[n] · values[n, k] | 8 bits |
 | `Int4Weight` | scale[n, k // 32] · q[n, k] + minimum[n, k // 32] | 5 bits |
+| `GroupedWeight` | the same of 4 or 8 bits by groups of any size, or scale · (q − zero) | as its `Groups` say |
+
+The first two are made here from other numbers; the third holds what a quantised checkpoint says.
 
 Activations are not quantised here; a kernel may do so, and then says how far it may deviate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,34 +94,66 @@ class Int8Weight:
 
 
 @dataclass(frozen=True)
-class Int4Weight:
-    """Asymmetric, one scale and one minimum for every 32 inputs of a row, as in llama.cpp's Q4_1.
+class Groups:
+    """How a quantised checkpoint's matrix is held: `bits` a weight, 4 or 8, and inputs by `size` that share a scale.
 
-    K is padded to Kp, a multiple of 32. The padding's nibbles are 0, so it stands for `minimum`, which is finite:
-    a kernel that runs over it must multiply it by activations of 0.
+    size: a multiple of 32, or 16 where bits is 8. base: what a group's values are counted from.
+
+    minimum   w = scale · q + minimum
+    zero      w = scale · (q − zero), a zero point a group
+    middle    w = scale · (q − 2^(bits − 1))
+    """
+
+    bits: int
+    size: int
+    base: Literal["minimum", "zero", "middle"]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.bits}-bit (groups of {self.size})"
+
+    def empty(self, num_rows: int, num_columns: int, device: torch.device | None = None) -> GroupedWeight:
+        """An uninitialised weight [num_rows, num_columns], to be filled."""
+        return GroupedWeight(*self._tensors(num_rows, num_columns, device), num_columns, self)
+
+    def _tensors(
+        self, num_rows: int, num_columns: int, device: torch.device | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        num_padded = -(-num_columns // GROUP) * GROUP
+        shape = num_rows, -(-num_padded // self.size)
+        values = torch.empty(num_rows, num_padded * self.bits // 8, dtype=torch.uint8, device=device)
+        scale = torch.empty(shape, dtype=torch.float16, device=device)
+        return values, scale, None if self.base == "middle" else torch.empty_like(scale)
+
+
+_Self = TypeVar("_Self", bound="GroupedWeight")
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """Groups of a row's inputs with a scale each, as `groups` says.
+
+    K is padded to Kp, a multiple of 32. What the padding stands for is finite: a kernel that runs over it must multiply
+    it by activations of 0.
 
     Attributes:
-        values: [N, Kp / 2] uint8; the low four bits are q of even k, the high four those of k + 1.
-        scale, minimum: [N, Kp / 32] float16; the scale is never negative.
+        values: [N, Kp · bits / 8] uint8; of four bits the low half of a byte is q of even k, the high one of k + 1.
+        scale: [N, G] float16, G groups.
+        minimum: [N, G] float16: minima, or zero points where the base is "zero"; None where it is the middle.
         num_columns: K.
     """
 
     values: Tensor
     scale: Tensor
-    minimum: Tensor
+    minimum: Tensor | None
     num_columns: int
-    kind: ClassVar[str] = "int4"
+    groups: Groups
 
     @classmethod
-    def empty(cls, num_rows: int, num_columns: int, device: torch.device | None = None) -> Int4Weight:
-        """An uninitialised weight [num_rows, num_columns], to be filled."""
-        num_groups = -(-num_columns // GROUP)
-        return cls(
-            torch.empty(num_rows, num_groups * GROUP // 2, dtype=torch.uint8, device=device),
-            torch.empty(num_rows, num_groups, dtype=torch.float16, device=device),
-            torch.empty(num_rows, num_groups, dtype=torch.float16, device=device),
-            num_columns,
-        )
+    def of(cls, q: Tensor, scale: Tensor, minimum: Tensor | None, groups: Groups) -> GroupedWeight:
+        """Of q [N, K] uint8, scale and minima or zero points [N, G] of any float dtype, which they keep."""
+        return GroupedWeight(_pack(q, groups.bits), scale, minimum, q.shape[1], groups)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,11 +163,77 @@ class Int4Weight:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors, padding included."""
-        return self.values.nbytes + self.scale.nbytes + self.minimum.nbytes
+        return self.values.nbytes + self.scale.nbytes + (0 if self.minimum is None else self.minimum.nbytes)
 
-    def row_slice(self, start: int, stop: int) -> Int4Weight:
+    def row_slice(self: _Self, start: int, stop: int) -> _Self:
         """Rows start to stop, as views."""
         return self._pick(slice(start, stop))
+
+    def take_rows(self: _Self, rows: Tensor) -> _Self:
+        """Rows `rows` [T] int64, copied."""
+        return self._pick(rows)
+
+    def q(self) -> Tensor:
+        """[N, Kp] uint8."""
+        if self.groups.bits == 8:
+            return self.values
+        return torch.stack((self.values & 15, self.values >> 4), dim=-1).flatten(1)
+
+    def take(self, other: GroupedWeight) -> None:
+        """Fills this one with the numbers of `other`, of the same shape and of a format that `common_kind` joins."""
+        to, groups = self.groups, other.groups
+        q, repeats = other.q(), groups.size // to.size
+        scale, base = other.scale.float(), other.minimum
+        if base is None and to.base == "middle":
+            q = q if groups.bits == to.bits else q + (128 - 8)
+        elif base is None:
+            middle = float(1 << groups.bits - 1)
+            base = torch.full_like(scale, middle) if to.base == "zero" else -middle * scale
+        self.values.copy_(_pack(q, to.bits))
+        for own, theirs in ((self.scale, scale), (self.minimum, base)):
+            if own is not None:
+                assert theirs is not None
+                own.copy_(theirs.repeat_interleave(repeats, 1)[:, : own.shape[1]])
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix that this stands for, [N, K]; computed in float32."""
+        q, scale, base = self.q().float(), self._spread(self.scale), self.minimum
+        if self.groups.base == "minimum":
+            assert base is not None
+            matrix = q.mul_(scale).add_(self._spread(base))
+        else:
+            zero = float(1 << self.groups.bits - 1) if base is None else self._spread(base)
+            matrix = q.sub_(zero).mul_(scale)
+        return matrix[:, : self.num_columns].to(dtype)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows `indices` [T] int64 of the matrix, [T, K]: an embedding lookup."""
+        return self._pick(indices).dequantize(dtype)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """[N, G] to [N, Kp] float32."""
+        num_padded = self.values.shape[1] * 8 // self.groups.bits
+        return values.float().repeat_interleave(self.groups.size, 1)[:, :num_padded]
+
+    def _pick(self: _Self, rows: slice | Tensor) -> _Self:
+        minimum = None if self.minimum is None else self.minimum[rows]
+        return replace(self, values=self.values[rows], scale=self.scale[rows], minimum=minimum)
+
+
+class Int4Weight(GroupedWeight):
+    """One scale and one minimum for every 32 inputs of a row, as in llama.cpp's Q4_1.
+
+    The scale is never negative. The padding's nibbles are 0, so it stands for `minimum`.
+    """
+
+    kind: ClassVar[str] = "int4"
+    minimum: Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, num_columns: int, device: torch.device | None = None) -> Int4Weight:
+        """An uninitialised weight [num_rows, num_columns], to be filled."""
+        groups = Groups(4, GROUP, "minimum")
+        return cls(*groups._tensors(num_rows, num_columns, device), num_columns, groups)
 
     def fill(self, weight: Tensor) -> None:
         """Quantises weight [N, K], of any float dtype and on any device, into this one's tensors.
@@ -162,25 +263,27 @@ class Int4Weight:
         self.scale.fill_(step)
         self.minimum.fill_(-7.5 * step)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The matrix that this stands for, [N, K]; computed in float32."""
-        num_rows, num_groups = self.scale.shape
-        nibbles = torch.stack((self.values & 15, self.values >> 4), dim=-1)
-        q = nibbles.view(num_rows, num_groups, GROUP).float()
-        matrix = q.mul_(self.scale[..., None].float()).add_(self.minimum[..., None].float())
-        return matrix.view(num_rows, -1)[:, : self.num_columns].to(dtype)
 
-    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows `indices` [T] int64 of the matrix, [T, K]: an embedding lookup."""
-        return self._pick(indices).dequantize(dtype)
-
-    def _pick(self, rows: slice | Tensor) -> Int4Weight:
-        return Int4Weight(self.values[rows], self.scale[rows], self.minimum[rows], self.num_columns)
+QuantizedWeight = Int8Weight | GroupedWeight
+Weight = Tensor | Int8Weight | GroupedWeight
+Quantized = type[Int8Weight] | type[Int4Weight] | Groups
 
 
-QuantizedWeight = Int8Weight | Int4Weight
-Weight = Tensor | Int8Weight | Int4Weight
-Quantized = type[Int8Weight] | type[Int4Weight]
+def common_kind(kinds: Sequence[Quantized | None]) -> Quantized | None:
+    """The format that holds the numbers of all `kinds`, which may be those of parts of one matrix; None: none does.
+
+    A zero point's minimum, −scale · zero, is no float16; that of the middle is, scale times a power of two.
+    """
+    first = kinds[0]
+    if all(kind == first for kind in kinds):
+        return first
+    groups = [kind for kind in kinds if isinstance(kind, Groups)]
+    bases = {each.base for each in groups}
+    size = min((each.size for each in groups), default=0)
+    if len(groups) < len(kinds) or bases >= {"zero", "minimum"} or any(each.size % size for each in groups):
+        return None
+    base = next((each for each in ("zero", "minimum") if each in bases), "middle")
+    return Groups(max(each.bits for each in groups), size, base)
 
 
 @dataclass(frozen=True)
@@ -278,3 +381,9 @@ def _least_squares(groups: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     slope = ((groups - mean) * centred_q).sum(dim=0) / variance.clamp(min=1e-6)
     scale = _to_half(slope)
     return scale, _to_half(mean - scale.float() * mean_q, -_HALF_MAX)
+
+
+def _pack(q: Tensor, bits: int) -> Tensor:
+    """q [N, K] uint8 as `GroupedWeight.values` has it, zeros in the padding."""
+    q = torch.nn.functional.pad(q, (0, -q.shape[1] % GROUP))
+    return q if bits == 8 else q[:, 0::2] | q[:, 1::2] << 4

@@ -18,10 +18,11 @@ from torch import Tensor
 from sleb.kernels.cpu.build import find_library, why_unavailable
 from sleb.kernels.cpu.features import cpu_features, isa_level
 from sleb.kernels.cpu.records import HEADER, Linear, Sample
-from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.quantization import GROUP, GroupedWeight, Int8Weight, Weight
 from sleb.kernels.reference.ops import Numbers
 
 F32, F16, BF16, I8, I4 = (HEADER.constants[f"SLEB_{name}"] for name in ("F32", "F16", "BF16", "I8", "I4"))
+I8_GROUPS, I8_HALVES = HEADER.constants["SLEB_I8_GROUPS"], HEADER.constants["SLEB_I8_HALVES"]
 ATTENTION, MLP, PATCH = (HEADER.constants[f"SLEB_{name}"] for name in ("ATTENTION", "MLP", "PATCH"))
 FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 NORMS = {"rms": HEADER.constants["SLEB_NORM_RMS"], "layer": HEADER.constants["SLEB_NORM_LAYER"]}
@@ -130,15 +131,16 @@ class CpuKernels:
         weakref.finalize(kernels, library.sleb_pool_destroy, pool)
         return kernels
 
-    def pack(
-        self, weight: Tensor | Int8Weight | Int4Weight, bias: Tensor | None = None, gated: bool = False
-    ) -> Linear:
+    def pack(self, weight: Weight, bias: Tensor | None = None, gated: bool = False) -> Linear:
         """Weight [n, k], on the CPU, packed into the arena; its tensors may go afterwards.
 
         gated: the first half of its rows is gate, the other half up.
         """
         rows, columns = weight.shape
         record = Linear(format=format_of(weight), n=rows, k=columns, gated=gated)
+        if isinstance(weight, GroupedWeight):
+            record.group = weight.groups.size
+            record.base = HEADER.constants[f"SLEB_{weight.groups.base.upper()}"]
         record.data = self.arena.take(self.library.sleb_packed_bytes(record))
         values, scale, minimum = _parts(weight)
         self.library.sleb_pack(
@@ -217,18 +219,19 @@ class CpuKernels:
         return address
 
 
-def format_of(weight: Tensor | Int8Weight | Int4Weight) -> int:
+def format_of(weight: Weight) -> int:
     """The number of a weight's element format in sleb_cpu.h."""
     if isinstance(weight, Int8Weight):
         return I8
-    if isinstance(weight, Int4Weight):
-        return I4
+    if isinstance(weight, GroupedWeight):
+        return I4 if weight.groups.bits == 4 else I8_GROUPS if weight.groups.size % GROUP == 0 else I8_HALVES
     return FORMATS[weight.dtype]
 
 
-def _parts(weight: Tensor | Int8Weight | Int4Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(weight, Int4Weight):
-        return weight.values.contiguous(), weight.scale.contiguous(), weight.minimum.contiguous()
+def _parts(weight: Weight) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(weight, GroupedWeight):
+        minimum = None if weight.minimum is None else weight.minimum.contiguous()
+        return weight.values.contiguous(), weight.scale.contiguous(), minimum
     if isinstance(weight, Int8Weight):
         return weight.values.contiguous(), None, None
     return weight.detach().contiguous(), None, None

@@ -5,7 +5,8 @@
 A weight is widened to the dtype of x as it is read, as `sleb.kernels.quantization` says:
 
     int8    w = scale[n] · values[n, k]
-    int4    w = scale[n, k // 32] · q[n, k] + minimum[n, k // 32];  q of even k in the low four bits of a byte
+    groups  w = scale[n, k // g] · q[n, k] + minimum[n, k // g], or scale · (q − zero);  q of 8 bits, or of 4, that of even
+            k in the low ones of a byte
 
 and products are summed in float32, so the result is that of `dequantize` followed by a matrix product. For few rows the
 time is that of reading the weight once: each program takes a run of outputs, and where those are too few to fill the
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.quantization import GROUP, Int8Weight, Weight
+from sleb.kernels.quantization import GROUP, GroupedWeight, Int8Weight, Weight
 from sleb.kernels.triton.runtime import (
     ceil_div,
     check_contiguous,
@@ -32,7 +33,8 @@ from sleb.kernels.triton.runtime import (
 )
 from sleb.kernels.triton.tuning import Config, Launch, tuned
 
-_PLAIN, _INT8, _INT4 = range(3)
+_PLAIN, _INT8, _INT4, _GROUPED_INT8 = range(4)
+_BASES = ("minimum", "zero", "middle")
 _MAX_PARTS = 16
 _FEW_ROWS = 64  # of a weight that is not quantised: with more, the vendor's library is at its best
 
@@ -77,6 +79,8 @@ def _linear(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
+    SIZE: tl.constexpr,
+    BASE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     if RANGED:
@@ -105,10 +109,16 @@ def _linear(
             even = tl.load(x + wide_row * num_bytes + byte, mask=in_bytes, other=0.0)
             odd = tl.load(x + (num_rows + wide_row) * num_bytes + byte, mask=in_bytes, other=0.0)
             group = begin // 2 // GROUP_BYTES + groups
-            present = in_outputs & (group < num_groups)
-            at = wide_output * num_groups + group
+            present = in_outputs & (group < num_bytes // GROUP_BYTES)
+            at = wide_output * num_groups + group // (SIZE // 2 // GROUP_BYTES)
             step = tl.load(scale + at, mask=present, other=0.0).to(tl.float32)[:, :, None]
-            offset = tl.load(minimum + at, mask=present, other=0.0).to(tl.float32)[:, :, None]
+            if BASE == 2:
+                offset = -8.0 * step
+            else:
+                offset = tl.load(minimum + at, mask=present, other=0.0).to(tl.float32)[:, :, None]
+                if BASE == 1:
+                    offset = -offset * step
+            at = wide_output * (num_bytes // GROUP_BYTES) + group
             packed = tl.load(
                 values + at[:, :, None] * GROUP_BYTES + within, mask=present[:, :, None], other=0
             )
@@ -123,12 +133,22 @@ def _linear(
             column = begin + tl.arange(0, INPUTS)[None, :]
             in_columns = column < num_inputs
             part_x = tl.load(x + wide_row * num_inputs + column, mask=in_rows & in_columns, other=0.0)
-            weight = tl.load(
-                values + wide_output * num_inputs + column, mask=in_outputs & in_columns, other=0
-            )
+            weight = tl.load(values + wide_output * num_bytes + column, mask=in_outputs & in_columns, other=0)
             if KIND == 1:
                 step = tl.load(scale + wide_output, mask=in_outputs, other=0.0)
                 weight = (weight.to(tl.float32) * step).to(dtype)
+            if KIND == 3:
+                at = wide_output * num_groups + column // SIZE
+                present = in_outputs & in_columns
+                step = tl.load(scale + at, mask=present, other=0.0).to(tl.float32)
+                if BASE == 2:
+                    weight = ((weight.to(tl.float32) - 128.0) * step).to(dtype)
+                else:
+                    offset = tl.load(minimum + at, mask=present, other=0.0).to(tl.float32)
+                    if BASE == 1:
+                        weight = ((weight.to(tl.float32) - offset) * step).to(dtype)
+                    else:
+                        weight = (weight.to(tl.float32) * step + offset).to(dtype)
             total += multiply(part_x, tl.trans(weight), PRECISION)
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
     inside = in_rows & (outputs < num_outputs)
@@ -209,7 +229,8 @@ def quant_linear(
     if config is not None:
         launch(config)
     else:
-        shape = ("quant_linear", kind, str(x.dtype), num_outputs, num_inputs, block)
+        form = weight.groups if isinstance(weight, GroupedWeight) else kind
+        shape = ("quant_linear", str(form), str(x.dtype), num_outputs, num_inputs, block)
         key = shape if rows is None else (*shape, "ranged")
         tuned(key, (LIBRARY, *CONFIGS) if by_library else CONFIGS, Launch(launch))
     return out
@@ -218,7 +239,9 @@ def quant_linear(
 def _kind(weight: Weight) -> int:
     if isinstance(weight, Tensor):
         return _PLAIN
-    return _INT8 if isinstance(weight, Int8Weight) else _INT4
+    if isinstance(weight, Int8Weight):
+        return _INT8
+    return _INT4 if weight.groups.bits == 4 else _GROUPED_INT8
 
 
 def _launch(
@@ -234,7 +257,8 @@ def _launch(
     num_rows, num_outputs = out.shape
     first_row, end_row = (x, x) if rows is None else rows
     values, scale, minimum = _tensors(weight, x)
-    num_inputs = values.shape[1] * (2 if kind == _INT4 else 1)
+    num_inputs = values.shape[1] * 2 if kind == _INT4 else x.shape[1]
+    groups = weight.groups if isinstance(weight, GroupedWeight) else None
     source = _pairs(x, num_inputs) if kind == _INT4 else x
     check_contiguous(values=values, scale=scale, minimum=minimum, bias=bias)
     blocks = ceil_div(num_outputs, config["outputs"])
@@ -257,7 +281,7 @@ def _launch(
         num_outputs,
         num_inputs,
         values.shape[1],
-        minimum.shape[-1],
+        scale.shape[-1],
         part_length,
         KIND=kind,
         HAS_BIAS=bias is not None,
@@ -267,6 +291,8 @@ def _launch(
         OUTPUTS=config["outputs"],
         INPUTS=config["inputs"],
         GROUP_BYTES=GROUP // 2,
+        SIZE=groups.size if groups else 0,
+        BASE=_BASES.index(groups.base) if groups else 0,
         PRECISION=dot_precision(x.dtype),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
@@ -301,7 +327,7 @@ def _tensors(weight: Weight, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return weight, x, x
     if isinstance(weight, Int8Weight):
         return weight.values, weight.scale, x
-    return weight.values, weight.scale, weight.minimum
+    return weight.values, weight.scale, x if weight.minimum is None else weight.minimum
 
 
 def choose_num_parts(num_programs: int, num_inputs: int, inputs: int, device: torch.device) -> int:

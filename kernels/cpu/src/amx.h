@@ -150,19 +150,22 @@ static void widen_panel(const sleb_linear *w, const char *data, char *out) {
             }
         return;
     }
-    for (int32_t k = 0; k < kp; k += SLEB_GROUP, data += I4_GROUP_BYTES)
-        for (int32_t pair = 0; pair < 4; pair++, out += 512)
+    int32_t is_i4 = w->format == SLEB_I4;
+    for (int32_t k = 0; k < kp; k += w->group, data += group_bytes(w)) {
+        const char *scales = data + line_bytes(w), *line = data;
+        for (int32_t at = 0; at < min_i(w->group, kp - k); at += 4, out += 256)
             for (int32_t half = 0; half < 2; half++) {
-                __m512 s = load_f16(data + I4_SCALES + 32 * half), m = load_f16(data + I4_MINIMA + 32 * half);
-                __m512i both = load_i(data + pair * 128 + 64 * half);
-                for (int32_t quad = 0; quad < 2; quad++) {
-                    __m512i q = _mm512_and_si512(quad ? _mm512_srli_epi16(both, 4) : both, nibble);
-                    __m512 x[4];
-                    for (int32_t i = 0; i < 4; i++) x[i] = _mm512_fmadd_ps(byte_of(q, i), s, m);
-                    _mm512_storeu_si512(out + 256 * quad + 64 * half, pair_bf16(x[0], x[1]));
-                    _mm512_storeu_si512(out + 256 * quad + 128 + 64 * half, pair_bf16(x[2], x[3]));
-                }
+                __m512 s = load_f16(scales + 32 * half), m = _mm512_set1_ps(is_i4 ? 8.0f : 128.0f);
+                if (w->base != SLEB_MIDDLE) m = load_f16(scales + 64 + 32 * half);
+                if (w->base != SLEB_MINIMUM) m = _mm512_fnmadd_ps(s, m, _mm512_setzero_ps());
+                __m512i q = load_i(line + (is_i4 ? at / 8 : at / 4) * 128 + 64 * half);
+                if (is_i4) q = _mm512_and_si512(at % 8 ? _mm512_srli_epi16(q, 4) : q, nibble);
+                __m512 x[4];
+                for (int32_t i = 0; i < 4; i++) x[i] = _mm512_fmadd_ps(byte_of(q, i), s, m);
+                _mm512_storeu_si512(out + 64 * half, pair_bf16(x[0], x[1]));
+                _mm512_storeu_si512(out + 128 + 64 * half, pair_bf16(x[2], x[3]));
             }
+    }
 }
 
 static void multiply_panel_amx(const sleb_linear *w, const char *data, const operand *x, const epilogue *e,

@@ -199,13 +199,17 @@ static void unpack_row(const sleb_linear *w, int32_t id, float *out) {
         } else if (w->format == SLEB_I8) {
             uint8_t q = *(const uint8_t *)(data + (size_t)(k / 4) * 128 + half * 64 + lane * 4 + k % 4);
             out[k] = scale * (float)(q - 128);
-        } else if (w->format == SLEB_I4) {
-            const char *group = data + (size_t)(k / 32) * I4_GROUP_BYTES;
-            uint8_t both = *(const uint8_t *)(group + k % 32 / 8 * 128 + half * 64 + lane * 4 + k % 4);
+        } else if (w->format > SLEB_I8) {
+            int32_t is_i4 = w->format == SLEB_I4, at = k % w->group;
+            const char *group = data + (size_t)(k / w->group) * group_bytes(w);
+            uint8_t q = *(const uint8_t *)(group + at / (is_i4 ? 8 : 4) * 128 + half * 64 + lane * 4 + at % 4);
+            if (is_i4) q = k % 8 >= 4 ? q >> 4 : q & 15;
+            const char *scales = group + line_bytes(w) + half * 32 + lane * 2;
             uint16_t s, least;
-            memcpy(&s, group + I4_SCALES + half * 32 + lane * 2, 2);
-            memcpy(&least, group + I4_MINIMA + half * 32 + lane * 2, 2);
-            out[k] = _cvtsh_ss(s) * (float)(k % 8 >= 4 ? both >> 4 : both & 15) + _cvtsh_ss(least);
+            memcpy(&s, scales, 2);
+            float base = is_i4 ? 8.0f : 128.0f;
+            if (w->base != SLEB_MIDDLE) memcpy(&least, scales + 64, 2), base = _cvtsh_ss(least);
+            out[k] = w->base == SLEB_MINIMUM ? _cvtsh_ss(s) * (float)q + base : _cvtsh_ss(s) * ((float)q - base);
         } else {
             size_t at = w->format == SLEB_F16 ? (size_t)k * 32 + half * 16 + lane
                                               : ((size_t)(k / 2) * 32 + half * 16 + lane) * 2 + k % 2;

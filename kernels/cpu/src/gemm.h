@@ -25,10 +25,11 @@ static void multiply_panel(const sleb_linear *w, const operand *x, const epilogu
     int32_t most = x->kind == ROWS_BYTES ? MAX_ROWS_BYTES : MAX_ROWS, num_tiles = ceil_div(rows, most);
     const char *blocks[1] = {data};
     tile t = {.blocks = blocks, .num_blocks = 1, .out = local->tile, .ldo = SLEB_PANEL, .lda = x->stride,
-              .second = 64, .stride = 128, .steps = kp, .ldg = x->groups};
+              .second = 64, .stride = 128, .steps = kp, .ldg = x->groups,
+              .group = w->group, .base = w->base};
     if (w->format == SLEB_F16) t.second = 32, t.stride = 64;
     if (w->format == SLEB_BF16) t.steps = kp / 2;
-    if (x->kind == ROWS_BYTES) t.steps = kp / SLEB_GROUP;
+    if (x->kind == ROWS_BYTES) t.steps = kp / (w->format == SLEB_I8_HALVES ? SLEB_GROUP / 2 : SLEB_GROUP);
     for (int32_t number = 0; number < num_tiles; number++) {
         int32_t row = first + rows * number / num_tiles, end = first + rows * (number + 1) / num_tiles;
         t.a = x->data + (size_t)row * x->stride;

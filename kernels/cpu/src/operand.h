@@ -21,7 +21,7 @@ typedef struct {
 enum { WIDEN_FROM = 16 };
 
 INLINE int32_t operand_kind(int32_t format, int32_t rows) {
-    if (format == SLEB_I8 || format == SLEB_I4) return SLEB_HAS_AMX && rows >= WIDEN_FROM ? ROWS_BF16 : ROWS_BYTES;
+    if (format >= SLEB_I8) return SLEB_HAS_AMX && rows >= WIDEN_FROM ? ROWS_BF16 : ROWS_BYTES;
     return SLEB_HAS_BF16 && format == SLEB_BF16 ? ROWS_BF16 : ROWS_F32;
 }
 

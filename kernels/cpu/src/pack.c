@@ -34,6 +34,29 @@ typedef struct {
     sleb_pool *pool;
 } packing;
 
+/* Of I4 nibbles in: even k low. Out: a quad of k in the low nibbles of a line, the next in the high ones. */
+static void pack_groups(const packing *p, int32_t row, int32_t place, char *out) {
+    const sleb_linear *w = p->w;
+    size_t inputs = (size_t)ceil_div(w->k, SLEB_GROUP) * SLEB_GROUP, size = (size_t)w->group;
+    size_t groups = (inputs + size - 1) / size;
+    const uint8_t *q = (const uint8_t *)p->values + (size_t)row * (w->format == SLEB_I4 ? inputs / 2 : inputs);
+    for (size_t k = 0; k < inputs; k++) {
+        char *group = out + k / size * group_bytes(w);
+        size_t at = k % size;
+        if (w->format == SLEB_I4) {
+            uint8_t nibble = k % 2 ? q[k / 2] >> 4 : q[k / 2] & 15;
+            group[at / 8 * 128 + (size_t)place * 4 + at % 4] |= (char)(at % 8 >= 4 ? nibble << 4 : nibble);
+        } else {
+            group[(at / 4 * SLEB_PANEL + (size_t)place) * 4 + at % 4] = (char)q[k];
+        }
+    }
+    for (size_t group = 0; group < groups; group++) {
+        char *scales = out + group * group_bytes(w) + line_bytes(w) + 2 * place;
+        memcpy(scales, &p->scale[(size_t)row * groups + group], 2);
+        if (p->minimum) memcpy(scales + 64, &p->minimum[(size_t)row * groups + group], 2);
+    }
+}
+
 static void pack_row(const packing *p, int32_t row, int32_t place, char *out) {
     const sleb_linear *w = p->w;
     size_t k_in = (size_t)w->k, size = w->format == SLEB_F32 ? 4 : 2;
@@ -47,17 +70,8 @@ static void pack_row(const packing *p, int32_t row, int32_t place, char *out) {
         const int8_t *q = (const int8_t *)p->values + (size_t)row * k_in;
         for (size_t k = 0; k < k_in; k++)
             out[(k / 4 * SLEB_PANEL + (size_t)place) * 4 + k % 4] = (char)(uint8_t)(q[k] + 128);
-    } else { /* nibbles in: even k low. Out: a quad of k in the low nibbles of a line, the next in the high ones */
-        size_t groups = (size_t)ceil_div(w->k, SLEB_GROUP);
-        const uint8_t *q = (const uint8_t *)p->values + (size_t)row * groups * (SLEB_GROUP / 2);
-        for (size_t group = 0; group < groups; group++, out += I4_GROUP_BYTES) {
-            for (size_t k = 0; k < SLEB_GROUP; k++) {
-                uint8_t both = q[(group * SLEB_GROUP + k) / 2], nibble = k % 2 ? both >> 4 : both & 15;
-                out[k / 8 * 128 + (size_t)place * 4 + k % 4] |= (char)(k % 8 >= 4 ? nibble << 4 : nibble);
-            }
-            memcpy(out + I4_SCALES + 2 * place, &p->scale[(size_t)row * groups + group], 2);
-            memcpy(out + I4_MINIMA + 2 * place, &p->minimum[(size_t)row * groups + group], 2);
-        }
+    } else {
+        pack_groups(p, row, place, out);
     }
 }
 

@@ -17,9 +17,12 @@
  * panel.h has the order of the elements. */
 enum { SLEB_PANEL = 32, SLEB_GROUP = 32 };
 
-/* Element formats, of weights and of keys and values. I8: unsigned q, w = scale[n] (q - 128). I4: w = scale q + minimum
- * by groups of 32 inputs. */
-enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4 };
+/* Element formats, of weights and of keys and values. I8: unsigned q, w = scale[n] (q - 128). The last three by groups of
+ * inputs, unsigned q of 4 or 8 bits: I4 and I8_GROUPS in groups of a multiple of 32, I8_HALVES of 16. */
+enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4, SLEB_I8_GROUPS, SLEB_I8_HALVES };
+
+/* What a group's q count from: w = scale q + minimum, scale (q - zero), or scale (q - 8) and (q - 128). */
+enum { SLEB_MINIMUM, SLEB_ZERO, SLEB_MIDDLE };
 
 enum { SLEB_NO_NORM, SLEB_NORM_RMS, SLEB_NORM_LAYER };
 enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH, SLEB_RELU2, SLEB_IDENTITY };
@@ -31,6 +34,7 @@ typedef struct {
     const float *scale; /* I8: [panels · 32] in the panels' order; otherwise NULL */
     const float *bias;  /* [panels · 32] in the panels' order, or NULL */
     int32_t format, n, k, gated;
+    int32_t group, base; /* formats by groups only: inputs of a group, and what they count from */
 } sleb_linear;
 
 typedef struct {
@@ -150,8 +154,8 @@ SLEB_EXPORT size_t sleb_packed_bytes(const sleb_linear *w);
 SLEB_EXPORT int32_t sleb_num_packed_outputs(const sleb_linear *w);
 /* A vector [n] in the panels' order. */
 SLEB_EXPORT void sleb_pack_vector(const sleb_linear *w, const float *values, float *out);
-/* Packs row-major values [n, k] of w's format into `out` of sleb_packed_bytes. I8: signed bytes. I4: two values a byte,
- * k padded to groups of 32, scale and minimum float16 [n, groups]. */
+/* Packs row-major values [n, k] of w's format into `out` of sleb_packed_bytes. I8: signed bytes. By groups: k padded
+ * to a multiple of 32, of I4 two values a byte; scale, and minimum or zero point unless NULL, float16 [n, groups]. */
 SLEB_EXPORT void sleb_pack(sleb_pool *pool, const sleb_linear *w, const void *values, const uint16_t *scale,
                            const uint16_t *minimum, void *out);
 

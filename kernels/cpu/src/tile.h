@@ -26,6 +26,7 @@ typedef struct {
     const float *group_scale, *group_offset;
     const int32_t *group_init;
     size_t ldg;
+    int32_t group, base; /* B by groups only, see sleb_linear */
 } tile;
 
 /* What the 32 registers hold. On Zen 4 the bf16 tile of 12 rows runs at 99 % of what the processor issues, from the
@@ -145,44 +146,71 @@ INLINE void tile_i8(const tile *t, const int R) {
     tile_store(t, R, acc);
 }
 
-/* B in groups of nibbles, as panel.h has them.  Σ a (s q + m) = s Σ a q + m Σ a */
-INLINE void tile_i4(const tile *t, const int R) {
-    const __m512i nibble = _mm512_set1_epi8(15);
+/* B by groups, as panel.h has them, of nibbles or bytes; a step is 4 · quads inputs, 32 or 16.
+ *
+ *   minimum        Σ a (s q + m) = s Σ a q + m Σ a
+ *   zero, middle   Σ a s (q - z) = s (Σ a q - z Σ a)
+ *
+ * `group_offset` has Σ a of 32 inputs; that of 16 is a product with ones. */
+INLINE void tile_groups(const tile *t, const int R, const int bits, const int quads) {
+    const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
+    const int32_t base = t->base, steps = t->group / (4 * quads);
+    const ptrdiff_t step_bytes = bits == 4 ? I4_STEP_BYTES : quads * 128, lines = steps * step_bytes;
     __m512 acc[MAX_ROWS][2];
     FOR_ROWS acc[r][0] = acc[r][1] = _mm512_setzero_ps();
     const size_t lda = t->lda;
-    const char *a0 = t->a, *a3 = a0 + 3 * lda, *a6 = a3, *a9 = a3, *b = t->blocks[0];
-    for (int32_t group = 0; group < t->steps; group++, b += I4_GROUP_BYTES) {
-        __m512i sum[MAX_ROWS][2];
-        FOR_ROWS sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-        UNROLL for (int pair = 0; pair < 4; pair++) {
-            __m512i b0 = load_i(b + pair * 128), b1 = load_i(b + pair * 128 + 64);
-            __m512i low0 = _mm512_and_si512(b0, nibble), low1 = _mm512_and_si512(b1, nibble);
-            __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(b0, 4), nibble);
-            __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(b1, 4), nibble);
+    const char *a0 = t->a, *a3 = a0 + 3 * lda, *a6 = a3, *a9 = a3, *b = t->blocks[0], *scales = b + lines;
+    for (int32_t step = 0, left = steps; step < t->steps; step++) {
+        __m512i sum[MAX_ROWS][2], whole[MAX_ROWS];
+        FOR_ROWS sum[r][0] = sum[r][1] = whole[r] = _mm512_setzero_si512();
+        UNROLL for (int quad = 0; quad < quads; quad += bits == 4 ? 2 : 1, b += 128) {
+            __m512i b0 = load_i(b), b1 = load_i(b + 64), high0, high1;
+            if (bits == 4) {
+                high0 = _mm512_and_si512(_mm512_srli_epi16(b0, 4), nibble);
+                high1 = _mm512_and_si512(_mm512_srli_epi16(b1, 4), nibble);
+                b0 = _mm512_and_si512(b0, nibble), b1 = _mm512_and_si512(b1, nibble);
+            }
             FOR_ROWS {
                 __m512i x = _mm512_set1_epi32(read_i32(A_ROW(r)));
-                __m512i y = _mm512_set1_epi32(read_i32(A_ROW(r) + 4));
-                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], low0, x);
-                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], low1, x);
-                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], high0, y);
-                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], high1, y);
+                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], b0, x);
+                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], b1, x);
+                if (quads == 4) whole[r] = _mm512_dpbusd_epi32(whole[r], ones, x);
+                if (bits == 4) {
+                    __m512i y = _mm512_set1_epi32(read_i32(A_ROW(r) + 4));
+                    sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], high0, y);
+                    sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], high1, y);
+                }
             }
-            A_NEXT(8);
+            A_NEXT(bits == 4 ? 8 : 4);
         }
-        __m512 s0 = load_f16(b + I4_SCALES), s1 = load_f16(b + I4_SCALES + 32);
-        __m512 m0 = load_f16(b + I4_MINIMA), m1 = load_f16(b + I4_MINIMA + 32);
+        __m512 s0 = load_f16(scales), s1 = load_f16(scales + 32), m0 = _mm512_set1_ps(bits == 4 ? 8.0f : 128.0f), m1 = m0;
+        if (base != SLEB_MIDDLE) m0 = load_f16(scales + 64), m1 = load_f16(scales + 96);
+        int32_t group = step * quads / 8;
         FOR_ROWS {
             __m512 scale = _mm512_set1_ps(t->group_scale[r * t->ldg + group]);
-            __m512 offset = _mm512_set1_ps(t->group_offset[r * t->ldg + group]);
+            __m512 offset = quads == 4 ? _mm512_mul_ps(_mm512_cvtepi32_ps(whole[r]), scale)
+                                       : _mm512_set1_ps(t->group_offset[r * t->ldg + group]);
             __m512 d0 = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), scale);
             __m512 d1 = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), scale);
-            acc[r][0] = _mm512_fmadd_ps(m0, offset, _mm512_fmadd_ps(s0, d0, acc[r][0]));
-            acc[r][1] = _mm512_fmadd_ps(m1, offset, _mm512_fmadd_ps(s1, d1, acc[r][1]));
+            if (base == SLEB_MINIMUM) {
+                acc[r][0] = _mm512_fmadd_ps(m0, offset, _mm512_fmadd_ps(s0, d0, acc[r][0]));
+                acc[r][1] = _mm512_fmadd_ps(m1, offset, _mm512_fmadd_ps(s1, d1, acc[r][1]));
+            } else {
+                acc[r][0] = _mm512_fmadd_ps(s0, _mm512_fnmadd_ps(m0, offset, d0), acc[r][0]);
+                acc[r][1] = _mm512_fmadd_ps(s1, _mm512_fnmadd_ps(m1, offset, d1), acc[r][1]);
+            }
+        }
+        if (--left == 0) {
+            b = scales + (base == SLEB_MIDDLE ? 64 : 128);
+            scales = b + lines, left = steps;
         }
     }
     tile_store(t, R, acc);
 }
+
+INLINE void tile_i4(const tile *t, const int R) { tile_groups(t, R, 4, 8); }
+INLINE void tile_i8_groups(const tile *t, const int R) { tile_groups(t, R, 8, 8); }
+INLINE void tile_i8_halves(const tile *t, const int R) { tile_groups(t, R, 8, 4); }
 
 typedef void (*tile_function)(const tile *);
 
@@ -202,11 +230,14 @@ DEFINE_12(tile_f32)
 DEFINE_12(tile_f16)
 DEFINE_6(tile_i8)
 DEFINE_6(tile_i4)
+DEFINE_6(tile_i8_groups)
+DEFINE_6(tile_i8_halves)
 
 /* By format, then by rows - 1. */
-static const tile_function TILES[5][MAX_ROWS] = {
+static const tile_function TILES[7][MAX_ROWS] = {
     [SLEB_F32] = {LIST_12(tile_f32)}, [SLEB_F16] = {LIST_12(tile_f16)}, [SLEB_BF16] = {LIST_12(tile_bf16)},
     [SLEB_I8] = {LIST_6(tile_i8)},    [SLEB_I4] = {LIST_6(tile_i4)},
+    [SLEB_I8_GROUPS] = {LIST_6(tile_i8_groups)}, [SLEB_I8_HALVES] = {LIST_6(tile_i8_halves)},
 };
 
 #endif

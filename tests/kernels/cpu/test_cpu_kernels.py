@@ -13,7 +13,7 @@ import torch
 
 from sleb.kernels.cpu import library, records
 from sleb.kernels.cpu.features import cpu_features
-from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.quantization import Groups, Int4Weight, Int8Weight
 from sleb.kernels.reference import ops as reference
 
 LEVELS = {
@@ -84,6 +84,15 @@ def quantised_rows(x):
 
 def make_weight(kind, rows, columns, seed):
     weight = randn(rows, columns, seed=seed)
+    if kind in GROUPED:
+        stored = GROUPED[kind].empty(rows, columns)
+        for tensor, low, high in ((stored.values, 0, 256), (stored.scale, -9, 9), (stored.minimum, 0, 16)):
+            if tensor is not None:
+                tensor.copy_(torch.randint(low, high, tensor.shape))
+        stored.scale.mul_(2.0 ** -(GROUPED[kind].bits + 2))
+        if stored.groups.base == "minimum":
+            stored.minimum.mul_(0.1)
+        return stored, stored.dequantize(torch.float32).double()
     if kind in ("int8", "int4"):
         chosen = (Int8Weight if kind == "int8" else Int4Weight).empty(rows, columns)
         chosen.fill(weight)
@@ -95,6 +104,7 @@ def make_weight(kind, rows, columns, seed):
 def expected_operand(kernels, kind, rows, x):
     """What a product makes of its rows: bf16, bytes or nothing; and the error that its sums may then have."""
     tiles = "amx" in kernels.level
+    kind = "int4" if kind in GROUPED else kind
     if kind in ("int8", "int4") and not (tiles and rows >= 16):
         return quantised_rows(x), 1e-4
     if kind in ("int8", "int4"):  # a panel widened to bf16: each weight may be off by half of 2^-8
@@ -105,11 +115,21 @@ def expected_operand(kernels, kind, rows, x):
 
 
 KINDS = ["float32", "float16", "bfloat16", "int8", "int4"]
+GROUPED = {
+    "4 by 64, zero": Groups(4, 64, "zero"),
+    "4 by 32, middle": Groups(4, 32, "middle"),
+    "4 by 128, minimum": Groups(4, 128, "minimum"),
+    "8 by 32, middle": Groups(8, 32, "middle"),
+    "8 by 64, minimum": Groups(8, 64, "minimum"),
+    "8 by 16, middle": Groups(8, 16, "middle"),
+    "8 by 16, minimum": Groups(8, 16, "minimum"),
+    "8 by 96, zero": Groups(8, 96, "zero"),
+}
 ROWS = [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 16, 17, 31, 32, 33, 113, 260]
 SHAPES = [(1, 1), (7, 31), (31, 7), (32, 32), (33, 64), (64, 33), (65, 100), (100, 65), (96, 576), (576, 96)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *GROUPED])
 def test_linear(kernels, kind):
     """All tails: rows past whole tiles, outputs past whole panels, inputs past whole groups; with and without bias."""
     with Rig(kernels, widest=576) as rig:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.quantization import Groups, Int4Weight, Int8Weight
 from sleb.kernels.reference import ops as reference
 from sleb.kernels.triton import quant_linear as module
 from sleb.kernels.triton.quant_linear import CONFIGS, LIBRARY, choose_num_parts, quant_linear
 
+GROUPED = {
+    "4 by 64, zero": Groups(4, 64, "zero"),
+    "4 by 32, middle": Groups(4, 32, "middle"),
+    "8 by 32, middle": Groups(8, 32, "middle"),
+    "8 by 16, minimum": Groups(8, 16, "minimum"),
+    "8 by 128, zero": Groups(8, 128, "zero"),
+}
 KINDS = ["plain", "int8", "int4"]
 # rows, outputs, inputs: tails of tiles and of groups of 32, one of each, and the sizes of small models
 SHAPES = [
@@ -41,6 +48,19 @@ def make(device, randn):
         if kind == "plain":
             weight = weight.to(dtype)
             return x, weight, bias, weight
+        if kind in GROUPED:
+            stored = GROUPED[kind].empty(outputs, inputs, device)
+            for tensor, low, high in (
+                (stored.values, 0, 256),
+                (stored.scale, -9, 9),
+                (stored.minimum, 0, 16),
+            ):
+                if tensor is not None:
+                    tensor.copy_(torch.randint(low, high, tensor.shape))
+            stored.scale.mul_(2.0 ** -(GROUPED[kind].bits + 2) / inputs**0.5)
+            if stored.groups.base == "minimum":
+                stored.minimum.mul_(0.1 / inputs**0.5)
+            return x, stored, bias, stored.dequantize(dtype)
         stored = (Int8Weight if kind == "int8" else Int4Weight).empty(outputs, inputs, device)
         stored.fill(weight)
         return x, stored, bias, stored.dequantize(dtype)
@@ -51,6 +71,14 @@ def make(device, randn):
 def product(x, widened, bias):
     exact = x.double().cpu() @ widened.double().cpu().T
     return exact if bias is None else exact + bias.double().cpu()
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+@pytest.mark.parametrize("number", [2, 5, 10], ids=lambda number: str(SHAPES[number]))
+def test_groups(make, close, kind, number):
+    x, weight, bias, widened = make(kind, *SHAPES[number], torch.float32)
+    for config in CONFIGS[:2]:
+        close(quant_linear(x, weight, bias, config=config), product(x, widened, bias), 2.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
