@@ -11,7 +11,15 @@ from typing import Any
 from sleb.engine.requests.repetition import MAX_COUNT
 from sleb.engine.requests.sampling_params import COUNT_RANGES, NUMBER_RANGES
 from sleb.errors import ConfigError
-from sleb.kernels.names import ATTENTION_BACKENDS, DTYPE_ALIASES, DTYPES, KERNELS, QUANTIZED, check_device
+from sleb.kernels.names import (
+    ATTENTION_BACKENDS,
+    DTYPE_ALIASES,
+    DTYPES,
+    FILE,
+    KERNELS,
+    QUANTIZED,
+    check_device,
+)
 from sleb.layer_map.layer_map import LayerMap
 from sleb.options import check_values, option
 
@@ -72,8 +80,9 @@ class EngineConfig:
     )
     weights: str = option(
         "auto",
-        "Of weights: as --dtype, quantised as they are loaded, or a dtype, which is then that of all.",
-        choices=("auto", *QUANTIZED, *DTYPES),
+        "Of weights: as the checkpoint has them, quantised or as --dtype; file: as a GGUF file has them too; quantised "
+        "as they are loaded; or a dtype, which is then that of all.",
+        choices=("auto", FILE, *QUANTIZED, *DTYPES),
         aliases=tuple(DTYPE_ALIASES),
         group=_MODEL,
     )

@@ -20,8 +20,8 @@ from sleb.engine.execute.transfer import to_device
 from sleb.engine.memory import refusal_told
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.loader import load_weights
-from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.model.weights import DecoderWeights, all_sublayers, num_bytes
+from sleb.engine.model.resolve import AS_STORED, resolve_device, resolve_dtype, resolve_weight_format
+from sleb.engine.model.weights import DecoderWeights, all_sublayers, formats_of, num_bytes
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.step import ScheduledRow, Step
@@ -99,12 +99,13 @@ class Runner:
             config.load_format,
             config.seed or 0,
             weight_format=weight_format,
+            as_stored=config.weights in AS_STORED,
             patches=self._patches,
             on_progress=config.on_progress,
         )
         # A head that is stored with values of its own is none that the config ties.
         self.spec = spec = replace(spec, tied_embeddings=weights.head.weight is weights.embed)
-        self._weights_name = config.weights if weight_format else str(self.dtype)[6:]
+        self._weights_name = config.weights if weight_format else " and ".join(formats_of(weights))
         self._weight_sizes = _weight_sizes(weights)
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size
         remedy = "lower --kv-cache-memory, --max-num-seqs or --max-num-batched-tokens, or quantise (--weights int8)"

@@ -35,8 +35,8 @@ class Int8Weight:
     """Symmetric, one scale an output (row).
 
     Attributes:
-        values: [N, K] int8, from −127 to 127.
-        scale: [N] float32, max|w| / 127 of the row; 0 for a row of zeros.
+        values: [N, K] int8; as they are made here from −127 to 127.
+        scale: [N] float32; as it is made here max|w| / 127 of the row, 0 for a row of zeros.
     """
 
     values: Tensor
@@ -55,6 +55,11 @@ class Int8Weight:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return self.kind
 
     @property
     def num_bytes(self) -> int:
@@ -79,6 +84,15 @@ class Int8Weight:
             self.scale[rows] = scale
             self.values[rows] = (part / divisor[:, None]).round_().clamp_(-127, 127).to(torch.int8)
 
+    def take_rows(self, rows: Tensor) -> Int8Weight:
+        """Rows `rows` [T] int64, copied."""
+        return Int8Weight(self.values[rows], self.scale[rows])
+
+    def take(self, other: Int8Weight) -> None:
+        """Fills this one with the numbers of `other`, of the same shape."""
+        self.values.copy_(other.values)
+        self.scale.copy_(other.scale)
+
     def fill_random(self, deviation: float, generator: torch.Generator) -> None:
         """Random weights, uniform, of mean 0 and that standard deviation."""
         self.values.random_(-127, 128, generator=generator)
@@ -90,7 +104,10 @@ class Int8Weight:
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `indices` [T] int64 of the matrix, [T, K]: an embedding lookup."""
-        return Int8Weight(self.values[indices], self.scale[indices]).dequantize(dtype)
+        return self.take_rows(indices).dequantize(dtype)
+
+
+Base = Literal["minimum", "zero", "middle"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class Groups:
 
     bits: int
     size: int
-    base: Literal["minimum", "zero", "middle"]
+    base: Base
 
     @property
     def name(self) -> str:
@@ -159,6 +176,11 @@ class GroupedWeight:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.values.shape[0], self.num_columns
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return self.groups.name
 
     @property
     def num_bytes(self) -> int:
@@ -264,6 +286,7 @@ class Int4Weight(GroupedWeight):
         self.minimum.fill_(-7.5 * step)
 
 
+Made = Int8Weight | Int4Weight  # of other numbers, here
 QuantizedWeight = Int8Weight | GroupedWeight
 Weight = Tensor | Int8Weight | GroupedWeight
 Quantized = type[Int8Weight] | type[Int4Weight] | Groups
@@ -282,7 +305,7 @@ def common_kind(kinds: Sequence[Quantized | None]) -> Quantized | None:
     size = min((each.size for each in groups), default=0)
     if len(groups) < len(kinds) or bases >= {"zero", "minimum"} or any(each.size % size for each in groups):
         return None
-    base = next((each for each in ("zero", "minimum") if each in bases), "middle")
+    base: Base = "minimum" if "minimum" in bases else "zero" if "zero" in bases else "middle"
     return Groups(max(each.bits for each in groups), size, base)
 
 
@@ -295,9 +318,9 @@ class WeightFormat:
     are not quantised.
     """
 
-    linear: Quantized
-    head: Quantized
-    patch: Quantized
+    linear: type[Made]
+    head: type[Made]
+    patch: type[Made]
 
 
 # The head stays at eight bits: its errors go straight into the logits, and it is read once a step. So do patches, which

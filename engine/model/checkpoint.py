@@ -14,7 +14,12 @@ from pathlib import Path
 import torch
 
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.engine.model.quantized import check_not_quantized, quantized_by_config
+from sleb.engine.model.quantized.find import (
+    QuantizedTensor,
+    check_not_quantized,
+    quantized_by_config,
+    quantized_tensors,
+)
 from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ModelError
 from sleb.fields import shown_path, shown_text
@@ -37,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         spec: the model's, with tied_embeddings as the tensors have it.
-        tensors: exactly those that `spec` asks for, by its names, in its shapes.
+        tensors: exactly those that `spec` asks for, by its names, in its shapes; a quantised matrix is one.
         extras: others that do no harm, by the names that they would have.
     """
 
@@ -45,14 +50,19 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     extras: Mapping[str, StoredTensor]
 
+    @property
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        """Those of `tensors` that are stored quantised."""
+        return {name: each for name, each in self.tensors.items() if isinstance(each, QuantizedTensor)}
+
 
 def open_checkpoint(path: Path, spec: DecoderSpec) -> Checkpoint:
     """The checkpoint in the folder `path`, checked against `spec`.
 
     Tied embeddings: embedding or head may be missing; a head of other values is used, as in transformers. Raises
-    ModelError for quantised weights, and for missing, extra or misshaped tensors.
+    ModelError for weights that are quantised in a way that is not read, and for missing, extra or misshaped tensors.
     """
-    stored = stored_tensors(path)
+    stored = quantized_tensors(path, stored_tensors(path))
     check_not_quantized(path, [each for each in stored.values() if not _HARMLESS.fullmatch(each.name)])
     untied = replace(spec, tied_embeddings=False)
     _, expected = allocate(untied, all_sublayers(spec), torch.float32, torch.device("meta"))
@@ -71,13 +81,14 @@ def open_checkpoint(path: Path, spec: DecoderSpec) -> Checkpoint:
             )
     if extras:
         logger.warning("%s: not used: %s", shown_path(path), _some(extras.values()))
-    if method := quantized_by_config(path):
+    checkpoint = Checkpoint(spec, tensors, {**extras, **copies})
+    if not checkpoint.quantized and (method := quantized_by_config(path)):
         logger.warning(
             "%s: config.json names the quantisation %s, but the tensors are plain numbers and are read as those",
             shown_path(path),
             method,
         )
-    return Checkpoint(spec, tensors, {**extras, **copies})
+    return checkpoint
 
 
 def _by_own_names(
@@ -129,6 +140,8 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two matrices hold the same numbers; a part at a time, since they may be gigabytes."""
     if one.shape != other.shape or len(one.shape) != 2:
         return False
+    if isinstance(one, QuantizedTensor) or isinstance(other, QuantizedTensor):
+        return torch.equal(one.read().float(), other.read().float())
     step = max(1, _COMPARED_BYTES // (8 * max(1, one.shape[1])))
     with opened(one.file) as first, opened(other.file) as second:
         parts = first.get_slice(one.name), second.get_slice(other.name)

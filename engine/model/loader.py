@@ -6,6 +6,7 @@ as torch has: the checkpoint's own dtype is never held for more than those.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,15 +19,18 @@ from torch import Tensor
 
 from sleb.engine.memory import GIB, check_fits, refusal_told
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.engine.model.checkpoint import open_checkpoint
+from sleb.engine.model.checkpoint import Checkpoint, open_checkpoint
+from sleb.engine.model.quantized.find import QuantizedTensor
 from sleb.engine.model.weight_cache import WeightCache
 from sleb.engine.model.weights import DecoderWeights, Target, Targets, allocate, num_bytes, patch_weights
 from sleb.errors import ModelError
 from sleb.fields import shown_path
-from sleb.kernels.quantization import WEIGHT_FORMATS, WeightFormat
+from sleb.kernels.quantization import WEIGHT_FORMATS, Int4Weight, Int8Weight, Quantized, WeightFormat
 from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer
 from sleb.models.weight_files import StoredTensor, opened
+
+logger = logging.getLogger("sleb.engine")
 
 _NUM_TENSORS_PER_OPEN = 16
 _MAX_THREADS = 8  # each holds a matrix of the checkpoint; a block has up to seven
@@ -45,6 +49,7 @@ def load_weights(
     seed: int = 0,
     *,
     weight_format: WeightFormat | None = None,
+    as_stored: bool = False,
     patches: Sequence[Patch] = (),
     on_progress: OnProgress | None = None,
 ) -> DecoderWeights:
@@ -52,31 +57,60 @@ def load_weights(
 
     load_format: "auto" or "safetensors" read the checkpoint; "dummy" draws random weights from `seed`.
     weight_format: how matrices are quantised; what was made is kept in the cache folder for the next time.
+    as_stored: matrices that the checkpoint has quantised stay in its bits where those can be held.
     on_progress: called in this thread as weights come in. Raises ModelError for missing, extra or misshaped
     tensors, for pickles, for unreadable files, for values that cannot be quantised, and, before anything is taken, for
     weights larger than the memory that is free.
     """
     checkpoint = None if load_format == "dummy" else open_checkpoint(path, spec)
     spec = spec if checkpoint is None else checkpoint.spec
-    size = _weight_bytes(spec, keep, dtype, weight_format)
+    held = _held(checkpoint) if checkpoint and as_stored and weight_format is None else {}
+    size = _weight_bytes(spec, keep, dtype, weight_format, held)
     size += sum(patch.num_parameters for patch in patches) * dtype.itemsize
     remedy = _smaller(spec, keep, dtype, size)
     check_fits(f"{shown_path(path)}: the weights take", size, device, remedy, ModelError)
     with refusal_told(f"weights of {size / GIB:.2f} GiB", device, remedy):
-        weights, targets = allocate(spec, keep, dtype, device, weight_format)
+        weights, targets = allocate(spec, keep, dtype, device, weight_format, held)
         progress = _Progress(targets, on_progress)
         if checkpoint is None:
             _fill_random(targets, seed, device, progress)
         else:
-            _fill(path, checkpoint.tensors, targets, progress)
+            _tell(path, checkpoint, targets, dtype)
+            _fill(path, checkpoint.tensors, targets, weight_format is not None, progress)
         made = tuple(patch_weights(patch, dtype, device, weight_format) for patch in patches)
     return replace(weights, patches=made)
 
 
 def _weight_bytes(
-    spec: DecoderSpec, keep: set[Sublayer], dtype: torch.dtype, weight_format: WeightFormat | None
+    spec: DecoderSpec,
+    keep: set[Sublayer],
+    dtype: torch.dtype,
+    weight_format: WeightFormat | None,
+    held: Mapping[str, Quantized | None] | None = None,
 ) -> int:
-    return num_bytes(allocate(spec, keep, dtype, torch.device("meta"), weight_format)[0])
+    return num_bytes(allocate(spec, keep, dtype, torch.device("meta"), weight_format, held)[0])
+
+
+def _held(checkpoint: Checkpoint) -> dict[str, Quantized | None]:
+    return {name: stored.kind for name, stored in checkpoint.quantized.items()}
+
+
+def _tell(path: Path, checkpoint: Checkpoint, targets: Targets, dtype: torch.dtype) -> None:
+    """Says which quantised matrices become wider numbers."""
+    wide = {
+        name: stored
+        for name, stored in checkpoint.quantized.items()
+        if name in targets and isinstance(targets[name].weight, Tensor)
+    }
+    if wide:
+        whys = sorted({stored.plan.why or stored.format.name for stored in wide.values()})
+        logger.warning(
+            "%s: %d quantised matrices (%s) are held as %s",
+            shown_path(path),
+            len(wide),
+            ", ".join(whys),
+            str(dtype)[6:],
+        )
 
 
 def _smaller(spec: DecoderSpec, keep: set[Sublayer], dtype: torch.dtype, size: int) -> str:
@@ -88,18 +122,27 @@ def _smaller(spec: DecoderSpec, keep: set[Sublayer], dtype: torch.dtype, size: i
     return ", ".join([*told, "a deeper tier alone (--tiers) keeps fewer blocks"])
 
 
-def _fill(path: Path, stored: Mapping[str, StoredTensor], targets: Targets, progress: _Progress) -> None:
-    """Fills every target from the checkpoint in `path`, or from what is kept of it."""
-    plain = {name: target for name, target in targets.items() if isinstance(target.weight, Tensor)}
+def _fill(
+    path: Path, stored: Mapping[str, StoredTensor], targets: Targets, quantises: bool, progress: _Progress
+) -> None:
+    """Fills every target from the checkpoint in `path`, or from what is kept of it.
+
+    quantises: targets that are quantised are so by us, whatever the checkpoint's own bits.
+    """
+    plain = {
+        name: target
+        for name, target in targets.items()
+        if isinstance(target.weight, Tensor) and not isinstance(stored[name], QuantizedTensor)
+    }
     for names in _grouped(stored, plain):
         with opened(stored[names[0]].file) as handle:
             for name in names:
                 plain[name].fill(handle.get_tensor(stored[name].name))
         progress.add(plain[name] for name in names)
-    quantized = {name: target for name, target in targets.items() if not isinstance(target.weight, Tensor)}
+    quantized = {name: target for name, target in targets.items() if name not in plain}
     if quantized:
         shards = {stored[name].file for name in quantized}
-        _quantize(WeightCache(path, shards), stored, quantized, progress)
+        _quantize(WeightCache(path, shards), stored, quantized, quantises, progress)
 
 
 class _Progress:
@@ -122,6 +165,7 @@ def _fill_random(targets: Targets, seed: int, device: torch.device, progress: _P
     for name, target in targets.items():
         weight = target.weight
         if not isinstance(weight, Tensor):
+            assert isinstance(weight, Int8Weight | Int4Weight)
             weight.fill_random(_DEVIATION, generator)
         elif weight.dim() == 1 and name.endswith(".weight"):
             weight.fill_(target.factor)  # a norm's
@@ -134,9 +178,10 @@ def _quantize(
     cache: WeightCache,
     stored: Mapping[str, StoredTensor],
     targets: Mapping[str, Target],
+    quantises: bool,
     progress: _Progress,
 ) -> None:
-    """Fills every target from the cache, or else from the checkpoint.
+    """Fills every target from a quantised checkpoint, from the cache, or else from the checkpoint.
 
     A thread works on one matrix alone: the pieces that stay in a processor's cache are too small to be shared out.
     """
@@ -146,8 +191,11 @@ def _quantize(
     )
 
     def load(name: str) -> None:
-        weight = targets[name].weight
-        assert not isinstance(weight, Tensor)
+        weight, source = targets[name].weight, stored[name]
+        if isinstance(source, QuantizedTensor) and (not quantises or isinstance(weight, Tensor)):
+            targets[name].take(source.decoded())
+            return
+        assert isinstance(weight, Int8Weight | Int4Weight)
         if not cache.load(name, stored[name].file, weight):
             _read_quantized(stored[name], targets[name])
             cache.store(name, stored[name].file, weight)
@@ -161,14 +209,13 @@ def _quantize(
 
 
 def _read_quantized(stored: StoredTensor, target: Target) -> None:
-    with opened(stored.file) as handle:
-        try:
-            target.fill(handle.get_tensor(stored.name))
-        except ValueError:
-            raise ModelError(
-                f"{stored.file}: {stored.name} holds values that are not finite, which cannot be quantised; "
-                "use weights auto, or another checkpoint"
-            ) from None
+    try:
+        target.fill(stored.read())
+    except ValueError:
+        raise ModelError(
+            f"{stored.file}: {stored.name} holds values that are not finite, which cannot be quantised; "
+            "use weights auto, or another checkpoint"
+        ) from None
 
 
 def _grouped(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> Iterator[list[str]]:

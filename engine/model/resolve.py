@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from sleb.errors import ConfigError
-from sleb.kernels.names import DTYPE_ALIASES, DTYPES, check_device
+from sleb.kernels.names import DTYPE_ALIASES, DTYPES, FILE, check_device
 from sleb.kernels.quantization import WEIGHT_FORMATS, WeightFormat
+
+AS_STORED = ("auto", FILE)  # what `weights` is where a quantised checkpoint keeps its bits
 
 
 def resolve_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
 from sleb.engine.model.weights import all_sublayers, num_parameters, patch_weights
 from sleb.engine.text import TextProcessor
+from sleb.kernels.names import FILE
 from sleb.kernels.reference.cross_entropy import expected_rows, linear_cross_entropy, linear_divergence
 from sleb.kernels.reference.ops import causal_attention
 from sleb.kernels.registry import select_kernels
@@ -78,6 +79,7 @@ class DecoderScorer:
             chosen,
             target,
             weight_format=resolve_weight_format(weights),
+            as_stored=weights == FILE,  # else they are dequantised once, not for each of many passes
         )
         kernels = select_kernels("torch", target)
         decoder = Decoder(spec, loaded, kernels, _longest_window(spec), target)

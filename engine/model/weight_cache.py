@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb.files import cache_dir, file_state, make_folder, replacement
-from sleb.kernels.quantization import VERSION, QuantizedWeight
+from sleb.kernels.quantization import VERSION, Made
 
 logger = logging.getLogger("sleb.engine")
 
@@ -44,7 +44,7 @@ class WeightCache:
         self._writable = True
         self._sweep()
 
-    def load(self, name: str, shard: Path, target: QuantizedWeight) -> bool:
+    def load(self, name: str, shard: Path, target: Made) -> bool:
         """Fills `target` with tensor `name`, quantised earlier from the file `shard`. False: it has to be made."""
         file = self._file(name, target)
         try:
@@ -60,7 +60,7 @@ class WeightCache:
             return False
         return True
 
-    def store(self, name: str, shard: Path, weight: QuantizedWeight) -> None:
+    def store(self, name: str, shard: Path, weight: Made) -> None:
         """Keeps `weight`, made of tensor `name` of `shard`. A disk that refuses costs a warning, the first time."""
         if not self._writable:
             return
@@ -104,11 +104,11 @@ class WeightCache:
             "crc32": str(checksum),
         }
 
-    def _file(self, name: str, weight: QuantizedWeight) -> Path:
+    def _file(self, name: str, weight: Made) -> Path:
         return self._folder / weight.kind / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.safetensors"
 
 
-def tensors_of(weight: QuantizedWeight) -> dict[str, Tensor]:
+def tensors_of(weight: Made) -> dict[str, Tensor]:
     """The tensors of a quantised weight by the name of their field."""
     return {key: value for key, value in vars(weight).items() if isinstance(value, Tensor)}
 

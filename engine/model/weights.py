@@ -7,6 +7,7 @@ tier runs are never read. Quantised matrices are filled in the same way, each ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
-from sleb.kernels.quantization import Quantized, Weight, WeightFormat
+from sleb.kernels.quantization import (
+    GroupedWeight,
+    Int4Weight,
+    Int8Weight,
+    Quantized,
+    Weight,
+    WeightFormat,
+    common_kind,
+)
 from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer, Unit
 
@@ -55,7 +64,21 @@ class Target:
         if isinstance(self.weight, Tensor):
             self.weight.copy_(stored)
         else:
+            assert isinstance(self.weight, Int8Weight | Int4Weight), "a file's own bits are taken"
             self.weight.fill(stored)
+
+    def take(self, stored: Weight) -> None:
+        """Fills the view with a matrix of a quantised checkpoint, in its own bits if the view is of bits."""
+        if isinstance(stored, Tensor) or isinstance(self.weight, Tensor):
+            self.fill(stored if isinstance(stored, Tensor) else stored.dequantize(torch.float32))
+            return
+        stored = stored if self.rows is None else stored.take_rows(self.rows)
+        if isinstance(self.weight, Int8Weight):
+            assert isinstance(stored, Int8Weight)
+            self.weight.take(stored)
+        else:
+            assert isinstance(stored, GroupedWeight)
+            self.weight.take(stored)
 
 
 @dataclass(frozen=True)
@@ -147,6 +170,17 @@ def num_bytes(node: object) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
+def formats_of(weights: DecoderWeights) -> list[str]:
+    """The formats of the matrices, in words: that of the most numbers first."""
+    linears = [linear for part in weights.attention.values() for linear in (part.qkv, part.out)]
+    linears += [linear for mlp in weights.mlp.values() for linear in (mlp.up, mlp.down)]
+    sizes: dict[str, int] = {}
+    for weight in (weights.head.weight, *(linear.weight for linear in linears)):
+        name = str(weight.dtype)[6:] if isinstance(weight, Tensor) else weight.name
+        sizes[name] = sizes.get(name, 0) + math.prod(weight.shape)
+    return sorted(sizes, key=lambda name: -sizes[name])
+
+
 def num_parameters(spec: DecoderSpec, unit: Unit) -> int:
     """Of a unit, whatever the format of its weights."""
     weights, _ = allocate(spec, set(unit.sublayers), torch.float32, torch.device("meta"))
@@ -164,13 +198,16 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     weight_format: WeightFormat | None = None,
+    held: Mapping[str, Quantized | None] | None = None,
 ) -> tuple[DecoderWeights, Targets]:
     """Uninitialised weights for the sublayers in `keep`, and where each checkpoint tensor belongs in them.
 
     Returns the weights and a dictionary from checkpoint name to what its tensor fills; the views cover every
     allocated element exactly once. On the meta device it costs nothing and states names and shapes.
+
+    held: in place of `weight_format`, what each matrix of a quantised checkpoint is held in.
     """
-    return _Allocator(spec, dtype, device, weight_format).build(keep)
+    return _Allocator(spec, dtype, device, weight_format, held or {}).build(keep)
 
 
 def patch_weights(
@@ -198,7 +235,12 @@ def patch_weights(
 
 class _Allocator:
     def __init__(
-        self, spec: DecoderSpec, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None
+        self,
+        spec: DecoderSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_format: WeightFormat | None,
+        held: Mapping[str, Quantized | None],
     ) -> None:
         self.spec = spec
         self.targets: Targets = {}
@@ -206,6 +248,7 @@ class _Allocator:
         self._device = device
         self._linear_kind = weight_format.linear if weight_format else None
         self._head_kind = weight_format.head if weight_format else None
+        self._held = held
 
     def build(self, keep: set[Sublayer]) -> tuple[DecoderWeights, Targets]:
         spec, names = self.spec, self.spec.names
@@ -244,7 +287,7 @@ class _Allocator:
                 [spec.names.head], [spec.vocab_size], spec.embed_size, spec.head_bias, self._head_kind
             )
             return embed, head
-        shared = self._matrix(spec.vocab_size, spec.embed_size, self._head_kind)
+        shared = self._matrix(spec.vocab_size, spec.embed_size, self._kind([name], self._head_kind))
         self.targets[name] = Target(shared)
         bias = self._tensor(f"{spec.names.head}.bias", spec.vocab_size) if spec.head_bias else None
         return shared, Linear(shared, bias)
@@ -308,6 +351,10 @@ class _Allocator:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
+    def _kind(self, names: list[str], chosen: Quantized | None) -> Quantized | None:
+        """What a matrix of the checkpoint's tensors `names` is held in."""
+        return common_kind([self._held.get(name) for name in names]) if self._held else chosen
+
     def _matrix(self, num_rows: int, num_columns: int, kind: Quantized | None) -> Weight:
         if kind is None:
             return self._empty(num_rows, num_columns)
@@ -361,6 +408,11 @@ class _Allocator:
         transposed: bool = False,
     ) -> Linear:
         """`rows` [sum of sizes]: which of all the stored rows, those of the modules one after another, each takes."""
+        kind = (
+            None
+            if transposed and self._held
+            else self._kind([f"{module}.weight" for module in modules], kind)
+        )
         weight = self._matrix(sum(sizes), width, kind)
         vector = self._empty(sum(sizes)) if bias else None
         start = 0

@@ -5,8 +5,8 @@
 A weight is widened to the dtype of x as it is read, as `sleb.kernels.quantization` says:
 
     int8    w = scale[n] · values[n, k]
-    groups  w = scale[n, k // g] · q[n, k] + minimum[n, k // g], or scale · (q − zero);  q of 8 bits, or of 4, that of even
-            k in the low ones of a byte
+    groups  w = scale[n, k // g] · q[n, k] + minimum[n, k // g], or scale · (q − zero);  q of 8 bits, or of 4, that of
+            even k in the low ones of a byte
 
 and products are summed in float32, so the result is that of `dequantize` followed by a matrix product. For few rows the
 time is that of reading the weight once: each program takes a run of outputs, and where those are too few to fill the

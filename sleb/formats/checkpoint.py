@@ -13,6 +13,7 @@ from typing import Any
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.errors import ConfigError
+from sleb.fields import shown_path
 from sleb.formats.decilm import MODEL_FILE, decilm_blocks, decilm_config
 from sleb.formats.model_config import compact_config, full_config
 from sleb.formats.output import new_folder
@@ -93,13 +94,29 @@ def _contents(removal: Removal, source: Source, notation: str) -> tuple[dict[str
     config = plan.config
     if checkpoint.spec.tied_embeddings != source.spec.tied_embeddings:
         config["tie_word_embeddings"] = checkpoint.spec.tied_embeddings
+    if checkpoint.quantized:
+        _check_quantized(raw, plan, notation, source)
     located = locate({**checkpoint.tensors, **checkpoint.extras})
     chosen = [each for tensor in located if (each := plan.choose(tensor)) is not None]
     tensors = [each for each in chosen if each.name not in plan.made]
-    dtype = next(each.dtype for each in located if each.name == f"{source.spec.names.embed}.weight")
+    dtype = checkpoint.tensors[f"{source.spec.names.embed}.weight"].dtype
     rounded = removal.mending.way == "merge"  # as the others of the checkpoint
     tensors += made_tensors(plan.made, dtype, rounded=rounded) + zero_tensors(plan.zeros, dtype)
     return config, tensors
+
+
+def _check_quantized(raw: Mapping[str, Any], plan: _Plan, notation: str, source: Source) -> None:
+    """Raises ConfigError where a quantised checkpoint's bytes cannot be written as they are."""
+    place = f"{shown_path(source.path)} holds quantised weights"
+    if notation != "hf" or plan.made:
+        what = "patches that are merged into matrices" if notation == "hf" else f"format {notation}"
+        raise ConfigError(f"{place}, and {what} would change them: use --format hf and --patches drop")
+    words = json.dumps({name: values for name, values in raw.items() if name.startswith("quantization")})
+    if re.search(r"layers[.\\]+\d", words):
+        raise ConfigError(
+            f"{place}, and config.json says of some blocks by number how; kept blocks get other numbers: serve the map "
+            "with the whole checkpoint"
+        )
 
 
 def _any_contents(

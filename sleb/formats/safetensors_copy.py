@@ -35,7 +35,11 @@ class LocatedTensor:
 
 def locate(tensors: Mapping[str, StoredTensor]) -> list[LocatedTensor]:
     """Where the bytes of tensors of a checked checkpoint lie, in the order of the files, under the names given."""
-    names = {(tensor.file, tensor.name): name for name, tensor in tensors.items()}
+    names = {
+        (part.file, part.name): ours
+        for name, tensor in tensors.items()
+        for ours, part in tensor.parts_of(name).items()
+    }
     found = [tensor for file in sorted({file for file, _ in names}) for tensor in _in_file(file)]
     return [
         replace(tensor, name=names[tensor.file, tensor.name])

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from sleb.errors import ModelError
 from sleb.fields import read_json, shown, shown_path, shown_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,6 +40,16 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    def parts_of(self, name: str) -> dict[str, StoredTensor]:
+        """What the files hold of it, if it is to be called `name`, by their names."""
+        return {name: self}
+
+    def read(self) -> Tensor:
+        """Its values. Raises ModelError."""
+        with opened(self.file) as handle:
+            values: Tensor = handle.get_tensor(self.name)
+            return values
 
 
 @dataclass(frozen=True)

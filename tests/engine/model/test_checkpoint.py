@@ -443,14 +443,18 @@ BY_TENSORS = {
 class TestQuantized:
     @pytest.mark.parametrize("name", QUANTIZED)
     def test_a_format_is_named_and_so_is_the_remedy(self, name, copied):
+        """That of one that is read, in tensors of no shape that it has: which tensor, and what it must be."""
         config, parts, wanted = QUANTIZED[name]
         folder = copied("llama-gqa")
         rewrite(folder, quantized(**parts))
         configure(folder, **config)
         text = message(folder)
-        assert (
-            f"quantised weights ({wanted}; " in text and "--weights int8 or int4" in text and "GGUF" in text
-        )
+        if name == "hqq":
+            assert f"quantised weights ({wanted}; " in text and "--weights int8 or int4" in text
+            assert "GGUF" in text and "quant_method awq, bitsandbytes" in text
+        else:
+            assert "layers.0.mlp.down_proj" in text or "is missing" in text
+            assert "it must be " in text
 
     @pytest.mark.parametrize("name", QUANTIZED)
     def test_its_tensors_tell_it_too(self, name, copied):
