@@ -39,7 +39,7 @@ static float *random_floats(size_t count, float centre, float spread) {
 }
 
 static sleb_linear random_linear(sleb_pool *pool, int32_t format, int32_t n, int32_t k, int32_t gated, int32_t biased) {
-    sleb_linear w = {.format = format, .n = n, .k = k, .gated = gated};
+    sleb_linear w = {.format = format, .n = n, .k = k, .gated = gated, .group = SLEB_GROUP};
     size_t count = (size_t)n * (size_t)((k + 31) / 32 * 32), groups = (size_t)n * (size_t)((k + 31) / 32);
     float *values = random_floats(count, 0.0f, 0.25f);
     uint16_t *halves = (uint16_t *)values, *scale = must(malloc(groups * 2)), *minimum = must(malloc(groups * 2));
