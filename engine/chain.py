@@ -22,5 +22,10 @@ def load_layer_map(
     if chosen is None or chosen == "none":
         return LayerMap.dense(resolved.name, spec.num_blocks, spec.fingerprint), False
     loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
-    loaded.check_model(num_blocks=spec.num_blocks, fingerprint=spec.fingerprint, model=resolved.name)
+    loaded.check_model(
+        num_blocks=spec.num_blocks,
+        fingerprint=spec.fingerprint,
+        model=resolved.name,
+        parallel=spec.parallel,
+    )
     return loaded, shipped

@@ -117,8 +117,12 @@ class Decoder:
 
     def logits(self, residual: Tensor) -> Tensor:
         """Final norm and head: residual [B, E] to logits [B, V] in float32."""
+        return self.head(self.head_inputs(residual))
+
+    def head(self, inputs: Tensor) -> Tensor:
+        """What `head_inputs` gives, to logits [B, V] in float32."""
         head, cap = self.weights.head, self.spec.logit_softcap
-        logits = self.kernels.linear(self.head_inputs(residual), head.weight, head.bias).float()
+        logits = self.kernels.linear(inputs, head.weight, head.bias).float()
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def head_inputs(self, residual: Tensor) -> Tensor:

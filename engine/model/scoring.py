@@ -49,6 +49,7 @@ class DecoderScorer:
         self.vocab_size = spec.vocab_size
         self.device = decoder.device
         self.dtype = decoder.weights.dtype
+        self._bias, self._softcap = decoder.weights.head.bias, spec.logit_softcap
         self.model_name = model_name
         self.text = text  # renders conversations for the calibration
         self.tokenizer = text.tokenizer
@@ -130,19 +131,20 @@ class DecoderScorer:
     def token_losses(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Cross-entropy [W, L − 1] float32 in nats of each token given those before it."""
         states, targets = self.head_states(hidden[:, :-1]), self._targets(token_ids)
-        return linear_cross_entropy(states, self._head(states), targets).view(len(token_ids), -1)
+        losses = linear_cross_entropy(states, self._head(states), targets, self._bias, self._softcap)
+        return losses.view(len(token_ids), -1)
 
     def expected_rows(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Of the next-token distributions at hidden [W, L, E], the last apart, what `divergences` needs of them."""
         states = self.head_states(hidden[:, :-1])
-        return expected_rows(states, self._head(states))
+        return expected_rows(states, self._head(states), self._bias, self._softcap)
 
     def divergences(
         self, hidden: Tensor, token_ids: Tensor, expected: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """KL(p ‖ q) [W, L − 1] float32 in nats from the distributions p of `expected_rows`, and `token_losses`."""
         states, targets = self.head_states(hidden[:, :-1]), self._targets(token_ids)
-        found = linear_divergence(states, self._head(states), *expected, targets)
+        found = linear_divergence(states, self._head(states), *expected, targets, self._bias, self._softcap)
         return found[0].view(len(token_ids), -1), found[1].view(len(token_ids), -1)
 
     def _targets(self, token_ids: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ class DecoderScorer:
 
     def logits(self, states: Tensor) -> Tensor:
         """Rows of `head_states` to their logits [T, vocab_size] float32: callers pass a few rows at a time."""
-        return self._decoder.kernels.linear(states, self._decoder.weights.head.weight, None).float()
+        return self._decoder.head(states)
 
     def num_parameters(self, unit: Unit) -> int:
         """How many weights a unit has."""

@@ -74,7 +74,12 @@ def show(
 
         resolved = resolve_config(model)
         spec = resolve_spec(resolved.path)
-        layer_map.check_model(num_blocks=spec.num_blocks, fingerprint=spec.fingerprint, model=resolved.name)
+        layer_map.check_model(
+            num_blocks=spec.num_blocks,
+            fingerprint=spec.fingerprint,
+            model=resolved.name,
+            parallel=spec.parallel,
+        )
         block_size = num_parameters(spec, Unit(0))
     print_map(layer_map, options.depth, Console(), block_size)
 

@@ -19,7 +19,7 @@ from sleb.engine.memory import check_fits
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.scoring import DecoderScorer
 from sleb.errors import ConfigError
-from sleb.formats.patched import biases_field
+from sleb.formats.patched import biases_field, no_room
 from sleb.formats.removal import Mending, Removal
 from sleb.layer_map.patches import Array, Patch
 from sleb.layer_map.units import Unit
@@ -44,10 +44,8 @@ def merge_patches(
     specs: list[DecoderSpec] = []
     scorer = DecoderScorer.load(model, options.dtype, options.device, check=specs.append)
     [spec] = specs
-    if not spec.norm_first:
-        raise ConfigError(
-            f"{spec.architecture} has its norms after the residual add here: use --patches drop"
-        )
+    if lack := no_room(spec):
+        raise ConfigError(f"{lack} in {spec.architecture}: use --patches drop")
     tokens, _ = gather_tokens(
         model, scorer, options, note=lambda message: None, on_generate=lambda share: None
     )

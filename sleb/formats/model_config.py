@@ -48,12 +48,15 @@ def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Seque
     number (a window from `max_window_layers`, rotation from `no_rope_layer_interval`) is stated.
     """
     config: dict[str, Any] = cut_lists(full_config(raw, spec.architecture), spec.num_blocks, kept_blocks)
-    config["num_hidden_layers"] = len(kept_blocks)
+    config[FAMILIES[spec.architecture].own("num_hidden_layers")] = len(kept_blocks)
     if isinstance(raw.get("max_window_layers"), int):  # the blocks below it have no window
         config["max_window_layers"] = sum(block < raw["max_window_layers"] for block in kept_blocks)
     whole = per_block_lists(spec, range(spec.num_blocks))
     stated = {name for name, values in whole.items() if name in raw or len(set(values)) > 1}
-    config |= {name: values for name, values in per_block_lists(spec, kept_blocks).items() if name in stated}
+    lists = per_block_lists(spec, kept_blocks)
+    config |= {name: values for name, values in lists.items() if name in stated}
+    if "attention_types" in raw and "attention_layers" in lists:  # GPT-Neo: the same, shortened
+        config["attention_types"] = [[[kind], 1] for kind in lists["attention_layers"]]
     return config
 
 
@@ -62,6 +65,7 @@ def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, 
     windows = ["full_attention" if window is None else "sliding_attention" for window in spec.windows]
     lists: dict[str, list[Any]] = {
         "layer_types": windows,
+        "attention_layers": ["global" if window is None else "local" for window in spec.windows],
         "no_rope_layers": [int(rotary is not None) for rotary in spec.block_rotary],
     }
     reads = FAMILIES[spec.architecture].fields

@@ -30,6 +30,9 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 def check_exact(spec: DecoderSpec, patches: Iterable[Patch], notation: str) -> None:
     """Raises ConfigError for patches that no sublayer of the model computes, and where MLPs have no biases."""
     patches = tuple(patches)
+    lack = "the activation is relu2" if spec.activation == "relu2" else no_room(spec)  # a(x) − a(−x) is not x
+    if patches and lack:
+        raise ConfigError(f"{lack} in {spec.architecture}, which computes no patch: use --patches drop")
     if patches and notation != "decilm" and not (spec.mlp_bias or biases_field(spec)):
         raise ConfigError(
             f"the MLPs of {spec.architecture} have no biases here, which format {notation} needs to hold patches: "
@@ -43,6 +46,19 @@ def check_exact(spec: DecoderSpec, patches: Iterable[Patch], notation: str) -> N
                 "comes after a norm: fit with `sleb patch --patch full` or low-rank, or use "
                 "--format hf with --patches merge"
             )
+
+
+def no_room(spec: DecoderSpec) -> str | None:
+    """Why no sublayer of the model computes what a patch does, or None."""
+    odd = {
+        "norms stand after the residual add": not spec.norm_first,
+        "no norms stand before attention and MLP": not spec.pre_norm,
+        "what attention and MLP add is normed": spec.post_norm,
+        "what attention and MLP add is scaled": spec.residual_scale != 1.0,
+        "attention and MLP read the same residual": spec.parallel,
+        "matrices are transposed": spec.transposed,
+    }
+    return next((reason for reason, is_so in odd.items() if is_so), None)
 
 
 def factors(patch: Patch) -> tuple[Array, Array]:

@@ -84,5 +84,10 @@ def choose_removal(
             f"{source.name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
         )
     loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
-    loaded.check_model(num_blocks=source.num_blocks, fingerprint=source.fingerprint, model=source.name)
+    loaded.check_model(
+        num_blocks=source.num_blocks,
+        fingerprint=source.fingerprint,
+        model=source.name,
+        parallel=source.known and source.spec.parallel,
+    )
     return Removal(loaded, loaded.depth if depth is None else depth)

@@ -257,9 +257,17 @@ class LayerMap:
         return cls(model=model, fingerprint=fingerprint, num_blocks=num_blocks)
 
     def check_model(
-        self, *, num_blocks: int, fingerprint: str | None = None, model: str = "the model"
+        self,
+        *,
+        num_blocks: int,
+        fingerprint: str | None = None,
+        model: str = "the model",
+        parallel: bool = False,
     ) -> None:
-        """LayerMapError if the map was found on a model of another shape; an unknown fingerprint fits any."""
+        """LayerMapError if the map was found on a model of another shape; an unknown fingerprint fits any.
+
+        parallel: attention and MLP of the model's blocks read the same residual: none can go without the other.
+        """
         found, model = shown_path(self.model), shown_path(model)
         remedy = f"use a map found on {model}, or make one with `sleb prune`"
         if num_blocks != self.num_blocks:
@@ -271,6 +279,11 @@ class LayerMap:
             raise LayerMapError(
                 f"the layer map is for {found} (fingerprint {shown_path(self.fingerprint)}), "
                 f"but {model} has another shape (fingerprint {fingerprint}); {remedy}"
+            )
+        if parallel and (half := next((unit for unit in self.removed if unit.part != "block"), None)):
+            raise LayerMapError(
+                f"the layer map removes {half}, but attention and MLP of a block of {model} read the same residual and "
+                "only go together; use a map of whole blocks (`sleb prune --units blocks`)"
             )
 
     def to_json(self, stem: str = "map") -> str:

@@ -75,19 +75,21 @@ def fit_cost_model(
 ) -> CostModel:
     """Measures `model` on this machine. Raises ConfigError for a model of fewer than 3 blocks or a bad batch."""
     from sleb.engine.llm import LLM
+    from sleb.engine.model.weights import num_parameters
 
     if batch < 1:
         raise ConfigError(f"a batch of {batch} requests cannot be measured; ask for 1 or more")
-    num_blocks = _num_blocks(model)
-    order = _probe_order(num_blocks)
+    num_blocks, parallel = _blocks(model)
+    order = _probe_order(num_blocks, parallel)
     half = len(order) // 2
+    depths = (0, len(order)) if parallel else (0, half, len(order))
     layer_map = LayerMap(model="probe", fingerprint=None, num_blocks=num_blocks, removed=tuple(order))
     llm = LLM(
-        model, layer_map, (0, half, len(order)), dtype=dtype, weights=weights, device=device,
+        model, layer_map, depths, dtype=dtype, weights=weights, device=device,
         max_model_len=_PROMPT_TOKENS + _OUTPUT_TOKENS, max_num_seqs=batch, prefix_caching=False,
     )  # fmt: skip
     rng = random.Random(0)
-    samples: dict[int, list[float]] = {depth: [] for depth in (0, half, len(order))}
+    samples: dict[int, list[float]] = {depth: [] for depth in depths}
     for repetition in range(repetitions + 1):
         for done, depth in enumerate(rng.sample(list(samples), len(samples))):
             seconds = _seconds_a_step(llm, depth, batch, rng)
@@ -96,7 +98,13 @@ def fit_cost_model(
             on_progress((repetition * len(samples) + done + 1) / ((repetitions + 1) * len(samples)))
     spec = llm.engine.spec
     mlp_parameters = (3 if spec.gated else 2) * spec.hidden_size * spec.intermediate_size
-    found = solve(layer_map.num_blocks, half, batch, tuple(map(tuple, samples.values())))
+    measured = [tuple(values) for values in samples.values()]
+    if parallel:  # only the whole block can be measured: its attention takes its share of the weights
+        share = num_parameters(spec, Unit(0, "attention")) / num_parameters(spec, Unit(0))
+        whole, without = (statistics.median(values) for values in measured)
+        measured.insert(1, (whole - share * (whole - without),))
+        half = len(order)
+    found = solve(layer_map.num_blocks, half, batch, tuple(measured))
     return replace(found, mlp_parameters=mlp_parameters)
 
 
@@ -110,22 +118,26 @@ def solve(num_blocks: int, num_removed: int, batch: int, samples: tuple[tuple[fl
     return CostModel(base, attention, mlp, num_blocks, batch, samples)
 
 
-def _num_blocks(model: str) -> int:
+def _blocks(model: str) -> tuple[int, bool]:
+    """How many, and whether they are parallel."""
     from sleb.engine.model.architecture import resolve_spec
     from sleb.models.resolve import resolve_model
 
-    num_blocks = resolve_spec(resolve_model(model).path).num_blocks
+    spec = resolve_spec(resolve_model(model).path)
+    num_blocks = spec.num_blocks
     if num_blocks < 3:
         raise ConfigError(
             f"{model} has {num_blocks} blocks; a model needs at least 3 blocks to leave one out"
         )
-    return num_blocks
+    return num_blocks, spec.parallel
 
 
-def _probe_order(num_blocks: int) -> list[Unit]:
-    """The attentions of half the middle blocks, at least one, then their MLPs."""
+def _probe_order(num_blocks: int, parallel: bool) -> list[Unit]:
+    """The attentions of half the middle blocks, at least one, then their MLPs; or both at once."""
     middle = range(1, num_blocks - 1)
     chosen = list(middle)[: max(1, len(middle) // 2)]
+    if parallel:
+        return [Unit(block) for block in chosen]
     return [Unit(block, "attention") for block in chosen] + [Unit(block, "mlp") for block in chosen]
 
 

@@ -206,6 +206,6 @@ def _load(
         dtype=options.dtype,
         device=options.device,
         check=lambda spec: layer_map.check_model(
-            num_blocks=spec.num_blocks, fingerprint=spec.fingerprint, model=name
+            num_blocks=spec.num_blocks, fingerprint=spec.fingerprint, model=name, parallel=spec.parallel
         ),
     )

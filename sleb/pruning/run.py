@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -40,6 +40,9 @@ from sleb.pruning.search import (
 )
 from sleb.pruning.target import FrontPoint, Target, check_reachable, front
 from sleb.pruning.tokens import TokenizedModel, gather_tokens
+
+if TYPE_CHECKING:
+    from sleb.engine.model.architecture import DecoderSpec
 
 
 class PrunableModel(ScoringModel, TokenizedModel, Protocol):
@@ -316,9 +319,12 @@ def _load(model: str | os.PathLike[str] | PrunableModel, options: PruneOptions) 
         )
     from sleb.engine.model.scoring import DecoderScorer
 
-    return DecoderScorer.load(
-        os.fspath(model),
-        dtype=options.dtype,
-        device=options.device,
-        check=lambda spec: _num_remove(options, spec.num_blocks),
-    )
+    def check(spec: DecoderSpec) -> None:
+        if spec.parallel and options.units != "blocks":
+            raise ConfigError(
+                f"--units {options.units} cannot be had of {spec.architecture}: attention and MLP of a block read the "
+                "same residual, so that neither goes without the other; search with --units blocks"
+            )
+        _num_remove(options, spec.num_blocks)
+
+    return DecoderScorer.load(os.fspath(model), dtype=options.dtype, device=options.device, check=check)

@@ -44,7 +44,10 @@ def export(tmp_path):
 
 def chain(path, removed):
     units = tuple(unit if isinstance(unit, Unit) else Unit(unit) for unit in removed)
-    num_blocks = json.loads((path / "config.json").read_text())["num_hidden_layers"]
+    config = json.loads((path / "config.json").read_text())
+    num_blocks = next(
+        config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config
+    )
     return LayerMap(path.name, None, num_blocks, removed=units)
 
 
@@ -540,3 +543,34 @@ def test_smollm2_at_depth_6(tmp_path):
         inputs = tokenizer(prompt, return_tensors="pt")
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=48, pad_token_id=2)
         assert tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gemma3", "glm4", "cohere2", "cwm", "gpt-neox", "gpt2", "gpt-neo"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "gemma2",
+                "olmo3",
+                "granite",
+                "exaone4",
+                "phi",
+                "falcon",
+                "gptj",
+                "gpt-bigcode",
+                "biogpt",
+            )
+        ),
+    ],
+)
+def test_checkpoints_of_other_families(name, tiny_model, export):
+    """Their blocks numbered anew, their lists cut, under their own names for them."""
+    model, removed = tiny_model(name), (3, 1)
+    folder, layer_map = export(model, removed), chain(model.path, removed)
+    assert torch.equal(logits(reload(folder)), model.without(removed).logits(PROMPT))
+    ours, pruned = engine(folder).score(PROMPT), engine(model.path, layer_map, 2).score(PROMPT, depth=2)
+    torch.testing.assert_close(ours, pruned, atol=1e-5, rtol=0)
+    zeroed = reload(export(model, removed, "zeroed"))
+    torch.testing.assert_close(logits(zeroed), model.without(removed).logits(PROMPT), atol=1e-5, rtol=0)

@@ -46,7 +46,7 @@ def word_tokenizer() -> Tokenizer:
 class StubModel:
     """A model of invented blocks; raises `stop_at` at a given block pass."""
 
-    model_name, num_blocks, max_length = "stub", 10, 16
+    model_name, num_blocks, max_length, parallel = "stub", 10, 16, False
     fingerprint: str | None = "sha256:stub"
 
     def __init__(self, stop_after: int | None = None) -> None:

@@ -9,6 +9,16 @@ import torch.nn.functional as F
 from sleb.kernels.reference import cross_entropy
 from sleb.kernels.reference.cross_entropy import expected_rows, linear_cross_entropy, linear_divergence
 
+HEADS = pytest.mark.parametrize(
+    ("with_bias", "softcap"), [(False, None), (True, None), (False, 3.0), (True, 2.0)]
+)
+
+
+def logits_of(states, weight, bias, softcap):
+    logits = F.linear(states.double(), weight.double(), None if bias is None else bias.double())
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -16,15 +26,17 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.mark.parametrize(
     ("rows", "width", "entries"), [(1, 3, 1), (7, 16, 33), (300, 24, 4100), (257, 8, 9000)]
 )
-def test_losses_and_their_gradient(rows, width, entries, dtype):
+@HEADS
+def test_losses_and_their_gradient(rows, width, entries, with_bias, softcap, dtype):
     generator = torch.Generator().manual_seed(rows)
     states = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(entries, width, generator=generator).to(dtype)
     targets = torch.randint(0, entries, (rows,), generator=generator)
     targets[0], targets[-1] = 0, entries - 1
     factors = torch.rand(rows, generator=generator)
-    wanted = F.cross_entropy(F.linear(states.double(), weight.double()), targets, reduction="none")
-    found = linear_cross_entropy(states, weight, targets)
+    bias = torch.randn(entries, generator=generator).to(dtype) if with_bias else None
+    wanted = F.cross_entropy(logits_of(states, weight, bias, softcap), targets, reduction="none")
+    found = linear_cross_entropy(states, weight, targets, bias, softcap)
     tolerance = TOLERANCE[dtype]
     assert found.shape == (rows,) and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
@@ -56,18 +68,23 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divergences_are_those_of_whole_distributions(dtype):
+@HEADS
+def test_divergences_are_those_of_whole_distributions(with_bias, softcap, dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(9000, 24, generator=generator).to(dtype)
     states, others = (torch.randn(600, 24, generator=generator).to(dtype) for _ in range(2))
     targets = torch.randint(0, 9000, (600,), generator=generator)
-    p, q = (F.linear(each.double(), weight.double()).log_softmax(-1) for each in (states, others))
-    found, losses = linear_divergence(others, weight, *expected_rows(states, weight), targets)
+    bias = torch.randn(9000, generator=generator).to(dtype) if with_bias else None
+    head = (bias, softcap)
+    p, q = (logits_of(each, weight, *head).log_softmax(-1) for each in (states, others))
+    expected = expected_rows(states, weight, *head)
+    assert expected[0].shape == states.shape
+    found, losses = linear_divergence(others, weight, *expected, targets, *head)
     wanted = (p.exp() * (p - q)).sum(-1)
     assert found.dtype == losses.dtype == torch.float32
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         losses.double(), F.nll_loss(q, targets, reduction="none"), rtol=1e-5, atol=1e-4
     )
-    same, _ = linear_divergence(states, weight, *expected_rows(states, weight), targets)
+    same, _ = linear_divergence(states, weight, *expected, targets, *head)
     assert float(same.min()) >= 0 and float(same.max()) < 2e-5
