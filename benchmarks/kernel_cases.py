@@ -16,6 +16,7 @@ from torch import Tensor
 from sleb.benchmarks.kernel_options import OPS
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.reference.device import HeadNorm
 from sleb.kernels.registry import Attention, GpuKernels
 
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
@@ -140,11 +141,11 @@ def _add_norm(kind: str, rows: int, size: int, itemsize: int) -> KernelCase:
 def _rope_store(rows: int, normed: bool, heads: int, num_kv: int, dim: int, *, itemsize: int) -> KernelCase:
     def build(maker: Maker, page_size: int) -> Inputs:
         rotation = tuple(maker.normal(rows, dim // 2, dtype=torch.float32) for _ in range(2))
-        norms = (maker.normal(dim), maker.normal(dim)) if normed else (None, None)
+        norm = HeadNorm("rms", maker.normal(dim), maker.normal(dim), eps=_EPS) if normed else None
         caches = (maker.normal(rows, num_kv, dim), maker.normal(rows, num_kv, dim))
         positions, slots = maker.permutation(rows), maker.permutation(rows)
         projected = maker.normal(rows, heads + 2 * num_kv, dim)
-        return (projected, heads, rotation, positions, *norms, _EPS, *caches, slots, maker.count(rows))
+        return (projected, heads, rotation, positions, norm, *caches, slots, maker.count(rows))
 
     # Heads are read and written elsewhere; a token has half a head of cosines and sines, a position and a slot.
     num_bytes = rows * (2 * (heads + 2 * num_kv) * dim * itemsize + dim * 4 + 8)

@@ -21,6 +21,7 @@ from sleb.kernels.names import KERNELS
 from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
+from sleb.kernels.reference.device import HeadNorm
 from sleb.kernels.reference.ops import Numbers
 
 
@@ -35,6 +36,8 @@ class Attention(Protocol):
         batch: BatchTensors,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -56,6 +59,10 @@ class AddNorm(Protocol):
         norm_start: Tensor | None = None,
         max_rows: int | None = None,
         post: bool = False,
+        delta_kind: str = "none",
+        delta_weight: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_scale: float = 1.0,
     ) -> Tensor: ...
 
 
@@ -76,13 +83,12 @@ class RopeStore(Protocol):
         num_heads: int,
         rotation: tuple[Tensor, Tensor] | None,
         positions: Tensor,
-        query_norm: Tensor | None,
-        key_norm: Tensor | None,
-        eps: float,
+        norm: HeadNorm | None,
         key_cache: Tensor,
         value_cache: Tensor,
         slots: Tensor,
         num_tokens: Tensor,
+        clip: float | None = None,
     ) -> Tensor: ...
 
 
@@ -95,6 +101,7 @@ class GpuKernels:
     rope_store: RopeStore
     gated_activate: Callable[[Tensor, str, Tensor], Tensor]
     activate: Callable[[Tensor, str, Tensor], Tensor]
+    soft_cap: Callable[[Tensor, float], Tensor]
     linear: RangedLinear
     attention: Attention
     greedy: Callable[[Tensor], Tensor]
@@ -154,6 +161,7 @@ def torch_gpu_kernels() -> GpuKernels:
         rope_store=device_reference.rope_store,
         gated_activate=device_reference.gated_activate,
         activate=device_reference.activate,
+        soft_cap=device_reference.soft_cap,
         linear=device_reference.linear,
         attention=device_reference.paged_attention,
         greedy=reference.greedy,
@@ -189,6 +197,7 @@ def triton_gpu_kernels() -> GpuKernels:
         rope_store=rope_store.rope_store,
         gated_activate=activation.gated_activate,
         activate=activation.activate,
+        soft_cap=activation.soft_cap,
         linear=quant_linear.quant_linear,
         attention=paged_attention.paged_attention,
         greedy=greedy.greedy,

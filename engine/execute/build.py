@@ -11,7 +11,7 @@ from sleb.engine.config import EngineConfig
 from sleb.engine.execute.cpu import CpuExecutor, unsupported_feature
 from sleb.engine.execute.eager import EagerExecutor
 from sleb.engine.execute.executor import Executor, PlannedUnit, attention_blocks
-from sleb.engine.execute.gpu_setup import GpuSetup
+from sleb.engine.execute.gpu_setup import GpuSetup, lacks_feature
 from sleb.engine.execute.kv_cache import PagedKVCache, size_cache
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.decoder import Decoder
@@ -49,8 +49,13 @@ def select_backends(
     Raises ConfigError for kernels, an attention or a page size that was asked for and cannot be had.
     """
     kernels = select_kernels(config.kernels, device, config.threads, config.cpu_affinity)
-    if kernels.gpu is not None:
-        attention = select_attention(config.attention, kernels.gpu, device, dtype, spec.head_dim)
+    lacking = lacks_feature(spec) if kernels.gpu is not None else None
+    if kernels.gpu is not None and lacking is None:
+        attention = select_attention(
+            *(config.attention, kernels.gpu, device, dtype, spec.head_dim),
+            softcap=spec.attention_softcap is not None,
+            sinks=spec.sinks,
+        )
         return Backends(device, kernels, attention, choose_page_size(config.page_size, attention))
     if config.attention not in ("auto", "torch"):
         raise ConfigError(
@@ -58,12 +63,13 @@ def select_backends(
             "use attention auto"
         )
     page_size = config.page_size or DEFAULT_PAGE_SIZE
-    lacking = unsupported_feature(spec, page_size) if kernels.cpu is not None else None
+    if kernels.cpu is not None:
+        lacking = unsupported_feature(spec, page_size)
     if lacking is not None:
         if config.kernels == kernels.name:
             raise ConfigError(f"kernels '{kernels.name}' do not run {lacking}; use kernels auto or torch")
         # They still sample: that needs nothing of the model.
-        kernels = replace(kernels, name="torch", cpu=None, why_slower=f"they lack {lacking}")
+        kernels = replace(kernels, name="torch", cpu=None, gpu=None, why_slower=f"they lack {lacking}")
     return Backends(device, kernels, None, page_size)
 
 

@@ -2,10 +2,11 @@
 
 The arithmetic is that of `sleb.engine.model.decoder.Decoder`, which lends its weights, tables and embedding. The
 residual add of a unit is done by the norm of the next one, so a block is two norms, two pairs of matrix products,
-one rotation that also stores K and V, one attention and one activation. A patch is a norm and a product or two, whose
-result is added by the norm of the next unit in the same way; one that scales is a norm that only scales. Every operator
-takes its rows from the device: launched over a bucket, captured or not, it leaves those that are not its unit's as they
-are.
+one rotation that also stores K and V, one attention and one activation. A norm of a unit's own update, and a factor on
+it, are parts of that add; units without a norm before them only add. A parallel block adds both its updates at once. A
+patch is a norm and a product or two, whose result is added by the norm of the next unit in the same way; one that
+scales is a norm that only scales. Every operator takes its rows from the device: launched over a bucket, captured or
+not, it leaves those that are not its unit's as they are.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.model.decoder import Decoder
-from sleb.engine.model.weights import Norm, PatchWeights
+from sleb.engine.model.weights import AttentionWeights, Norm, PatchWeights
 from sleb.kernels.batch import BatchTensors
+from sleb.kernels.reference.device import HeadNorm
 from sleb.kernels.registry import Attention, GpuKernels
 from sleb.layer_map.units import Sublayer
 
@@ -60,13 +62,17 @@ class PatchRows:
 class Stream:
     """The residual stream [T, E] with an update that is not added yet.
 
-    delta: [N, E], of which the rows from delta_start[0], or 0, to before num_delta[0] count; None for none.
+    Attributes:
+        delta: [N, E], of which the rows from delta_start[0], or 0, to before num_delta[0] count; None for none.
+        delta_norm, delta_scale: norm of the update, and factor on that, before it is added.
     """
 
     residual: Tensor
     delta: Tensor | None = None
     num_delta: Tensor | None = None
     delta_start: Tensor | None = None
+    delta_norm: Norm | None = None
+    delta_scale: float = 1.0
 
 
 class GpuDecoder:
@@ -79,6 +85,9 @@ class GpuDecoder:
         self.kv_cache = kv_cache
         self._kernels = kernels
         self._attention = attention
+        self._head_norms = {
+            block: self._head_norm(weights) for block, weights in decoder.weights.attention.items()
+        }
 
     def run(
         self, token_ids: Tensor, positions: Tensor, slots: Tensor, units: Sequence[UnitRows | PatchRows]
@@ -86,6 +95,7 @@ class GpuDecoder:
         """token_ids, positions and slots [T] int32 through the units; K and V are stored on the way."""
         spec, weights = self.decoder.spec, self.decoder.weights
         stream = Stream(self.decoder.embed(token_ids, positions))
+        inputs = stream.residual  # of the sublayer before
         for unit in units:
             if isinstance(unit, PatchRows):
                 stream = self._patch(stream, unit)
@@ -93,19 +103,26 @@ class GpuDecoder:
                     stream = self.add(stream)
                 continue
             block, part = unit.sublayer
-            norm = weights.attention[block].norm if part == "attention" else weights.mlp[block].norm
-            assert norm is not None
-            if spec.norm_first:
-                inputs = self.norm(stream, norm, unit.token_count, unit.num_tokens)
-            else:
-                inputs = stream.residual[: unit.num_tokens]
+            own = weights.attention[block] if part == "attention" else weights.mlp[block]
+            beside = stream.delta if spec.parallel and part == "mlp" else None
+            entry = stream if beside is None else Stream(stream.residual)
+            if own.norm is None or not spec.norm_first:
+                inputs = self.add(entry).residual[: unit.num_tokens]
+            elif beside is None or not spec.shared_norm:
+                inputs = self.norm(entry, own.norm, unit.token_count, unit.num_tokens)
             if part == "attention":
                 delta = self._attend(block, inputs, positions, slots, unit)
             else:
                 delta = self._mlp(block, inputs, unit)
-            stream = Stream(stream.residual, delta, unit.token_count)
-            if not spec.norm_first:
-                self.norm(stream, norm, unit.token_count, post=True)
+            if beside is not None:
+                delta += beside
+            stream = Stream(
+                *(stream.residual, delta, unit.token_count),
+                delta_norm=own.post_norm,
+                delta_scale=spec.residual_scale,
+            )
+            if own.norm is not None and not spec.norm_first:
+                self.norm(stream, own.norm, unit.token_count, post=True)
                 stream = Stream(stream.residual)
         return stream
 
@@ -121,7 +138,7 @@ class GpuDecoder:
         post: bool = False,
     ) -> Tensor:
         """Adds what is not added yet, in place, and norms the rows from start[0], or 0, to count[0]; see `add_norm`."""
-        spec = self.decoder.spec
+        spec, update = self.decoder.spec, stream.delta_norm
         return self._kernels.add_norm(
             stream.residual,
             stream.delta,
@@ -135,6 +152,10 @@ class GpuDecoder:
             norm_start=start,
             max_rows=max_rows,
             post=post,
+            delta_kind="none" if update is None else spec.norm,
+            delta_weight=None if update is None else update.weight,
+            delta_bias=None if update is None else update.bias,
+            delta_scale=stream.delta_scale,
         )
 
     def add(self, stream: Stream) -> Stream:
@@ -146,10 +167,23 @@ class GpuDecoder:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [B, E] to logits [B, V] in the weights' dtype."""
-        weights, linear = self.decoder.weights, self._kernels.linear
+        weights, linear, cap = self.decoder.weights, self._kernels.linear, self.decoder.spec.logit_softcap
         if weights.project_out is not None:
             hidden = linear(hidden, weights.project_out.weight, None)
-        return linear(hidden, weights.head.weight, None)
+        logits = linear(hidden, weights.head.weight, weights.head.bias)
+        return logits if cap is None else self._kernels.soft_cap(logits, cap)
+
+    def _head_norm(self, weights: AttentionWeights) -> HeadNorm | None:
+        spec, query, key = self.decoder.spec, weights.query_norm, weights.key_norm
+        if query is None or key is None:
+            return None
+        return HeadNorm(
+            spec.norm,
+            *(query.weight, key.weight, query.bias, key.bias),
+            eps=spec.norm_eps,
+            whole=spec.qk_norm == "whole",
+            after_rotation=spec.qk_norm_after_rotation,
+        )
 
     def _patch(self, stream: Stream, rows: PatchRows) -> Stream:
         """As `sleb.engine.model.decoder.Decoder.patch`."""
@@ -182,16 +216,22 @@ class GpuDecoder:
             spec.num_heads,
             rotation,
             positions[: unit.num_tokens],
-            None if weights.query_norm is None else weights.query_norm.weight,
-            None if weights.key_norm is None else weights.key_norm.weight,
-            spec.norm_eps,
+            self._head_norms[block],
             key_cache,
             value_cache,
             slots[: unit.num_tokens],
             unit.token_count,
+            spec.clip_qkv,
         )
         attended = self._attention(
-            query, key_cache, value_cache, unit.batch, spec.attention_scale, spec.windows[block]
+            query,
+            key_cache,
+            value_cache,
+            unit.batch,
+            spec.attention_scale,
+            spec.windows[block],
+            spec.attention_softcap,
+            weights.sinks,
         )
         return kernels.linear(attended.view(-1, spec.query_size), weights.out.weight, weights.out.bias)
 

@@ -32,6 +32,15 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def lacks_feature(spec: DecoderSpec) -> str | None:
+    """What this model needs and steps on a GPU lack, or None."""
+    if spec.qk_norm == "whole" and spec.qk_norm_after_rotation:
+        return "norms of all queries together after their rotation"
+    if spec.parallel and (spec.post_norm or not spec.norm_first):
+        return "norms of the updates of parallel blocks"
+    return None
+
+
 @dataclass(frozen=True)
 class GpuSetup:
     """Makes executors for `depths` over `operators`, which are those of `kernels`."""

@@ -6,6 +6,8 @@ multiples of 8:
     flash-attn 2    `flash_attn`            compute capability 8 and newer, pages of a multiple of 256 tokens
     flash-attn 3    `flash_attn_interface`  compute capability 9
     flash-attn 4    `flash_attn.cute`       compute capability 9, 10 and 11; head dimensions up to 128 from 10 on
+
+All of them cap scores, from flash-attn 2.6 on; sinks are known to flash-attn 4 alone.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ class PagedCall:
     max_context_len: int
     scale: float
     window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +83,10 @@ class PagedCall:
         }
         if self.starts is not None:
             arguments |= {"cu_seqlens_q": self.starts, "max_seqlen_q": self.max_query_len}
+        if self.softcap is not None:
+            arguments["softcap"] = self.softcap
+        if self.sinks is not None:
+            arguments["learnable_sink"] = self.sinks.to(torch.bfloat16)  # which is all that it takes
         return arguments
 
     def context_starts(self) -> Tensor:
@@ -99,6 +107,8 @@ def paged_attention_by(kernel: Callable[[PagedCall], Any]) -> Attention:
         batch: BatchTensors,
         scale: float,
         window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         num_tokens, num_rows = query.shape[0], batch.context_lens.shape[0]
         if not (num_tokens and num_rows and batch.max_query_len):  # which the kernels refuse
@@ -118,6 +128,8 @@ def paged_attention_by(kernel: Callable[[PagedCall], Any]) -> Attention:
                 max_context_len=batch.max_context_len,
                 scale=scale,
                 window=window,
+                softcap=softcap,
+                sinks=sinks,
             )
         )
         attended: Tensor = result[0] if isinstance(result, tuple) else result
@@ -150,10 +162,11 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def load_flash(device: torch.device, head_dim: int) -> Flash:
+def load_flash(device: torch.device, head_dim: int, softcap: bool = False, sinks: bool = False) -> Flash:
     """The best flash-attn that is installed, for a GPU and head dimension that `why_not` lets pass.
 
-    Raises FlashUnavailableError with the reasons of all that were tried.
+    softcap, sinks: whether scores are capped, and heads have sinks. Raises FlashUnavailableError with the reasons of
+    all that were tried.
     """
     major = torch.cuda.get_device_capability(device)[0]
     # Paged caches are refused by flash-attn 4 on 8 and 12, and the kernels of flash-attn 3 are for 9.
@@ -163,16 +176,20 @@ def load_flash(device: torch.device, head_dim: int) -> Flash:
         if version == 4 and major > 9 and head_dim > _MAX_HEAD_DIM_4:
             reasons.append(f"flash-attn 4 takes head dimensions up to {_MAX_HEAD_DIM_4} here, not {head_dim}")
             continue
+        if sinks and version != 4:
+            reasons.append(f"flash-attn {version} has no attention sinks")
+            continue
         try:
-            return LOADERS[version]()
+            return LOADERS[version](("softcap",) * softcap + ("learnable_sink",) * sinks)
         except FlashUnavailableError as reason:
             reasons.append(f"flash-attn {version}: {reason}")
     raise FlashUnavailableError("; ".join(reasons))
 
 
-def _load_2() -> Flash:
-    decode = _find("flash_attn", "flash_attn_with_kvcache", ("cache_seqlens", "block_table", "window_size"))
-    varlen = _find("flash_attn", "flash_attn_varlen_func", ("cu_seqlens_k", "block_table", "window_size"))
+def _load_2(more: tuple[str, ...]) -> Flash:
+    both = ("block_table", "window_size", *more)
+    decode = _find("flash_attn", "flash_attn_with_kvcache", ("cache_seqlens", *both))
+    varlen = _find("flash_attn", "flash_attn_varlen_func", ("cu_seqlens_k", *both))
 
     def kernel(call: PagedCall) -> Any:
         if call.starts is None:
@@ -193,9 +210,9 @@ def _load_2() -> Flash:
     return Flash(_version("flash_attn", "flash-attn", "2"), paged_attention_by(kernel), page_multiple=256)
 
 
-def _load_3() -> Flash:
+def _load_3(more: tuple[str, ...]) -> Flash:
     # Its varlen function takes no pages; this one takes ragged queries too.
-    arguments = ("cache_seqlens", "page_table", "cu_seqlens_q", "max_seqlen_q", "window_size")
+    arguments = ("cache_seqlens", "page_table", "cu_seqlens_q", "max_seqlen_q", "window_size", *more)
     function = _find("flash_attn_interface", "flash_attn_with_kvcache", arguments)
 
     def kernel(call: PagedCall) -> Any:
@@ -206,10 +223,10 @@ def _load_3() -> Flash:
     return Flash(_version("flash_attn_interface", "flash-attn-3", "3"), paged_attention_by(kernel))
 
 
-def _load_4() -> Flash:
+def _load_4(more: tuple[str, ...]) -> Flash:
     # flash-attn 2.8 brings an early version of this module, without some of these.
     arguments = ("cu_seqlens_q", "max_seqlen_q", "max_seqlen_k", "seqused_k", "page_table", "window_size")
-    function = _find("flash_attn.cute", "flash_attn_varlen_func", arguments)
+    function = _find("flash_attn.cute", "flash_attn_varlen_func", (*arguments, *more))
 
     def kernel(call: PagedCall) -> Any:
         return function(
@@ -223,8 +240,8 @@ def _load_4() -> Flash:
     return Flash(_version("flash_attn.cute", "flash-attn-4", "4"), paged_attention_by(kernel))
 
 
-LOADERS: dict[int, Callable[[], Flash]] = {2: _load_2, 3: _load_3, 4: _load_4}
-"""Version: what imports it, or raises FlashUnavailableError."""
+LOADERS: dict[int, Callable[[tuple[str, ...]], Flash]] = {2: _load_2, 3: _load_3, 4: _load_4}
+"""Version: what imports it, or raises FlashUnavailableError; given the names of arguments that it must have besides."""
 
 
 def _find(module: str, name: str, arguments: tuple[str, ...]) -> Function:

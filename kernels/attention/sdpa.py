@@ -32,6 +32,7 @@ def varlen_attention(varlen: Function) -> Attention:
     """The attention that calls `varlen`, a function of the signature of `torch.nn.attention.varlen.varlen_attn`."""
 
     def kernel(call: PagedCall) -> Any:
+        assert call.softcap is None and call.sinks is None, "it has neither"
         query, starts = call.query, call.starts
         if starts is None:
             query = query.squeeze(1)

@@ -33,11 +33,19 @@ class AttentionBackend:
 
 
 def select_attention(
-    name: str, kernels: GpuKernels, device: torch.device, dtype: torch.dtype, head_dim: int
+    name: str,
+    kernels: GpuKernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    softcap: bool = False,
+    sinks: bool = False,
 ) -> AttentionBackend:
     """The attention called `name`; "auto": that of `kernels`.
 
     "flash" is the best flash-attn that is installed, "torch" torch's varlen attention, or SDPA where that cannot run.
+    softcap, sinks: whether the model caps its scores, and its heads have sinks, which not all of them know.
     Raises ConfigError when there is none of that name, with those that exist, and when it cannot run here, with the
     reason and what can.
     """
@@ -50,12 +58,14 @@ def select_attention(
         if name == "triton":
             return _triton(kernels)
         if name == "flash":
-            return _flash(device, dtype, head_dim)
+            return _flash(device, dtype, head_dim, softcap, sinks)
     except _UnusableError as reason:
-        usable = ", ".join(_usable(kernels, device, dtype, head_dim))
+        usable = ", ".join(_usable(kernels, device, dtype, head_dim, softcap, sinks))
         raise ConfigError(
             f"attention backend '{name}' cannot be used: {reason}; choose one of: {usable}"
         ) from None
+    if softcap or sinks:
+        return _sdpa(f" (torch varlen has no {'attention sinks' if sinks else 'soft caps'})")
     varlen = find_varlen(device, dtype, head_dim)
     return _sdpa() if varlen is None else AttentionBackend("torch varlen", varlen, PAGE_MULTIPLE)
 
@@ -84,12 +94,14 @@ def _triton(kernels: GpuKernels) -> AttentionBackend:
     return AttentionBackend("triton", kernels.attention)
 
 
-def _flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+def _flash(
+    device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool, sinks: bool
+) -> AttentionBackend:
     reason = why_not(device, dtype, head_dim)
     if reason is not None:
         raise _UnusableError(reason)
     try:
-        flash = load_flash(device, head_dim)
+        flash = load_flash(device, head_dim, softcap, sinks)
     except FlashUnavailableError as error:
         raise _UnusableError(
             f"{error} (to install flash-attn: pip install flash-attn --no-build-isolation)"
@@ -97,16 +109,18 @@ def _flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attention
     return AttentionBackend(f"flash-attn {flash.version}", flash.attention, flash.page_multiple)
 
 
-def _sdpa() -> AttentionBackend:
-    return AttentionBackend("torch sdpa", device_reference.paged_attention, capturable=False)
+def _sdpa(why: str = "") -> AttentionBackend:
+    return AttentionBackend(f"torch sdpa{why}", device_reference.paged_attention, capturable=False)
 
 
-def _usable(kernels: GpuKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+def _usable(
+    kernels: GpuKernels, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool, sinks: bool
+) -> list[str]:
     names = ["auto"]
     if kernels.name == "triton":
         names.append("triton")
     try:
-        _flash(device, dtype, head_dim)
+        _flash(device, dtype, head_dim, softcap, sinks)
         names.append("flash")
     except _UnusableError:
         pass

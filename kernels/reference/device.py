@@ -7,12 +7,58 @@ it returns a new tensor.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import ops as reference
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """A norm of queries and keys.
+
+    Attributes:
+        kind: "rms" or "layer".
+        query, key: weights [D], or [H · D] and [K · D] where each head has its own, or None for neither.
+        query_bias, key_bias: of the same shapes, or None for neither.
+        whole: mean and deviation are those of all heads together, rather than of each alone.
+        after_rotation: the norm follows the rotation; not where it is `whole`.
+    """
+
+    kind: Literal["rms", "layer"]
+    query: Tensor | None
+    key: Tensor | None
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    eps: float = 1e-6
+    whole: bool = False
+    after_rotation: bool = False
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Of query [T, H, D] and key [T, K, D]."""
+        return self._normed(query, self.query, self.query_bias), self._normed(key, self.key, self.key_bias)
+
+    def _normed(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        rows = x.flatten(1) if self.whole else x
+        if weight is not None and weight.numel() > rows.shape[-1]:  # each head's own
+            normed = norm(rows, None, None, self.eps, self.kind) * weight.view(x.shape[1:])
+            return (normed if bias is None else normed + bias.view(x.shape[1:])).to(x.dtype)
+        return norm(rows, weight, bias, self.eps, self.kind).view(x.shape)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    """kind: "rms", "layer", or "none" for weight and bias alone."""
+    if kind == "rms":
+        return reference.rms_norm(x, weight, eps)
+    if kind == "layer":
+        return reference.layer_norm(x, weight, bias, eps)
+    scaled = x if weight is None else x * weight
+    return scaled if bias is None else scaled + bias
 
 
 def add_norm(
@@ -29,9 +75,13 @@ def add_norm(
     norm_start: Tensor | None = None,
     max_rows: int | None = None,
     post: bool = False,
+    delta_kind: str = "none",
+    delta_weight: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_scale: float = 1.0,
 ) -> Tensor:
-    """residual[r] += delta[r] for delta_start ≤ r < num_delta, in place; returns the norm of residual[r] for
-    norm_start ≤ r < num_norm.
+    """residual[r] += delta_scale · norm(delta[r]) for delta_start ≤ r < num_delta, in place; returns the norm of
+    residual[r] for norm_start ≤ r < num_norm.
 
     Args:
         residual: [T, E]. delta: at least num_delta rows [E], or None for nothing to add.
@@ -39,6 +89,7 @@ def add_norm(
         delta_start, norm_start: None: 0.
         max_rows: rows of the result, at least num_norm; None: T.
         post: the norm takes its row's place in `residual`, which is returned.
+        delta_kind: "rms", "layer", or "none" where the delta is added as it is. delta_weight, delta_bias: [E] or None.
 
     Returns: [max_rows, E].
     """
@@ -46,14 +97,12 @@ def add_norm(
     if delta is not None:
         assert num_delta is not None
         added = delta.shape[0]
+        if delta_kind != "none":
+            delta = norm(delta, delta_weight, delta_bias, eps, delta_kind)
+        if delta_scale != 1.0:
+            delta = delta * delta_scale
         residual[:added] += torch.where(_rows(added, num_delta, delta_start), delta, 0)
-    if kind == "none":
-        scaled = residual if weight is None else residual * weight
-        normed = scaled if bias is None else scaled + bias
-    elif kind == "rms":
-        normed = reference.rms_norm(residual, weight, eps)
-    else:
-        normed = reference.layer_norm(residual, weight, bias, eps)
+    normed = norm(residual, weight, bias, eps, kind)
     if not post:
         return normed[:max_rows].clone() if normed is residual else normed[:max_rows]
     residual.copy_(torch.where(_rows(num_rows, num_norm, norm_start), normed, residual))
@@ -72,32 +121,34 @@ def rope_store(
     num_heads: int,
     rotation: tuple[Tensor, Tensor] | None,
     positions: Tensor,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-    eps: float,
+    norm: HeadNorm | None,
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
     num_tokens: Tensor,
+    clip: float | None = None,
 ) -> Tensor:
-    """Norms and rotates the queries and keys of the first num_tokens tokens, and stores their K and V.
+    """Clips, norms and rotates the queries and keys of the first num_tokens tokens, and stores their K and V.
 
     Args:
         heads: [T, H + 2K, D], queries, keys, values. num_heads: H.
         rotation: cos and sin of every position, [positions, R/2] float32; None: not rotated.
         positions, slots: [T] integers, the place in the sequence and in the caches [num_slots, K, D].
-        query_norm, key_norm: weights [D] of an RMSNorm, or None.
+        clip: queries, keys and values are clamped to ± this first.
 
     Returns: the queries, [T, H, D].
     """
     num_kv = (heads.shape[1] - num_heads) // 2
+    if clip is not None:
+        heads = heads.clamp(-clip, clip)
     query, key, value = heads.split([num_heads, num_kv, num_kv], dim=1)
-    if query_norm is not None and key_norm is not None:
-        query = reference.rms_norm(query, query_norm, eps)
-        key = reference.rms_norm(key, key_norm, eps)
+    if norm is not None and not norm.after_rotation:
+        query, key = norm(query, key)
     if rotation is not None:
         cos, sin = (table[positions.long()] for table in rotation)
         query, key = reference.rope(query, cos, sin), reference.rope(key, cos, sin)
+    if norm is not None and norm.after_rotation:
+        query, key = norm(query, key)
     written = _rows(heads.shape[0], num_tokens)[:, :, None]
     at = slots.long()
     # Those past the count write back what is there.
@@ -117,6 +168,11 @@ def activate(x: Tensor, activation: str, num_rows: Tensor) -> Tensor:
     return reference.activate(x, activation)
 
 
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """x becomes cap · tanh(x / cap), in place (Gemma 2, arXiv 2408.00118); returns x."""
+    return x.copy_((x.float() / cap).tanh() * cap)
+
+
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -124,6 +180,8 @@ def paged_attention(
     batch: BatchTensors,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`, of the first num_rows sequences; query and result [T, H, D]."""
     on_host: PagedBatch = batch.to_host()
@@ -131,7 +189,7 @@ def paged_attention(
     num_tokens = int(on_host.query_starts[-1])
     if num_tokens:
         out[:num_tokens] = reference.paged_attention(
-            query[:num_tokens], key_cache, value_cache, on_host, scale, window
+            query[:num_tokens], key_cache, value_cache, on_host, scale, window, softcap, sinks
         )
     return out
 

@@ -1,9 +1,10 @@
-"""MLP activations (Triton), alone or gated.
+"""MLP activations (Triton), alone or gated, and the soft cap of logits.
 
-    gated    activation(gate) · up, where gate and up are the halves of a row [2I]      arXiv 2002.05202
-    alone    activation(x)
+    gated       activation(gate) · up, where gate and up are the halves of a row [2I]      arXiv 2002.05202
+    alone       activation(x)
+    soft cap    c · tanh(x / c)                                                            arXiv 2408.00118
 
-Computed in float32; only the first num_rows rows, a number read on the device, are written.
+Computed in float32; of activations only the first num_rows rows, a number read on the device, are written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, power_of_two
 
 # Name in a checkpoint's config -> the kernel's number. gelu: Hendrycks & Gimpel 2016, arXiv 1606.08415.
-_NUMBERS = {"silu": 0, "swish": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3}
+_NUMBERS = {"silu": 0, "swish": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu2": 4}
 _BLOCK = 1024
 
 
@@ -28,6 +29,8 @@ def _apply(x, ACTIVATION: tl.constexpr):
         return tl.where(x < 0.0, 0.0, x)  # not maximum, so that a NaN stays one
     elif ACTIVATION == 2:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 4:
+        return tl.where(x < 0.0, 0.0, x * x)
     else:  # tanh(y) = 2 sigmoid(2y) − 1
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * tl.sigmoid(2.0 * inner)
@@ -47,6 +50,23 @@ def _activate(x, out, num_rows, size, GATED: tl.constexpr, ACTIVATION: tl.conste
     else:
         result = _apply(tl.load(x + row * size + columns, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _soft_cap(x, size, cap, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scaled = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) / cap
+    capped = (2.0 * tl.sigmoid(2.0 * scaled) - 1.0) * cap
+    tl.store(x + at, capped.to(x.dtype.element_ty), mask=at < size)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """See `sleb.kernels.reference.device.soft_cap`."""
+    check_contiguous(x=x)
+    if x.numel():
+        block = min(power_of_two(x.numel()), power_of_two(x.numel()) if INTERPRETED else _BLOCK)
+        _soft_cap[(ceil_div(x.numel(), block),)](x, x.numel(), cap, BLOCK=block, num_warps=4)
+    return x
 
 
 def gated_activate(gate_up: Tensor, activation: str, num_rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Residual add and RMSNorm or LayerNorm in one pass (Triton).
 
-    residual[r] += delta[r]                                     delta_start ≤ r < num_delta
+    residual[r] += scale · norm(delta[r])                       delta_start ≤ r < num_delta
     out[r] = norm(residual[r]) · weight + bias                  norm_start ≤ r < num_norm
 
     RMSNorm     x / sqrt(mean(x²) + eps)                        Zhang & Sennrich 2019, arXiv 1910.07467
@@ -8,7 +8,7 @@
     none        x
 
 Both ranges are read on the device: rows outside them stay as they are, so one captured launch serves any mix of depths.
-The sum is rounded to the residual's dtype before it is normed, as when the two are done apart.
+What is added, and the sum, are rounded to the residual's dtype before the next step, as when all are done apart.
 """
 
 from __future__ import annotations
@@ -23,6 +23,23 @@ from sleb.kernels.triton.runtime import check_contiguous, power_of_two
 _MAX_SIZE = 1 << 16  # features of a row that one program can hold
 
 
+@triton.jit
+def _normed(x, weight, bias, columns, size, eps,
+            KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """The norm of a row in float32; x is 0 past its size."""
+    inside = columns < size
+    if KIND == "layer":
+        mean = tl.sum(x, axis=0) / size
+        x = tl.where(inside, x - mean, 0.0)
+    if KIND != "none":
+        x *= 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=0) / size + eps)
+    if HAS_WEIGHT:
+        x *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
 @triton.jit(do_not_specialize_on_alignment=["delta_start", "num_delta", "norm_start", "num_norm"])
 def _add_norm(
     residual,
@@ -34,6 +51,9 @@ def _add_norm(
     num_delta,
     norm_start,
     num_norm,
+    delta_weight,
+    delta_bias,
+    delta_scale,
     size,
     eps,
     HAS_DELTA: tl.constexpr,
@@ -42,6 +62,10 @@ def _add_norm(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
+    DELTA_KIND: tl.constexpr,
+    HAS_DELTA_WEIGHT: tl.constexpr,
+    HAS_DELTA_BIAS: tl.constexpr,
+    HAS_DELTA_SCALE: tl.constexpr,
     POST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,24 +86,22 @@ def _add_norm(
     at = row * size + columns
     x = tl.load(residual + at, mask=inside, other=0.0)
     if HAS_DELTA:
+        dtype: tl.constexpr = residual.dtype.element_ty
         added = tl.load(delta + at, mask=inside & is_added, other=0.0)
-        x = (x.to(tl.float32) + added.to(tl.float32)).to(residual.dtype.element_ty)
+        if DELTA_KIND != "none":
+            added = _normed(added.to(tl.float32), delta_weight, delta_bias, columns, size, eps,
+                            DELTA_KIND, HAS_DELTA_WEIGHT, HAS_DELTA_BIAS).to(dtype)  # fmt: skip
+            added = tl.where(is_added, added, 0.0)  # a bias would be all that rows without an update get
+        if HAS_DELTA_SCALE:
+            added = (added.to(tl.float32) * delta_scale).to(dtype)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(dtype)
         is_kept = is_added
         if POST:
             is_kept &= not is_normed
         tl.store(residual + at, x, mask=inside & is_kept)
     if not is_normed:
         return
-    normed = x.to(tl.float32)
-    if KIND == "layer":
-        mean = tl.sum(normed, axis=0) / size
-        normed = tl.where(inside, normed - mean, 0.0)
-    if KIND != "none":
-        normed *= 1.0 / tl.sqrt_rn(tl.sum(normed * normed, axis=0) / size + eps)
-    if HAS_WEIGHT:
-        normed *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        normed += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = _normed(x.to(tl.float32), weight, bias, columns, size, eps, KIND, HAS_WEIGHT, HAS_BIAS)
     tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
 
 
@@ -97,11 +119,16 @@ def add_norm(
     norm_start: Tensor | None = None,
     max_rows: int | None = None,
     post: bool = False,
+    delta_kind: str = "none",
+    delta_weight: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_scale: float = 1.0,
 ) -> Tensor:
     """See `sleb.kernels.reference.device.add_norm`."""
     num_rows, size = residual.shape
     rows = num_rows if max_rows is None else max_rows
     check_contiguous(residual=residual, delta=delta, weight=weight, bias=bias)
+    check_contiguous(delta_weight=delta_weight, delta_bias=delta_bias)
     assert size <= _MAX_SIZE, f"{size} features are more than {_MAX_SIZE}"
     out = residual if post else torch.empty_like(residual[:rows])
     grid_rows = max(rows, 0 if delta is None else delta.shape[0])
@@ -118,6 +145,9 @@ def add_norm(
         num_delta if num_delta is not None else num_norm,
         norm_start if norm_start is not None else num_norm,
         num_norm,
+        delta_weight if delta_weight is not None else residual,
+        delta_bias if delta_bias is not None else residual,
+        delta_scale,
         size,
         eps,
         HAS_DELTA=delta is not None,
@@ -126,6 +156,10 @@ def add_norm(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         KIND=kind,
+        DELTA_KIND=delta_kind,
+        HAS_DELTA_WEIGHT=delta_weight is not None,
+        HAS_DELTA_BIAS=delta_bias is not None,
+        HAS_DELTA_SCALE=delta_scale != 1.0,
         POST=post,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),

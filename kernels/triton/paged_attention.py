@@ -17,11 +17,13 @@ def paged_attention(
     batch: BatchTensors,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `sleb.kernels.reference.device.paged_attention`; rows past the batch's last token are not written."""
     out = torch.empty_like(query)
     if batch.max_query_len > 1:
-        paged_prefill(query, key_cache, value_cache, batch, scale, window, out)
+        paged_prefill(query, key_cache, value_cache, batch, scale, window, softcap, sinks, out)
     if batch.has_decodes:
-        paged_decode(query, key_cache, value_cache, batch, scale, window, out)
+        paged_decode(query, key_cache, value_cache, batch, scale, window, softcap, sinks, out)
     return out

@@ -2,8 +2,9 @@
 
 For query head h of KV head k, and the context's positions n in the window,
 
-    out[h] = Σ_n softmax_n(scale · q[h] · K[n, k]) · V[n, k]
+    out[h] = Σ_n softmax_n(s[h, n]) · V[n, k],      s[h, n] = scale · q[h] · K[n, k]
 
+with s ← c · tanh(s / c) where scores are capped, and exp(sink[h]) in the softmax's denominator where heads have sinks.
 A first launch gives each (sequence, KV head, split) a run of the context, which it walks with the running maximum and
 sum of Milakov & Gimelshein 2018 (arXiv 1805.02867); a second one joins the splits by their log-sum-exps, as in
 Flash-Decoding (Dao et al. 2023). The query heads of a group share one load of K and V. A read of the context costs its
@@ -36,12 +37,45 @@ _MIN_SPLIT = 256  # tokens: shorter ones are not worth the second launch
 # Sections of one array, at any alignment, and single numbers: to specialise would compile once more for each case.
 INTEGERS = ["page_table", "context_lens", "query_starts", "num_rows"]
 _PROGRAMS_A_PROCESSOR = 4  # enough loads under way to fill the memory's pipeline
+_LOG2_E = 1.4426950408889634
 
 # The first is what runs untuned.
 CONFIGS = tuple(
     Config(block=block, num_warps=warps, num_stages=stages)
     for block, warps, stages in ((64, 4, 3), (32, 4, 4), (64, 4, 2), (64, 2, 3), (128, 4, 2), (128, 8, 3))
 )
+# For heads of more than 512 bytes: others take more shared memory than the smallest GPUs have.
+WIDE_CONFIGS = (Config(block=16, num_warps=4, num_stages=3), Config(block=32, num_warps=4, num_stages=3))
+
+
+def configs_for(head_dim: int, itemsize: int) -> tuple[Config, ...]:
+    """The configurations to choose from; the first is what runs untuned, on every GPU."""
+    return WIDE_CONFIGS if head_dim * itemsize > 512 else CONFIGS
+
+
+@triton.jit
+def score(q, keys, scale, cap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """q · keys in units of log 2, of arguments that `score_scales` gives."""
+    scores = multiply(q, tl.trans(keys), PRECISION) * scale
+    if CAPPED:  # tanh(y) = 2 sigmoid(2y) − 1
+        scores = (2.0 * tl.sigmoid(scores) - 1.0) * cap
+    return scores
+
+
+def score_scales(scale: float, softcap: float | None) -> tuple[float, float]:
+    """`scale` and `cap` of `score`."""
+    return (scale * _LOG2_E, 0.0) if softcap is None else (2.0 * scale / softcap, softcap * _LOG2_E)
+
+
+@triton.jit
+def first_score(sinks, head, present, HAS_SINKS: tl.constexpr):
+    """The running maximum and sum before any position: those of the heads' sinks, or of nothing."""
+    highest = tl.full(head.shape, float("-inf"), tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    if HAS_SINKS:
+        highest = tl.load(sinks + head, mask=present, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+        total = tl.where(present, 1.0, 0.0)
+    return highest, total
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_splits"], do_not_specialize_on_alignment=INTEGERS)
@@ -56,8 +90,10 @@ def _decode(
     out,
     partial,
     lse,
+    sinks,
     table_stride,
-    scale_log2,
+    scale,
+    cap,
     num_splits,
     GROUP: tl.constexpr,
     NUM_KV: tl.constexpr,
@@ -65,6 +101,8 @@ def _decode(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,8 +133,8 @@ def _decode(
     query_at = (token * NUM_KV * GROUP + head[:, None]) * HEAD_DIM + column[None, :]
     q = tl.load(query + query_at, mask=(group[:, None] < GROUP) & in_head[None, :], other=0.0)
 
-    highest = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    # A sink is counted once: with the first run of the context, which every sequence has.
+    highest, total = first_score(sinks, head, (group < GROUP) & (split == 0), HAS_SINKS)
     attended = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
     pages = page_table + row.to(tl.int64) * table_stride
     for begin in range(start, stop, BLOCK):
@@ -107,7 +145,7 @@ def _decode(
         at = (slot * NUM_KV + kv_head)[:, None] * HEAD_DIM + column[None, :]
         inside = visible[:, None] & in_head[None, :]
         keys = tl.load(key_cache + at, mask=inside, other=0.0)
-        scores = multiply(q, tl.trans(keys), PRECISION) * scale_log2
+        scores = score(q, keys, scale, cap, CAPPED, PRECISION)
         scores = tl.where(visible[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_highest[:, None])
@@ -192,15 +230,17 @@ def paged_decode(
     batch: BatchTensors,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
     """Attention of the sequences with one new token; the others' rows of `out` stay as they are.
 
-    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. num_splits: chosen by `choose_num_splits` unless
-    given. Returns out, [T, H, D]; see `sleb.kernels.reference.ops.paged_attention`.
+    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. sinks: [H]. num_splits: chosen by `choose_num_splits`
+    unless given. Returns out, [T, H, D]; see `sleb.kernels.reference.ops.paged_attention`.
     """
-    check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache)
+    check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     out = torch.empty_like(query) if out is None else out
     num_rows = batch.context_lens.shape[0]
     _, num_heads, head_dim = query.shape
@@ -211,9 +251,9 @@ def paged_decode(
     key = ("paged_decode", str(query.dtype), head_dim, num_heads // num_kv, batch.page_size)
 
     def launch(config: Config) -> None:
-        _launch(query, key_cache, value_cache, batch, scale, window or 0, out, splits, config)
+        _launch(query, key_cache, value_cache, batch, scale, window or 0, softcap, sinks, out, splits, config)
 
-    tuned(key, CONFIGS, Launch(launch))
+    tuned(key, configs_for(head_dim, query.element_size()), Launch(launch))
     return out
 
 
@@ -224,6 +264,8 @@ def _launch(
     batch: BatchTensors,
     scale: float,
     window: int,
+    softcap: float | None,
+    sinks: Tensor | None,
     out: Tensor,
     splits: int,
     config: Config,
@@ -248,8 +290,9 @@ def _launch(
         out,
         partial,
         lse,
+        query if sinks is None else sinks,
         batch.page_table.stride(0),
-        scale * 1.4426950408889634,
+        *score_scales(scale, softcap),
         splits,
         GROUP=num_heads // num_kv,
         NUM_KV=num_kv,
@@ -257,6 +300,8 @@ def _launch(
         PAGE_SIZE=batch.page_size,
         WINDOW=window,
         SPLIT=splits > 1,
+        CAPPED=softcap is not None,
+        HAS_SINKS=sinks is not None,
         BLOCK_GROUP=power_of_two(num_heads // num_kv, _MIN_ROWS),
         BLOCK_DIM=block_dim,
         BLOCK=config["block"],

@@ -5,6 +5,7 @@ own, the last `window` of them where there is a window:
 
     out[i, h] = Σ_n softmax_n(scale · q[i, h] · K[n, k]) · V[n, k],     max(0, p − window + 1) ≤ n ≤ p = L − Q + i
 
+with capped scores and sinks as in `paged_decode`.
 A program takes a block of rows of one sequence and one KV head, where a row is a (query, head of the group) pair, so
 grouped heads share each load of K and V (FlashAttention-2, Dao 2023, arXiv 2307.08691, over pages). What all its rows
 see is computed without a mask, the rest with one. Sequences past num_rows, a number read on the device, and those with
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors
-from sleb.kernels.triton.paged_decode import INTEGERS
+from sleb.kernels.triton.paged_decode import INTEGERS, first_score, score, score_scales
 from sleb.kernels.triton.runtime import ceil_div, check_contiguous, dot_precision, multiply, power_of_two
 from sleb.kernels.triton.tuning import Config, Launch, tuned
 
@@ -36,13 +37,13 @@ CONFIGS = tuple(
 # For heads of more than 256 bytes, whose tiles fill registers and shared memory sooner, and of more than 512.
 WIDE_CONFIGS = tuple(
     Config(rows=rows, block=block, num_warps=warps, num_stages=stages)
-    for rows, block, warps, stages in ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2))
+    for rows, block, warps, stages in ((64, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2))
 )
-WIDEST_CONFIGS = (Config(rows=32, block=32, num_warps=8, num_stages=2),)
+WIDEST_CONFIGS = (Config(rows=32, block=16, num_warps=8, num_stages=2),)
 
 
 def configs_for(head_dim: int, itemsize: int) -> tuple[Config, ...]:
-    """The configurations to choose from; the first is what runs untuned."""
+    """The configurations to choose from; the first is what runs untuned, on every GPU."""
     num_bytes = head_dim * itemsize
     if num_bytes > 512:
         return WIDEST_CONFIGS
@@ -63,11 +64,13 @@ def _walk(
     start,
     stop,
     context,
-    scale_log2,
+    scale,
+    cap,
     NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -83,7 +86,7 @@ def _walk(
         at = (slot * NUM_KV + kv_head)[:, None] * HEAD_DIM + column
         inside = present[:, None] & (column < HEAD_DIM)
         keys = tl.load(key_cache + at, mask=inside, other=0.0)
-        scores = multiply(q, tl.trans(keys), PRECISION) * scale_log2
+        scores = score(q, keys, scale, cap, CAPPED, PRECISION)
         if MASKED:
             visible = position[None, :] <= own[:, None]
             if WINDOW > 0:
@@ -112,13 +115,17 @@ def _prefill(
     query_starts,
     num_rows,
     out,
+    sinks,
     table_stride,
-    scale_log2,
+    scale,
+    cap,
     GROUP: tl.constexpr,
     NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -155,22 +162,21 @@ def _prefill(
         whole_from = tl.minimum(tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK) * BLOCK, stop)
     whole_to = tl.maximum((lowest + 1) // BLOCK * BLOCK, whole_from)
 
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    highest, total = first_score(sinks, head, index < num_queries, HAS_SINKS)
     attended = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     pages = page_table + row.to(tl.int64) * table_stride
     if WINDOW > 0:
         attended, highest, total = _walk(
             q, attended, highest, total, key_cache, value_cache, pages, kv_head, own, start, whole_from,
-            context, scale_log2, NUM_KV, HEAD_DIM, PAGE_SIZE, WINDOW, True, BLOCK_DIM, BLOCK, PRECISION,
+            context, scale, cap, NUM_KV, HEAD_DIM, PAGE_SIZE, WINDOW, CAPPED, True, BLOCK_DIM, BLOCK, PRECISION,
         )  # fmt: skip
     attended, highest, total = _walk(
         q, attended, highest, total, key_cache, value_cache, pages, kv_head, own, whole_from, whole_to,
-        context, scale_log2, NUM_KV, HEAD_DIM, PAGE_SIZE, WINDOW, False, BLOCK_DIM, BLOCK, PRECISION,
+        context, scale, cap, NUM_KV, HEAD_DIM, PAGE_SIZE, WINDOW, CAPPED, False, BLOCK_DIM, BLOCK, PRECISION,
     )  # fmt: skip
     attended, highest, total = _walk(
         q, attended, highest, total, key_cache, value_cache, pages, kv_head, own, whole_to, stop,
-        context, scale_log2, NUM_KV, HEAD_DIM, PAGE_SIZE, WINDOW, True, BLOCK_DIM, BLOCK, PRECISION,
+        context, scale, cap, NUM_KV, HEAD_DIM, PAGE_SIZE, WINDOW, CAPPED, True, BLOCK_DIM, BLOCK, PRECISION,
     )  # fmt: skip
     attended = attended / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out + at, attended.to(out.dtype.element_ty), mask=inside)
@@ -183,14 +189,16 @@ def paged_prefill(
     batch: BatchTensors,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attention of the sequences with several new tokens; the others' rows of `out` stay as they are.
 
-    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. Returns out, [T, H, D]; see
+    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. sinks: [H]. Returns out, [T, H, D]; see
     `sleb.kernels.reference.ops.paged_attention`.
     """
-    check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache)
+    check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     out = torch.empty_like(query) if out is None else out
     num_rows = batch.context_lens.shape[0]
     _, num_heads, head_dim = query.shape
@@ -210,13 +218,16 @@ def paged_prefill(
             batch.query_starts,
             batch.num_rows,
             out,
+            query if sinks is None else sinks,
             batch.page_table.stride(0),
-            scale * 1.4426950408889634,
+            *score_scales(scale, softcap),
             GROUP=group,
             NUM_KV=num_kv,
             HEAD_DIM=head_dim,
             PAGE_SIZE=batch.page_size,
             WINDOW=window or 0,
+            CAPPED=softcap is not None,
+            HAS_SINKS=sinks is not None,
             BLOCK_DIM=power_of_two(head_dim, 16),
             ROWS=rows,
             BLOCK=config["block"],

@@ -77,7 +77,7 @@ def make(make_llm, monkeypatch):
         monkeypatch.setattr(registry, "triton_gpu_kernels", lambda: specification)
         # Its attention waits for the device, so the real one would not be captured.
         backend = attention.AttentionBackend("stand-in", specification.attention)
-        monkeypatch.setattr("sleb.engine.execute.build.select_attention", lambda *arguments: backend)
+        monkeypatch.setattr("sleb.engine.execute.build.select_attention", lambda *arguments, **needs: backend)
         monkeypatch.setattr(gpu_setup, "is_gpu", lambda device: True)
         return make_llm(model, kernels="triton", **options)
 

@@ -100,21 +100,22 @@ class Case:
             has_decodes=1 in query_lens,
         )
 
-    def run(self, attention, window=None):
+    def run(self, attention, window=None, more=()):
         arguments = (self.query, self.key_cache, self.value_cache, self.batch, self.scale, window)
-        result = attention(*arguments)
+        result = attention(*arguments, *more)
         assert result.shape == self.query.shape and result.dtype == self.query.dtype
         return result[: self.num_tokens].float().cpu()
 
-    def expected(self, window=None):
+    def expected(self, window=None, more=()):
         """By the specification, in float32 from the same rounded numbers."""
         widened = (each.float() for each in (self.query, self.key_cache, self.value_cache))
-        return device_reference.paged_attention(*widened, self.batch, self.scale, window)[
+        return device_reference.paged_attention(*widened, self.batch, self.scale, window, *more)[
             : self.num_tokens
         ].cpu()
 
-    def check(self, attention, window=None):
-        torch.testing.assert_close(self.run(attention, window), self.expected(window), atol=1e-2, rtol=1e-2)
+    def check(self, attention, window=None, more=()):
+        actual, expected = self.run(attention, window, more), self.expected(window, more)
+        torch.testing.assert_close(actual, expected, atol=1e-2, rtol=1e-2)
 
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------
@@ -126,7 +127,22 @@ def int32(name, tensor, *shape):
     assert tensor.stride(-1) == 1, f"{name} must have a contiguous last dimension"
 
 
-def attend(q, k, v, table, lengths, starts, max_q, max_k, scale, causal, window, page_multiple):
+def attend(
+    q,
+    k,
+    v,
+    table,
+    lengths,
+    starts,
+    max_q,
+    max_k,
+    scale,
+    causal,
+    window,
+    page_multiple,
+    softcap=0.0,
+    sinks=None,
+):
     """The result [T, H, D] of a flash kernel over pages, with the checks that all of them share.
 
     q: [T, H, D]. window: (left, right), -1 without bound. max_q, max_k: None where not given.
@@ -165,7 +181,12 @@ def attend(q, k, v, table, lengths, starts, max_q, max_k, scale, causal, window,
                 group = q.shape[1] // k.shape[2]
                 for head in range(q.shape[1]):
                     seen = keys[first:last, head // group]
-                    weights = (seen @ q[token, head].float() * scale).softmax(dim=0)
+                    scores = seen @ q[token, head].float() * scale
+                    if softcap:
+                        scores = softcap * torch.tanh(scores / softcap)
+                    if sinks is not None:
+                        scores = torch.cat((scores, sinks[head : head + 1].float()))
+                    weights = scores.softmax(dim=0)[: last - first]
                     out[token, head] = weights @ values[first:last, head // group]
         return out
 
@@ -191,11 +212,11 @@ def kvcache_2(
 ):
     """flash_attn.flash_attn_with_kvcache of flash-attn 2.8.3."""
     unused(k=(k, None), v=(v, None), rotary_cos=(rotary_cos, None), rotary_sin=(rotary_sin, None),
-           cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None), softcap=(softcap, 0.0),
+           cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None),
            alibi_slopes=(alibi_slopes, None), lse=(return_softmax_lse, False))
     tokens, starts = side_by_side(q)
     return attend(tokens, k_cache, v_cache, block_table, cache_seqlens, starts, None, None, softmax_scale, causal,
-                  window_size, 256)[:, None]
+                  window_size, 256, softcap)[:, None]
 
 
 def varlen_2(
@@ -204,7 +225,7 @@ def varlen_2(
     block_table=None,
 ):
     """flash_attn.flash_attn_varlen_func of flash-attn 2.8.3."""
-    unused(dropout_p=(dropout_p, 0.0), softcap=(softcap, 0.0), alibi_slopes=(alibi_slopes, None),
+    unused(dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None),
            return_attn_probs=(return_attn_probs, False))
     int32("cu_seqlens_k", cu_seqlens_k, *cu_seqlens_q.shape)
     with _disable_current_modes():
@@ -212,7 +233,7 @@ def varlen_2(
         lengths = cu_seqlens_k.diff()
     assert max_seqlen_q is not None and max_seqlen_k is not None
     return attend(q, k, v, block_table, lengths, cu_seqlens_q, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                  window_size, 256)
+                  window_size, 256, softcap)
 
 
 def kvcache_3(
@@ -225,7 +246,7 @@ def kvcache_3(
     """flash_attn_interface.flash_attn_with_kvcache of flash-attn 3."""
     unused(k=(k, None), v=(v, None), qv=(qv, None), cache_batch_idx=(cache_batch_idx, None),
            leftpad=(cache_leftpad, None), cu_seqlens_k_new=(cu_seqlens_k_new, None), chunk=(attention_chunk, 0),
-           softcap=(softcap, 0.0), lse=(return_softmax_lse, False))
+           lse=(return_softmax_lse, False))
     if cu_seqlens_q is None:
         q, starts = side_by_side(q)
     else:
@@ -233,7 +254,7 @@ def kvcache_3(
         assert q.dim() == 3
         starts = cu_seqlens_q
     out = attend(q, k_cache, v_cache, page_table, cache_seqlens, starts, max_seqlen_q, None, softmax_scale, causal,
-                 window_size, 1)
+                 window_size, 1, softcap)
     return out[:, None] if cu_seqlens_q is None else out
 
 
@@ -246,8 +267,9 @@ def varlen_4(
 ):
     """flash_attn.cute.flash_attn_varlen_func of flash-attn 4.0.0.beta27."""
     assert cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k"
-    unused(qv=(qv, None), seqused_q=(seqused_q, None), gather=(gather_kv_indices, None), sink=(learnable_sink, None),
-           softcap=(softcap, 0.0), num_splits=(num_splits, 1), lse=(return_lse, False))
+    unused(qv=(qv, None), seqused_q=(seqused_q, None), gather=(gather_kv_indices, None),
+           num_splits=(num_splits, 1), lse=(return_lse, False))
+    assert learnable_sink is None or (learnable_sink.dtype, len(learnable_sink)) == (torch.bfloat16, q.shape[-2])
     assert window_size == (None, None) or window_size[1] == 0
     window = (-1, -1) if window_size == (None, None) else window_size
     if cu_seqlens_q is None:
@@ -256,7 +278,7 @@ def varlen_4(
         assert q.dim() == 3
         tokens, starts = q, cu_seqlens_q
     out = attend(tokens, k, v, page_table, seqused_k, starts, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                 window, 1)
+                 window, 1, softcap, learnable_sink)
     return out.view(q.shape), None
 
 
@@ -319,7 +341,7 @@ def backend(request, install):
     if request.param == "torch":
         return AttentionBackend("torch", sdpa.varlen_attention(varlen_torch), sdpa.PAGE_MULTIPLE)
     install(request.param)
-    loaded = flash.LOADERS[request.param]()
+    loaded = flash.LOADERS[request.param](())
     return AttentionBackend(loaded.version, loaded.attention, loaded.page_multiple)
 
 
@@ -353,6 +375,17 @@ def test_groups_of_heads(backend, name, heads):
 def test_sequences_past_num_rows_are_left_alone(backend, name, window):
     """Their query_starts are junk, their contexts empty or a dummy page's; nothing else is read for them."""
     Case(BATCHES[name], max(16, backend.page_multiple), padding=4).check(backend.function, window)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("name", ["decode", "mixed"])
+def test_soft_caps_and_sinks(install, version, name):
+    """A cap by all of them, sinks by flash-attn 4, in whatever dtype they are stored."""
+    install(version)
+    attention, case = flash.LOADERS[version](()).attention, Case(BATCHES[name], 256)
+    case.check(attention, 17, (1.25,))
+    if version == 4:
+        case.check(attention, None, (None, torch.linspace(-2, 3, 6).to(torch.float16)))
 
 
 def test_more_or_fewer_tokens_than_rows(backend):
@@ -413,9 +446,36 @@ def test_the_host_reads_nothing(backend, name):
 # --- selection -------------------------------------------------------------------------------------------------------
 
 
-def select(name, device=CUDA, dtype=torch.bfloat16, head_dim=HEAD_DIM, kernels="torch"):
+def select(name, device=CUDA, dtype=torch.bfloat16, head_dim=HEAD_DIM, kernels="torch", **needs):
     found = replace(torch_gpu_kernels(), name=kernels)
-    return select_attention(name, found, device, dtype, head_dim)
+    return select_attention(name, found, device, dtype, head_dim, **needs)
+
+
+def test_the_attention_has_what_the_model_needs(install, gpu, monkeypatch):
+    """Sinks are flash-attn 4's alone, caps those of versions with that argument; torch's own kernel has neither."""
+    gpu(9)
+    install(2, 3, 4)
+    assert select("flash", softcap=True).name == "flash-attn 3"
+    assert select("flash", sinks=True).name == "flash-attn 4"
+    assert select("auto", kernels="triton", sinks=True, softcap=True).name == "triton"
+    install(2, 3)
+    with pytest.raises(
+        ConfigError, match=r"3 has no attention sinks.*2 has no attention sinks.*: auto, torch"
+    ):
+        select("flash", sinks=True)
+    monkeypatch.setattr("sleb.kernels.attention.select.find_varlen", lambda *arguments: varlen_torch)
+    for needs, why in (({"softcap": True}, "soft caps"), ({"sinks": True}, "attention sinks")):
+        backend = select("torch", **needs)
+        assert backend.name == f"torch sdpa (torch varlen has no {why})" and not backend.capturable
+    old = types.ModuleType("flash_attn")
+    old.flash_attn_with_kvcache = lambda q, cache_seqlens, block_table, window_size: None
+    old.flash_attn_varlen_func = lambda q, cu_seqlens_k, block_table, window_size: None
+    install()
+    monkeypatch.setitem(sys.modules, "flash_attn", old)
+    gpu(8)
+    assert select("flash").name == "flash-attn 2"
+    with pytest.raises(ConfigError, match="no argument softcap: it is too old"):
+        select("flash", softcap=True)
 
 
 @pytest.mark.parametrize(
@@ -593,7 +653,7 @@ def real_attention(name):
     if major not in {2: (8, 9, 10, 11, 12), 3: (9,), 4: (9, 10, 11)}[name]:
         pytest.skip(f"flash-attn {name} is not used on compute capability {major}")
     try:
-        loaded = flash.LOADERS[name]()
+        loaded = flash.LOADERS[name](())
     except flash.FlashUnavailableError as reason:
         pytest.skip(str(reason))
     return loaded.attention, loaded.page_multiple

@@ -27,7 +27,7 @@ WINDOWS = [None, 1, 3, 100]
 BLOCK = 64  # positions of a tile in the first configurations
 
 
-def expected_attention(query, keys, values, batch, window):
+def expected_attention(query, keys, values, batch, window, softcap=None, sinks=None):
     """[T, H, D] float64, a sequence at a time, over its tokens gathered one by one."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     heads_of_kv = query.shape[1] // keys.shape[1]
@@ -42,7 +42,12 @@ def expected_attention(query, keys, values, batch, window):
             own = context - new + index
             seen = slice(0 if window is None else max(0, own - window + 1), own + 1)
             scores = torch.einsum("hd,nhd->hn", query[start + index].double(), k[seen]) * SCALE
-            out[start + index] = torch.einsum("hn,nhd->hd", scores.softmax(dim=1), v[seen])
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            if sinks is not None:  # one more position, whose value is 0
+                scores = torch.cat((scores, sinks.double().cpu()[:, None]), dim=1)
+            shares = scores.softmax(dim=1)[:, : k[seen].shape[0]]
+            out[start + index] = torch.einsum("hn,nhd->hd", shares, v[seen])
     return out
 
 
@@ -82,35 +87,33 @@ class Case:
         present = torch.tensor([len(lens)], dtype=torch.int32, device=device)
         self.tensors = dataclasses.replace(BatchTensors.of(past, device), num_rows=present)
 
-    def expected(self, window=None):
-        return expected_attention(self.query, *self.caches, self.batch, window)
+    def expected(self, window=None, *more):
+        return expected_attention(self.query, *self.caches, self.batch, window, *more)
 
     def out(self):
         return torch.full_like(self.on_device[0], SENTINEL)
 
-    def check(self, out, window=None, which=lambda new: True):
+    def check(self, out, window=None, which=lambda new: True, more=()):
         """The tokens of the sequences of `which` lengths are as expected, all others untouched."""
         expected = torch.full(out.shape, SENTINEL, dtype=torch.float64)
         for row, new in enumerate(self.batch.query_lens):
             if which(new):
                 tokens = slice(self.batch.query_starts[row], self.batch.query_starts[row + 1])
-                expected[tokens] = self.expected(window)[tokens]
+                expected[tokens] = self.expected(window, *more)[tokens]
         tolerance = TOLERANCE[out.dtype]
         torch.testing.assert_close(out.double().cpu(), expected, atol=tolerance, rtol=tolerance)
 
 
-def decode(case, window=None, splits=None):
-    out = case.out()
-    assert (
-        paged_decode.paged_decode(*case.on_device, case.tensors, SCALE, window, out, num_splits=splits) is out
-    )
-    case.check(out, window, lambda new: new == 1)
+def decode(case, window=None, splits=None, more=(None, None)):
+    out, operator = case.out(), paged_decode.paged_decode
+    assert operator(*case.on_device, case.tensors, SCALE, window, *more, out, num_splits=splits) is out
+    case.check(out, window, lambda new: new == 1, more)
 
 
-def prefill(case, window=None):
+def prefill(case, window=None, more=(None, None)):
     out = case.out()
-    assert paged_prefill.paged_prefill(*case.on_device, case.tensors, SCALE, window, out) is out
-    case.check(out, window, lambda new: new > 1)
+    assert paged_prefill.paged_prefill(*case.on_device, case.tensors, SCALE, window, *more, out) is out
+    case.check(out, window, lambda new: new > 1, more)
 
 
 def edges(page_size):
@@ -136,16 +139,33 @@ class TestShapes:
         prefill(case, WINDOWS[turn // 2 % 4])
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("shape", [(6, 3, 64), (5, 1, 80)], ids=str)
-def test_paged_attention(device, dtype, shape):
+def test_paged_attention(device, dtype, shape, randn, softcap):
     """Both operators behind one call, and the reference that stands for them, on the tokens that are there."""
     case = Case(device, shape, dtype, 4, [(1, 9), (4, 6), (1, 1), (7, 70)])
     tokens, tolerance = slice(0, case.num_tokens), TOLERANCE[dtype]
+    more = (softcap, None if softcap is None else 2 * randn(shape[0], dtype=dtype))
     for operator in (paged_attention, device_reference.paged_attention):
-        out = operator(*case.on_device, case.tensors, SCALE, 6)[tokens]
+        out = operator(*case.on_device, case.tensors, SCALE, 6, *more)[tokens]
         torch.testing.assert_close(
-            out.double().cpu(), case.expected(6)[tokens], atol=tolerance, rtol=tolerance
+            out.double().cpu(), case.expected(6, *more)[tokens], atol=tolerance, rtol=tolerance
         )
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_sinks_and_soft_caps_over_splits(device, randn, splits, window):
+    """A sink is in the denominator once, whatever the splits; one of −∞ is not there, a great one takes all."""
+    sinks = torch.tensor([0.5, -float("inf"), 60.0], device=device)
+    for softcap in (None, 4.0):
+        decode(
+            Case(device, (3, 1, 16), torch.float32, 4, [(1, 1), (1, 70), (1, 300)]),
+            window,
+            splits,
+            (softcap, sinks),
+        )
+        prefill(Case(device, (3, 1, 16), torch.float32, 4, [(20, 20), (3, 90)]), window, (softcap, sinks))
 
 
 @pytest.mark.parametrize("window", WINDOWS)

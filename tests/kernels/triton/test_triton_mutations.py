@@ -15,6 +15,7 @@ from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
+from sleb.kernels.reference.device import HeadNorm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -59,6 +60,14 @@ def check_norm(module):
         ]
         same(outs[0][start:end], outs[1][start:end])
         same(residual, other)
+    for kind, bias in (("rms", None), ("layer", randn(72, seed=3))):
+        residual, delta = randn(5, 72), randn(4, 72, seed=1)
+        other, update = residual.clone(), {"delta_kind": kind, "delta_bias": bias, "delta_scale": 0.3}
+        counts = integers(2), integers(4)
+        out = module.add_norm(residual, delta, None, None, 1e-5, "rms", *counts, **update)
+        expected = device_reference.add_norm(other, delta, None, None, 1e-5, "rms", *counts, **update)
+        same(out[:4], expected[:4])
+        same(residual, other)
 
 
 def check_activation(module):
@@ -68,16 +77,22 @@ def check_activation(module):
 
 
 def check_rope(module):
-    heads, norms = randn(4, 12, 20), (1 + randn(20, seed=1), 1 + randn(20, seed=2))
-    rotation = (randn(9, 6, seed=3), randn(9, 6, seed=4))
-    caches = [[randn(8, 3, 20, seed=5), randn(8, 3, 20, seed=6)] for _ in range(2)]
+    heads, rotation = randn(4, 12, 20), (randn(9, 6, seed=3), randn(9, 6, seed=4))
     places = integers(0, 8, 5, 2), integers(3, 5, 0, 1)
-    queries = [
-        operator(heads, 6, rotation, places[0], *norms, 1e-5, *cache, places[1], integers(3))
-        for operator, cache in zip((module.rope_store, device_reference.rope_store), caches, strict=True)
-    ]
-    same(queries[0][:3], queries[1][:3])
-    same(caches[0], caches[1])
+    vectors = [1 + randn(heads * 20, seed=seed) for seed, heads in enumerate((6, 3, 6, 3))]
+    small = [each[:20] for each in vectors]
+    for norm, clip in (
+        (HeadNorm("rms", *small[:2]), None),
+        (HeadNorm("layer", *small, after_rotation=True), 0.7),
+        (HeadNorm("layer", *vectors, whole=True), 0.7),
+    ):
+        caches = [[randn(8, 3, 20, seed=5), randn(8, 3, 20, seed=6)] for _ in range(2)]
+        queries = [
+            operator(heads, 6, rotation, places[0], norm, *cache, places[1], integers(3), clip)
+            for operator, cache in zip((module.rope_store, device_reference.rope_store), caches, strict=True)
+        ]
+        same(queries[0][:3], queries[1][:3])
+        same(caches[0], caches[1])
 
 
 def attention_batch(lens):
@@ -98,10 +113,10 @@ def check_attention(operator, lens, which, windows, **options):
     batch, tensors = attention_batch(lens)
     tokens = batch.query_starts[-1]
     query, keys, values = 2 * randn(tokens + 3, 4, 16), randn(400, 2, 16, seed=1), randn(400, 2, 16, seed=2)
-    for window in windows:
-        expected = reference.paged_attention(query[:tokens], keys, values, batch, 0.3, window)
+    for window, more in itertools.product(windows, ((None, None), (2.0, randn(4, seed=3)))):
+        expected = reference.paged_attention(query[:tokens], keys, values, batch, 0.3, window, *more)
         out = torch.full_like(query, 7.0)
-        operator(query, keys, values, tensors, 0.3, window, out, **options)
+        operator(query, keys, values, tensors, 0.3, window, *more, out, **options)
         for row, new in enumerate(batch.query_lens):
             at = slice(batch.query_starts[row], batch.query_starts[row + 1])
             same(out[at], expected[at] if which(new) else torch.full_like(expected[at], 7.0))
@@ -189,21 +204,40 @@ MUTATIONS = [
     ("add_norm", "is_added &= row >= tl.load(delta_start)", "is_added &= row >= 0"),
     ("add_norm", "is_normed &= row >= tl.load(norm_start)", "is_normed &= row >= 0"),
     ("add_norm", "is_kept &= not is_normed", "is_kept &= is_normed"),
-    ("add_norm", 'if KIND != "none":', "if True:"),
-    ("add_norm", "normed = tl.where(inside, normed - mean, 0.0)", "normed = normed - mean"),
-    ("add_norm", "/ size + eps", "/ BLOCK + eps"),
-    ("add_norm", "mean = tl.sum(normed, axis=0) / size", "mean = 0.0"),
+    ("add_norm", '    if KIND != "none":', "    if True:"),
+    ("add_norm", "x = tl.where(inside, x - mean, 0.0)", "x = x - mean"),
+    ("add_norm", "/ size + eps", "/ (size + 1) + eps"),
+    ("add_norm", "mean = tl.sum(x, axis=0) / size", "mean = 0.0"),
+    ("add_norm", "added = tl.where(is_added, added, 0.0)", "added = added"),
+    ("add_norm", "added.to(tl.float32) * delta_scale", "added.to(tl.float32)"),
+    ("add_norm", 'if DELTA_KIND != "none":', "if False:"),
     ("activation", "* size + size + columns", "* size + columns"),
     ("activation", "0.7071067811865476", "0.5"),
     ("activation", "2.0 * inner", "inner"),
     ("activation", "tl.where(x < 0.0, 0.0, x)", "x"),
     ("rope_store", "first * c - second * s", "first * c + second * s"),
     ("rope_store", "second * c + first * s", "second * c - first * s"),
-    ("rope_store", "    if HAS_NORM:", "    if False:"),
+    ("rope_store", 'KIND != "none":', "False:"),
     ("rope_store", "if token >= tl.load(num_tokens):", "if token < 0:"),
     ("rope_store", "tl.load(positions + token)", "tl.load(positions)"),
     ("rope_store", "tl.load(slots + token)", "tl.load(slots)"),
-    ("rope_store", "tl.where(head < NUM_HEADS, query_weight, key_weight)", "query_weight"),
+    ("rope_store", "tl.where(head < NUM_HEADS, of_query, of_key)", "of_query"),
+    ("rope_store", "tl.where(x < -clip, -clip, x)", "x"),
+    ("rope_store", "after == AFTER", "after == 0"),
+    ("rope_store", "tl.where(in_rest, rest - mean[:, None], 0.0)", "tl.where(in_rest, rest, 0.0)"),
+    (
+        "rope_store",
+        "second = tl.where(in_half, second - mean[:, None], 0.0)",
+        "second = second - mean[:, None]",
+    ),
+    (
+        "rope_store",
+        "tl.where(at < SIZE, _clipped(x, clip, CLIPS) - mean, 0.0)",
+        "_clipped(x, clip, CLIPS) - mean",
+    ),
+    ("rope_store", "tl.where(head < NUM_HEADS, inverse, key_inverse)", "inverse"),
+    ("rope_store", "(head - NUM_HEADS) * STRIDE", "head * 0"),
+    ("rope_store", "y += _of_head", "y += 0.0 * _of_head"),
     ("rope_store", "rest = 2 * HALF +", "rest = HALF +"),
     ("rope_store", "squares / HEAD_DIM", "squares / (HEAD_DIM - 1)"),
     ("rope_store", "first = tl.where(is_value, first, turned)", "first = turned"),
@@ -211,7 +245,10 @@ MUTATIONS = [
     ("paged_decode", "stop = tl.minimum(start + span, context)", "stop = start + span"),
     ("paged_decode", "tl.maximum(context - WINDOW, 0)", "tl.maximum(context - WINDOW - 1, 0)"),
     ("paged_decode", "tl.minimum(visible, WINDOW)", "visible"),
-    ("paged_decode", "PRECISION) * scale_log2", "PRECISION)"),
+    ("paged_decode", "PRECISION) * scale", "PRECISION)"),
+    ("paged_decode", "- 1.0) * cap", "- 1.0)"),
+    ("paged_decode", "(group < GROUP) & (split == 0)", "group < GROUP"),
+    ("paged_decode", "* 1.4426950408889634", "* 1.0"),
     ("paged_decode", "if row >= tl.load(num_rows):", "if row < 0:"),
     ("paged_decode", "if tl.load(query_starts + row + 1) - token != 1:", "if token < 0:"),
     ("paged_decode", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
@@ -237,7 +274,7 @@ MUTATIONS = [
     ),
     ("paged_prefill", "if num_queries == 1 or block < 0:", "if block < 0:"),
     ("paged_prefill", "if row >= tl.load(num_rows):", "if row < 0:"),
-    ("paged_prefill", "PRECISION) * scale_log2", "PRECISION)"),
+    ("paged_prefill", "first_score(sinks, head,", "first_score(sinks, head * 0,"),
     ("paged_prefill", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
     ("paged_prefill", "attended = attended * fade[:, None]", "attended = attended"),
     ("paged_prefill", "index = line // GROUP", "index = line % num_queries"),

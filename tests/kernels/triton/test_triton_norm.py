@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sleb.kernels.reference import device as device_reference
-from sleb.kernels.triton.activation import activate, gated_activate
+from sleb.kernels.triton.activation import activate, gated_activate, soft_cap
 from sleb.kernels.triton.add_norm import add_norm
 
 NAN = float("nan")
@@ -113,6 +113,43 @@ def test_ranges_of_rows(randn, count, close, dtype, operator, kind, post, size):
         assert out is residual if post else out.shape == (5, size)
 
 
+@pytest.mark.parametrize("operator", [add_norm, device_reference.add_norm], ids=["triton", "reference"])
+@pytest.mark.parametrize("scale", [1.0, 0.22])
+@pytest.mark.parametrize(
+    ("delta_kind", "affine"),
+    [("rms", "weight"), ("rms", "none"), ("layer", "both"), ("layer", "none"), ("none", "none")],
+)
+def test_the_update_is_normed_and_scaled_before_it_is_added(
+    randn, count, close, dtype, delta_kind, affine, scale, operator
+):
+    """Of rows in its range alone, whether they are normed then or not; the norm then is that of the stored sum."""
+    residual, delta, weight = randn(6, 72, dtype=dtype), randn(5, 72, dtype=dtype), randn(72, dtype=dtype)
+    delta_weight = randn(72) if affine != "none" else None  # of another dtype, as shifted ones are
+    delta_bias = randn(72) if affine == "both" else None
+    delta[0] = delta[4] = NAN
+    before = residual.clone()
+    update = expected_norm(delta[1:4], delta_weight, delta_bias, 1e-5, delta_kind).to(dtype).double() * scale
+    ranges = {"delta_start": count(1), "norm_start": count(0)}
+    options = {"delta_kind": delta_kind, "delta_weight": delta_weight, "delta_bias": delta_bias}
+    counts = count(4), count(5)
+    out = operator(
+        residual, delta, weight, None, 1e-5, "rms", *counts, **ranges, **options, delta_scale=scale
+    )
+    close(residual[1:4], before[1:4].double().cpu() + update.to(dtype).double(), 6.0)
+    assert torch.equal(residual[[0, 4, 5]], before[[0, 4, 5]])
+    close(out[:5], expected_norm(residual[:5], weight, None, 1e-5, "rms"), 3.0)
+
+
+@pytest.mark.parametrize("operator", [soft_cap, device_reference.soft_cap], ids=["triton", "reference"])
+def test_soft_cap(randn, close, dtype, operator):
+    logits = 60 * randn(3, 101, dtype=dtype)
+    logits[0, :3] = torch.tensor([0.0, NAN, -1e4])
+    before = logits.clone()
+    assert operator(logits, 30.0) is logits
+    close(logits, 30.0 * (before.double() / 30.0).tanh(), 2.0)
+    assert operator(logits[:0], 30.0).shape == (0, 101)
+
+
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("kind", ["rms", "layer", "none"])
 def test_add_norm_is_the_reference(randn, count, close, dtype, kind, post):
@@ -143,6 +180,7 @@ FORMULAS = {
     "silu": lambda x: x / (1 + (-x).exp()),
     "swish": lambda x: x / (1 + (-x).exp()),
     "relu": lambda x: x.clamp_min(0),
+    "relu2": lambda x: x.clamp_min(0) ** 2,
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -166,7 +204,8 @@ def test_activations_of_extremes(device, count, name):
     """No overflow inside, and a NaN is not hidden."""
     x = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4, NAN]], device=device)
     out = activate(x, name, count(1))[0].cpu()
-    assert out[:5].tolist() == [0.0, 0.0, 0.0, 100.0, 1e4]
+    power = 2 if name == "relu2" else 1
+    assert out[:5].tolist() == [0.0, 0.0, 0.0, 100.0**power, 1e4**power]
     assert out[5].isnan()
 
 
