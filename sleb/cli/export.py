@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, TimeElapsedColumn, Transfer
 from sleb.cli.options import AnyModel, with_options
 from sleb.cli.progress import Bar
 from sleb.cli.show import find_map
-from sleb.formats import EXPORT_FORMATS
+from sleb.formats import EXPORT_FORMATS, GGUF_TYPES
 from sleb.formats.removal import PATCH_WAYS, Mending, Removal, check_way
 from sleb.models.resolve import shipped_map
 from sleb.options import option, option_of
@@ -26,16 +26,20 @@ class ExportOptions:
 
     format: str = option("hf", "What is written.", choices=tuple(EXPORT_FORMATS))
     output: Path | None = option(
-        None, "Folder (hf, zeroed, decilm) or file.", unset="standard output", flags=("-o",)
+        None, "Folder (hf, zeroed, decilm) or file (gguf and texts).", unset="standard output", flags=("-o",)
     )
     layer_map: str | None = option(
         None, "A map file, or the name of a shipped map.", unset="the alias's own", metavar="FILE"
     )
     depth: int | None = option(None, "How many removals.", unset="the map's recommended depth", minimum=0)
     max_shard_size: str = option("5GB", "Largest weight file: 5GB, 500MB.", metavar="SIZE")
+    gguf_type: str = option(
+        "auto", "Of the matrices in a GGUF file; auto: as they are stored.", choices=GGUF_TYPES
+    )
     patches: str = option(
         "keep",
-        "Those of the depth: written exactly (decilm, zeroed), merged into the blocks before them (hf), or left out.",
+        "Those of the depth: written exactly (decilm, zeroed, a Llama's gguf), merged into the blocks before them (hf, "
+        "gguf), or left out.",
         choices=PATCH_WAYS,
     )
     calibration: str | Path | None = option_of(
@@ -54,8 +58,9 @@ class ExportOptions:
 def export(model: AnyModel, options: ExportOptions) -> None:
     """Write a model at one depth of a layer map for other tools.
 
-    hf is a smaller checkpoint; zeroed keeps the shape; decilm can lack attention or MLP alone. The other formats are
-    texts: a mergekit configuration, lists of what is removed, and a command for llama.cpp.
+    hf is a smaller checkpoint; zeroed keeps the shape; decilm can lack attention or MLP alone; gguf is a file for
+    llama.cpp. The other formats are texts: a mergekit configuration, lists of what is removed, and a command for
+    llama.cpp.
     """
     name = options.layer_map or shipped_map(model)
     chosen = None if name is None else find_map(str(name))
@@ -80,6 +85,7 @@ def export(model: AnyModel, options: ExportOptions) -> None:
             merge=_merger(model, options, bar),
             force=options.force,
             shard_bytes=parse_size(options.max_shard_size),
+            gguf_type=options.gguf_type,
             progress=lambda done, total: bar.show("writing weights", done, total),
         )
     if text := lost(removal):
@@ -101,5 +107,9 @@ def _merger(model: str, options: ExportOptions, bar: Bar) -> Callable[[Removal],
     text = PruneOptions(calibration=options.calibration, windows=options.windows, seqlen=options.seqlen)
     text.check_texts()
     return lambda removal: merge_patches(
-        model, removal, text, progress=lambda done, total: bar.show("merging patches", done, total)
+        model,
+        removal,
+        text,
+        progress=lambda done, total: bar.show("merging patches", done, total),
+        notation=options.format,
     )

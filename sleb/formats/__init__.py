@@ -12,6 +12,7 @@
 | hf | | a model | blocks | a smaller checkpoint of the same architecture |
 | zeroed | | a model | attention and MLP; holds patches | the same shape, output projections zero |
 | llama.cpp | | yes | blocks | `llama-quantize --prune-layers` |
+| gguf | | a model | blocks; of a Llama attention and MLP, holds patches | a file that llama.cpp runs |
 
 One module a notation holds what reads and what writes it; `exporting` and `importing` choose among them.
 """
@@ -22,7 +23,8 @@ from sleb.errors import ConfigError
 
 FOLDER_FORMATS = ("hf", "zeroed", "decilm")
 TEXT_FORMATS = ("mergekit", "removal-list", "llm-drop", "blockpruner", "llama.cpp")
-EXPORT_FORMATS = (*FOLDER_FORMATS, *TEXT_FORMATS)
+EXPORT_FORMATS = (*FOLDER_FORMATS, "gguf", *TEXT_FORMATS)
+GGUF_TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 IMPORT_FORMATS = (
     "auto",
     "removal-list",

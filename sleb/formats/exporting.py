@@ -12,6 +12,7 @@ from sleb.errors import ConfigError
 from sleb.formats import EXPORT_FORMATS, FOLDER_FORMATS, check_format
 from sleb.formats.blockpruner import write_blockpruner
 from sleb.formats.checkpoint import export_folder
+from sleb.formats.gguf_file import export_gguf
 from sleb.formats.llm_drop import write_llm_drop
 from sleb.formats.mergekit import write_mergekit
 from sleb.formats.output import check_file, check_folder, write_file
@@ -42,24 +43,25 @@ def export_model(
     merge: Callable[[Removal], Mending] | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    gguf_type: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[Removal, str | None]:
-    """Writes `model` at a depth of its map to `output`: a folder for FOLDER_FORMATS, else a text file.
+    """Writes `model` at a depth of its map to `output`: a folder for FOLDER_FORMATS, a GGUF file, else a text file.
 
     Without `output` a text is only returned, as the second value. The first says what was removed, and what became of
-    patches. patches: one of PATCH_WAYS; "merge" needs `merge`, which fits them. `progress` counts bytes of weights.
-    Raises ConfigError, ModelError or LayerMapError.
+    patches. patches: one of PATCH_WAYS; "merge" needs `merge`, which fits them. gguf_type: one of GGUF_TYPES.
+    `progress` counts bytes of weights. Raises ConfigError, ModelError or LayerMapError.
     """
     check_format(notation, EXPORT_FORMATS)
     target = None if output is None else Path(output)
     _check_place(notation, target, force)
-    source = open_source(model, weights=notation in FOLDER_FORMATS, progress=progress is not None)
+    source = open_source(model, weights=notation not in _TEXTS, progress=progress is not None)
     removal = choose_removal(source, layer_map, depth)
     check_way(removal, notation, patches)
     if removal.layer_map.patches is not None:
         found = removal.layer_map.patches_at(removal.depth, source.spec.hidden_size)
         removal = replace(removal, mending=Mending(patches, found))
-    if notation not in FOLDER_FORMATS:
+    if notation in _TEXTS:
         text = _TEXTS[notation](removal, source)
         if target is not None:
             write_file(target, text, force=force)
@@ -69,7 +71,12 @@ def export_model(
             raise ConfigError("patches are merged on a text: name one with --calibration")
         removal = replace(removal, mending=merge(removal))
     assert target is not None
-    export_folder(removal, source, target, notation, force=force, shard_bytes=shard_bytes, progress=progress)
+    if notation == "gguf":
+        export_gguf(removal, source, target, kind=gguf_type, force=force, progress=progress)
+    else:
+        export_folder(
+            removal, source, target, notation, force=force, shard_bytes=shard_bytes, progress=progress
+        )
     return removal, None
 
 
@@ -85,8 +92,9 @@ def parse_size(text: str) -> int:
 def _check_place(notation: str, target: Path | None, force: bool) -> None:
     """What can be refused before a model is fetched."""
     if target is None:
-        if notation in FOLDER_FORMATS:
-            raise ConfigError(f"format {notation} writes a folder: name one with --output")
+        if notation not in _TEXTS:
+            what = "a folder" if notation in FOLDER_FORMATS else "a file that is no text"
+            raise ConfigError(f"format {notation} writes {what}: name one with --output")
     elif notation in FOLDER_FORMATS:
         check_folder(target, force=force)
     else:

@@ -23,6 +23,7 @@ from sleb.formats.patched import biases_field, no_room
 from sleb.formats.removal import Mending, Removal
 from sleb.layer_map.patches import Array, Patch
 from sleb.layer_map.units import Unit
+from sleb.models.families import FAMILIES
 from sleb.pruning.options import TextOptions
 from sleb.pruning.patching import Moments, fit
 from sleb.pruning.search.model import DEFAULT_MEMORY_BOUND
@@ -34,8 +35,12 @@ def merge_patches(
     removal: Removal,
     options: TextOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    notation: str = "hf",
 ) -> Mending:
     """The patches of the depth merged on the calibration text of `options`; `progress` counts blocks.
+
+    notation: of the export: in a GGUF file fewer families have biases.
 
     Raises ConfigError for a patch that no block stands before, for a model with norms last, or for want of memory.
     """
@@ -50,7 +55,9 @@ def merge_patches(
         model, scorer, options, note=lambda message: None, on_generate=lambda share: None
     )
     _check_memory(spec, tokens.windows)
-    merger = Merger(scorer, tokens.windows, bias=spec.mlp_bias or bool(biases_field(spec)))
+    gguf = FAMILIES[spec.architecture].gguf
+    may = bool(biases_field(spec)) and (notation != "gguf" or (gguf is not None and "mlp" in gguf.biases))
+    merger = Merger(scorer, tokens.windows, bias=spec.mlp_bias or may)
     for done, block in enumerate(removal.kept_blocks):
         progress(done, len(removal.kept_blocks))
         merger.run(block, before.get(block, ()))

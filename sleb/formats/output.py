@@ -27,10 +27,20 @@ def check_file(path: Path, *, force: bool) -> None:
 
 def write_file(path: Path, text: str, *, force: bool) -> None:
     """The text as UTF-8, by way of a temporary file. Raises ConfigError."""
+    with new_file(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary file to fill, which takes the name `path` at the end and is gone after an error.
+
+    Raises ConfigError.
+    """
     check_file(path, force=force)
     try:
         with replacement(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            yield temporary
     except OSError as error:
         raise _refused(path, error) from None
 

@@ -14,7 +14,8 @@ from sleb.layer_map.patches import Array, Patch
 from sleb.layer_map.units import CalibrationRecord, Sublayer, Unit, is_int
 
 PATCH_WAYS = ("keep", "merge", "drop")
-_HOLD_PATCHES = ("decilm", "zeroed")
+_HOLD_PATCHES = ("decilm", "zeroed", "gguf")
+_MERGE_PATCHES = ("hf", "gguf")
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,11 @@ def check_way(removal: Removal, notation: str, way: str) -> None:
         raise ConfigError(f"patches {way!r} is unknown: choose {', '.join(PATCH_WAYS)}")
     patches = removal.layer_map.patches
     number = 0 if patches is None else len(patches.at(removal.depth))
-    if way == "merge" and (notation != "hf" or not number):
+    if way == "merge" and (notation not in _MERGE_PATCHES or not number):
         why = f"format {notation} is another" if number else f"depth {removal.depth} has none"
-        raise ConfigError(f"patches can only be merged in format hf, and where there are some, but {why}")
+        raise ConfigError(
+            f"patches can only be merged in format hf or gguf, and where there are some, but {why}"
+        )
     if way == "merge":
         removal.whole_blocks(notation)
     merge = "--patches merge with a --calibration text, which approximates them, " if notation == "hf" else ""

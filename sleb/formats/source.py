@@ -13,13 +13,13 @@ from sleb.formats.removal import Removal
 from sleb.layer_map.layer_map import LayerMap
 from sleb.models.aliases import ALIASES
 from sleb.models.config import is_known, model_fingerprint, read_config
-from sleb.models.resolve import resolve_config, resolve_model
+from sleb.models.resolve import gguf_file, resolve_config, resolve_model
 from sleb.pruning.transformers_scorer import read_architecture
 
 
 @dataclass(frozen=True)
 class Source:
-    """`path`: its folder. `hub_id`: of a hub repository. `gguf`: the file that MODEL names. `shipped`: its own map."""
+    """`path`: its folder. `hub_id`: of a hub repository. `gguf`: the file that MODEL is. `shipped`: its own map."""
 
     path: Path
     name: str
@@ -64,7 +64,7 @@ def open_source(model: str, *, weights: bool = True, progress: bool = True) -> S
         resolved.path,
         resolved.name,
         hub_id=None if model in ALIASES or given.exists() else model,
-        gguf=given if given.is_file() and model not in ALIASES else None,
+        gguf=None if model in ALIASES else gguf_file(given),
         shipped=resolved.layer_map,
     )
     assert source.num_blocks  # a configuration that is wrong is told of before all else

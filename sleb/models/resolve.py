@@ -176,6 +176,13 @@ def _check_gguf(gguf: Path) -> None:
     architecture_of(read_architecture(gguf))
 
 
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path stands for, itself or the only one in a folder without a config.json."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        return _only_gguf(path)
+    return path if path.is_file() else None
+
+
 def _only_gguf(folder: Path) -> Path:
     found = sorted(path for path in folder.glob("*.gguf") if path.is_file())  # a pipe would be waited for
     if len(found) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sleb.models.families.family import Family, TensorNames
+from sleb.models.families.family import Family, Gguf, TensorNames
 from sleb.models.families.fields import (
     ABSENT,
     ALL_BIASES,
@@ -16,6 +16,7 @@ from sleb.models.families.fields import (
 )
 
 _EPS = ("layer_norm_eps", 1e-5)
+_EVERY: Any = ("qkv", "out", "mlp")  # modules whose biases llama.cpp adds
 _LAYER: Any = {"norm": "layer", "norm_eps": "layer_norm_eps"}
 
 _COHERE_FIELDS: Any = {
@@ -141,6 +142,7 @@ LAYER_NORM = (
         norm_affine=False,
         clip_qkv="clip_qkv",
         **ATTENTION_BIASES,
+        gguf=Gguf("olmo", interleaved=True, keys={"clip_qkv": ("attention.clamp_kqv", None)}),
     ),
     Family(
         "NemotronForCausalLM",
@@ -160,6 +162,7 @@ LAYER_NORM = (
         gated=False,
         **LLAMA_BIASES,
         names=TensorNames(up=("mlp.up_proj",)),
+        gguf=Gguf("nemotron", head="own", biases=_EVERY),
     ),
     Family(
         "Jais2ForCausalLM",
@@ -177,6 +180,7 @@ LAYER_NORM = (
         gated=False,
         **LLAMA_BIASES,
         names=TensorNames(up=("mlp.up_proj",)),
+        gguf=Gguf("jais2", biases=_EVERY),
     ),
     Family(
         "StableLmForCausalLM",
@@ -194,6 +198,7 @@ LAYER_NORM = (
         only={"qk_layernorm": (False,), "use_parallel_residual": (False,)},
         **_LAYER,
         qkv_bias="use_qkv_bias",
+        gguf=Gguf("stablelm", head="own", keys={"use_parallel_residual": ("use_parallel_residual", False)}),
     ),
     Family(
         "Starcoder2ForCausalLM",
@@ -213,6 +218,7 @@ LAYER_NORM = (
         gated=False,
         **USE_BIAS,
         names=TensorNames(up=("mlp.c_fc",), down="mlp.c_proj"),
+        gguf=Gguf("starcoder2", biases=_EVERY, all_biases=True),
     ),
     Family(
         "CohereForCausalLM",
@@ -222,6 +228,7 @@ LAYER_NORM = (
         ),
         only={"use_qk_norm": (False,)},
         **_COHERE,
+        gguf=Gguf("command-r", head="tied", keys={"logit_scale": ("logit_scale", 1.0)}),
     ),
     Family(
         "Cohere2ForCausalLM",
@@ -234,6 +241,7 @@ LAYER_NORM = (
         full_every="sliding_window_pattern",
         rope_layers="sliding",
         **_COHERE,
+        gguf=Gguf("cohere2", head="tied", full_every=4, keys={"logit_scale": ("logit_scale", 1.0)}),
     ),
     Family(
         "PhiForCausalLM",
@@ -260,6 +268,7 @@ LAYER_NORM = (
             up=("mlp.fc1",),
             down="mlp.fc2",
         ),
+        gguf=Gguf("phi2", head="own", biases=_EVERY, all_biases=True),
     ),
     Family(
         "PersimmonForCausalLM",
@@ -319,6 +328,13 @@ LAYER_NORM = (
             up=("mlp.dense_h_to_4h",),
             down="mlp.dense_4h_to_h",
         ),
+        gguf=Gguf(
+            "gptneox",
+            head="own",
+            biases=_EVERY,
+            all_biases=True,
+            keys={"use_parallel_residual": ("use_parallel_residual", True)},
+        ),
     ),
     Family(
         "FalconForCausalLM",
@@ -359,6 +375,7 @@ LAYER_NORM = (
             up=("mlp.dense_h_to_4h",),
             down="mlp.dense_4h_to_h",
         ),
+        gguf=Gguf("falcon", biases=()),
     ),
     Family(
         "GPTJForCausalLM",
@@ -400,6 +417,7 @@ LAYER_NORM = (
         only={"scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
         **_GPT2,
         transposed=True,
+        gguf=Gguf("gpt2", biases=_EVERY, all_biases=True),
     ),
     Family(
         "GPTBigCodeForCausalLM",
@@ -408,6 +426,7 @@ LAYER_NORM = (
         only={"multi_query": (True,), "add_cross_attention": (False,)},
         **_GPT2,
         num_kv_heads=1,
+        gguf=Gguf("starcoder", biases=_EVERY, all_biases=True),
     ),
     Family(
         "GPTNeoForCausalLM",

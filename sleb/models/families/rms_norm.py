@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sleb.models.families.family import Family, Gguf, TensorNames
@@ -70,11 +71,19 @@ _MULTIPLIER_FIELDS: Any = {
 }
 
 
-def _gemma3_scalar(config: Any) -> int:
-    """No key says it: it is the head's size, but in the model of 27B."""
-    largest = config["num_hidden_layers"] == 62
-    return int(config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"])
+def _of_depth(num_blocks: int) -> Callable[[Mapping[str, Any]], float]:
+    """What llama.cpp takes for query_pre_attn_scalar, of which its files say nothing: in the largest model, of so many
+    blocks, it is another.
+    """
+    return lambda values: (
+        values["hidden_size"] // values["num_attention_heads"]
+        if values["num_hidden_layers"] == num_blocks
+        else values["head_dim"]
+    )
 
+
+# Llama's name stands for others' files as well: they are read as Llama's.
+_GGUF_LLAMA = Gguf("llama", interleaved=True, divides_frequencies=True, biases=("qkv", "out", "mlp"))
 
 RMS_NORM = (
     Family(
@@ -84,7 +93,7 @@ RMS_NORM = (
             *(32, 4096, 11008, 32, None, None, 32000), positions=2048, biases=_BIASES, tokens=(1, 2, None)
         ),
         **LLAMA_BIASES,
-        gguf=Gguf("llama", interleaved=True),
+        gguf=_GGUF_LLAMA,
     ),
     Family(
         "InternLM3ForCausalLM",
@@ -99,6 +108,7 @@ RMS_NORM = (
         also=("LlamaForCausalLM",),
         only={"qkv_bias": (False,), "bias": (False,)},
         **LLAMA_BIASES,
+        gguf=_GGUF_LLAMA,
     ),
     Family(
         "IQuestCoderForCausalLM",
@@ -112,6 +122,7 @@ RMS_NORM = (
         ),
         also=("LlamaForCausalLM",),
         **LLAMA_BIASES,
+        gguf=_GGUF_LLAMA,
     ),
     Family(
         "MistralForCausalLM",
@@ -122,6 +133,7 @@ RMS_NORM = (
             tokens=(1, 2, None),
             sliding_window=4096,
         ),
+        gguf=_GGUF_LLAMA,
     ),
     Family(
         "MinistralForCausalLM",
@@ -167,7 +179,7 @@ RMS_NORM = (
             tie_word_embeddings=True,
         ),
         **LLAMA_BIASES,
-        gguf=Gguf("smollm3", interleaved=True),
+        gguf=Gguf("smollm3", interleaved=True, unrotated_every=4),
     ),
     Family(
         "Phi3ForCausalLM",
@@ -200,6 +212,7 @@ RMS_NORM = (
             values["hidden_act"], values["hidden_act"]
         ),
         **_GEMMA,
+        gguf=Gguf("gemma", head="tied"),
     ),
     Family(
         "Gemma2ForCausalLM",
@@ -214,6 +227,17 @@ RMS_NORM = (
         full_every=2,
         **_GEMMA2,
         names=_GEMMA2_NAMES,
+        gguf=Gguf(
+            "gemma2",
+            head="tied",
+            full_every=2,
+            keys={
+                "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+                "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+                "sliding_window": (None, 4096),
+                "query_pre_attn_scalar": (None, _of_depth(46)),
+            },
+        ),
     ),
     Family(
         "Gemma3ForCausalLM",
@@ -235,13 +259,12 @@ RMS_NORM = (
         names=_GEMMA2_NAMES,
         gguf=Gguf(
             "gemma3",
+            full_every=6,
             keys={
-                "query_pre_attn_scalar": (None, _gemma3_scalar),
                 "rope_local_base_freq": ("rope.freq_base_swa", 10000.0),
                 "final_logit_softcapping": ("final_logit_softcapping", None),
-                "attn_logit_softcapping": (None, None),
+                "query_pre_attn_scalar": (None, _of_depth(62)),
             },
-            full_every=6,
         ),
     ),
     Family(
@@ -265,6 +288,7 @@ RMS_NORM = (
         qk_norm="whole",
         **ATTENTION_BIASES,
         names=POST_NORMS,
+        gguf=Gguf("olmo2", head="own"),
     ),
     Family(
         "Olmo3ForCausalLM",
@@ -283,6 +307,7 @@ RMS_NORM = (
         qk_norm="whole",
         **ATTENTION_BIASES,
         names=POST_NORMS,
+        gguf=Gguf("olmo2", head="own", needs="attention.sliding_window", full_every=4),
     ),
     Family(
         "GraniteForCausalLM",
@@ -297,6 +322,18 @@ RMS_NORM = (
         logit_scale=lambda values: 1 / values["logits_scaling"],
         **_MULTIPLIERS,
         **LLAMA_BIASES,
+        gguf=Gguf(
+            "granite",
+            interleaved=True,
+            divides_frequencies=True,
+            biases=("qkv", "out", "mlp"),
+            keys={
+                "embedding_multiplier": ("embedding_scale", 1.0),
+                "residual_multiplier": ("residual_scale", 1.0),
+                "attention_multiplier": ("attention.scale", lambda values: values["head_dim"] ** -0.5),
+                "logits_scaling": ("logit_scale", 1.0),
+            },
+        ),
     ),
     Family(
         "HyperCLOVAXForCausalLM",
@@ -322,6 +359,7 @@ RMS_NORM = (
         interleaved=True,
         qkv_bias="attention_bias",
         names=TensorNames(up=("mlp.gate_up_proj",)),
+        gguf=Gguf("chatglm"),
     ),
     Family(
         "Glm4ForCausalLM",
@@ -334,6 +372,7 @@ RMS_NORM = (
             up=("mlp.gate_up_proj",),
             mlp_post_norm="post_mlp_layernorm",
         ),
+        gguf=Gguf("glm4"),
     ),
     Family(
         "Exaone4ForCausalLM",
@@ -350,6 +389,7 @@ RMS_NORM = (
         rope_layers="sliding if any",
         qk_norm="head",
         names=POST_NORMS,
+        gguf=Gguf("exaone4", full_every=4, windows_if=64, divides_frequencies=True),
     ),
     Family(
         "CwmForCausalLM",
@@ -385,6 +425,7 @@ RMS_NORM = (
             attention_bias=True,
         ),
         **(LLAMA_BIASES | {"out_bias": "attention_out_bias"}),
+        gguf=Gguf("seed_oss", mlp_norm="post_attention_norm"),
     ),
     Family(
         "ArceeForCausalLM",
@@ -400,6 +441,7 @@ RMS_NORM = (
         gated=False,
         **LLAMA_BIASES,
         names=TensorNames(up=("mlp.up_proj",)),
+        gguf=Gguf("arcee", interleaved=True, divides_frequencies=True),
     ),
     Family(
         "HunYuanDenseV1ForCausalLM",
@@ -416,6 +458,7 @@ RMS_NORM = (
         qk_norm_after_rotation=True,
         **ATTENTION_BIASES,
         names=TensorNames(query_norm="self_attn.query_layernorm", key_norm="self_attn.key_layernorm"),
+        gguf=Gguf("hunyuan-dense"),
     ),
     Family(
         "Ernie4_5ForCausalLM",
@@ -431,6 +474,7 @@ RMS_NORM = (
         ),
         interleaved=True,
         **USE_BIAS,
+        gguf=Gguf("ernie4_5", biases=("qkv", "out")),
     ),
     Family(
         "HeliumForCausalLM",

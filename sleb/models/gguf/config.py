@@ -20,8 +20,7 @@ from sleb.models.gguf.vocabulary import Vocabulary
 
 Floats = npt.NDArray[np.float32]
 
-ARCHITECTURES = {family.gguf.name: family for family in FAMILIES.values() if family.gguf}
-_SHARES = ("partial_rotary_factor", "rotary_pct")  # the fields that say how much of a head is rotated
+ARCHITECTURES = tuple(dict.fromkeys(family.gguf.name for family in FAMILIES.values() if family.gguf))
 _MAX_WIDTH, _MAX_HEAD_DIM, _MAX_POSITIONS, _MAX_FACTOR = 1 << 20, 1 << 12, (1 << 31) - 1, 1e6
 # general.sampling.*: the name in generation_config.json, the least and the largest value.
 _SAMPLING = {
@@ -35,7 +34,8 @@ _SAMPLING = {
 def architecture_of(fields: Fields) -> Family:
     """The family that the metadata names. Raises ModelError when there is none, or for mixtures of experts."""
     source, name = shown_path(fields.source), fields.string("general.architecture")
-    if name not in ARCHITECTURES:
+    named = [family for family in FAMILIES.values() if family.gguf and family.gguf.name == name]
+    if not named:
         raise ModelError(
             f"{source}: architecture {shown(name)} is not supported; supported: {', '.join(ARCHITECTURES)} "
             "(Mistral and SmolLM2 files say llama)"
@@ -46,7 +46,10 @@ def architecture_of(fields: Fields) -> Family:
         )
     if fields.integer(f"{name}.expert_count", 0, 1 << 16, 0):
         raise ModelError(f"{source}: a mixture of experts is not supported; only dense models are")
-    return ARCHITECTURES[name]
+    telling = [
+        each for each in named if each.gguf and each.gguf.needs and f"{name}.{each.gguf.needs}" in fields
+    ]
+    return next(iter(telling), next(each for each in named if each.gguf and not each.gguf.needs))
 
 
 def model_config(
@@ -56,7 +59,7 @@ def model_config(
     rope_factors: Mapping[str, Floats],
     dtype: str,
 ) -> dict[str, Any]:
-    """The contents of config.json.
+    """The fields of config.json, by the table's names for them.
 
     `names`: the file's tensors. `rope_factors`: its tensors that scale rotation frequencies, by name. Raises
     ModelError for a missing or wrong key, or a shape that the architecture's Hugging Face class cannot express.
@@ -77,12 +80,12 @@ def model_config(
         "model_type": family.model_type,
         "vocab_size": vocabulary_size,
         "hidden_size": hidden_size,
-        family.own("intermediate_size"): _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
+        "intermediate_size": _uniform(fields, f"{a}.feed_forward_length", blocks, _MAX_WIDTH),
         "num_hidden_layers": blocks,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
-        family.own("hidden_act"): family.fields["hidden_act"],  # no key says it
+        "hidden_act": family.fields["hidden_act"],  # no key says it
         "max_position_embeddings": fields.integer(f"{a}.context_length", 1, _MAX_POSITIONS),
         "tie_word_embeddings": "output.weight" not in names,
         "torch_dtype": dtype,
@@ -106,6 +109,13 @@ def model_config(
         config["rope_scaling"] = None
         config |= _Rotation(fields, a, config, family).fields(rope_factors)
     _add_stated(fields, a, family, config)
+    if isinstance(family.local_rope_theta, float):  # no field says it: an object for each kind of layer does
+        scaling = {
+            "rope_theta": config["rope_theta"],
+            **(config.pop("rope_scaling") or {"rope_type": "default"}),
+        }
+        sliding = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+        config["rope_parameters"] = {"full_attention": scaling, "sliding_attention": sliding}
     _add_windows(fields, a, family, config)
     return config
 
@@ -199,8 +209,7 @@ class _Rotation:
     def __init__(self, fields: Fields, architecture: str, config: Mapping[str, Any], family: Family) -> None:
         self._fields, self._prefix = fields, f"{architecture}.rope."
         self._is_phi3 = architecture == "phi3"
-        self._share = next((name for name in _SHARES if name in family.fields), None)
-        self._default_share = 1.0 if self._share is None else family.fields[self._share]
+        self._share: float | None = family.fields.get("partial_rotary_factor")  # of a head; None: all of it
         self._head_dim, self._theta = config["head_dim"], config["rope_theta"]
         self._rotated = fields.integer(f"{self._prefix}dimension_count", 2, self._head_dim, self._head_dim)
         positions, key = config["max_position_embeddings"], "scaling.original_context_length"
@@ -208,11 +217,12 @@ class _Rotation:
 
     def fields(self, factors: Mapping[str, Floats]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self._rotated % 2 or (self._rotated != self._head_dim and not self._share):
-            wanted = "an even number" if self._share else f"the head's size, {self._head_dim}, and even"
+        partial = self._share is not None
+        if self._rotated % 2 or (self._rotated != self._head_dim and not partial):
+            wanted = "an even number" if partial else f"the head's size, {self._head_dim}, and even"
             raise self._fields.wrong(f"{self._prefix}dimension_count", wanted)
-        if self._share is not None and (self._rotated != self._head_dim or self._default_share != 1.0):
-            fields[self._share] = self._rotated / self._head_dim
+        if partial and (self._rotated != self._head_dim or self._share != 1.0):
+            fields["partial_rotary_factor"] = self._rotated / self._head_dim
         if self._is_phi3:
             fields["original_max_position_embeddings"] = self._original
         scaling = self._scaling(factors)

@@ -85,7 +85,9 @@ def convert_gguf(
     factors = {name: _factors(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
     config = model_config(fields, embedding.shape[0], frozenset(tensors), factors, dtype)
     plan = _plan(tensors, family, config, source)
-    _write_json(folder / "config.json", config | token_ids(vocabulary))
+    unread = {"num_key_value_heads", "head_dim"} - set(family.fields)  # it derives them
+    written = {family.own(name): value for name, value in config.items() if name not in unread}
+    _write_json(folder / "config.json", written | token_ids(vocabulary))
     _write_json(folder / "generation_config.json", generation_config(fields, vocabulary))
     write_tokenizer(vocabulary, folder, config["max_position_embeddings"])
     _write_weights(plan, folder, dtype, shard_bytes, progress, source)
@@ -120,7 +122,7 @@ def _plan(
             )
         plan.append(_Planned(expected[name], tensor))
     for planned in {planned.source.kind: planned for planned in plan}.values():
-        _dequantized(planned.source.data[:1], planned.source, source)  # refused before the work, not amid it
+        dequantized(planned.source.data[:1], planned.source, source)  # refused before the work, not amid it
     return plan
 
 
@@ -135,10 +137,10 @@ def _factors(tensor: Tensor, source: Path) -> Any:
         raise ModelError(
             f"{shown_path(source)}: {tensor.name} has shape {list(tensor.shape)}; it must be {wanted}"
         )
-    return _dequantized(tensor.data, tensor, source).reshape(-1)
+    return dequantized(tensor.data, tensor, source).reshape(-1)
 
 
-def _dequantized(data: npt.NDArray[np.uint8], tensor: Tensor, source: Path) -> npt.NDArray[np.float32]:
+def dequantized(data: npt.NDArray[np.uint8], tensor: Tensor, source: Path) -> npt.NDArray[np.float32]:
     """Rows of `tensor.data` as float32, contiguous and writable."""
     from gguf import dequantize
 
@@ -157,7 +159,7 @@ def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
     order = np.arange(num_rows) if placed.order is None else placed.order
     step = num_rows if placed.transposed else max(1, _CHUNK_ELEMENTS * num_rows // planned.num_elements)
     for start in range(0, num_rows, step):
-        values = _dequantized(data[order[start : start + step]], planned.source, source)
+        values = dequantized(data[order[start : start + step]], planned.source, source)
         if placed.shift:
             values -= np.float32(placed.shift)
         if placed.transposed:

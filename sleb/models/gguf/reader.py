@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,27 @@ def read_architecture(source: Path) -> Fields:
     return Fields(values, source)
 
 
+def raw_keys(source: Path) -> dict[str, bytes]:
+    """Each key with its value as the bytes that the file has of both. Raises ModelError as `read_gguf`."""
+    reader = _Reader(source, _mapped(source))
+    _, num_keys = reader.header()
+    values: dict[str, Any] = {}
+    found: dict[str, bytes] = {}
+    for _ in range(num_keys):
+        start = reader.position
+        found[reader.read_key(values)] = reader.since(start)
+    return found
+
+
+def parsed_keys(raw: Mapping[str, bytes], prefix: str) -> dict[str, Any]:
+    """The values of `raw_keys` whose names begin with `prefix`."""
+    values: dict[str, Any] = {}
+    for name, data in raw.items():
+        if name.startswith(prefix):
+            _Reader(Path(name), np.frombuffer(data, np.uint8)).read_key(values)
+    return values
+
+
 def _mapped(source: Path) -> npt.NDArray[np.uint8]:
     try:
         size = source.stat().st_size if source.is_file() else 0
@@ -96,6 +117,14 @@ class _Reader:
         self._source, self._data, self._bytes = source, data, data.data
         self._position, self._end = 0, min(len(data), _MAX_METADATA_BYTES)
         self._items_left = _MAX_ARRAY_ITEMS
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    def since(self, start: int) -> bytes:
+        """What was read from byte `start` on."""
+        return bytes(self._bytes[start : self._position])
 
     def header(self) -> tuple[int, int]:
         """The number of tensors and of keys."""

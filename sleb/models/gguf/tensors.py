@@ -8,6 +8,7 @@ other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class _Module:
 def family_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, Placed]:
     """Every tensor that the model has, by its name in the file.
 
-    config: fields of config.json by name, with those that name sizes and with the switches of biases.
+    config: its fields by the table's names for them, with those that name sizes and with the switches of biases.
     """
     assert family.gguf is not None
 
@@ -105,7 +106,7 @@ def _outer(family: Family, config: Mapping[str, Any]) -> list[_Module]:
 
 
 def _block(family: Family, config: Mapping[str, Any]) -> list[_Module]:
-    names, hidden, inner = family.names, config["hidden_size"], config[family.own("intermediate_size")]
+    names, hidden, inner = family.names, config["hidden_size"], config["intermediate_size"]
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     query, key = num_heads * config["head_dim"], num_kv_heads * config["head_dim"]
     assert family.gguf is not None
@@ -150,3 +151,9 @@ def _by_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> Order:
     """Rows of all queries, keys and values, as those of each head in turn."""
     assert num_heads == num_kv_heads
     return np.arange(3 * num_heads * head_dim).reshape(3, num_heads, head_dim).swapaxes(0, 1).reshape(-1)
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """The block of a tensor in the file, and its name there."""
+    found = re.fullmatch(r"blk\.(\d{1,9})\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (None, name)

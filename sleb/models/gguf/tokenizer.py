@@ -53,7 +53,7 @@ class SplitRule:
     nfc: bool = False
 
 
-_BY_RULE: dict[SplitRule, tuple[str, ...]] = {
+BY_RULE: dict[SplitRule, tuple[str, ...]] = {
     SplitRule((_GPT2,)): ("gpt-2", "phi-2", "olmo", "mpt"),
     SplitRule((r"\p{N}", _GPT2)): (
         "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva",
@@ -69,7 +69,7 @@ _BY_RULE: dict[SplitRule, tuple[str, ...]] = {
     SplitRule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")): ("default",),
 }  # fmt: skip
 # From llama.cpp, src/llama-vocab.cpp (the names and what they switch) and the models' own tokenizer.json.
-SPLIT_RULES = {name: rule for rule, names in _BY_RULE.items() for name in names}
+SPLIT_RULES = {name: rule for rule, names in BY_RULE.items() for name in names}
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
@@ -89,14 +89,19 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer = Tokenizer(BPE(vocabulary.index, vocabulary.merges, ignore_merges=rule.whole_words))
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
-    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, alphabet])
+    tokenizer.pre_tokenizer = pre_tokenizer(rule)
     tokenizer.decoder = decoders.ByteLevel()
     byte_level = processors.ByteLevel(trim_offsets=False)
     tokenizer.post_processor = processors.Sequence([byte_level, *_framing(vocabulary, rule.add_bos)])
     _add_fixed_tokens(tokenizer, vocabulary)
     return tokenizer
+
+
+def pre_tokenizer(rule: SplitRule) -> pre_tokenizers.PreTokenizer:
+    """What cuts text by `rule` and writes bytes as characters."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, alphabet])
 
 
 def _split_rule(vocabulary: Vocabulary) -> SplitRule:

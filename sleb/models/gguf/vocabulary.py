@@ -17,7 +17,7 @@ from sleb.fields import Fields, shown, shown_path
 logger = logging.getLogger("sleb.models")
 
 # The kinds in `tokenizer.ggml.token_type`: text that is always one token, shown to people or not.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _KEYS = "tokenizer.ggml."
 _MAX_TOKENS, _MAX_MERGES = 1 << 20, 1 << 21
 _MAX_TOKEN = 1024  # characters; a sentencepiece token is tried cut at each of them
