@@ -21,7 +21,8 @@ from sleb.engine.model.architecture import DecoderSpec
 class DepthCost:
     """What one depth of a model holds: numbers of the blocks whose attention, or MLP, runs; bytes of all its weights,
     patches, embedding and head included (once, if tied), of a token's K and V over the kept attention sublayers, of a
-    row of the embedding table, and of an element of what is not quantised; elements of the patches' matrices.
+    row of the embedding table, and of an element of what is not quantised; elements of the patches' matrices; bytes of
+    all experts.
     """
 
     spec: DecoderSpec
@@ -32,6 +33,7 @@ class DepthCost:
     embed_row_bytes: int
     itemsize: int
     patch_elements: int = 0
+    expert_bytes: int = 0
 
     @classmethod
     def of(cls, engine: Engine, depth: int) -> DepthCost:
@@ -41,19 +43,23 @@ class DepthCost:
         sizes = engine.weight_bytes(depth), engine.kv_bytes_per_token(depth), runner.embed_row_bytes
         patches = [each for patch in runner.patches(depth).values() for each in patch.tensors.values()]
         elements = sum(each.size for each in patches if each.ndim == 2)
-        return cls(engine.spec, attention, mlp, *sizes, runner.dtype.itemsize, elements)
+        return cls(
+            engine.spec, attention, mlp, *sizes, runner.dtype.itemsize, elements, runner.expert_bytes(depth)
+        )
 
 
 def step_weight_bytes(cost: DepthCost, batch: int) -> int:
     """Bytes of weights that one decode step of `batch` rows reads.
 
     All weights once, but of tables that are only looked into (positions; the embedding unless it is tied, when
-    the head reads it whole) one row a sequence.
+    the head reads it whole) one row a sequence; and of experts those that some row gets, if all are as likely.
     """
     spec = cost.spec
     total = cost.weight_bytes + batch * cost.embed_row_bytes
     if not spec.tied_embeddings:
         total -= spec.vocab_size * cost.embed_row_bytes
+    if spec.experts is not None:
+        total -= round(cost.expert_bytes * (1 - spec.experts.top_k / spec.experts.number) ** batch)
     if spec.position == "learned":
         num_positions = spec.max_positions + spec.position_offset
         total -= (num_positions - batch) * spec.hidden_size * cost.itemsize
@@ -81,7 +87,7 @@ def prompt_flops(cost: DepthCost, batch: int, prompt_tokens: int) -> int:
     A multiply and an add count two. With T prompt tokens, E hidden, I intermediate, Q query and K key-value features:
 
         attention   2·T·E·(Q + 2K) + 2·T·Q·E + 4·Q·(1 + 2 + … + T)     scores and values see the causal half only
-        MLP         2·T·E·I · (3 if gated else 2)
+        MLP         2·T·E·I · (3 if gated else 2), of experts those that a token gets
         patches     2·T·E·E, low-rank 4·T·E·r
         head        2·E·V, for one row
     """
@@ -99,12 +105,13 @@ def _flops(cost: DepthCost, contexts: range, num_sampled: int) -> int:
     spec, num_tokens = cost.spec, len(contexts)
     projections = 2 * num_tokens * spec.hidden_size * 2 * (spec.query_size + spec.kv_size)
     attended = sum(_visible(spec, block, context) for block in cost.attention_blocks for context in contexts)
-    mlp = 2 * num_tokens * spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    neurons = sum(map(spec.neurons_of_token, cost.mlp_blocks))
+    mlp = 2 * num_tokens * spec.hidden_size * neurons * (3 if spec.gated else 2)
     head = 2 * num_sampled * spec.embed_size * spec.vocab_size
     if spec.embed_size != spec.hidden_size:  # projected in for every token, out for those that sample
         head += 2 * spec.embed_size * spec.hidden_size * (num_tokens + num_sampled)
     attention = len(cost.attention_blocks) * projections + 4 * spec.query_size * attended
-    return attention + len(cost.mlp_blocks) * mlp + 2 * num_tokens * cost.patch_elements + head
+    return attention + mlp + 2 * num_tokens * cost.patch_elements + head
 
 
 def ideal_speedup(workload: Workload, baseline: DepthCost, cost: DepthCost) -> float:

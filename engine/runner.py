@@ -107,6 +107,9 @@ class Runner:
         self.spec = spec = replace(spec, tied_embeddings=weights.head.weight is weights.embed)
         self._weights_name = config.weights if weight_format else " and ".join(formats_of(weights))
         self._weight_sizes = _weight_sizes(weights)
+        self._expert_bytes = {
+            block: num_bytes([part.up, part.down]) for block, part in weights.mlp.items() if part.experts
+        }
         self.embed_row_bytes = num_bytes(weights.embed) // spec.vocab_size
         remedy = "lower --kv-cache-memory, --max-num-seqs or --max-num-batched-tokens, or quantise (--weights int8)"
         with refusal_told("the KV cache and the steps", self.device, remedy):
@@ -133,6 +136,11 @@ class Runner:
         """Bytes of all weights that a request at `depth` uses: patches, embedding and head too (once, if tied)."""
         used = {*self.kept_sublayers(depth), *self.patches(depth), None}
         return sum(size for unit, size in self._weight_sizes.items() if unit in used)
+
+    def expert_bytes(self, depth: int) -> int:
+        """Of `weight_bytes`, those of experts, of which a token reads only some."""
+        kept = self.kept_sublayers(depth)
+        return sum(size for block, size in self._expert_bytes.items() if (block, "mlp") in kept)
 
     def patches(self, depth: int) -> dict[int, Patch]:
         """The patches of a served depth, by their place in `DecoderWeights.patches`."""

@@ -331,6 +331,11 @@ WEIGHT_FORMATS = {
 }
 
 
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Rows start to stop of a weight, quantised or not, as views."""
+    return weight[start:stop] if isinstance(weight, Tensor) else weight.row_slice(start, stop)
+
+
 def quantize_int8(weight: Tensor) -> Int8Weight:
     """weight [N, K] in eight bits, on its device. Raises ValueError if a value is not finite."""
     quantized = Int8Weight.empty(weight.shape[0], weight.shape[1], weight.device)

@@ -222,6 +222,44 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-bigcode": ("GPTBigCode", _GPT2_SHAPE),
     "gpt-neo": ("GPTNeo", {"attention_types": [[["global", "local"], 2], [["local"], 1]], "window_size": 5}),
     "biogpt": ("BioGpt", {"pad_token_id": 0}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 16,
+            "mlp_only_layers": [1],
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "decoder_sparse_step": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.5}),
+    "granite-moe": ("GraniteMoe", _GRANITE | {"num_local_experts": 4}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**_YARN, "truncate": False},
+        },
+    ),
+    "ernie4.5-moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 20, "moe_num_shared_experts": 2},
+    ),
 }
 
 
@@ -383,7 +421,7 @@ def randomise(model: Any, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if name.endswith("weight") and parameter.dim() == 1 and not shifted else 0.0
-            deviation = 1.7 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 0.3
+            deviation = 1.7 / parameter.shape[-1] ** 0.5 if parameter.dim() >= 2 else 0.3
             parameter.copy_(centre + deviation * torch.randn(parameter.shape, generator=generator))
 
 

@@ -36,6 +36,8 @@ def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
         return "projected embeddings"
     if spec.qk_norm == "whole" and spec.qk_norm_after_rotation:
         return "norms of all heads together after their rotation"
+    if spec.experts is not None:
+        return "mixtures of experts"
     if spec.activation not in ACTIVATIONS:
         return f"activation {spec.activation}"
     if page_size not in PAGE_SIZES:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sleb.engine.model.rotary import Rotary, read_rotaries
-from sleb.fields import Fields
+from sleb.errors import ModelError
+from sleb.fields import Fields, shown_path
 from sleb.kernels.reference.ops import ACTIVATIONS
 from sleb.models.config import (
     checkpoint_dtype,
@@ -19,7 +20,32 @@ from sleb.models.config import (
     read_config,
     read_fields,
 )
-from sleb.models.families import Family, Formula, TensorNames
+from sleb.models.families import Experts, Family, Formula, TensorNames
+
+_MAX_EXPERTS = 1 << 16  # in all blocks: Kimi K2 has 23,040
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The experts of a decoder's MLPs, as data.
+
+    Attributes:
+        number, top_k: how many a block has, and how many of them a token gets.
+        intermediate_size, shared_size: features inside one, and inside the one that every token gets; 0: there is none.
+        normalised: whether a token's shares add up to 1.
+        activation: inside them.
+        blocks: for each block, whether it has them.
+        names: of tensors, and how those are stored.
+    """
+
+    number: int
+    top_k: int
+    intermediate_size: int
+    shared_size: int
+    normalised: bool
+    activation: str
+    blocks: tuple[bool, ...]
+    names: Experts
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,7 @@ class DecoderSpec:
         windows: for each block, the sliding window in tokens, or None.
         qk_norm: of each head alone, or of all together; before the rotation, or after it.
         clip_qkv, attention_softcap, logit_softcap: bounds, or None.
+        experts: what stands in the place of MLPs in some blocks, or all; None: nothing does.
         logit_scale: is part of the final norm's weight once that is loaded.
         fingerprint: of the shape, as layer maps record it.
         special_token_ids: what config.json names as "bos", "eos" and "pad"; the vocabulary need not have them.
@@ -86,6 +113,7 @@ class DecoderSpec:
     head_bias: bool
     qkv_layout: Literal["stacked", "heads"]
     transposed: bool
+    experts: ExpertsSpec | None
     tied_embeddings: bool
     names: TensorNames
     fingerprint: str
@@ -116,6 +144,16 @@ class DecoderSpec:
     def shared_norm(self) -> bool:
         """Whether one norm stands before both."""
         return self.parallel and self.names.mlp_norm is None
+
+    def has_experts(self, block: int) -> bool:
+        """Whether the MLP of `block` is a mixture of experts."""
+        return self.experts is not None and self.experts.blocks[block]
+
+    def neurons_of_token(self, block: int) -> int:
+        """Features inside the MLP of `block` that are computed for a token."""
+        if self.experts is None or not self.experts.blocks[block]:
+            return self.intermediate_size
+        return self.experts.top_k * self.experts.intermediate_size + self.experts.shared_size
 
     @property
     def query_size(self) -> int:
@@ -200,6 +238,7 @@ def resolve_spec(path: Path) -> DecoderSpec:
         head_bias=family.head_bias,
         qkv_layout=family.qkv_layout,
         transposed=family.transposed,
+        experts=_experts(config, family, values, num_blocks),
         tied_embeddings=values["tie_word_embeddings"],
         names=family.names,
         fingerprint=model_fingerprint(config),
@@ -218,6 +257,38 @@ def _value(value: Any, values: Mapping[str, Any]) -> Any:
 def _number(formula: Formula, values: Mapping[str, Any], otherwise: float) -> float:
     value = _value(formula, values)
     return otherwise if value is None else float(value)
+
+
+def _experts(
+    config: Fields, family: Family, values: Mapping[str, Any], num_blocks: int
+) -> ExpertsSpec | None:
+    names = family.experts
+    if names is None:
+        return None
+    number, top_k, size, shared_size = (
+        int(_number(each, values, 0))
+        for each in (names.number, names.top_k, names.intermediate_size, names.shared_size)
+    )
+    if not 1 <= top_k <= number:
+        raise ModelError(
+            f"{shown_path(config.source)}: a token gets {top_k} of {number} experts; it must be 1 or more of them"
+        )
+    if number * num_blocks > _MAX_EXPERTS:
+        raise ModelError(
+            f"{shown_path(config.source)}: {num_blocks} blocks of {number} experts are more than {_MAX_EXPERTS}, "
+            "several times what the largest models have"
+        )
+    has_experts = names.has_experts or (lambda block, values: True)
+    return ExpertsSpec(
+        number=number,
+        top_k=top_k,
+        intermediate_size=size,
+        shared_size=shared_size,
+        normalised=_value(names.normalised, values),
+        activation=names.activation or _value(family.activation, values),
+        blocks=tuple(has_experts(block, values) for block in range(num_blocks)),
+        names=names,
+    )
 
 
 def _rotates(config: Fields, values: Mapping[str, Any], num_blocks: int) -> tuple[bool, ...]:

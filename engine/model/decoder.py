@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import RotaryTables
-from sleb.engine.model.weights import DecoderWeights, Norm, PatchWeights
+from sleb.engine.model.weights import DecoderWeights, ExpertsWeights, MLPWeights, Norm, PatchWeights
+from sleb.kernels.reference.experts import mix_experts, route
 from sleb.kernels.reference.ops import embedding
 from sleb.kernels.registry import Kernels
 from sleb.layer_map.units import Sublayer
@@ -176,5 +177,27 @@ class Decoder:
         return gate(kernels.linear(inputs, up.weight, up.bias), spec.activation)
 
     def _mlp(self, block: int, inputs: Tensor) -> Tensor:
-        down = self.weights.mlp[block].down
+        weights, down = self.weights.mlp[block], self.weights.mlp[block].down
+        if weights.experts is not None:
+            return self._mixture(weights, weights.experts, inputs)
         return self.kernels.linear(self._neurons(block, inputs), down.weight, down.bias)
+
+    def _mixture(self, weights: MLPWeights, beside: ExpertsWeights, inputs: Tensor) -> Tensor:
+        spec, kernels, experts = self.spec, self.kernels, self.spec.experts
+        assert experts is not None
+        exact = inputs.float()
+        logits = kernels.linear(exact, beside.router.weight, beside.router.bias)
+        chosen, shares = route(logits, experts.top_k, experts.normalised, beside.correction)
+        up, down = weights.up, weights.down
+        update = mix_experts(
+            *(inputs, up.weight, up.bias, down.weight, down.bias, chosen, shares),
+            *(experts.number, experts.activation, spec.gated),
+        )
+        if beside.shared_up is None or beside.shared_down is None:
+            return update
+        hidden = kernels.linear(inputs, beside.shared_up.weight, beside.shared_up.bias)
+        hidden = (kernels.gated_activate if spec.gated else kernels.activate)(hidden, experts.activation)
+        shared = kernels.linear(hidden, beside.shared_down.weight, beside.shared_down.bias)
+        if beside.shared_gate is not None:
+            shared = shared * torch.sigmoid(kernels.linear(exact, beside.shared_gate, None)).to(shared.dtype)
+        return update + shared

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sleb.engine.model.architecture import DecoderSpec
+from sleb.engine.model.architecture import DecoderSpec, ExpertsSpec
 from sleb.kernels.quantization import (
     GroupedWeight,
     Int4Weight,
@@ -23,6 +23,7 @@ from sleb.kernels.quantization import (
     Weight,
     WeightFormat,
     common_kind,
+    rows_of,
 )
 from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer, Unit
@@ -38,12 +39,15 @@ class Target:
         weight: the view that it fills, [N, K] or [N].
         rows: [N] int64, which stored row each row of the view takes; None: its own.
         transposed: it is stored [K, N].
+        stacked: it is stored with one dimension more, as so many matrices, or vectors, that lie one under another in
+            the view; rows and transposed are of each. 0: it is not.
         shift, factor: the view gets (stored + shift) · factor.
     """
 
     weight: Weight
     rows: Tensor | None = None
     transposed: bool = False
+    stacked: int = 0
     shift: float = 0.0
     factor: float = 1.0
 
@@ -51,10 +55,19 @@ class Target:
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the checkpoint's tensor."""
         shape = tuple(self.weight.shape)
-        return shape[::-1] if self.transposed else shape
+        if self.stacked:
+            shape = (shape[0] // self.stacked, *shape[1:])
+        shape = shape[::-1] if self.transposed else shape
+        return (self.stacked, *shape) if self.stacked else shape
 
     def fill(self, stored: Tensor) -> None:
         """Raises ValueError for values that cannot be quantised."""
+        if self.stacked:
+            size = self.weight.shape[0] // self.stacked
+            for index, part in enumerate(stored):
+                view = rows_of(self.weight, index * size, (index + 1) * size)
+                replace(self, weight=view, stacked=0).fill(part)
+            return
         if self.transposed:
             stored = stored.t()
         if self.rows is not None:
@@ -109,11 +122,27 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class ExpertsWeights:
+    """What an MLP of N experts has beside them: its router [N, E], in float32 whatever the others are, since a choice
+    is not to hang on rounding; what is added to its scores for the choice [N]; and the expert that every token gets,
+    with its gate [1, E] in float32."""
+
+    router: Linear
+    correction: Tensor | None
+    shared_up: Linear | None
+    shared_down: Linear | None
+    shared_gate: Tensor | None
+
+
+@dataclass(frozen=True)
 class MLPWeights:
+    """With experts, `up` and `down` hold all of them, expert by expert: [N · 2I, E] and [N · E, I]."""
+
     norm: Norm | None
     up: Linear  # rows: gate, then up, where the architecture is gated
     down: Linear
     post_norm: Norm | None = None
+    experts: ExpertsWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -318,11 +347,16 @@ class _Allocator:
     def _mlp(self, block: int, shared_norm: Norm | None) -> MLPWeights:
         spec, names = self.spec, self.spec.names
         prefix = names.block.format(block=block)
+        norm = shared_norm or self._norm_of(
+            prefix, names.attention_norm if spec.shared_norm else names.mlp_norm
+        )
+        post_norm = self._norm_of(prefix, names.mlp_post_norm)
+        if spec.experts is not None and spec.experts.blocks[block]:
+            return self._mixture(prefix, spec.experts, norm, post_norm)
         sizes = [spec.intermediate_size] * (2 if spec.gated else 1)
         return MLPWeights(
-            norm=shared_norm
-            or self._norm_of(prefix, names.attention_norm if spec.shared_norm else names.mlp_norm),
-            post_norm=self._norm_of(prefix, names.mlp_post_norm),
+            norm=norm,
+            post_norm=post_norm,
             up=self._fused(prefix, names.up, sizes, spec.hidden_size, spec.mlp_bias),
             down=self._linear(
                 [f"{prefix}.{names.down}"],
@@ -333,6 +367,80 @@ class _Allocator:
                 transposed=spec.transposed,
             ),
         )
+
+    def _mixture(
+        self, prefix: str, experts: ExpertsSpec, norm: Norm | None, post_norm: Norm | None
+    ) -> MLPWeights:
+        names, width, size = experts.names, self.spec.hidden_size, experts.intermediate_size
+        inner = size * (2 if self.spec.gated else 1)
+        rows = torch.arange(inner).view(-1, 2).t().flatten() if names.alternating else None
+        return MLPWeights(
+            norm=norm,
+            post_norm=post_norm,
+            up=self._of_experts(prefix, experts, names.up, names.up_bias, inner, width, rows),
+            down=self._of_experts(prefix, experts, (names.down,), names.down_bias, width, size),
+            experts=self._beside_experts(prefix, experts),
+        )
+
+    def _of_experts(
+        self,
+        prefix: str,
+        experts: ExpertsSpec,
+        modules: tuple[str, ...],
+        bias: str | None,
+        size: int,
+        width: int,
+        rows: Tensor | None = None,
+    ) -> Linear:
+        """A matrix [size, width] of each expert, under one another."""
+        number = experts.number
+        if "{expert}" in modules[0]:
+            names = [f"{prefix}.{name.format(expert=each)}" for each in range(number) for name in modules]
+            weight = self._matrix(number * size, width, self._kind(names, self._linear_kind))
+            part = size // len(modules)
+            for index, name in enumerate(names):
+                self.targets[name] = Target(rows_of(weight, index * part, (index + 1) * part))
+        else:
+            weight = self._matrix(number * size, width, None if self._held else self._linear_kind)
+            target = Target(weight, rows, experts.names.transposed, stacked=number)
+            self.targets[f"{prefix}.{modules[0]}"] = target
+        vector = None if bias is None else self._empty(number * size)
+        if vector is not None:
+            self.targets[f"{prefix}.{bias}"] = Target(vector, rows, stacked=number)
+        return Linear(weight, vector)
+
+    def _beside_experts(self, prefix: str, experts: ExpertsSpec) -> ExpertsWeights:
+        spec, names = self.spec, experts.names
+        gate = (
+            self._exact(f"{prefix}.{names.shared_gate}.weight", 1, spec.hidden_size)
+            if names.shared_gate
+            else None
+        )
+        shared: list[Linear] = []
+        if experts.shared_size:
+            module, sizes = f"{prefix}.{names.shared}", [experts.shared_size] * (2 if spec.gated else 1)
+            *up, down = (each.rpartition(".")[2] for each in (*spec.names.up, spec.names.down))
+            shared = [
+                self._fused(module, tuple(up), sizes, spec.hidden_size, spec.mlp_bias),
+                self._fused(module, (down,), [spec.hidden_size], experts.shared_size, spec.mlp_bias),
+            ]
+        return ExpertsWeights(
+            router=Linear(
+                self._exact(f"{prefix}.{names.router}.weight", experts.number, spec.hidden_size),
+                self._exact(f"{prefix}.{names.router}.bias", experts.number) if names.router_bias else None,
+            ),
+            correction=self._exact(f"{prefix}.{names.correction}", 1, experts.number)
+            if names.correction
+            else None,
+            shared_up=shared[0] if shared else None,
+            shared_down=shared[1] if shared else None,
+            shared_gate=gate if shared else None,
+        )
+
+    def _exact(self, name: str, *shape: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=torch.float32, device=self._device)
+        self.targets[name] = Target(tensor)
+        return tensor
 
     def _norm_of(self, prefix: str, name: str | None) -> Norm | None:
         return None if name is None else self._norm(f"{prefix}.{name}", self.spec.hidden_size)
@@ -419,7 +527,7 @@ class _Allocator:
         for module, size in zip(modules, sizes, strict=True):
             stop = start + size
             own = None if rows is None else rows[start:stop] - start
-            self.targets[f"{module}.weight"] = Target(_rows(weight, start, stop), own, transposed)
+            self.targets[f"{module}.weight"] = Target(rows_of(weight, start, stop), own, transposed)
             if vector is not None:
                 self.targets[f"{module}.bias"] = Target(vector[start:stop], own)
             start = stop
@@ -445,7 +553,3 @@ def _paired_rows(spec: DecoderSpec, num_heads: int) -> Tensor | None:
     order = torch.arange(spec.head_dim)
     order[:rotated] = order[:rotated].view(-1, 2).t().flatten()
     return (torch.arange(num_heads)[:, None] * spec.head_dim + order).flatten()
-
-
-def _rows(weight: Weight, start: int, stop: int) -> Weight:
-    return weight[start:stop] if isinstance(weight, Tensor) else weight.row_slice(start, stop)

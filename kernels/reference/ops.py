@@ -102,14 +102,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Of gpt-oss (arXiv 2508.10925), whose configurations call it silu.
+CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT = "clamped_swiglu", 1.702, 7.0
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """The activation named in the checkpoint's config, elementwise."""
     return ACTIVATIONS[activation](x)
 
 
 def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
-    """activation(gate) · up, where gate_up [T, 2I] holds gate in its first half: [T, I] (arXiv 2002.05202)."""
+    """activation(gate) · up, where gate_up [T, 2I] holds gate in its first half: [T, I] (arXiv 2002.05202).
+
+    CLAMPED_SWIGLU: g · sigmoid(1.702 g) · (u + 1), with gate g clamped to at most 7, and up u to ± 7.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
+    if activation == CLAMPED_SWIGLU:
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
     return ACTIVATIONS[activation](gate) * up
 
 

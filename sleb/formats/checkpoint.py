@@ -37,7 +37,7 @@ from sleb.formats.safetensors_copy import (
 )
 from sleb.formats.source import Source
 from sleb.layer_map.patches import Array
-from sleb.layer_map.units import Sublayer
+from sleb.layer_map.units import Part, Sublayer
 from sleb.models.config import read_config
 from sleb.models.weight_files import stored_tensors
 
@@ -184,11 +184,10 @@ def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Pla
             f"{spec.architecture} has its norms after the residual add here, so a part that adds zero still changes "
             "its input: use --format hf with a depth of whole blocks"
         )
-    modules = {"attention": spec.names.attention_out, "mlp": spec.names.down}
     zeroed = {
-        f"{spec.names.block.format(block=block)}.{modules[part]}.{kind}"
+        f"{spec.names.block.format(block=block)}.{name}"
         for block, part in removal.sublayers
-        for kind in ("weight", "bias")
+        for name in _outputs(spec, block, part)
     }
 
     def choose(tensor: LocatedTensor) -> LocatedTensor:
@@ -221,6 +220,17 @@ def _zeroed(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Pla
         }
     )
     return _Plan(full_config(raw, spec.architecture) | biases_field(spec), choose, made, zeros)
+
+
+def _outputs(spec: DecoderSpec, block: int, part: Part) -> Iterator[str]:
+    """The tensors, by their names in the block, through which alone a sublayer adds to the residual."""
+    module = spec.names.attention_out if part == "attention" else spec.names.down
+    if part == "mlp" and spec.experts is not None and spec.experts.blocks[block]:
+        names = spec.experts.names
+        yield from {names.down.format(expert=expert) for expert in range(spec.experts.number)}
+        yield str(names.down_bias)
+        module = f"{names.shared}.{module.rpartition('.')[2]}"
+    yield from (f"{module}.{kind}" for kind in ("weight", "bias"))
 
 
 def _decilm(raw: Mapping[str, Any], spec: DecoderSpec, removal: Removal) -> _Plan:

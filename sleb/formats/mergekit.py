@@ -55,6 +55,11 @@ def write_mergekit(removal: Removal, spec: DecoderSpec, model: str) -> str:
             f"{spec.architecture} has its norms after the residual add, so scaling a projection to zero does not "
             "leave a part out: use --format llm-drop or blockpruner, or a depth of whole blocks"
         )
+    if spec.experts is not None and any(part == "mlp" for _, part in removal.parts):
+        raise ConfigError(
+            f"the MLPs of {spec.architecture} are mixtures of experts, which mergekit cannot leave out alone: use "
+            "--format zeroed, llm-drop or blockpruner, or a depth of whole blocks"
+        )
     slices: list[dict[str, Any]] = []
     for filters, run in itertools.groupby(
         removal.kept_blocks, key=lambda block: _filters(removal, spec, block)

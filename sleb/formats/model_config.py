@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sleb.errors import ConfigError
 from sleb.models.families import FAMILIES
 
 if TYPE_CHECKING:  # it needs torch, which reading a list does not
@@ -28,6 +29,7 @@ NOT_PER_BLOCK = frozenset(
         "ssm_multipliers",
         "mlp_multipliers",
         "time_step_limit",
+        "mlp_only_layers",
     }
 )
 # Remote code is not copied, and a folder's own name means nothing elsewhere.
@@ -49,6 +51,8 @@ def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Seque
     """
     config: dict[str, Any] = cut_lists(full_config(raw, spec.architecture), spec.num_blocks, kept_blocks)
     config[FAMILIES[spec.architecture].own("num_hidden_layers")] = len(kept_blocks)
+    if spec.experts is not None and not all(spec.experts.blocks):
+        config |= _expert_blocks(spec, [spec.experts.blocks[block] for block in kept_blocks])
     if isinstance(raw.get("max_window_layers"), int):  # the blocks below it have no window
         config["max_window_layers"] = sum(block < raw["max_window_layers"] for block in kept_blocks)
     whole = per_block_lists(spec, range(spec.num_blocks))
@@ -58,6 +62,25 @@ def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Seque
     if "attention_types" in raw and "attention_layers" in lists:  # GPT-Neo: the same, shortened
         config["attention_types"] = [[[kind], 1] for kind in lists["attention_layers"]]
     return config
+
+
+def _expert_blocks(spec: DecoderSpec, blocks: Sequence[bool]) -> dict[str, Any]:
+    """How config.json says which of these blocks have experts. Raises ConfigError where it has no words for it."""
+    if "mlp_only_layers" in FAMILIES[spec.architecture].fields:
+        dense = [number for number, has_experts in enumerate(blocks) if not has_experts]
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    first = blocks.index(True) if True in blocks else len(blocks)
+    number = sum(blocks)
+    if not all(blocks[first : first + number]):
+        raise ConfigError(
+            f"{spec.architecture} can only have its experts in neighbouring blocks: use --format zeroed, or another "
+            "depth"
+        )
+    return {
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": first + number - 1 if number else 0,
+        "moe_layer_interval": 1,
+    }
 
 
 def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, list[Any]]:

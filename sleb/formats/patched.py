@@ -57,6 +57,7 @@ def no_room(spec: DecoderSpec) -> str | None:
         "what attention and MLP add is scaled": spec.residual_scale != 1.0,
         "attention and MLP read the same residual": spec.parallel,
         "matrices are transposed": spec.transposed,
+        "MLPs are mixtures of experts": spec.experts is not None,
     }
     return next((reason for reason, is_so in odd.items() if is_so), None)
 

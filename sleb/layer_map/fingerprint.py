@@ -19,7 +19,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "head_dim": ("head_dim",),
     "vocabulary_size": ("vocab_size",),
 }
-
+EXPERT_FIELDS = {
+    "num_experts": ("num_experts", "num_local_experts", "moe_num_experts"),
+    "expert_size": ("moe_intermediate_size",),
+}
 
 _MOST = 1 << 40  # of a shape that is only compared
 
@@ -40,6 +43,10 @@ def shape_fingerprint(model_type: str, config: Fields, defaults: Mapping[str, An
             if present
             else next((defaults[name] for name in names if name in defaults), None)
         )
+    for field, names in EXPERT_FIELDS.items():  # said of models that have experts alone
+        found = [config.integer(name, 1, _MOST, defaults.get(name)) for name in names]
+        if number := next((each for each in found if each is not None), None):
+            shape[field] = number
     if shape["num_kv_heads"] is None:
         shape["num_kv_heads"] = shape["num_heads"]
     if shape["head_dim"] is None and shape["hidden_size"] and shape["num_heads"]:

@@ -20,6 +20,7 @@ from sleb.models.families import FAMILIES, Family
 MAX_WIDTH = 1 << 17  # features of the residual stream: Llama 3.1 405B has 16,384
 MAX_INNER = 1 << 20  # features inside an MLP: 53,248
 MAX_HEADS = 1 << 10  # 128; and features of a head
+MAX_EXPERTS = 1 << 10  # of a block: 512 in Qwen3-Next
 MAX_VOCABULARY = 1 << 23  # tokens: 262,144 in Gemma
 MAX_POSITIONS = 1 << 27  # tokens: the longest context that a model claims is 10 million
 
@@ -144,6 +145,14 @@ def _token_ids(config: Fields, name: str, default: Any) -> tuple[int, ...]:
     return tuple(each for each in ids if each is not None)
 
 
+def _blocks(config: Fields, name: str, default: Any) -> Any:
+    """A list of blocks' numbers."""
+    values = config.items(name, MAX_BLOCKS, default)
+    if values is not default and any(as_integer(each) is None for each in values):
+        raise config.wrong(name, "a list of blocks' numbers")
+    return values
+
+
 def _each_of(*choices: Any) -> Rule:
     """A list with one of `choices` for every block; it may be longer."""
 
@@ -159,7 +168,17 @@ def _each_of(*choices: Any) -> Rule:
 _RULES: Mapping[str, Rule] = {
     "num_hidden_layers": _integer(1, MAX_BLOCKS),
     **dict.fromkeys(("hidden_size", "word_embed_proj_dim"), _integer(1, MAX_WIDTH)),
-    "intermediate_size": _integer(1, MAX_INNER),
+    **dict.fromkeys(
+        ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+        _integer(1, MAX_INNER),
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), _integer(1, MAX_EXPERTS)),
+    "moe_num_shared_experts": _integer(0, MAX_EXPERTS),
+    **dict.fromkeys(("decoder_sparse_step", "moe_layer_interval"), _integer(1, MAX_BLOCKS)),
+    "moe_layer_start_index": _integer(0, MAX_BLOCKS),
+    "moe_layer_end_index": _integer(-1, MAX_BLOCKS),
+    "mlp_only_layers": _blocks,
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), _number(0.0, 1e6)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), _integer(1, MAX_HEADS)),
     "vocab_size": _integer(1, MAX_VOCABULARY),
     "max_position_embeddings": _integer(1, MAX_POSITIONS),
@@ -192,6 +211,7 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
             *("attention_bias", "mlp_bias", "enable_bias", "tie_word_embeddings", "use_sliding_window"),
+            "norm_topk_prob",
             *("do_layer_norm_before", "layer_norm_elementwise_affine", "_remove_final_layer_norm"),
             *(
                 "attention_out_bias",

@@ -34,7 +34,7 @@ class CostModel:
 
     Attributes:
         base: what does not depend on the depth. attention, mlp: of one sublayer.
-        num_blocks: of the whole model. mlp_parameters: of one MLP.
+        num_blocks: of the whole model. mlp_parameters: of one MLP, of experts those that a token gets.
         samples: seconds of a step, by repetition, of the variants that it was fitted to.
     """
 
@@ -97,7 +97,8 @@ def fit_cost_model(
                 samples[depth].append(seconds)
             on_progress((repetition * len(samples) + done + 1) / ((repetitions + 1) * len(samples)))
     spec = llm.engine.spec
-    mlp_parameters = (3 if spec.gated else 2) * spec.hidden_size * spec.intermediate_size
+    neurons = statistics.mean(map(spec.neurons_of_token, range(spec.num_blocks)))
+    mlp_parameters = round((3 if spec.gated else 2) * spec.hidden_size * neurons)
     measured = [tuple(values) for values in samples.values()]
     if parallel:  # only the whole block can be measured: its attention takes its share of the weights
         share = num_parameters(spec, Unit(0, "attention")) / num_parameters(spec, Unit(0))

@@ -61,7 +61,13 @@ def test_what_is_absent_is_what_transformers_fills_in(family: Family) -> None:
     theirs = config_class(family)()
     rotary = getattr(theirs, "rope_parameters", None) or {}
     derived = {"num_key_value_heads", "head_dim", "word_embed_proj_dim", "layer_types", "no_rope_layers"}
-    derived |= {"intermediate_size", "attention_layers", "attention_multiplier"}
+    derived |= {
+        "num_local_experts",
+        "moe_layer_end_index",
+        "intermediate_size",
+        "attention_layers",
+        "attention_multiplier",
+    }
     for name, ours in family.fields.items():
         own = family.own(name)
         if name in ("qkv_bias", "bias") and family.model_type == "internlm3":

@@ -7,10 +7,11 @@ A family that computes what another one does is one more entry in the file of it
 
 from __future__ import annotations
 
-from sleb.models.families.family import Family, Formula, Gguf, TensorNames
+from sleb.models.families.experts import EXPERTS
+from sleb.models.families.family import Experts, Family, Formula, Gguf, TensorNames
 from sleb.models.families.layer_norm import LAYER_NORM
 from sleb.models.families.rms_norm import RMS_NORM
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (*RMS_NORM, *LAYER_NORM)}
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (*RMS_NORM, *LAYER_NORM, *EXPERTS)}
 
-__all__ = ["FAMILIES", "Family", "Formula", "Gguf", "TensorNames"]
+__all__ = ["FAMILIES", "Experts", "Family", "Formula", "Gguf", "TensorNames"]

@@ -73,6 +73,50 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The MLPs of a mixture of experts (arXiv 1701.06538): a router gives each token the few that it scores highest.
+
+    Numbers are the config's fields, or functions of its values.
+
+    Attributes:
+        number, top_k, intermediate_size: how many there are, how many of them a token gets, features inside one.
+        has_experts: of a block's number and the fields' values, whether it has experts; others have the family's
+            ordinary MLP. None: all have.
+        normalised: whether a token's shares add up to 1: a softmax over its experts alone, not over all.
+        activation: inside them; None: the family's.
+        router, router_bias: its module. correction: a tensor that is added to its scores for the choice alone.
+        up, down: tensors. With "{expert}" each expert has its own, up listing gate and up; without, all lie stacked
+            in one, [N, 2I, E] and [N, E, I], transposed: [N, E, 2I] and [N, I, E].
+        up_bias, down_bias: tensors of stacked biases, [N, 2I] and [N, E].
+        alternating: stacked rows are gate and up in turn.
+        shared, shared_size: module of an MLP, named inside as the family's, that every token gets; its features.
+        shared_gate: module of a factor on it, through a sigmoid.
+    """
+
+    number: Formula = "num_experts"
+    top_k: Formula = "num_experts_per_tok"
+    intermediate_size: Formula = "moe_intermediate_size"
+    has_experts: Callable[[int, Mapping[str, Any]], bool] | None = None
+    normalised: bool | str = True
+    activation: str | None = None
+    router: str = "mlp.gate"
+    router_bias: bool = False
+    correction: str | None = None
+    up: tuple[str, ...] = (
+        "mlp.experts.{expert}.gate_proj.weight",
+        "mlp.experts.{expert}.up_proj.weight",
+    )
+    down: str = "mlp.experts.{expert}.down_proj.weight"
+    transposed: bool = False
+    up_bias: str | None = None
+    down_bias: str | None = None
+    alternating: bool = False
+    shared: str | None = None
+    shared_size: Formula = None
+    shared_gate: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """What every checkpoint of an architecture shares.
 
@@ -112,6 +156,7 @@ class Family:
         transposed: matrices in attention and MLP are stored [in, out].
         needs_bos: each window of a text, wherever it is cut from, must begin with the beginning-of-text token: without
             it the perplexity of Gemma doubles. Others' windows are cut as the authors' implementation does.
+        experts: what stands in the place of MLPs; None: nothing does.
         gguf: None where its GGUF files are not read, or say that they are of another family.
     """
 
@@ -157,6 +202,7 @@ class Family:
     qkv_layout: Literal["stacked", "heads"] = "stacked"
     transposed: bool = False
     needs_bos: bool = False
+    experts: Experts | None = None
     names: TensorNames = field(default_factory=TensorNames)
     gguf: Gguf | None = None
 

@@ -13,6 +13,17 @@ ATTENTION_BIASES: Any = {"qkv_bias": "attention_bias", "out_bias": "attention_bi
 USE_BIAS: Any = {"qkv_bias": "use_bias", "out_bias": "use_bias", "mlp_bias": "use_bias"}
 ALL_BIASES: Any = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 WINDOW: Any = {"sliding_window": 4096, "layer_types": None}
+MULTIPLIERS: Any = {
+    "embed_scale": "embedding_multiplier",
+    "attention_scale": "attention_multiplier",
+    "residual_scale": "residual_multiplier",
+}
+MULTIPLIER_FIELDS: Any = {
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
 POST_NORMS = TensorNames(
     attention_norm=None,
     attention_post_norm="post_attention_layernorm",

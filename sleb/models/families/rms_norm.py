@@ -9,6 +9,8 @@ from sleb.models.families.family import Family, Gguf, TensorNames
 from sleb.models.families.fields import (
     ATTENTION_BIASES,
     LLAMA_BIASES,
+    MULTIPLIER_FIELDS,
+    MULTIPLIERS,
     POST_NORMS,
     USE_BIAS,
     WINDOW,
@@ -57,17 +59,6 @@ _GLM_FIELDS: Any = {
     "tokens": (None, [151329, 151336, 151338], 151329),
     "attention_bias": True,
     "partial_rotary_factor": 0.5,
-}
-_MULTIPLIERS: Any = {
-    "embed_scale": "embedding_multiplier",
-    "attention_scale": "attention_multiplier",
-    "residual_scale": "residual_multiplier",
-}
-_MULTIPLIER_FIELDS: Any = {
-    "embedding_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "residual_multiplier": 1.0,
-    "logits_scaling": 1.0,
 }
 
 
@@ -317,10 +308,10 @@ RMS_NORM = (
             positions=2048,
             biases=_BIASES,
             tokens=(1, 2, None),
-            **_MULTIPLIER_FIELDS,
+            **MULTIPLIER_FIELDS,
         ),
         logit_scale=lambda values: 1 / values["logits_scaling"],
-        **_MULTIPLIERS,
+        **MULTIPLIERS,
         **LLAMA_BIASES,
         gguf=Gguf(
             "granite",
@@ -344,11 +335,11 @@ RMS_NORM = (
             biases=_BIASES,
             tokens=(1, 2, None),
             use_post_norm=True,
-            **(_MULTIPLIER_FIELDS | {"attention_multiplier": None}),
+            **(MULTIPLIER_FIELDS | {"attention_multiplier": None}),
         ),
         only={"use_post_norm": (True,)},
         logit_scale="logits_scaling",
-        **_MULTIPLIERS,
+        **MULTIPLIERS,
         **LLAMA_BIASES,
         names=TensorNames(attention_post_norm="post_norm1", mlp_post_norm="post_norm2"),
     ),

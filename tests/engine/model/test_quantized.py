@@ -91,7 +91,8 @@ def stored(cache_folder):
 def with_dequantized(tiny, name):
     """transformers' model with every matrix that is to be quantised replaced by what the format stands for.
 
-    Which ones those are is told here by the modules' kinds: linear layers inside blocks, and the head.
+    Which ones those are is told here by the modules' kinds: linear layers inside blocks, and the head; of experts the
+    matrices, which lie stacked, in gpt-oss transposed, but neither routers nor the gate of a shared one.
     """
     model = copy.deepcopy(tiny.model)
     head = model.get_output_embeddings()
@@ -99,8 +100,12 @@ def with_dequantized(tiny, name):
         for path, module in model.named_modules():
             if module is head:
                 module.weight.copy_(quantize_int8(module.weight).dequantize(torch.float32))
-            elif isinstance(module, torch.nn.Linear) and ".layers." in path:
+            elif isinstance(module, torch.nn.Linear) and ".layers." in path and not path.endswith("_gate"):
                 module.weight.copy_(QUANTIZERS[name](module.weight).dequantize(torch.float32))
+        for each in (each for each in model.parameters() if each.dim() == 3):
+            stacked = each.transpose(1, 2) if "GptOss" in type(model).__name__ else each
+            for matrix in stacked:
+                matrix.copy_(QUANTIZERS[name](matrix.contiguous()).dequantize(torch.float32))
     return type(tiny)(f"{tiny.name} {name}", tiny.path, model)
 
 
@@ -117,6 +122,11 @@ class TestWhatIsComputed:
         )
         untouched = model.logprobs(TOKENS)[:-1].gather(1, following[:, None]).squeeze(1)
         assert (scores - untouched).abs().max() > 1e-3  # the test would see weights that were not quantised
+
+    @pytest.mark.parametrize("name", QUANTIZERS)
+    @pytest.mark.parametrize("mixture", ["qwen2-moe", "gpt-oss"])
+    def test_experts_are_quantised_row_by_row(self, mixture, name, tiny_model, make_llm):
+        self.test_logits_are_those_of_the_dequantised_model(name, mixture, tiny_model, make_llm)
 
     @pytest.mark.parametrize("name", QUANTIZERS)
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
