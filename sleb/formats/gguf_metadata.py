@@ -212,7 +212,7 @@ def _rule_name(path: Path, tokenizer: Tokenizer, data: dict[str, Any]) -> str:
     found = tokenizer.pre_tokenizer
     pieces = found.pre_tokenize_str(_PROBE) if found is not None else []
     for rule, names in BY_RULE.items():
-        same = rule.whole_words == whole_words and normalizer in (None, "NFC")
+        same = rule.whole_words == whole_words and normalizer == ("NFC" if rule.nfc else None)
         if same and pre_tokenizer(rule).pre_tokenize_str(_PROBE) == pieces:
             return names[0]
     raise ConfigError(

@@ -82,7 +82,8 @@ def raw_keys(source: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for _ in range(num_keys):
         start = reader.position
-        found[reader.read_key(values)] = reader.since(start)
+        key = reader.read_key(values)
+        found[key] = reader.since(start)
     return found
 
 
