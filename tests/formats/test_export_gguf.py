@@ -162,6 +162,8 @@ def check_round_trip(model, tmp_path):
 
 
 def check(name, folder_of, tmp_path):
+    if REFUSED.get(name) == NOT_WRITTEN and name != "opt":  # one stands for those that llama.cpp does not have
+        return
     model = folder_of(name)
     if name == "llama3":  # a file has the divisors alone, which sleb knows for the bands of Llama 3 alone
         export(model, tmp_path / "pruned.gguf")
