@@ -34,8 +34,8 @@ from sleb.client.connection import base_url
 from sleb.errors import ConfigError
 from sleb.options import check_values, option
 
-# llama.cpp's format -> ours with as many bits a weight.
-FORMATS = {"bf16": "bf16", "q8_0": "int8", "q4_1": "int4"}
+# llama.cpp's format -> ours with as many bits a weight, or, of a file of several, with those of its largest.
+FORMATS = {"bf16": "bf16", "q8_0": "int8", "q4_1": "int4", "q4_k_m": "int8"}
 _LEAST_CONTEXT = 512  # with room to learn what words cost
 
 

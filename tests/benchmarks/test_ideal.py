@@ -76,6 +76,33 @@ def test_decode_bytes_by_hand(tmp_path: Path) -> None:
     assert decode_bytes(smollm2_cost(spec, 30), 4, 10, 3) == 2 * (weights + lookups) + 4 * kv
 
 
+def test_a_large_vocabulary_leaves_little_to_save_by_depth(tmp_path: Path) -> None:
+    """Gemma 3 270M: the head is 168 of 268 million weights, so half of the blocks gone saves a fifth of a step's time,
+    and of a prompt's, which needs the head once, half."""
+    spec = make_spec(
+        tmp_path,
+        architectures=["Gemma3ForCausalLM"],
+        model_type="gemma3_text",
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=262144,
+    )
+    block, head = 2 * 640 * 1024 + 2 * 640 * 256 + 3 * 640 * 2048 + 4 * 640 + 2 * 256, 262144 * 640
+
+    def cost(num_blocks: int) -> DepthCost:
+        blocks, weights = tuple(range(num_blocks)), num_blocks * block + head + 640
+        return DepthCost(spec, blocks, blocks, 2 * weights, num_blocks * 2 * 256 * 2, 640 * 2, 2)
+
+    assert head / (18 * block + head) == pytest.approx(0.63, abs=0.005)
+    decode = ideal_speedup(Workload("decode", 1, 64, 128), cost(18), cost(9))
+    assert decode == pytest.approx((18 * block + head) / (9 * block + head), rel=0.01) and decode < 1.24
+    assert ideal_speedup(Workload("prompt", 1, 512, 1), cost(18), cost(9)) > 1.99
+
+
 def test_decode_flops_by_hand(tmp_path: Path) -> None:
     """Three new tokens after 10: two steps, at contexts of 11 and 12, each with the head for every request."""
     cost = smollm2_cost(make_spec(tmp_path), 30)

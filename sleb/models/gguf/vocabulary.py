@@ -25,7 +25,7 @@ _SPECIAL = ("bos", "eos", "eot", "eom", "unknown", "padding")
 # Byte-level files without a key get none: llama.cpp's 11 and 11 are Falcon's, a comma in most of them.
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 # Tokens that end a turn of a chat although the file may name another as the end of the text.
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|eom_id|>", "<end_of_turn>")
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,13 @@ class Vocabulary:
         return {token: index for index, token in enumerate(self.tokens)}
 
     def ends(self) -> list[int]:
-        """The ids that end an answer."""
+        """The ids that end an answer. Where no template tells which of them end turns, the control tokens do."""
         named = [self.ids[name] for name in ("eos", "eot", "eom") if name in self.ids]
-        turns = [token for token in _TURN_ENDS if token in (self.template or "") and token in self.index]
-        return list(dict.fromkeys([*named, *(self.index[token] for token in turns)]))
+        control = {token for token, kind in zip(self.tokens, self.kinds, strict=False) if kind == CONTROL}
+        turns = [
+            token for token in _TURN_ENDS if token in (control if self.template is None else self.template)
+        ]
+        return list(dict.fromkeys([*named, *(self.index[token] for token in turns if token in self.index)]))
 
 
 def read_vocabulary(fields: Fields) -> Vocabulary:
