@@ -23,8 +23,9 @@ from sleb.formats.gguf_metadata import tokenizer_keys
 from sleb.layer_map.layer_map import Patch, Patches, Unit
 from sleb.models.config import family_of, read_config
 from sleb.models.gguf.convert import convert_gguf
-from sleb.models.gguf.tokenizer import BY_RULE, build_tokenizer, write_tokenizer
+from sleb.models.gguf.tokenizer import BY_RULE, SPLIT_RULES, build_tokenizer, write_tokenizer
 from sleb.models.gguf.vocabulary import read_vocabulary
+from sleb.models.gguf.writer import as_key, write_gguf
 from sleb.models.resolve import resolve_model
 
 KIND = gguf.GGMLQuantizationType
@@ -252,6 +253,13 @@ def test_all_matrices_in_one_type(kind, folder_of, tmp_path, monkeypatch):
         export(model, tmp_path / "x.gguf", gguf_type="q4_k")
 
 
+RULE_TEXTS = (
+    "Hello World, I'm sure it's THEY'RE 'Tis  we'Ve 1 12 123 1234 12345 3.14",
+    "x=[1,2];\n\n\n  def f(x):\n        return x**2  # ok `code`\n",
+    "HelloWORLDfoo camelCase a/b//\n c\\d ... !!!??? ----==== $5 #tag @me _under_score",
+    "naïve café 你好世界 2024年 Привет мир ١٢٣ 😀 <|im_start|>user\n",
+    " \n \n  7 \t\ttab   \n   end  ",
+)
 SPECIAL = ["<|begin|>", "<|end|>", "<|tool|>"]
 
 
@@ -283,7 +291,8 @@ def test_the_tokenizer_of_a_folder_is_written_as_it_was_read(names, tmp_path):
     padded = [f"[PAD{len(metadata['tokenizer.ggml.tokens']) + i}]" for i in range(2)]
     assert again.pop("tokenizer.ggml.tokens") == metadata["tokenizer.ggml.tokens"] + padded
     assert again.pop("tokenizer.ggml.token_type") == metadata["tokenizer.ggml.token_type"] + [5, 5]
-    assert again.pop("tokenizer.ggml.pre") in names
+    written, read = (SPLIT_RULES[name] for name in (again.pop("tokenizer.ggml.pre"), names[0]))
+    assert replace(written, add_bos=False) == replace(read, add_bos=False)  # which the file says itself
     assert again == {name: value for name, value in metadata.items() if name in again}
 
 
@@ -509,3 +518,20 @@ def test_llama_cpp_writes_the_text_of_the_engine(patches, tmp_path):
         written = other.create_completion(tokens, max_tokens=32, temperature=0.0)["choices"][0]["text"]
         [output] = engine.generate([prompt], SamplingParams(max_tokens=32, temperature=0.0), depth=3)
         assert written == output.text
+
+
+@pytest.mark.slow
+def test_llama_cpp_splits_text_by_the_same_rules(tmp_path):
+    """Every rule, on SmolLM2's vocabulary: the ids are llama.cpp's."""
+    llama = pytest.importorskip("llama_cpp")
+    keys = {"general.architecture": "llama", **tokenizer_keys(resolve_model("smollm2").path, 49152)}
+    del keys["tokenizer.ggml.add_bos_token"]
+    for name in SPLIT_RULES:
+        keys["tokenizer.ggml.pre"] = name
+        with (tmp_path / "vocabulary.gguf").open("wb") as file:
+            write_gguf(file, {key: as_key(key, value) for key, value in keys.items()}, [])
+        other = llama.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+        tokenizer = build_tokenizer(read_vocabulary(Fields(keys, "x.gguf")))
+        for text in RULE_TEXTS:
+            expected = other.tokenize(text.encode(), add_bos=False, special=True)
+            assert tokenizer.encode(text, add_special_tokens=False).ids == expected, (name, text)

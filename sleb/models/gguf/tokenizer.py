@@ -37,6 +37,15 @@ _TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}{_SLASH_
 _GPT4O = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_LEAD}{_UPPER}+{_LOWER}*{_SUFFIX}?|\p{{N}}{{1,3}}{_SLASH_END}"
 )
+_SEED = rf"{_SUFFIX}|{_LEAD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BLANKS = "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+_JAIS2 = (
+    rf"{_SUFFIX}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_BLANKS}|\s{{1}}"
+)
+_DEEPSEEK3 = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +63,21 @@ class SplitRule:
 
 
 BY_RULE: dict[SplitRule, tuple[str, ...]] = {
-    SplitRule((_GPT2,)): ("gpt-2", "phi-2", "olmo", "mpt"),
+    SplitRule((_GPT2,)): ("gpt-2", "phi-2", "olmo", "mpt", "exaone4"),
     SplitRule((r"\p{N}", _GPT2)): (
-        "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva",
+        "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b",
     ),
     SplitRule((_LLAMA3,), whole_words=True, add_bos=True): (
         "llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral",
     ),
-    SplitRule((_LLAMA3,)): ("smaug-bpe", "dbrx"),
+    SplitRule((_LLAMA3,), whole_words=True): ("glm4",),
+    SplitRule((_LLAMA3,)): ("smaug-bpe", "dbrx", "chatglm-bpe"),
     SplitRule((_QWEN2,), nfc=True): ("qwen2", "deepseek-r1-qwen", "megrez"),
-    SplitRule((_QWEN2,)): ("stablelm2",),
+    SplitRule((_QWEN2,)): ("stablelm2", "hunyuan"),
+    SplitRule((_SEED,)): ("seed-coder",),
+    SplitRule((_JAIS2,)): ("jais-2",),
+    SplitRule((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)): ("deepseek-v3", "hunyuan-dense"),
+    SplitRule((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")): ("falcon",),
     SplitRule((_TEKKEN,), whole_words=True, add_bos=True): ("tekken",),
     SplitRule((_GPT4O,)): ("gpt-4o",),
     SplitRule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")): ("default",),
