@@ -28,11 +28,13 @@ from sleb.models.weight_files import StoredTensor, opened, stored_tensors
 logger = logging.getLogger("sleb.engine")
 
 # What a model of these families computes itself or does not use: rotary buffers and masks, scales of an eight-bit
-# KV cache, positions, heads of a reward model.
+# KV cache, positions, heads of a reward model, eyes.
 _HARMLESS = re.compile(
-    r"(?:.*\.)?(?:rotary_emb\..*|inv_freq|cos_cached|sin_cached|attn\.bias|masked_bias|position_ids"
+    r"(?:.*\.)?(?:rotary_emb\..*|inv_freq|cos_cached|sin_cached|(?:attn|attention)\.bias|masked_bias|position_ids"
+    r"|(?:vision_tower|multi_modal_projector)\..*"
     r"|[qkv]_scale|kv_scale|prob_scale|(?:[qkv]_proj|attn)\.output_scale|(?:v_head|value_head|score)\..*)"
 )
+_EYES = re.compile(r"(?:^|\.)(?:vision_tower|multi_modal_projector)\.")
 _COMPARED_BYTES = 1 << 26  # of two matrices at once
 
 
@@ -43,7 +45,7 @@ class Checkpoint:
     Attributes:
         spec: the model's, with tied_embeddings as the tensors have it.
         tensors: exactly those that `spec` asks for, by its names, in its shapes; a quantised matrix is one.
-        extras: others that do no harm, by the names that they would have.
+        extras: others that do no harm, by the names that they would have; those of eyes are left out.
     """
 
     spec: DecoderSpec
@@ -81,7 +83,8 @@ def open_checkpoint(path: Path, spec: DecoderSpec) -> Checkpoint:
             )
     if extras:
         logger.warning("%s: not used: %s", shown_path(path), _some(extras.values()))
-    checkpoint = Checkpoint(spec, tensors, {**extras, **copies})
+    kept = {name: tensor for name, tensor in extras.items() if not _EYES.search(tensor.name)}
+    checkpoint = Checkpoint(spec, tensors, {**kept, **copies})
     if not checkpoint.quantized and (method := quantized_by_config(path)):
         logger.warning(
             "%s: config.json names the quantisation %s, but the tensors are plain numbers and are read as those",
@@ -94,9 +97,12 @@ def open_checkpoint(path: Path, spec: DecoderSpec) -> Checkpoint:
 def _by_own_names(
     path: Path, stored: Mapping[str, StoredTensor], spec: DecoderSpec, expected: Container[str]
 ) -> dict[str, StoredTensor]:
-    """The tensors by the family's names, whose `model.` or `decoder.` files may leave out, or have once more."""
-    outer = spec.names.block.partition("layers.")[0]  # "model.", or "model.decoder."
-    parts = outer.split(".")[:-1]
+    """The tensors by the family's names, whose `model.` or `decoder.` files may leave out, or have once more; and
+    before which, or in whose place, those of a model that also sees have `language_model.`."""
+    outer, _, blocks = spec.names.block.removesuffix(".{block}").rpartition(
+        "."
+    )  # "model" or "model.decoder", "layers"
+    outer, parts = f"{outer}.", (*outer.split("."), "language_model")
     named: dict[str, StoredTensor] = {}
     for tensor in stored.values():
         name = bare = tensor.name
@@ -104,7 +110,7 @@ def _by_own_names(
             bare = bare.partition(".")[2]
         if bare in expected:
             name = bare
-        elif bare.startswith("layers.") or outer + bare in expected:
+        elif bare.startswith(f"{blocks}.") or outer + bare in expected:
             name = outer + bare
         if name in named:
             raise ModelError(

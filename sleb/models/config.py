@@ -27,18 +27,39 @@ MAX_POSITIONS = 1 << 27  # tokens: the longest context that a model claims is 10
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MAX_IDS = 1 << 10  # tokens that end a text
 
+# What the config of a model that also sees says for its text model as well.
+_OF_THE_WHOLE = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype"),
+    *("quantization_config", "tokenizer_class"),
+)
+
 Rule = Callable[[Fields, str, Any], Any]
 _RUNS = f"sleb runs {len(FAMILIES)} others, from LlamaForCausalLM to GPT2LMHeadModel: see docs/models.md"
 
 
 def read_config(path: Path) -> Fields:
-    """The fields of `path`/config.json. Raises ModelError when it is absent or not a JSON object."""
+    """The fields of `path`/config.json, of a model that also sees those of its text model.
+
+    Raises ModelError when it is absent or not a JSON object.
+    """
     try:
-        return read_json(path / "config.json")
+        config = read_json(path / "config.json")
     except FileNotFoundError:
         raise ModelError(
             f"{shown_path(path)} has no config.json; MODEL must be a Hugging Face model folder"
         ) from None
+    named = config.values.get("architectures")
+    for family in FAMILIES.values():
+        if family.text_of is not None and named == [family.text_of]:
+            text: Fields = config.object("text_config")
+            if text.values.get("model_type", family.model_type) == family.model_type:
+                whole = {name: config.values[name] for name in _OF_THE_WHOLE if name in config}
+                stated = {
+                    name: each for name, each in text.values.items() if each is not None or name not in whole
+                }
+                named = {"architectures": [family.architecture], "model_type": family.model_type}
+                return text.beside(whole | stated | named)
+    return config
 
 
 def check_config(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleb.errors import ModelError
 from sleb.fields import MAX_BYTES, read_bytes, read_json, shown, shown_path, shown_text
-from sleb.models.config import family_of
+from sleb.models.config import family_of, read_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -106,9 +106,9 @@ def _model_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        fields = read_json(path / "config.json")
+        fields = read_config(path)
         config = AutoConfig.for_model(family_of(fields).model_type)
-    except (FileNotFoundError, ModelError):
+    except ModelError:
         return None
     config.name_or_path = str(path)
     config.tokenizer_class = fields.string("tokenizer_class", default=None)
@@ -117,8 +117,8 @@ def _model_config(path: Path) -> Any:
 
 def _needs_bos(path: Path) -> bool:
     try:
-        return family_of(read_json(path / "config.json")).needs_bos
-    except (FileNotFoundError, ModelError):
+        return family_of(read_config(path)).needs_bos
+    except ModelError:
         return False
 
 

@@ -53,6 +53,7 @@ def spec_of(folder: Path, config: Any) -> DecoderSpec:
 LLAMA = small(FAMILIES["LlamaForCausalLM"]) | {"architectures": ["LlamaForCausalLM"]}
 QWEN = small(FAMILIES["Qwen2ForCausalLM"]) | {"architectures": ["Qwen2ForCausalLM"]}
 PHI = small(FAMILIES["Phi3ForCausalLM"], pad_token_id=0) | {"architectures": ["Phi3ForCausalLM"]}
+LOCAL = {"rope_parameters": None, "rope_theta": 500.0, "rope_local_base_freq": 50.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -358,6 +359,19 @@ def same_as_transformers(folder: Path, num_tokens: int, **options: Any) -> None:
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, 200, {"max_model_len": 256}),
         ("qwen2", {"rope_scaling": YARN}, 200, {"max_model_len": 256}),
         ("qwen2", {"rope_scaling": YARN, "original_max_position_embeddings": 32}, 60, {}),
+        # As the first files of these families spell it.
+        ("gpt-neox", {"rope_parameters": None, "rotary_pct": 0.5, "rotary_emb_base": 500}, 60, {}),
+        ("phi", {"rope_parameters": None, "partial_rotary_factor": 0.25, "rope_theta": 500.0}, 60, {}),
+        ("gemma3", LOCAL | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 60, {}),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 2, "sliding_window": 7}, 60, {}),
+        ("olmo3", LOCAL | {"rope_scaling": YARN}, 60, {}),
+        ("cwm", {"rope_parameters": None}, 60, {}),
+        (
+            "hunyuan",
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "alpha": 9.0, "factor": 1.0}},
+            60,
+            {},
+        ),
     ],
 )
 def test_the_same_folder_under_transformers(
@@ -498,3 +512,17 @@ def test_a_wrong_config_is_told_by_every_command_before_torch_is_there(tmp_path:
         "except ModelError: raise SystemExit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in FAMILIES.values() for name in family.only],
+    ids=lambda each: each if isinstance(each, str) else each.model_type,
+)
+def test_a_variant_that_is_not_computed_is_named(family: Family, name: str, tmp_path: Path) -> None:
+    config = {"model_type": family.model_type, family.own(name): not family.only[name][-1]}
+    allowed = " or ".join(map(json.dumps, family.only[name]))
+    with pytest.raises(
+        ModelError, match=rf"{family.own(name)} is \w+; it must be {allowed}: .*{family.architecture}"
+    ):
+        spec_of(tmp_path, config)

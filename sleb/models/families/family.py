@@ -125,6 +125,7 @@ class Family:
             of this model_type name.
         fields: those of config.json that are read, and no other one is; each with what transformers' configuration
             class fills in where it is absent. Their types and bounds: `sleb.models.config`.
+        text_of: the class of a model that also sees, of which this is the text model, with its fields in text_config.
         renamed: of these, what this family's config.json calls otherwise.
         only: of these, those of which not every value can be computed, and the ones that can.
         norm_eps: a number, or the config's field.
@@ -164,6 +165,7 @@ class Family:
     model_type: str
     fields: Mapping[str, Any]
     also: tuple[str, ...] = ()
+    text_of: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     norm: Literal["rms", "layer"] = "rms"

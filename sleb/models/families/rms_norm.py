@@ -124,6 +124,7 @@ RMS_NORM = (
             tokens=(1, 2, None),
             sliding_window=4096,
         ),
+        text_of="Mistral3ForConditionalGeneration",
         gguf=_GGUF_LLAMA,
     ),
     Family(
@@ -242,6 +243,7 @@ RMS_NORM = (
             sliding_window_pattern=6,
             **(_GEMMA2_FIELDS | {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
         ),
+        text_of="Gemma3ForConditionalGeneration",
         **_CAUSAL,
         full_every="sliding_window_pattern",
         local_rope_theta="rope_local_base_freq",

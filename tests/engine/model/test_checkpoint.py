@@ -16,11 +16,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.weights import all_sublayers
 from sleb.errors import ModelError
+from sleb.formats.exporting import export_model
+from sleb.layer_map.layer_map import LayerMap, Unit
 from sleb.models.weight_files import INDEX, SINGLE, stored_tensors
 
 TOKENS = [5, 17, 3, 88, 41, 9, 60, 2, 33, 71, 12, 50]
@@ -671,3 +674,54 @@ class TestFuzz:
     def test_many_indices(self, tmp_path, index):
         write(tmp_path / "a.safetensors", {NAME: tensor()}, bytes(64))
         check_index(tmp_path, index)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox"])
+def test_the_first_files_have_masks_and_no_outer_prefix(name, copied, tiny_model):
+    folder = copied(name)
+
+    def older(tensors):
+        outer = {"gpt2": "transformer.", "gpt-neox": ""}[name]
+        masks = {"gpt2": "h.0.attn.bias", "gpt-neox": "gpt_neox.layers.0.attention.bias"}
+        bare = {key.removeprefix(outer): tensor for key, tensor in tensors.items()}
+        return bare | {masks[name]: torch.ones(1, 1, 64, 64).tril()}
+
+    rewrite(folder, older)
+    llm = LLM(folder, "none", dtype="float32", device="cpu", kernels="torch")
+    wanted = tiny_model(name).logprobs(TOKENS)[:-1].gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
+    torch.testing.assert_close(llm.score(TOKENS), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_model_of_one_that_also_sees(older, tmp_path):
+    """Gemma 3 of 4B and more: config, weights and what is exported are those of the text model."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    text |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    eyes |= {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).float().eval()
+    model.save_pretrained(tmp_path / "model")
+    if older:
+        rewrite(
+            tmp_path / "model",
+            lambda tensors: {
+                key.replace("model.language_model.", "language_model.model."): each
+                for key, each in tensors.items()
+            },
+        )
+    with torch.inference_mode():
+        found = model(torch.tensor([TOKENS]), use_cache=False).logits[0].log_softmax(-1)
+    wanted = found[:-1].gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
+    chain = LayerMap("eyes", None, 3, removed=(Unit(1),))
+    llm = LLM(tmp_path / "model", chain, (0, 1), dtype="float32", device="cpu", kernels="torch")
+    torch.testing.assert_close(llm.score(TOKENS, depth=0), wanted, atol=1e-4, rtol=0)
+    export_model(str(tmp_path / "model"), "hf", tmp_path / "text", layer_map=chain)
+    pruned = LLM(tmp_path / "text", "none", dtype="float32", device="cpu", kernels="torch")
+    torch.testing.assert_close(llm.score(TOKENS, depth=1), pruned.score(TOKENS), atol=1e-5, rtol=0)
+    assert not any("vision" in name for name in load_file(tmp_path / "text" / SINGLE))
