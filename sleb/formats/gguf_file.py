@@ -73,9 +73,13 @@ def _check_kept(source: GgufSource, kept: tuple[int, ...]) -> None:
         fewer = source.values | {"num_hidden_layers": count}
         if key is None and callable(absent) and absent(fewer) != source.values[name]:
             raise ConfigError(
-                f"llama.cpp takes {name} from the number of blocks, and would take {absent(fewer)} instead of "
-                f"{source.values[name]} with {count}: {remedy}"
+                f"a GGUF file does not say {name}, and llama.cpp would take {absent(fewer)} instead of "
+                f"{source.values[name]} with {count} blocks: {remedy}"
             )
+    if spec.experts is not None and not all(spec.has_experts(block) for block in kept):
+        raise ConfigError(
+            f"llama.cpp takes each block of {spec.architecture} for a mixture of experts: {remedy}"
+        )
     rotates = [spec.block_rotary[block] is not None for block in kept]
     slides = any(spec.windows[block] for block in kept)
     every = gguf.unrotated_every
@@ -145,7 +149,7 @@ def _with_merged(
     found = dict(tensors)
     for name, each in placed.items():
         block, rest = place_of(name)
-        if block is None or block not in number:
+        if block is None or block not in number or "#" in name:
             continue
         name = f"blk.{number[block]}.{rest}"
         if each.name in made:

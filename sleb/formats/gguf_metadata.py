@@ -57,7 +57,7 @@ def size_keys(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, (key, _) in family.gguf.keys.items():
         if key is not None and config[name] is not None:
-            keys[key] = config[name] if isinstance(config[name], bool) else float(config[name])
+            keys[key] = config[name]
     return keys
 
 

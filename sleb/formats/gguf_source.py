@@ -19,7 +19,7 @@ from sleb.models.config import family_of, read_config, read_fields
 from sleb.models.families import FAMILIES, Family, Gguf
 from sleb.models.gguf.reader import raw_keys, read_gguf
 from sleb.models.gguf.tensors import Placed, family_tensors
-from sleb.models.gguf.values import Values, made_values, of_checkpoint, of_file
+from sleb.models.gguf.values import Values, made_values, of_checkpoint, of_file, stacked
 from sleb.models.gguf.writer import as_key
 
 Floats = npt.NDArray[np.float32]
@@ -76,10 +76,16 @@ class GgufSource:
         checkpoint = open_checkpoint(self.path, self.spec)
         self._check_computed(self.family.gguf, checkpoint.spec)
         self.values["tie_word_embeddings"] = checkpoint.spec.tied_embeddings
-        tensors = {
-            name: of_checkpoint(checkpoint.tensors[placed.name], placed)
-            for name, placed in self.placed().items()
-        }
+        tensors: dict[str, Values] = {}
+        together: dict[str, list[Values]] = {}
+        for name, placed in self.placed().items():
+            values = of_checkpoint(checkpoint.tensors[placed.name], placed)
+            whole, _, expert = name.partition("#")
+            if expert:
+                together.setdefault(whole, []).append(values)
+            else:
+                tensors[name] = values
+        tensors |= {name: stacked(each) for name, each in together.items()}
         if self.family.gguf.head == "own":
             tensors.setdefault("output.weight", tensors["token_embd.weight"])
         keys: dict[str, Any] = size_keys(self.family, self.values)
@@ -132,6 +138,10 @@ class GgufSource:
             wrong = "biases that llama.cpp does not add"
         elif gguf.all_biases and not all(biases.values()):
             wrong = "not all the biases that llama.cpp asks for"
+        elif not gguf.grouped and spec.num_kv_heads != spec.num_heads:
+            wrong = "keys and values that queries share, which llama.cpp does not have"
+        elif spec.clip_qkv is not None and "clip_qkv" not in gguf.keys:
+            wrong = "a bound on queries, keys and values that llama.cpp does not have"
         elif any(spec.windows) and not self.has_windows:
             wrong = "sliding windows, which llama.cpp does not have"
         if wrong:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sleb.models.families.family import Experts, Family
+from sleb.models.families.family import Experts, Family, Gguf
 from sleb.models.families.fields import (
     ATTENTION_BIASES,
     MULTIPLIER_FIELDS,
@@ -15,6 +15,10 @@ from sleb.models.families.fields import (
 )
 
 _EPS = ("rms_norm_eps", 1e-5)
+_COUNTS: Any = {
+    "num_experts": ("expert_count", ...),
+    "num_experts_per_tok": ("expert_used_count", ...),
+}
 _LOCAL = {"num_experts": "num_local_experts"}
 _QWEN_FIELDS: Any = {
     "positions": 32768,
@@ -56,6 +60,18 @@ EXPERTS = (
             number=lambda values: values["num_local_experts"] or values["num_experts"],
             has_experts=_qwen_sparse,
             normalised="norm_topk_prob",
+        ),
+        gguf=Gguf(
+            "qwen3moe",
+            keys={
+                **_COUNTS,
+                "num_local_experts": ("expert_count", ...),
+                "moe_intermediate_size": (
+                    "expert_feed_forward_length",
+                    lambda values: values["intermediate_size"] // values["num_experts_per_tok"],
+                ),
+                "norm_topk_prob": (None, lambda values: True),
+            },
         ),
     ),
     Family(
@@ -106,6 +122,14 @@ EXPERTS = (
             ),
             down="block_sparse_moe.experts.{expert}.w2.weight",
         ),
+        gguf=Gguf(
+            "llama",
+            needs="expert_count",
+            interleaved=True,
+            divides_frequencies=True,
+            biases=("qkv", "out"),
+            keys=_COUNTS,
+        ),
     ),
     Family(
         "OlmoeForCausalLM",
@@ -124,6 +148,12 @@ EXPERTS = (
         clip_qkv="clip_qkv",
         **ATTENTION_BIASES,
         experts=Experts(intermediate_size="intermediate_size", normalised="norm_topk_prob"),
+        gguf=Gguf(
+            "olmoe",
+            head="own",
+            grouped=False,
+            keys={**_COUNTS, "norm_topk_prob": (None, lambda values: False)},
+        ),
     ),
     Family(
         "GraniteMoeForCausalLM",

@@ -49,9 +49,10 @@ class Gguf:
         mlp_norm: what the norm before the MLP is called.
         head: "tied" where llama.cpp takes the embedding for the head, "own" where a file must have both.
         keys: for fields of config.json, the key (None: there is none) and what an absent one or 0 stands for: a value,
-            or a function of the fields so far. Those that all families have are not listed.
+            or a function of the fields so far; "...": a file must have it. Those that all families have are not listed.
         full_every: where a file does not list the blocks that attend to a window only, every so manieth does not: 0:
             all do. None: windows are not known.
+        grouped: llama.cpp lets queries share keys and values.
         windows_if: the number of blocks that a model must have for llama.cpp to slide windows in it; 0: any.
         unrotated_every: every so manieth block does not rotate, whatever the file says.
         divides_frequencies: llama.cpp reads rope_freqs.weight, a divisor for each frequency.
@@ -65,6 +66,7 @@ class Gguf:
     head: Literal["any", "tied", "own"] = "any"
     keys: Mapping[str, tuple[str | None, Any]] = field(default_factory=dict)
     full_every: int | None = None
+    grouped: bool = True
     windows_if: int = 0
     unrotated_every: int = 0
     divides_frequencies: bool = False

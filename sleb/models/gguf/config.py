@@ -21,6 +21,7 @@ from sleb.models.gguf.vocabulary import Vocabulary
 Floats = npt.NDArray[np.float32]
 
 ARCHITECTURES = tuple(dict.fromkeys(family.gguf.name for family in FAMILIES.values() if family.gguf))
+_MAX_EXPERTS = 1 << 10
 _MAX_WIDTH, _MAX_HEAD_DIM, _MAX_POSITIONS, _MAX_FACTOR = 1 << 20, 1 << 12, (1 << 31) - 1, 1e6
 # general.sampling.*: the name in generation_config.json, the least and the largest value.
 _SAMPLING = {
@@ -44,12 +45,14 @@ def architecture_of(fields: Fields) -> Family:
         raise ModelError(
             f"{source} is one part of several: join them with llama.cpp's llama-gguf-split --merge"
         )
-    if fields.integer(f"{name}.expert_count", 0, 1 << 16, 0):
-        raise ModelError(f"{source}: a mixture of experts is not supported; only dense models are")
-    telling = [
+    has_experts = fields.integer(f"{name}.expert_count", 0, _MAX_EXPERTS, 0) > 0
+    telling = (
         each for each in named if each.gguf and each.gguf.needs and f"{name}.{each.gguf.needs}" in fields
-    ]
-    return next(iter(telling), next(each for each in named if each.gguf and not each.gguf.needs))
+    )
+    family = next(telling, next(each for each in named if each.gguf and not each.gguf.needs))
+    if has_experts and family.experts is None:
+        raise ModelError(f"{source}: mixtures of experts are not supported in architecture {name}")
+    return family
 
 
 def model_config(
@@ -123,18 +126,19 @@ def model_config(
 def _add_stated(fields: Fields, architecture: str, family: Family, config: dict[str, Any]) -> None:
     """What the family's own keys say."""
     assert family.gguf is not None
-    for name, (key, absent) in family.gguf.keys.items():
-        stated: Any = None
-        if key is not None and isinstance(absent, bool):
-            stated = fields.boolean(f"{architecture}.{key}", None)
-        elif key is not None:
-            stated = (
-                fields.number(f"{architecture}.{key}", -_MAX_FACTOR, 1e12, None) or None
-            )  # 0: there is none
+    for name, (short, absent) in family.gguf.keys.items():
+        key, stated = f"{architecture}.{short}", None
+        if absent is ...:
+            stated = fields.integer(key, 1, _MAX_WIDTH)
+        elif isinstance(absent, bool):
+            stated = fields.boolean(key, None)
+        elif short is not None and isinstance(fields.values.get(key), int):
+            stated = fields.integer(key, 0, _MAX_WIDTH) or None  # 0: there is none
+        elif short is not None:
+            stated = fields.number(key, -_MAX_FACTOR, 1e12, None) or None
         if stated is None:
-            config[name] = absent(config) if callable(absent) else absent
-        else:
-            config[name] = stated if isinstance(stated, bool) else _shortest(stated)
+            stated = absent(config) if callable(absent) else absent
+        config[name] = _shortest(stated) if isinstance(stated, float) else stated
 
 
 def _add_windows(fields: Fields, architecture: str, family: Family, config: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from sleb.models.gguf.config import (
     token_ids,
 )
 from sleb.models.gguf.reader import Tensor, read_gguf
-from sleb.models.gguf.tensors import Placed, family_tensors
+from sleb.models.gguf.tensors import Placed, family_tensors, num_experts
 from sleb.models.gguf.tokenizer import write_tokenizer
 from sleb.models.gguf.vocabulary import read_vocabulary
 from sleb.models.store import check_space
@@ -84,7 +84,7 @@ def convert_gguf(
         )
     factors = {name: _factors(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
     config = model_config(fields, embedding.shape[0], frozenset(tensors), factors, dtype)
-    plan = _plan(tensors, family, config, source)
+    plan = _plan(_by_expert(tensors), family, config, source)
     unread = {"num_key_value_heads", "head_dim"} - set(family.fields)  # it derives them
     written = {family.own(name): value for name, value in config.items() if name not in unread}
     _write_json(folder / "config.json", written | token_ids(vocabulary))
@@ -97,6 +97,9 @@ def _plan(
     tensors: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], source: Path
 ) -> list[_Planned]:
     """Every tensor of the model in the file's order. Raises ModelError if the file has others than the model."""
+    config = {**family.fields, **config}
+    if family.experts and num_experts(family.experts, config) * config["num_hidden_layers"] > len(tensors):
+        raise ModelError(f"{shown_path(source)} has fewer experts than its expert_count says")
     expected = family_tensors(family, config)
     present = set(tensors) - set(_ROPE_FACTORS)
     if missing := sorted(set(expected) - present):
@@ -124,6 +127,18 @@ def _plan(
     for planned in {planned.source.kind: planned for planned in plan}.values():
         dequantized(planned.source.data[:1], planned.source, source)  # refused before the work, not amid it
     return plan
+
+
+def _by_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With each expert's part of what holds all of them, by the names of `family_tensors`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 3 and name.endswith("_exps.weight"):
+            each = ((f"{name}#{index}", data) for index, data in enumerate(tensor.data))
+            found |= {own: Tensor(own, tensor.shape[1:], tensor.kind, data) for own, data in each}
+        else:
+            found[name] = tensor
+    return found
 
 
 def _few(names: list[str]) -> str:

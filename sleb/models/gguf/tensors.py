@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sleb.models.families import Family
+from sleb.models.families import Family, Formula
+from sleb.models.families.family import Experts
 
 Order = npt.NDArray[np.int64]
 
@@ -46,7 +47,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class _Module:
-    """What has a weight, a bias, or both. `part`, `name`: in the file and in the checkpoint."""
+    """What has a weight, a bias, or both. `part`, `name`: in the file and in the checkpoint; `expert`: whose it is."""
 
     part: str
     name: str | None
@@ -54,10 +55,13 @@ class _Module:
     bias: bool | str = False
     order: Order | None = None
     is_norm: bool = False
+    expert: int | None = None
 
 
 def family_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, Placed]:
     """Every tensor that the model has, by its name in the file.
+
+    Experts' tensors of one kind lie in one there, [N, rows, columns], of which each has a name of its own here: "…#3".
 
     config: its fields by the table's names for them, with those that name sizes and with the switches of biases.
     """
@@ -75,7 +79,7 @@ def family_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, Place
         name, shift = before + module.name, family.norm_shift if module.is_norm else 0.0
         turned = family.transposed and not module.is_norm and prefix != ""
         yield (
-            f"{prefix}{module.part}.weight",
+            f"{prefix}{module.part}.weight" + ("" if module.expert is None else f"#{module.expert}"),
             Placed(f"{name}.weight", module.shape, module.order, shift, turned, module.part),
         )
         if with_bias if module.is_norm else switch(module.bias):
@@ -88,7 +92,7 @@ def family_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, Place
     for module in _outer(family, config):
         found |= placed(module, "", "")
     for block in range(config["num_hidden_layers"]):
-        for module in _block(family, config):
+        for module in _block(family, config, block):
             found |= placed(module, f"blk.{block}.", f"{family.names.block.format(block=block)}.")
     return found
 
@@ -105,7 +109,7 @@ def _outer(family: Family, config: Mapping[str, Any]) -> list[_Module]:
     ]
 
 
-def _block(family: Family, config: Mapping[str, Any]) -> list[_Module]:
+def _block(family: Family, config: Mapping[str, Any], block: int) -> list[_Module]:
     names, hidden, inner = family.names, config["hidden_size"], config["intermediate_size"]
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     query, key = num_heads * config["head_dim"], num_kv_heads * config["head_dim"]
@@ -134,12 +138,42 @@ def _block(family: Family, config: Mapping[str, Any]) -> list[_Module]:
             order = _halves(count, size) if pairs and count else None
             modules.append(_Module(f"attn_{letter}", name, (size, hidden), family.qkv_bias, order))
     modules.append(_Module("attn_output", names.attention_out, (hidden, query), family.out_bias))
+    experts = family.experts
+    if experts is not None and (experts.has_experts is None or experts.has_experts(block, config)):
+        return modules + _experts(experts, config)
     both = (inner * (1 + (family.gated and len(names.up) == 1)), hidden)
     parts = ("ffn_up",) if len(names.up) == 1 else ("ffn_gate", "ffn_up")
     modules += [
         _Module(part, name, both, family.mlp_bias) for part, name in zip(parts, names.up, strict=True)
     ]
     return [*modules, _Module("ffn_down", names.down, (hidden, inner), family.mlp_bias)]
+
+
+def num_experts(experts: Experts, config: Mapping[str, Any]) -> int:
+    """How many a block has."""
+    return int(_formula(experts.number, config))
+
+
+def _formula(formula: Formula, config: Mapping[str, Any]) -> Any:
+    return formula(config) if callable(formula) else config[formula] if isinstance(formula, str) else formula
+
+
+def _experts(experts: Experts, config: Mapping[str, Any]) -> list[_Module]:
+    """Of experts that have their own tensors in the checkpoint."""
+    hidden, inner = config["hidden_size"], int(_formula(experts.intermediate_size, config))
+    number = num_experts(experts, config)
+    names = (*experts.up, experts.down)
+    shapes = {
+        "ffn_gate_exps": (inner, hidden),
+        "ffn_up_exps": (inner, hidden),
+        "ffn_down_exps": (hidden, inner),
+    }
+    each = [
+        _Module(part, name.format(expert=expert).removesuffix(".weight"), shape, expert=expert)
+        for expert in range(number)
+        for (part, shape), name in zip(shapes.items(), names, strict=True)
+    ]
+    return [_Module("ffn_gate_inp", experts.router, (number, hidden)), *each]
 
 
 def _halves(num_heads: int, num_rows: int) -> Order:

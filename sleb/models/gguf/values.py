@@ -4,7 +4,7 @@ unless its rows change their places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ def of_file(tensor: Tensor, path: Path) -> Values:
     return Values(
         tensor.shape,
         tensor.kind.name,
-        lambda start, end: dequantized(data[start:end], tensor, path).reshape(end - start, -1),
+        lambda start, end: dequantized(data[start:end], tensor, path).reshape(-1, _width(tensor.shape)),
         lambda start, end: data[start:end].tobytes(),
     )
 
@@ -72,6 +72,20 @@ def of_checkpoint(stored: StoredTensor, placed: Placed) -> Values:
     return Values(placed.shape, kind, rows, whole=whole)
 
 
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[-1] if len(shape) > 1 else 1
+
+
+def stacked(each: Sequence[Values]) -> Values:
+    """Matrices as one tensor of three dimensions."""
+    first = each[0]
+    return Values(
+        (len(each), *first.shape),
+        first.kind,
+        lambda start, end: np.concatenate([one.rows(0, one.shape[0]) for one in each[start:end]]),
+    )
+
+
 def made_values(array: Floats, kind: str = "F32") -> Values:
     """A tensor of our own. kind "exact": F16 where that changes nothing, else F32."""
     array = np.ascontiguousarray(array, np.float32)
@@ -89,7 +103,8 @@ def as_piece(name: str, values: Values, chosen: str) -> Piece:
     """With matrices in the type that was chosen, or Q8_0's stand-in where its rows are no whole groups."""
     from gguf import GGMLQuantizationType
 
-    small = len(values.shape) < 2 or name.startswith("position_embd")  # which llama.cpp takes as they are
+    # llama.cpp takes vectors, positions and routers as they are.
+    small = len(values.shape) < 2 or name.startswith("position_embd") or ".ffn_gate_inp." in name
     kind = values.kind if chosen == "auto" or small else chosen.upper()
     if kind == "Q8_0" and values.shape[-1] % 32:
         kind = "F16"
