@@ -29,7 +29,7 @@ from sleb.models.store import build_once, is_complete
 __all__ = ["ResolvedModel", "fetch_alias", "fetch_model", "resolve_config", "resolve_model"]
 
 _CONVERTER = (
-    2  # raise it when another folder is made of the same GGUF file: those of before are then not used
+    3  # raise it when another folder is made of the same GGUF file: those of before are then not used
 )
 
 Report = Callable[[int, int], None]

@@ -475,6 +475,33 @@ def check_llama_cpp(model, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max(), rtol=0)
 
 
+def check_transformers(model, tmp_path):
+    """The folder that a file becomes is one of transformers' own."""
+    from transformers import AutoModelForCausalLM
+
+    if family_of(read_config(model.path)).gguf is None:
+        return
+    folder = converted(export(model, tmp_path / "pruned.gguf"), tmp_path / "again")
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    found, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.inference_mode():
+        logits = found(torch.tensor([PROMPT]), use_cache=False).logits[0]
+    torch.testing.assert_close(logits, model.without(REMOVED).logits(PROMPT), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_transformers_loads_what_is_read(variant, folder_of, tmp_path):
+    if variant not in REFUSED:
+        check_transformers(folder_of(variant), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_transformers_loads_what_is_read_of_those(name, folder_of, tmp_path):
+    check_transformers(folder_of(name, **MORE[name]), tmp_path)
+
+
 @pytest.mark.slow
 def test_llama_cpp_computes_the_pruned_model(architecture, folder_of, tmp_path):
     if architecture not in REFUSED:

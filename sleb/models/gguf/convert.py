@@ -87,7 +87,8 @@ def convert_gguf(
     plan = _plan(_by_expert(tensors), family, config, source)
     unread = {"num_key_value_heads", "head_dim"} - set(family.fields)  # it derives them
     written = {family.own(name): value for name, value in config.items() if name not in unread}
-    _write_json(folder / "config.json", written | token_ids(vocabulary))
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not what the class fills in
+    _write_json(folder / "config.json", written | none | token_ids(vocabulary))
     _write_json(folder / "generation_config.json", generation_config(fields, vocabulary))
     write_tokenizer(vocabulary, folder, config["max_position_embeddings"])
     _write_weights(plan, folder, dtype, shard_bytes, progress, source)
