@@ -178,8 +178,16 @@ def check(name, folder_of, tmp_path, tiny_model):
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_pruned_file_is_the_pruned_model(architecture, folder_of, tmp_path, tiny_model):
     check(architecture, folder_of, tmp_path, tiny_model)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "llama-linear", "llama-yarn", "qwen3", "smollm3", "phi3-longrope", "opt"]
+)
+def test_rotations_and_what_llama_cpp_lacks(name, folder_of, tmp_path, tiny_model):
+    check(name, folder_of, tmp_path, tiny_model)
 
 
 def test_a_pruned_file_is_the_pruned_model_of_other_families(variant, folder_of, tmp_path, tiny_model):
