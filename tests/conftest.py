@@ -250,6 +250,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOss",
         {
             "head_dim": 16,
+            "intermediate_size": 64,
             "sliding_window": 6,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,

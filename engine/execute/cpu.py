@@ -14,7 +14,16 @@ from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.step_arrays import StepArrays
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.rotary import RotaryTables
-from sleb.engine.model.weights import AttentionWeights, DecoderWeights, MLPWeights, Norm, PatchWeights
+from sleb.engine.model.weights import (
+    AttentionWeights,
+    DecoderWeights,
+    ExpertsWeights,
+    Linear,
+    MLPWeights,
+    Norm,
+    PatchWeights,
+)
+from sleb.errors import ConfigError
 from sleb.kernels.cpu import records
 from sleb.kernels.cpu.library import (
     ACTIVATIONS,
@@ -22,10 +31,15 @@ from sleb.kernels.cpu.library import (
     FORMATS,
     MLP,
     NORMS,
+    NOT_SHARED,
     PAGE_SIZES,
     PATCH,
+    SHARED,
+    SHARED_GATED,
     CpuKernels,
+    format_of,
 )
+from sleb.kernels.quantization import rows_of
 
 
 def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
@@ -36,8 +50,8 @@ def unsupported_feature(spec: DecoderSpec, page_size: int) -> str | None:
         return "projected embeddings"
     if spec.qk_norm == "whole" and spec.qk_norm_after_rotation:
         return "norms of all heads together after their rotation"
-    if spec.experts is not None:
-        return "mixtures of experts"
+    if spec.experts is not None and (spec.parallel or spec.post_norm):
+        return "mixtures of experts in parallel blocks, or with norms of their updates"
     if spec.activation not in ACTIVATIONS:
         return f"activation {spec.activation}"
     if page_size not in PAGE_SIZES:
@@ -192,6 +206,9 @@ class CpuExecutor:
         if weights.position_embed is not None:
             model.position_embed = keep(weights.position_embed)
         model.final_norm = self._norm(weights.final_norm)
+        if (experts := spec.experts) is not None:
+            model.expert_slots = experts.top_k + (experts.shared_size > 0)
+            model.router_size = experts.number + (experts.names.shared_gate is not None)
         return model
 
     def _norm(self, norm: Norm | None) -> records.Norm:
@@ -224,9 +241,41 @@ class CpuExecutor:
         spec, kernels = self._spec, self._kernels
         unit.kind = MLP
         unit.norm, unit.post_norm = self._norm(weights.norm), self._norm(weights.post_norm)
+        if weights.experts is not None:
+            self._fill_experts(unit, weights, weights.experts)
+            return
         unit.activation = ACTIVATIONS[spec.activation]
         unit.first = kernels.pack(weights.up.weight, weights.up.bias, gated=spec.gated)
         unit.second = kernels.pack(weights.down.weight, weights.down.bias)
+
+    def _fill_experts(self, unit: records.Unit, weights: MLPWeights, beside: ExpertsWeights) -> None:
+        spec, kernels, experts = self._spec, self._kernels, self._spec.experts
+        assert experts is not None
+        ups, downs = (_each(linear, experts.number) for linear in (weights.up, weights.down))
+        router, bias = beside.router.weight, beside.router.bias
+        assert isinstance(router, Tensor)
+        record = records.Experts(
+            count=experts.number, top_k=experts.top_k, normalised=experts.normalised, shared=NOT_SHARED
+        )
+        if beside.shared_up is not None and beside.shared_down is not None:
+            ups, downs = [*ups, beside.shared_up], [*downs, beside.shared_down]
+            record.shared = SHARED
+            if {format_of(each.weight) for each in (*ups, *downs)} != {format_of(ups[0].weight)}:
+                raise ConfigError(
+                    "the expert that every token gets is not quantised as the others are here: use --kernels torch"
+                )
+        if beside.shared_gate is not None:
+            assert bias is None, "no family has both"
+            record.shared, router = SHARED_GATED, torch.cat((router, beside.shared_gate))
+        record.router = kernels.pack(router, bias)
+        record.correction = kernels.keep(beside.correction)
+        up = (records.Linear * len(ups))(
+            *(kernels.pack(each.weight, each.bias, gated=spec.gated) for each in ups)
+        )
+        down = (records.Linear * len(downs))(*(kernels.pack(each.weight, each.bias) for each in downs))
+        record.up, record.down = ctypes.addressof(up), ctypes.addressof(down)
+        unit.activation, unit.experts = ACTIVATIONS[experts.activation], ctypes.addressof(record)
+        self._kept += [record, up, down]
 
     def _fill_patch(self, unit: records.Unit, weights: PatchWeights) -> None:
         kernels = self._kernels
@@ -245,6 +294,8 @@ class CpuExecutor:
         self._max_samples = max(max_num_seqs, 64)
         attended = [unit.second.k for unit in units if unit.kind == ATTENTION]
         activated = max((unit.second.k for unit in units if unit.kind != ATTENTION), default=0)
+        if spec.experts is not None:
+            activated = max(activated, spec.experts.intermediate_size, spec.experts.shared_size)
         widest = max(spec.hidden_size, activated, *attended)
         workspace = library.sleb_workspace_create(
             self._model, widest, activated, self._max_samples, max_num_seqs, size
@@ -259,6 +310,19 @@ class CpuExecutor:
         self._residual = torch.frombuffer(values, dtype=torch.float32).view(
             self._max_tokens, spec.hidden_size
         )
+
+
+def _each(linear: Linear, number: int) -> list[Linear]:
+    """The experts' own of their stacked matrices."""
+    size = linear.weight.shape[0] // number
+    starts = range(0, number * size, size)
+    return [
+        Linear(
+            rows_of(linear.weight, start, start + size),
+            None if linear.bias is None else linear.bias[start : start + size],
+        )
+        for start in starts
+    ]
 
 
 def _address(values: array[int]) -> int:

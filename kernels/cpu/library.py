@@ -34,7 +34,11 @@ ACTIVATIONS = {
     "gelu_new": HEADER.constants["SLEB_GELU_TANH"],
     "gelu_pytorch_tanh": HEADER.constants["SLEB_GELU_TANH"],
     "relu2": HEADER.constants["SLEB_RELU2"],
+    "clamped_swiglu": HEADER.constants["SLEB_CLAMPED_SWIGLU"],
 }
+NOT_SHARED, SHARED, SHARED_GATED = (
+    HEADER.constants[f"SLEB_{name}"] for name in ("NOT_SHARED", "SHARED", "SHARED_GATED")
+)
 PAGE_SIZES = (16, 32, 64, 128)  # a page must hold whole columns of 16 keys and divide a chunk of 128
 EMULATED = "amx-emulated"
 # ns for which an idle thread looks for work before it sleeps. Waking it takes some 100 µs, and a fast model's steps are

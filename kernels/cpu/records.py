@@ -41,6 +41,10 @@ class Norm(ctypes.Structure):
     """sleb_norm"""
 
 
+class Experts(ctypes.Structure):
+    """sleb_experts"""
+
+
 class Unit(ctypes.Structure):
     """sleb_unit"""
 
@@ -137,7 +141,7 @@ class Header:
         return ctypes.POINTER(pointee) if pointee else ctypes.c_void_p
 
 
-_ALL: tuple[type[ctypes.Structure], ...] = (Linear, Norm, Unit, Model, Step, Sample, Isa)
+_ALL: tuple[type[ctypes.Structure], ...] = (Linear, Norm, Experts, Unit, Model, Step, Sample, Isa)
 HEADER = Header(
     (SOURCES / "sleb_cpu.h").read_text(encoding="utf-8"),
     {f"sleb_{record.__name__.lower()}": record for record in _ALL},

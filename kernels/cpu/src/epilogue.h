@@ -13,6 +13,8 @@ typedef struct {
     char *out;
     size_t stride; /* bytes; TO_HEAD: of logits */
     float factor;  /* TO_ADD: of the sums */
+    const int32_t *rows; /* where each row goes, or NULL: to its own place */
+    const float *shares; /* of each row, with `rows`: a factor on its sums */
     float softcap; /* TO_HEAD: of the logits, 0 for none; the order of them stays */
     float *best;   /* TO_HEAD, or NULL */
     int32_t *best_index;
@@ -55,13 +57,12 @@ INLINE void finish_row(const epilogue *e, const sleb_linear *w, int32_t row, int
         x0 = _mm512_add_ps(x0, load_f32(w->bias + packed));
         x1 = _mm512_add_ps(x1, load_f32(w->bias + packed + 16));
     }
-    char *out = e->out + (size_t)row * e->stride;
+    char *out = e->out + (size_t)(e->rows ? e->rows[row] : row) * e->stride;
     if (e->target == TO_HEAD) {
         finish_head(e, w, row, panel, x0, x1);
     } else if (w->gated) {
         int32_t column = panel * 16;
-        store_row(out, e->kind, column, _mm512_mul_ps(activate_ps(x0, e->activation), x1),
-                  tail_mask(w->n / 2 - column));
+        store_row(out, e->kind, column, gate_ps(x0, x1, e->activation), tail_mask(w->n / 2 - column));
     } else {
         int32_t column = panel * SLEB_PANEL, left = w->n - column;
         __mmask16 m0 = tail_mask(left), m1 = left > 16 ? tail_mask(left - 16) : 0;
@@ -72,7 +73,7 @@ INLINE void finish_row(const epilogue *e, const sleb_linear *w, int32_t row, int
         }
         float *sums = (float *)out + column;
         if (e->target == TO_ADD) {
-            const __m512 factor = _mm512_set1_ps(e->factor);
+            const __m512 factor = _mm512_set1_ps(e->rows ? e->factor * e->shares[row] : e->factor);
             x0 = _mm512_fmadd_ps(x0, factor, _mm512_maskz_loadu_ps(m0, sums));
             x1 = _mm512_fmadd_ps(x1, factor, _mm512_maskz_loadu_ps(m1, sums + 16));
         }

@@ -7,6 +7,7 @@
 #include "amx.h"
 #include "attention.h"
 #include "epilogue.h"
+#include "experts.h"
 #include "gemm.h"
 #include "operand.h"
 #include "panel.h"
@@ -138,6 +139,87 @@ static void run_mlp(const pass *p, const sleb_unit *u, int32_t rows, sleb_local 
     operand x = prepare_residual(p->model, u, rows, local);
     activate(p->model, u, &x, rows, local, index);
     add_activated(p->model, u, rows, local);
+}
+
+/* Row `row` of the residual, normed, as the operand of each of its slots. */
+static void fill_slots(const sleb_model *m, const sleb_unit *u, int32_t row, operand *into, sleb_local *local) {
+    const int32_t per = slots_of_row(u->experts), *slots = m->workspace->slots.slots + (size_t)row * per;
+    prepare_row(m->workspace->residual + (size_t)row * m->hidden_size, m->hidden_size, &u->norm, m->norm_eps, local->row,
+                slots[0], into);
+    for (int32_t j = 1; j < per; j++) {
+        size_t from = (size_t)slots[0] * into->groups, to = (size_t)slots[j] * into->groups;
+        memcpy((char *)into->data + (size_t)slots[j] * into->stride,
+               into->data + (size_t)slots[0] * into->stride, into->stride);
+        if (into->kind != ROWS_BYTES) continue;
+        memcpy((float *)into->scale + to, into->scale + from, into->groups * 4);
+        memcpy((float *)into->offset + to, into->offset + from, into->groups * 4);
+        memcpy((int32_t *)into->init + to, into->init + from, into->groups * 4);
+    }
+}
+
+/* As clear_padding, for slots whose experts may differ in width. */
+static void clear_slots(const sleb_experts *x, const sleb_slots *s, char *data, size_t stride, int32_t kind) {
+    for (int32_t e = 0; e < x->count + (x->shared != 0); e++) {
+        size_t used = (size_t)x->down[e].k * element_bytes(kind);
+        size_t whole = (size_t)round_up(x->down[e].k, SLEB_GROUP) * element_bytes(kind);
+        for (int32_t slot = s->starts[e]; used < whole && slot < s->starts[e + 1]; slot++)
+            memset(data + (size_t)slot * stride + used, 0, whole - used);
+    }
+}
+
+/* The choice of a few rows, and their operands, one thread makes for all: that is faster than to share it. Operands are
+ * of the kind for one row, since how many an expert gets is not known before. */
+static void run_experts(const sleb_model *m, const sleb_unit *u, int32_t rows, sleb_local *local, int32_t index) {
+    const sleb_experts *x = u->experts;
+    sleb_workspace *ws = m->workspace;
+    sleb_slots *s = &ws->slots;
+    int32_t per = slots_of_row(x), few = rows <= SLEB_FEW_ROWS, begin, end;
+    int32_t features = max_i(x->down[0].k, x->down[x->count + (x->shared != 0) - 1].k);
+    operand in = prepare(m, &x->router, &u->norm, ws->residual, m->hidden_size, rows, local);
+    epilogue store = {.target = TO_STORE, .out = (char *)s->logits, .stride = (size_t)x->router.n * 4};
+    multiply(m->pool, &x->router, &in, &store, rows, local);
+    sleb_barrier(m->pool);
+    if (!few) {
+        while (sleb_take(m->pool, rows, &begin, &end))
+            for (int32_t row = begin; row < end; row++)
+                choose_experts(x, s->logits + (size_t)row * x->router.n, s->chosen + (size_t)row * per,
+                               s->shares + (size_t)row * per);
+        sleb_barrier(m->pool);
+    }
+    in = whole_operand(ws, operand_kind(x->up[0].format, 1), m->hidden_size);
+    if (index == 0) {
+        for (int32_t row = 0; few && row < rows; row++)
+            choose_experts(x, s->logits + (size_t)row * x->router.n, s->chosen + (size_t)row * per,
+                           s->shares + (size_t)row * per);
+        lay_out_slots(x, s, rows);
+        for (int32_t row = 0; few && row < rows; row++) fill_slots(m, u, row, &in, local);
+    }
+    sleb_barrier(m->pool);
+    if (!few) {
+        while (sleb_take(m->pool, rows, &begin, &end))
+            for (int32_t row = begin; row < end; row++) fill_slots(m, u, row, &in, local);
+        sleb_barrier(m->pool);
+    }
+    int32_t kind = written_kind(&x->down[0], 1);
+    size_t stride = row_bytes(features, kind);
+    if (index == 0) clear_slots(x, s, ws->activated, stride, kind);
+    epilogue act = {.target = TO_ACTIVATE, .activation = u->activation, .kind = kind, .out = ws->activated,
+                    .stride = stride};
+    multiply_up(m->pool, x, s, &in, &act, local);
+    sleb_barrier(m->pool);
+    in = (operand){kind, ws->activated, stride, NULL, NULL, NULL, 0};
+    if (operand_kind(x->down[0].format, 1) != kind) {
+        in = whole_operand(ws, operand_kind(x->down[0].format, 1), features);
+        while (sleb_take(m->pool, rows * per, &begin, &end))
+            for (int32_t slot = begin; slot < end; slot++)
+                prepare_row((const float *)(ws->activated + (size_t)slot * stride), features, NULL, m->norm_eps,
+                            local->row, slot, &in);
+        sleb_barrier(m->pool);
+    }
+    epilogue add = {.target = TO_ADD, .factor = m->residual_scale, .rows = s->rows, .shares = s->slot_shares,
+                    .out = (char *)ws->residual, .stride = (size_t)m->hidden_size * 4};
+    multiply_down(m->pool, x, s, &in, &add, local);
+    sleb_barrier(m->pool);
 }
 
 /* Attention and MLP of a block that read the same residual: both first products come before either adds to it. */
@@ -298,6 +380,8 @@ static void forward_thread(void *argument, int32_t index) {
             run_parallel(p, u, sequences, rows, local, index), number++;
         else if (u->kind == SLEB_ATTENTION)
             run_attention(p, u, sequences, rows, local, index);
+        else if (u->kind == SLEB_MLP && u->experts)
+            run_experts(m, u, rows, local, index);
         else if (u->kind == SLEB_MLP)
             run_mlp(p, u, rows, local, index);
         else

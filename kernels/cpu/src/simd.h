@@ -117,6 +117,17 @@ INLINE __m512 activate_ps(__m512 x, int32_t activation) {
     }
 }
 
+/* activation(gate) · up; the clamped one as kernels/reference/ops.py has it. Of a NaN min and max give the second. */
+INLINE __m512 gate_ps(__m512 gate, __m512 up, int32_t activation) {
+    if (activation != SLEB_CLAMPED_SWIGLU) return _mm512_mul_ps(activate_ps(gate, activation), up);
+    const __m512 limit = _mm512_set1_ps(7.0f), lowest = _mm512_set1_ps(-7.0f);
+    gate = _mm512_min_ps(limit, gate);
+    up = _mm512_max_ps(lowest, _mm512_min_ps(limit, up));
+    __m512 falling = exp2_ps(_mm512_mul_ps(gate, _mm512_set1_ps(-1.702f * LOG2_E)));
+    __m512 glu = _mm512_div_ps(gate, _mm512_add_ps(falling, _mm512_set1_ps(1.0f)));
+    return _mm512_mul_ps(glu, _mm512_add_ps(up, _mm512_set1_ps(1.0f)));
+}
+
 INLINE int32_t min_i(int32_t a, int32_t b) { return a < b ? a : b; }
 INLINE int32_t max_i(int32_t a, int32_t b) { return a > b ? a : b; }
 

@@ -25,7 +25,9 @@ enum { SLEB_F32, SLEB_F16, SLEB_BF16, SLEB_I8, SLEB_I4, SLEB_I8_GROUPS, SLEB_I8_
 enum { SLEB_MINIMUM, SLEB_ZERO, SLEB_MIDDLE };
 
 enum { SLEB_NO_NORM, SLEB_NORM_RMS, SLEB_NORM_LAYER };
-enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH, SLEB_RELU2, SLEB_IDENTITY };
+enum { SLEB_SILU, SLEB_RELU, SLEB_GELU, SLEB_GELU_TANH, SLEB_RELU2, SLEB_CLAMPED_SWIGLU, SLEB_IDENTITY };
+enum { SLEB_NOT_SHARED, SLEB_SHARED, SLEB_SHARED_GATED };
+enum { SLEB_MAX_EXPERTS = 1024 };
 enum { SLEB_ATTENTION, SLEB_MLP, SLEB_PATCH };
 
 /* A packed matrix [n, k]. When gated, rows [0, n/2) are gate and the rest up, and a panel holds 16 of each. */
@@ -42,6 +44,15 @@ typedef struct {
     int32_t kind;               /* SLEB_NO_NORM: there is none */
 } sleb_norm;
 
+/* The experts of an MLP: `up` and `down` have a matrix of each, and one more where an expert is shared by all rows. The
+ * router is float32, [count, E], and has one more output where that expert has a gate. */
+typedef struct {
+    sleb_linear router;
+    const sleb_linear *up, *down;
+    const float *correction; /* [count], added to the scores for the choice alone, or NULL */
+    int32_t count, top_k, normalised, shared;
+} sleb_experts;
+
 /* What rows of the residual run. A sublayer: norm, a first product (qkv, or up), attention or activation, a second
  * product (out, or down), and perhaps a norm of the update before it is added. A patch: the same without anything
  * between its products; without a first one if it is of full rank; x = scale x + shift if there is a scale. */
@@ -54,6 +65,7 @@ typedef struct {
     const float *sinks;              /* [H] or NULL: logits that join the denominators of a head's softmax */
     void *key_cache, *value_cache;   /* see attention.h for the layout of a page */
     const float *scale, *shift;      /* [E] or NULL; patches only */
+    const sleb_experts *experts;     /* of an MLP, or NULL: then first and second are not */
     int32_t kind;
     int32_t rotary_half;
     int32_t window;     /* a token sees itself and the window - 1 before it; 0 for all */
@@ -67,6 +79,7 @@ typedef struct sleb_workspace sleb_workspace;
 typedef struct {
     int32_t hidden_size, num_heads, num_kv_heads, head_dim, vocab_size, num_units;
     int32_t page_size, kv_format, embed_format, embed_packed, max_tokens, position_offset;
+    int32_t expert_slots, router_size; /* the most experts that a row gets, the most outputs of a router; 0: none */
     int32_t qk_whole, qk_after;       /* norms of queries and keys: over all heads; after the rotation */
     float norm_eps, scale;            /* scale: of the scores */
     float embed_scale, residual_scale; /* of the token embeddings; of every update of the residual */

@@ -40,11 +40,18 @@ static void lay_out(sleb_workspace *ws, arena *a, const sleb_model *m, size_t wi
     ws->first = carve(a, rows * max_size((heads + 2 * kv) * dim, hidden) * 4);
     ws->query = carve(a, (rows * heads + piece_rows) * padded * 4);
     ws->attended = carve(a, rows * padded_row(heads * dim));
-    ws->activated = carve(a, rows * padded_row(activated));
+    size_t slots = rows * (size_t)m->expert_slots, experts = (size_t)m->router_size + 2;
+    ws->activated = carve(a, max_size(rows, slots) * padded_row(activated));
+    token_rows = max_size(token_rows, slots);
     ws->operand = carve(a, (token_rows + piece_rows) * wide);
     ws->group_scale = carve(a, token_rows * groups * 4);
     ws->group_offset = carve(a, token_rows * groups * 4);
     ws->group_init = carve(a, token_rows * groups * 4);
+    ws->slots.logits = carve(a, rows * (size_t)m->router_size * 4);
+    ws->slots.chosen = carve(a, slots * 4), ws->slots.slots = carve(a, slots * 4);
+    ws->slots.shares = carve(a, slots * 4), ws->slots.slot_shares = carve(a, slots * 4);
+    ws->slots.rows = carve(a, slots * 4);
+    ws->slots.starts = carve(a, experts * 4), ws->slots.tasks = carve(a, experts * 4);
     ws->head_rows = carve(a, samples * hidden * 4);
     ws->max_partials = (int32_t)(8 * threads);
     /* A sequence's rows in pieces of 12 or more, the last one shorter, and what splits add. */

@@ -33,6 +33,16 @@ typedef struct {
     int32_t sequence, first_row, num_rows, first_key, num_keys, num_splits, partial; /* partial: -1 when whole */
 } sleb_piece;
 
+/* Of an MLP with experts, see experts.h; T rows with k experts each. */
+typedef struct {
+    float *logits;                      /* [T, router outputs] */
+    int32_t *chosen, *slots;            /* [T, k]: experts, and where each lies among the slots */
+    float *shares;                      /* [T, k] */
+    int32_t *rows;                      /* [T · k]: of a slot */
+    float *slot_shares;                 /* [T · k] */
+    int32_t *starts, *tasks;            /* [N + 1]: of experts, where slots and tasks begin */
+} sleb_slots;
+
 struct sleb_workspace {
     int32_t max_partials;
     float *residual;              /* [T, E], float32 for every format: small beside weights, rounded in operands only */
@@ -47,6 +57,7 @@ struct sleb_workspace {
     int32_t *piece_ends;          /* [S + 1]: pieces of the first sequences */
     float *partials;              /* [partials, K, rows, Dp + 2] */
     sleb_local *locals;
+    sleb_slots slots;
 };
 
 #endif

@@ -252,10 +252,10 @@ def workload(seed, vocab=96, count=14):
     return prompts, [rng.choice([0, 2, 4]) for _ in prompts]
 
 
-@pytest.mark.parametrize("budget", [2048, 19])
-def test_mixed_depths_give_the_tokens_of_the_torch_operators(budget, level, tiny_model, make_llm, make):
+@pytest.mark.parametrize(("name", "budget"), [("llama-gqa", 2048), ("llama-gqa", 19), ("qwen2-moe", 19)])
+def test_mixed_depths_give_the_tokens_of_the_torch_operators(name, budget, level, tiny_model, make_llm, make):
     """A cache so small that requests are preempted, prefix hits, chunks, and three depths in one batch."""
-    model = tiny_model("llama-gqa")
+    model = tiny_model(name)
     options = {"page_size": 16, "max_num_batched_tokens": budget}
     prompts, depths = workload(budget)
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=0, prompt_logprobs=0)
@@ -359,22 +359,27 @@ def test_more_rows_than_are_sampled_at_once(tiny_model, make, make_request, forw
     close(forward(engine, [(request, 0, len(prompt))]), model.logits(prompt))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_no_further_from_float32_than_torch(dtype, level, tiny_model, make_llm, make):
-    model = tiny_model("llama-gqa")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama-gqa", "bfloat16"), ("llama-gqa", "float16"), ("gpt-oss", "bfloat16")],
+)
+def test_half_precision_is_no_further_from_float32_than_torch(name, dtype, level, tiny_model, make_llm, make):
+    model = tiny_model(name)
     exact = make(model).score(PROMPT[:60])
     error = (make(model, dtype=dtype, max_num_batched_tokens=40).score(PROMPT[:60]) - exact).abs().mean()
     torch_error = (make_llm(model, dtype=dtype, page_size=16).score(PROMPT[:60]) - exact).abs().mean()
     assert error < torch_error
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-moe"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantised_weights_are_close_to_what_they_stand_for(weights, level, tiny_model, make_llm, make):
-    """The torch operators compute with the same weights; the kernels round activations to eight bits besides."""
-    model = tiny_model("llama-gqa")
+def test_quantised_weights_are_close_to_what_they_stand_for(weights, name, level, tiny_model, make_llm, make):
+    """The torch operators compute with the same weights; the kernels round activations to eight bits besides, which
+    now and then makes a token get another expert."""
+    model = tiny_model(name)
     expected = make_llm(model, weights=weights, page_size=16).score(PROMPT[:60])
-    scores = make(model, weights=weights, max_num_batched_tokens=40).score(PROMPT[:60])
-    assert (scores - expected).abs().mean() < 0.1
+    error = (make(model, weights=weights, max_num_batched_tokens=40).score(PROMPT[:60]) - expected).abs()
+    assert (error.mean() if name == "llama-gqa" else error.median()) < 0.1
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

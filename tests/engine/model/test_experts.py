@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -154,6 +155,31 @@ def test_bad_numbers_get_a_line(change, message, tiny_model, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=message):
         load(folder)
+
+
+def test_gpt_oss_as_published(tiny_model, tmp_path):
+    """Its experts in MXFP4 (OCP Microscaling Formats 1.0): four bits a number, and a power of two for every 32."""
+    model = tiny_model("gpt-oss")
+    folder, generator = shutil.copytree(model.path, tmp_path / "model"), torch.Generator().manual_seed(2)
+    tensors, reference = load_file(folder / "model.safetensors"), copy.deepcopy(model.model)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        number, inputs, outputs = tensors.pop(name).shape
+        shape = (number, outputs, inputs // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(121, 126, shape, dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        nibbles = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(3).long()
+        plain = torch.cat((values, -values))[nibbles] * 2.0 ** (scales[..., None].float() - 127)
+        reference.get_parameter(name).data.copy_(plain.flatten(2).transpose(1, 2))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    expected = type(model)("reference", folder, reference).logprobs(PROMPT)[:-1]
+    following = torch.tensor(PROMPT[1:])[:, None]
+    torch.testing.assert_close(score(folder), expected.gather(1, following)[:, 0], atol=1e-4, rtol=0)
 
 
 def test_other_clamps_than_gpt_oss_has_are_refused(tiny_model, tmp_path):

@@ -69,6 +69,20 @@ static sleb_linear random_linear(sleb_pool *pool, int32_t format, int32_t n, int
     return w;
 }
 
+/* Five experts, of which a row gets two, and one that every row gets by a gate, wider than they are. */
+static sleb_experts *random_experts(sleb_pool *pool, int32_t format) {
+    sleb_experts *x = must(calloc(1, sizeof *x));
+    sleb_linear *up = must(calloc(6, sizeof *up)), *down = must(calloc(6, sizeof *down));
+    for (int32_t e = 0; e < 6; e++) {
+        int32_t inner = e == 5 ? MIDDLE : 40;
+        up[e] = random_linear(pool, format, 2 * inner, HIDDEN, 1, e == 1);
+        down[e] = random_linear(pool, format, HIDDEN, inner, 0, e == 2);
+    }
+    *x = (sleb_experts){random_linear(pool, SLEB_F32, 6, HIDDEN, 0, 1), up, down, random_floats(5, 0.0f, 0.1f), 5, 2, 1,
+                        SLEB_SHARED_GATED};
+    return x;
+}
+
 static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_t kv_bytes) {
     size_t cache = (size_t)SEQUENCES * PAGES * KV_HEADS * PAGE * 32 * (size_t)kv_bytes;
     for (int32_t i = 0; i < 2 * BLOCKS; i++) {
@@ -99,6 +113,7 @@ static void fill_units(sleb_unit *units, sleb_pool *pool, int32_t format, int32_
             u->activation = i == 3 ? SLEB_GELU_TANH : SLEB_SILU;
             u->first = random_linear(pool, format, gated ? 2 * MIDDLE : MIDDLE, HIDDEN, gated, i == 1);
             u->second = random_linear(pool, format, HIDDEN, MIDDLE, 0, 0);
+            if (i == 5) u->experts = random_experts(pool, format), u->post_norm.kind = SLEB_NO_NORM;
         }
     }
     for (int32_t i = 2 * BLOCKS; i < UNITS; i++) units[i].kind = SLEB_PATCH, units[i].norm.kind = SLEB_NORM_RMS;
@@ -190,7 +205,7 @@ int main(int argc, char **argv) {
     sleb_model m = {
         .hidden_size = HIDDEN, .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM,
         .vocab_size = VOCAB, .num_units = UNITS, .page_size = PAGE, .kv_format = kv_format, .embed_packed = 1,
-        .max_tokens = MAX_TOKENS, .qk_whole = 1, .norm_eps = 1e-5f, .scale = 0.2f, .embed_scale = 1.5f,
+        .max_tokens = MAX_TOKENS, .expert_slots = 3, .router_size = 6, .qk_whole = 1, .norm_eps = 1e-5f, .scale = 0.2f, .embed_scale = 1.5f,
         .residual_scale = 0.8f, .clip = 3.0f, .softcap = 5.0f, .logit_softcap = 20.0f,
         .units = units, .final_norm = {random_floats(HIDDEN, 1.0f, 0.2f), NULL, SLEB_NORM_RMS},
         .head = random_linear(pool, format == SLEB_I4 ? SLEB_I8 : format, VOCAB, HIDDEN, 0, 0), .pool = pool,
