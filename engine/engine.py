@@ -33,6 +33,7 @@ from sleb.engine.schedule.scheduler import Scheduler
 from sleb.engine.schedule.step import Step
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError, InvalidOutputError, RequestError
+from sleb.kernels.names import FILE
 from sleb.kernels.reference.ops import NO_TOKEN
 from sleb.models.resolve import resolve_model
 
@@ -75,7 +76,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         config.check()
         self.config = config
-        resolved = resolve_model(str(config.model))
+        resolved = resolve_model(str(config.model), keep_bits=config.weights == FILE)
         self.spec = resolve_spec(resolved.path)
         self.model_name = resolved.name.lower()
         self.layer_map, shipped = load_layer_map(config.layer_map, resolved, self.spec)

@@ -69,7 +69,7 @@ class DecoderScorer:
         """
         EngineConfig(model, dtype=dtype, weights=weights).check()
         target = resolve_device(device)
-        resolved = resolve_model(model)
+        resolved = resolve_model(model, keep_bits=weights == FILE)
         spec = resolve_spec(resolved.path)
         check(spec)
         chosen = resolve_dtype(dtype, weights, spec.checkpoint_dtype)

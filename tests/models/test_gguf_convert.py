@@ -34,6 +34,9 @@ from transformers import (
     SmolLM3Config,
 )
 
+from sleb.engine.llm import LLM
+from sleb.engine.model.architecture import resolve_spec
+from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.errors import ModelError
 from sleb.fields import Fields
 from sleb.models.gguf.convert import convert_gguf
@@ -449,6 +452,36 @@ def test_quantised_weights_are_what_the_gguf_package_says(
         if values.ndim == 2:  # blocks lie along a row, so the order of rows does not matter
             values = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
         np.testing.assert_array_equal(converted[name].numpy(), values, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_a_conversion_that_keeps_the_bits(
+    kind: str, tmp_path: Path, vocabulary: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scores are those of the numbers that the usual one writes, from as many bytes as the file has."""
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    _, config = config_of("llama", len(vocabulary[0]))
+    source = write_gguf(
+        tmp_path / "some.gguf",
+        "llama",
+        tiny_model(config),
+        vocabulary,
+        quantize=gguf.GGMLQuantizationType[kind],
+    )
+    (wide := tmp_path / "wide").mkdir()
+    convert_gguf(source, wide, dtype="float32")
+    options: dict[str, Any] = {"dtype": "float32", "kernels": "torch", "device": "cpu", "page_size": 4}
+    tokens = list(range(3, 15))
+    expected = LLM(wide, "none", **options).score(tokens)
+    llm = LLM(source, "none", weights="file", **options)
+    torch.testing.assert_close(llm.score(tokens), expected, atol=1e-4, rtol=0)
+    folder = resolve_model(str(source), keep_bits=True).path
+    checkpoint = open_checkpoint(folder, resolve_spec(folder))
+    assert {each.format.name for each in checkpoint.quantized.values()} == {f"GGUF {kind}"}
+    matrices = sum(math.prod(each.shape) for each in checkpoint.quantized.values())
+    plain = sum(math.prod(each.shape) for each in checkpoint.tensors.values()) - matrices
+    bits = {"Q4_0": 4.5, "Q4_1": 5, "Q8_0": 8.5}[kind]
+    assert llm.engine.weight_bytes(0) == pytest.approx(matrices * bits / 8 + plain * 4, rel=0.001)
 
 
 @pytest.mark.parametrize("pre", sorted(RULES))

@@ -10,11 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sleb.engine.model.quantized.formats import FORMATS, Decoded, Format, Module, Plan
+from sleb.engine.model.quantized.formats import FORMATS as OTHERS
+from sleb.engine.model.quantized.formats import Decoded, Format, Module, Plan
+from sleb.engine.model.quantized.gguf import GGUF
 from sleb.errors import ModelError
 from sleb.fields import Fields, read_json, shown, shown_path, shown_text
 from sleb.kernels.quantization import Quantized
 from sleb.models.weight_files import StoredTensor, opened
+
+FORMATS = {**OTHERS, "gguf": GGUF}
 
 _NUMBERS = ("F64", "F32", "F16", "BF16")
 # How tensors' names end in each format, the telling ones first: all of `ends` must be there.
@@ -128,7 +132,7 @@ def check_not_quantized(path: Path, tensors: Sequence[StoredTensor]) -> None:
     raise ModelError(
         f"{shown_path(path)} holds quantised weights ({found}; {tensor}), which sleb does not read: give the model's "
         "unquantised checkpoint, which --weights int8 or int4 quantises as it is loaded, a GGUF file, or one whose "
-        f"config.json says quant_method {', '.join(sorted(FORMATS))}"
+        f"config.json says quant_method {', '.join(sorted(OTHERS))}"
     )
 
 

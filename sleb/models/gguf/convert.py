@@ -21,6 +21,7 @@ import numpy.typing as npt
 from sleb.errors import ModelError
 from sleb.fields import shown, shown_path
 from sleb.models.families import Family
+from sleb.models.gguf.blocks import BLOCKS, kept_end
 from sleb.models.gguf.config import (
     architecture_of,
     generation_config,
@@ -46,14 +47,37 @@ _MAX_ROPE_FACTORS = 1 << 11  # half the largest head
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to write."""
+    """A tensor to write: in `dtype`, or with `keep_bits` in its blocks where those are kept."""
 
     placed: Placed
     source: Tensor
+    dtype: Dtype
+    keep_bits: bool
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its blocks are written as they are."""
+        is_matrix = self.keep_bits and len(self.source.shape) == 2
+        return (
+            is_matrix
+            and self.source.kind.name in BLOCKS
+            and not (self.placed.transposed or self.placed.shift)
+        )
+
+    @property
+    def name(self) -> str:
+        """In the folder."""
+        name = self.placed.name
+        return name.removesuffix(".weight") + kept_end(self.source.kind.name) if self.keeps else name
 
     @property
     def num_elements(self) -> int:
         return int(np.prod(self.source.shape, dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        """In the folder."""
+        return self.source.data.nbytes if self.keeps else self.num_elements * _ITEM_BYTES[self.dtype]
 
 
 def convert_gguf(
@@ -61,11 +85,14 @@ def convert_gguf(
     folder: Path,
     *,
     dtype: Dtype = "bfloat16",
+    keep_bits: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
     """Writes the model of `source` into the existing empty `folder`.
 
+    keep_bits: matrices in blocks of a kind that `sleb.models.gguf.blocks` knows stay in them, as bytes, unless they
+    must be turned; vectors are float32.
     `progress(done, total)` counts bytes of weights written. Not atomic: `sleb.models.store` sees to that. Raises
     ModelError for a file that is damaged or not supported, OSError when the folder cannot be written.
     """
@@ -84,18 +111,25 @@ def convert_gguf(
         )
     factors = {name: _factors(tensors[name], source) for name in _ROPE_FACTORS if name in tensors}
     config = model_config(fields, embedding.shape[0], frozenset(tensors), factors, dtype)
-    plan = _plan(_by_expert(tensors), family, config, source)
+    plan = _plan(_by_expert(tensors), family, config, source, dtype, keep_bits)
     unread = {"num_key_value_heads", "head_dim"} - set(family.fields)  # it derives them
     written = {family.own(name): value for name, value in config.items() if name not in unread}
+    if any(planned.keeps for planned in plan):
+        written["quantization_config"] = {"quant_method": "gguf"}
     none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not what the class fills in
     _write_json(folder / "config.json", written | none | token_ids(vocabulary))
     _write_json(folder / "generation_config.json", generation_config(fields, vocabulary))
     write_tokenizer(vocabulary, folder, config["max_position_embeddings"])
-    _write_weights(plan, folder, dtype, shard_bytes, progress, source)
+    _write_weights(plan, folder, shard_bytes, progress, source)
 
 
 def _plan(
-    tensors: Mapping[str, Tensor], family: Family, config: Mapping[str, Any], source: Path
+    tensors: Mapping[str, Tensor],
+    family: Family,
+    config: Mapping[str, Any],
+    source: Path,
+    dtype: Dtype,
+    keep_bits: bool,
 ) -> list[_Planned]:
     """Every tensor of the model in the file's order. Raises ModelError if the file has others than the model."""
     config = {**family.fields, **config}
@@ -124,7 +158,8 @@ def _plan(
             raise ModelError(
                 f"{shown_path(source)}: {name} is a quantised vector; only matrices may be quantised"
             )
-        plan.append(_Planned(expected[name], tensor))
+        exact = keep_bits and len(wanted) == 1  # vectors are small, and their bits are float32's
+        plan.append(_Planned(expected[name], tensor, "float32" if exact else dtype, keep_bits))
     for planned in {planned.source.kind: planned for planned in plan}.values():
         dequantized(planned.source.data[:1], planned.source, source)  # refused before the work, not amid it
     return plan
@@ -166,8 +201,8 @@ def dequantized(data: npt.NDArray[np.uint8], tensor: Tensor, source: Path) -> np
         raise ModelError(f"{shown_path(source)}: {tensor.name} cannot be dequantised ({error})") from error
 
 
-def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
-    """The tensor's little-endian bytes in `dtype`, some rows at a time; a matrix that is turned, at once."""
+def _chunks(planned: _Planned, source: Path) -> Iterator[bytes]:
+    """The tensor's little-endian bytes, some rows at a time; a matrix that is turned, at once."""
     import torch
 
     placed, data = planned.placed, planned.source.data
@@ -175,12 +210,16 @@ def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
     order = np.arange(num_rows) if placed.order is None else placed.order
     step = num_rows if placed.transposed else max(1, _CHUNK_ELEMENTS * num_rows // planned.num_elements)
     for start in range(0, num_rows, step):
-        values = dequantized(data[order[start : start + step]], planned.source, source)
+        rows = data[order[start : start + step]]
+        if planned.keeps:
+            yield rows.tobytes()
+            continue
+        values = dequantized(rows, planned.source, source)
         if placed.shift:
             values -= np.float32(placed.shift)
         if placed.transposed:
             values = np.ascontiguousarray(values.T)
-        if dtype == "bfloat16":
+        if planned.dtype == "bfloat16":
             values = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
         yield values.tobytes()
 
@@ -188,13 +227,12 @@ def _chunks(planned: _Planned, dtype: Dtype, source: Path) -> Iterator[bytes]:
 def _write_weights(
     plan: list[_Planned],
     folder: Path,
-    dtype: Dtype,
     shard_bytes: int,
     progress: Progress | None,
     source: Path,
 ) -> None:
-    shards = _shards(plan, _ITEM_BYTES[dtype], shard_bytes)
-    total = sum(planned.num_elements for planned in plan) * _ITEM_BYTES[dtype]
+    shards = _shards(plan, shard_bytes)
+    total = sum(planned.num_bytes for planned in plan)
     check_space(folder, total)
     weight_map: dict[str, str] = {}
     done = 0
@@ -203,10 +241,10 @@ def _write_weights(
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with (folder / name).open("wb") as file:
-            _write_header(file, shard, dtype)
+            _write_header(file, shard)
             for planned in shard:
-                weight_map[planned.placed.name] = name
-                for chunk in _chunks(planned, dtype, source):
+                weight_map[planned.name] = name
+                for chunk in _chunks(planned, source):
                     file.write(chunk)
                     done += len(chunk)
                     if progress is not None:
@@ -216,11 +254,11 @@ def _write_weights(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _shards(plan: list[_Planned], item_bytes: int, shard_bytes: int) -> list[list[_Planned]]:
+def _shards(plan: list[_Planned], shard_bytes: int) -> list[list[_Planned]]:
     shards: list[list[_Planned]] = [[]]
     filled = 0
     for planned in plan:
-        size = planned.num_elements * item_bytes
+        size = planned.num_bytes
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -229,7 +267,7 @@ def _shards(plan: list[_Planned], item_bytes: int, shard_bytes: int) -> list[lis
     return shards
 
 
-def _write_header(file: BinaryIO, shard: list[_Planned], dtype: Dtype) -> None:
+def _write_header(file: BinaryIO, shard: list[_Planned]) -> None:
     """The safetensors header (huggingface.co/docs/safetensors): its length in 8 bytes, then JSON, padded to 8.
 
     Written here because the library wants all tensors of a file in memory at once.
@@ -237,10 +275,10 @@ def _write_header(file: BinaryIO, shard: list[_Planned], dtype: Dtype) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for planned in shard:
-        end = offset + planned.num_elements * _ITEM_BYTES[dtype]
-        header[planned.placed.name] = {
-            "dtype": _SAFETENSORS_NAME[dtype],
-            "shape": list(planned.placed.checkpoint_shape),
+        end = offset + planned.num_bytes
+        header[planned.name] = {
+            "dtype": "U8" if planned.keeps else _SAFETENSORS_NAME[planned.dtype],
+            "shape": list(planned.source.data.shape if planned.keeps else planned.placed.checkpoint_shape),
             "data_offsets": [offset, end],
         }
         offset = end
