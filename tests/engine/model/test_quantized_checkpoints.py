@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.engine.model.loader import load_weights
@@ -24,6 +26,7 @@ from sleb.errors import ConfigError, ModelError
 from sleb.formats.exporting import export_model
 from sleb.kernels.quantization import GroupedWeight, Groups, Int8Weight
 from sleb.layer_map.layer_map import LayerMap, Unit
+from sleb.models.resolve import resolve_model
 
 TOKENS = [5, 17, 3, 88, 41, 9, 60, 2, 33, 71, 12, 50]
 HIDDEN, INNER = 128, 256
@@ -60,6 +63,22 @@ class Writer:
         q = self.rng.integers(0, 1 << bits, (self.n, self.k))
         scale = self.rng.uniform(0.5, 1.0, (self.n, groups)) * 0.5 / (1 << bits)
         return q, scale, self.rng.integers(low, 1 << bits, (self.n, groups))
+
+
+class Rounder(Writer):
+    """The numbers of a weight that there is, rounded to the nearest."""
+
+    def __init__(self, weight):
+        super().__init__(*weight.shape, None)
+        self.weight = weight.double().numpy()
+
+    def codes(self, bits, size, low=0):
+        groups, top = self.weight.reshape(self.n, -1, size), (1 << bits) - 1
+        least, most = np.minimum(groups.min(2), 0), np.maximum(groups.max(2), 0)
+        scale = ((most - least) / top).astype(np.float16).astype(np.float64)
+        zero = np.clip(np.rint(-least / scale), low, top).astype(np.int64)
+        q = np.clip(np.rint(groups / scale[..., None]) + zero[..., None], 0, top).astype(np.int64)
+        return q.reshape(self.n, -1), scale, zero
 
 
 def wide(values, size):
@@ -121,9 +140,13 @@ def fp8(w, scale_shape, static=False):
 
 
 def fp8_blocks(w):
-    weight = torch.from_numpy(w.rng.normal(0, 100, (w.n, w.k))).to(torch.float8_e4m3fn)
-    tensor, scale = half(w.rng.uniform(0.5, 1.0, (-(-w.n // 48), -(-w.k // 32))) * 0.001, torch.float32)
+    shape = -(-w.n // 48), -(-w.k // 32)
+    drawn = w.rng.uniform(0.5, 1.0, shape) * 0.001 if w.rng else np.full(shape, np.abs(w.weight).max() / 448)
+    tensor, scale = half(drawn, torch.float32)
     each = np.repeat(np.repeat(scale, 48, 0)[: w.n], 32, 1)[:, : w.k]
+    weight = torch.from_numpy(w.rng.normal(0, 100, (w.n, w.k)) if w.rng else w.weight / each).to(
+        torch.float8_e4m3fn
+    )
     return {"weight": weight, "weight_scale_inv": tensor}, weight.double().numpy() * each
 
 
@@ -491,3 +514,37 @@ def test_an_exported_checkpoint_keeps_the_bits(name, quantize, make_llm, tmp_pat
     assert torch.equal(alone, pruned)
     with pytest.raises(ConfigError, match="format zeroed would change them"):
         export_model(str(folder), "zeroed", tmp_path / "zeroed", layer_map=layer_map)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "write", "bits"),
+    [("awq 32", lambda w: awq(w, 32), 5), ("gptq", gptq, 4.5), ("fp8 in blocks", fp8_blocks, 16)],
+)
+def test_copies_of_smollm2(name, write, bits, tmp_path):
+    """Four bits and a scale and a zero point of 16 for 32, or 64; FP8 is held in bfloat16, as is told."""
+    source = resolve_model("smollm2").path
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", ".*"))
+    tensors = load_file(source / "model.safetensors")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("proj.weight"):
+                parts, values = write(Rounder(tensors.pop(key)))
+                tensors |= {key.removesuffix("weight") + end: part for end, part in parts.items()}
+                parameter.copy_(torch.from_numpy(values))
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text()) | FORMATS[name][1]
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = list(range(1000, 1064))
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1)[:-1]
+    expected = expected.gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
+    options = {"kernels": "torch", "device": "cpu", "max_model_len": 128}
+    scores = LLM(folder, "none", dtype="float32", **options).score(tokens)
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    weights = matrices(load(folder, torch.bfloat16))
+    numbers = sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    sizes = [each.nbytes if isinstance(each, torch.Tensor) else each.num_bytes for each in weights]
+    assert sum(sizes) == numbers * bits / 8
