@@ -102,7 +102,7 @@ def test_the_weights_are_those_of_the_file(reference: Any, gguf_file: Path) -> N
         if name == "lm_head.weight":  # the embedding
             continue
         tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight",)))
-        wanted = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)) - ("norm" in name)
+        wanted = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type)) - int("norm" in name)
         torch.testing.assert_close(found, wanted.bfloat16().float(), rtol=0, atol=0, msg=name)
     assert not tensors
 
