@@ -152,9 +152,10 @@ INLINE void tile_i8(const tile *t, const int R) {
  *   zero, middle   Σ a s (q - z) = s (Σ a q - z Σ a)
  *
  * `group_offset` has Σ a of 32 inputs; that of 16 is a product with ones. */
-INLINE void tile_groups(const tile *t, const int R, const int bits, const int quads) {
+INLINE void tile_groups(const tile *t, const int R, const int bits, const int quads, const int32_t group_size,
+                        const int32_t base) {
     const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1);
-    const int32_t base = t->base, steps = t->group / (4 * quads);
+    const int32_t steps = group_size / (4 * quads);
     const ptrdiff_t step_bytes = bits == 4 ? I4_STEP_BYTES : quads * 128, lines = steps * step_bytes;
     __m512 acc[MAX_ROWS][2];
     FOR_ROWS acc[r][0] = acc[r][1] = _mm512_setzero_ps();
@@ -208,9 +209,14 @@ INLINE void tile_groups(const tile *t, const int R, const int bits, const int qu
     tile_store(t, R, acc);
 }
 
-INLINE void tile_i4(const tile *t, const int R) { tile_groups(t, R, 4, 8); }
-INLINE void tile_i8_groups(const tile *t, const int R) { tile_groups(t, R, 8, 8); }
-INLINE void tile_i8_halves(const tile *t, const int R) { tile_groups(t, R, 8, 4); }
+INLINE void tile_i4(const tile *t, const int R) { /* the engine's own format apart: known sizes are faster */
+    if (t->base == SLEB_MINIMUM && t->group == SLEB_GROUP)
+        tile_groups(t, R, 4, 8, SLEB_GROUP, SLEB_MINIMUM);
+    else
+        tile_groups(t, R, 4, 8, t->group, t->base);
+}
+INLINE void tile_i8_groups(const tile *t, const int R) { tile_groups(t, R, 8, 8, t->group, t->base); }
+INLINE void tile_i8_halves(const tile *t, const int R) { tile_groups(t, R, 8, 4, t->group, t->base); }
 
 typedef void (*tile_function)(const tile *);
 
