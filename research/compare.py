@@ -9,6 +9,8 @@ A way is a layer map, with patches or without, or a published rule that chooses 
     run         the contiguous run of least angular distance
     replaceme   that run, and the down projection before it followed by ReplaceMe's map: nothing runs in its place
 
+With `--formats bfloat16,int4,awq` each map is a way in each of them; awq: of four bits by `awq`, quantised here.
+
 Perplexities, greedy answers and lm-eval's tasks are those of `sleb eval`. Speed is measured in turns: a token of one
 request, and a prompt. Depths of the same parts and the same patches are one subject of it, whatever the way.
 """
@@ -23,6 +25,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from awq import quantise
 from common import TextOptions, run, say, text_windows
 from rules import contiguous_run, replace_me, shortgpt, write_replaced
 
@@ -54,6 +57,13 @@ class Options(TextOptions):
     maps: Sequence[Path] = option(
         MISSING, "Layer maps, each a way of its file's name.", commas=True, metavar="FILE"
     )
+    formats: Sequence[str] = option(
+        (),
+        "Formats of weights that each map is a way in, as for --weights; or awq.",
+        commas=True,
+        unset="auto",
+    )
+    group_size: int = option(64, "Inputs of a group of awq.", minimum=32)
     rules: Sequence[str] = option((), "Rules: shortgpt, run, replaceme.", commas=True, unset="none")
     depths: Sequence[int] = option((3, 6), "Depths to compare; of the maps, those they have.", minimum=1)
     text: Sequence[str] = option(MISSING, "A text that no way has seen; repeatable.")
@@ -82,6 +92,17 @@ class Way:
     model: str
     layer_map: Path
     depths: tuple[int, ...]
+    form: str = ""  # one of --formats
+
+    @property
+    def weights(self) -> str:
+        """As for --weights."""
+        return self.form if self.form not in ("", "awq") else "auto"
+
+    @property
+    def dense(self) -> str:
+        """What the whole model is called in this form."""
+        return f"dense {self.form}".strip()
 
     @property
     def removed(self) -> list[str]:
@@ -95,7 +116,7 @@ class Way:
         patches = layer_map.patches
         weights = 0 if patches is None else patches.num_parameters(depth)
         num = 0 if patches is None else len(patches.at(depth))
-        return parts.count("attention"), parts.count("mlp"), num, weights
+        return parts.count("attention"), parts.count("mlp"), num, weights, self.form
 
 
 def ways_of(model: str, options: Options, folder: Path) -> Iterator[Way]:
@@ -104,11 +125,16 @@ def ways_of(model: str, options: Options, folder: Path) -> Iterator[Way]:
         depths = tuple(depth for depth in options.depths if depth <= LayerMap.load(path).max_depth)
         if not depths:
             raise ConfigError(f"--maps {path} has none of the depths {list(options.depths)}")
-        yield Way(path.stem, model, path, depths)
-    if not options.rules:
+        for form in options.formats or ("",):
+            changed = str(folder / "awq") if form == "awq" else model
+            yield Way(f"{path.stem} {form}".strip(), changed, path, depths, form)
+    if not options.rules and "awq" not in options.formats:
         return
     scorer = DecoderScorer.load(model, dtype=options.dtype, device=options.device)
     [windows] = text_windows(model, scorer, options.pruning())
+    if "awq" in options.formats:
+        say("quantising")
+        quantise(resolve_model(model).path, windows, folder / "awq", options.group_size)
     for rule in options.rules:
         say(f"choosing by {rule}")
         choose = (shortgpt if rule == "shortgpt" else contiguous_run)(scorer, windows)
@@ -129,15 +155,15 @@ def quality(way: Way, options: Options, *, dense: bool) -> Iterator[Measurement]
         way.model, way.layer_map, way.depths, text=options.text, seqlen=options.seqlen,
         windows=options.text_windows, output_tokens=options.output_tokens, tasks=options.tasks,
         limit=options.limit, include_path=options.include_path, lm_eval=options.lm_eval,
-        dtype=options.served_dtype, device=options.device,
+        dtype=options.served_dtype, device=options.device, weights=way.weights,
     )  # fmt: skip
     found = run_eval(asked, on_progress=lambda what, done, total: None)
     if problem := found.settings.get("problem"):
         say(f"{way.name}: {problem}")
     for each in found.measurements:
-        name = "dense" if each.subject == "depth 0" else way.name
+        name = way.dense if each.subject == "depth 0" else way.name
         left_out = each.metric in ("same token", "KL", "mean tokens", "early", "identical")
-        if left_out or "+" in each.case or (name == "dense" and not dense):  # +: of all texts together
+        if left_out or "+" in each.case or (name == way.dense and not dense):  # +: of all texts together
             continue
         # Depth 0 of a model that ReplaceMe changed is not the dense one.
         ratio = None if way.name == "replaceme" else each.ratio
@@ -158,14 +184,15 @@ def speed(
         say(f"loading {way.name}")
         llm = LLM(
             way.model, way.layer_map, (0, *way.depths), dtype=options.served_dtype, device=options.device,
-            prefix_caching=False, max_model_len=max(_PROMPT, _SHORT_PROMPT + options.output_tokens) + 1,
-            max_num_seqs=1, max_num_batched_tokens=_PROMPT,
+            weights=way.weights, prefix_caching=False, max_num_seqs=1, max_num_batched_tokens=_PROMPT,
+            max_model_len=max(_PROMPT, _SHORT_PROMPT + options.output_tokens) + 1,
         )  # fmt: skip
-        engines.setdefault("dense", (llm, 0))
+        engines.setdefault(way.dense, (llm, 0))
         for depth in new:
             names[way.shape(depth)] = f"{way.name} {depth}"
             engines[f"{way.name} {depth}"] = (llm, depth)
-    engine = engines["dense"][0].engine
+    baseline = ways[0].dense
+    engine = engines[baseline][0].engine
     token_ids = plain_token_ids(engine)
 
     def timed(llm: LLM, depth: int, num_prompt: int, num_output: int) -> Run:
@@ -182,12 +209,14 @@ def speed(
 
     loads = {"decode": (_SHORT_PROMPT, options.output_tokens), "prompt": (_PROMPT, 1)}
     cases = [
-        Case(name, {each: timed(*engines[each], *load) for each in engines}, "dense")
+        Case(name, {each: timed(*engines[each], *load) for each in engines}, baseline)
         for name, load in loads.items()
     ]
     found = measure(cases, turns, on_turn=lambda so_far, case: say(so_far.line(case))).measurements()
     rows = [
-        replace(each, case="dense", subject="depth 0", facts={}) for each in found if each.subject == "dense"
+        replace(each, case=each.subject, subject="depth 0", facts={})
+        for each in found
+        if each.subject in {way.dense for way in ways}
     ]
     for way, depth in ((each, depth) for each in ways for depth in each.depths):
         same = names[way.shape(depth)]
@@ -224,7 +253,8 @@ def main(model: Model, options: Options, turns: TurnOptions, output: OutputOptio
         found: list[Measurement] = []
         for number, way in enumerate(ways):
             say(f"{way.name}, depths {', '.join(map(str, way.depths))}")
-            found += quality(way, options, dense=not number)
+            first = all(way.form != other.form for other in ways[:number])
+            found += quality(way, options, dense=first)
         measured, environment = speed(ways, options, turns)
         removed = {f"{way.name} {way.depths[-1]}": way.removed for way in ways}
     order = {each.key[:2]: None for each in found}

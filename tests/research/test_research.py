@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sleb.benchmarks.old import load
 from sleb.layer_map.layer_map import LayerMap
@@ -42,23 +44,6 @@ def texts(tmp_path):
         codes = torch.randint(97, 123, (600,), generator=torch.Generator().manual_seed(number)).tolist()
         path.write_text("".join(map(chr, codes)))
     return paths
-
-
-def test_search_cost(tiny_model_dir, texts, tmp_path):
-    path = tmp_path / "search.json"
-    run_script(
-        "search_cost", tiny_model_dir, "--calibration", texts[0], "--remove", "3", "--seqlen", "100",
-        "--windows", "3", "--draws", "2", "--device", "cpu", "--json", path,
-    )  # fmt: skip
-    rows = {each.subject: each for each in load(path).measurements}
-    assert set(rows) == {"reference", "exact", "race", "gradient"}
-    assert rows["reference"].facts["removed"][0] == rows["exact"].facts["removed"][0]
-    assert len(rows["exact"].facts["removed"]) == 2 and len(rows["reference"].facts["removed"]) == 1
-    assert rows["reference"].facts["loss over exact's"] == pytest.approx(1, rel=1e-6)
-    assert rows["exact"].facts["same blocks"] == rows["exact"].facts["over exact"] == 1
-    assert rows["exact"].ratio is not None and rows["reference"].ratio is None
-    assert all(each.value > 0 for each in rows.values())
-    assert "'heads' is not known" in run_script("search_cost", tiny_model_dir, "--units", "heads", status=2)
 
 
 def test_compare(tiny_model_dir, texts, tmp_path):
@@ -94,3 +79,23 @@ def test_compare(tiny_model_dir, texts, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
     assert str(tmp_path) not in json.dumps(json.loads(path.read_text()))
     assert "known are" in run_script("compare", *arguments, "--rules", "guess", status=2)
+
+
+def test_formats(tiny_model_dir, texts, tmp_path):
+    """Each map in each format of weights; one that is quantised here is near the model that it was."""
+    folder, path = tmp_path / "tiny-llama", tmp_path / "compared.json"
+    shutil.copytree(tiny_model_dir, folder)
+    config = LlamaConfig.from_pretrained(folder, intermediate_size=64)  # whole groups of 32
+    LlamaForCausalLM(config).save_pretrained(folder)
+    LayerMap("tiny-llama", None, 6, (Unit(2), Unit(3))).save(tmp_path / "plain.json")
+    run_script(
+        "compare", folder, "--calibration", texts[0], "--text", texts[1], "--maps", tmp_path / "plain.json",
+        "--formats", "float32,awq", "--group-size", "32", "--depths", "1", "--seqlen", "100", "--windows", "6",
+        "--text-windows", "3", "--output-tokens", "3", "--device", "cpu", "--repetitions", "1",
+        "--max-repetitions", "1", "--json", path,
+    )  # fmt: skip
+    rows = {each.key: each.value for each in load(path).measurements}
+    cases = {case for case, _, _ in rows}
+    assert cases == {"dense float32", "dense awq", "plain float32", "plain awq"}
+    exact, near = (rows[f"dense {form}", "depth 0", "two perplexity"] for form in ("float32", "awq"))
+    assert near != exact and near == pytest.approx(exact, rel=0.2)
