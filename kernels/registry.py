@@ -92,6 +92,25 @@ class RopeStore(Protocol):
     ) -> Tensor: ...
 
 
+class MixExperts(Protocol):
+    """See `sleb.kernels.reference.device.mix_experts`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        up: Weight,
+        up_bias: Tensor | None,
+        down: Weight,
+        down_bias: Tensor | None,
+        chosen: Tensor,
+        shares: Tensor,
+        num_experts: int,
+        activation: str,
+        gated: bool,
+        num_rows: Tensor,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class GpuKernels:
     """The operators of steps on a GPU; `attention` is their own, `sleb.kernels.attention.select` knows others."""
@@ -101,6 +120,7 @@ class GpuKernels:
     rope_store: RopeStore
     gated_activate: Callable[[Tensor, str, Tensor], Tensor]
     activate: Callable[[Tensor, str, Tensor], Tensor]
+    mix_experts: MixExperts
     soft_cap: Callable[[Tensor, float], Tensor]
     linear: RangedLinear
     attention: Attention
@@ -161,6 +181,7 @@ def torch_gpu_kernels() -> GpuKernels:
         rope_store=device_reference.rope_store,
         gated_activate=device_reference.gated_activate,
         activate=device_reference.activate,
+        mix_experts=device_reference.mix_experts,
         soft_cap=device_reference.soft_cap,
         linear=device_reference.linear,
         attention=device_reference.paged_attention,
@@ -183,6 +204,7 @@ def triton_gpu_kernels() -> GpuKernels:
     from sleb.kernels.triton import (
         activation,
         add_norm,
+        experts,
         greedy,
         paged_attention,
         quant_linear,
@@ -197,6 +219,7 @@ def triton_gpu_kernels() -> GpuKernels:
         rope_store=rope_store.rope_store,
         gated_activate=activation.gated_activate,
         activate=activation.activate,
+        mix_experts=experts.mix_experts,
         soft_cap=activation.soft_cap,
         linear=quant_linear.quant_linear,
         attention=paged_attention.paged_attention,

@@ -6,7 +6,7 @@ one rotation that also stores K and V, one attention and one activation. A norm 
 it, are parts of that add; units without a norm before them only add. A parallel block adds both its updates at once. A
 patch is a norm and a product or two, whose result is added by the norm of the next unit in the same way; one that
 scales is a norm that only scales. Every operator takes its rows from the device: launched over a bucket, captured or
-not, it leaves those that are not its unit's as they are.
+not, it leaves those that are not its unit's as they are. Which experts a token gets is found on the device too.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.model.decoder import Decoder
-from sleb.engine.model.weights import AttentionWeights, Norm, PatchWeights
+from sleb.engine.model.weights import AttentionWeights, Linear, Norm, PatchWeights
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.reference.device import HeadNorm
+from sleb.kernels.reference.experts import route
 from sleb.kernels.registry import Attention, GpuKernels
 from sleb.layer_map.units import Sublayer
 
@@ -237,7 +238,36 @@ class GpuDecoder:
 
     def _mlp(self, block: int, inputs: Tensor, unit: UnitRows) -> Tensor:
         spec, weights, kernels = self.decoder.spec, self.decoder.weights.mlp[block], self._kernels
-        hidden = kernels.linear(inputs, weights.up.weight, weights.up.bias)
-        gate = kernels.gated_activate if spec.gated else kernels.activate
-        activated = gate(hidden, spec.activation, unit.token_count)
-        return kernels.linear(activated, weights.down.weight, weights.down.bias)
+        if weights.experts is None:
+            return self._neurons(weights.up, weights.down, spec.activation, inputs, unit.token_count)
+        experts, beside, linear = spec.experts, weights.experts, kernels.linear
+        assert experts is not None
+        exact = inputs.float()
+        logits = linear(exact, beside.router.weight, beside.router.bias)
+        chosen, shares = route(logits, experts.top_k, experts.normalised, beside.correction)
+        update = kernels.mix_experts(
+            inputs,
+            weights.up.weight,
+            weights.up.bias,
+            weights.down.weight,
+            weights.down.bias,
+            chosen,
+            shares,
+            num_experts=experts.number,
+            activation=experts.activation,
+            gated=spec.gated,
+            num_rows=unit.token_count,
+        )
+        if beside.shared_up is None or beside.shared_down is None:
+            return update
+        of_all = (beside.shared_up, beside.shared_down, experts.activation)
+        shared = self._neurons(*of_all, inputs, unit.token_count)
+        if beside.shared_gate is not None:
+            shared = shared * linear(exact, beside.shared_gate, None).sigmoid().to(shared.dtype)
+        return update + shared
+
+    def _neurons(self, up: Linear, down: Linear, activation: str, inputs: Tensor, count: Tensor) -> Tensor:
+        kernels = self._kernels
+        gate = kernels.gated_activate if self.decoder.spec.gated else kernels.activate
+        activated = gate(kernels.linear(inputs, up.weight, up.bias), activation, count)
+        return kernels.linear(activated, down.weight, down.bias)

@@ -38,8 +38,6 @@ def lacks_feature(spec: DecoderSpec) -> str | None:
         return "norms of all queries together after their rotation"
     if spec.parallel and (spec.post_norm or not spec.norm_first):
         return "norms of the updates of parallel blocks"
-    if spec.experts is not None:
-        return "mixtures of experts"
     return None
 
 

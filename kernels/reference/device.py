@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Weight
+from sleb.kernels.reference import experts as experts_reference
 from sleb.kernels.reference import ops as reference
 
 
@@ -166,6 +167,29 @@ def gated_activate(gate_up: Tensor, activation: str, num_rows: Tensor) -> Tensor
 def activate(x: Tensor, activation: str, num_rows: Tensor) -> Tensor:
     """As `reference.activate`, of the first num_rows rows."""
     return reference.activate(x, activation)
+
+
+def mix_experts(
+    x: Tensor,
+    up: Weight,
+    up_bias: Tensor | None,
+    down: Weight,
+    down_bias: Tensor | None,
+    chosen: Tensor,
+    shares: Tensor,
+    num_experts: int,
+    activation: str,
+    gated: bool,
+    num_rows: Tensor,
+) -> Tensor:
+    """As `sleb.kernels.reference.experts.mix_experts`, of the first num_rows tokens; their experts are found by asking
+    the device."""
+    present, out = int(num_rows), torch.zeros_like(x)
+    of_present = chosen[:present], shares[:present]
+    out[:present] = experts_reference.mix_experts(
+        *(x[:present], up, up_bias, down, down_bias, *of_present, num_experts, activation, gated)
+    )
+    return out
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:

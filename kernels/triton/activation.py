@@ -1,6 +1,7 @@
 """MLP activations (Triton), alone or gated, and the soft cap of logits.
 
     gated       activation(gate) · up, where gate and up are the halves of a row [2I]      arXiv 2002.05202
+    clamped     g · sigmoid(1.702 g) · (u + 1), g = min(gate, 7), u = up clamped to ± 7    arXiv 2508.10925
     alone       activation(x)
     soft cap    c · tanh(x / c)                                                            arXiv 2408.00118
 
@@ -17,7 +18,16 @@ from torch import Tensor
 from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, power_of_two
 
 # Name in a checkpoint's config -> the kernel's number. gelu: Hendrycks & Gimpel 2016, arXiv 1606.08415.
-_NUMBERS = {"silu": 0, "swish": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "relu2": 4}
+_NUMBERS = {
+    "silu": 0,
+    "swish": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_new": 3,
+    "gelu_pytorch_tanh": 3,
+    "relu2": 4,
+    "clamped_swiglu": 5,
+}
 _BLOCK = 1024
 
 
@@ -46,7 +56,12 @@ def _activate(x, out, num_rows, size, GATED: tl.constexpr, ACTIVATION: tl.conste
     if GATED:
         gate = tl.load(x + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(x + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
-        result = _apply(gate, ACTIVATION) * up
+        if ACTIVATION == 5:
+            gate = tl.where(gate > 7.0, 7.0, gate)
+            up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+            result = gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
+        else:
+            result = _apply(gate, ACTIVATION) * up
     else:
         result = _apply(tl.load(x + row * size + columns, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=inside)

@@ -16,6 +16,8 @@ the device, and a program that has none of it ends: what no row needs is a launc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -30,10 +32,12 @@ from sleb.kernels.triton.runtime import (
     multiply,
     num_processors,
     power_of_two,
+    shared_memory,
 )
 from sleb.kernels.triton.tuning import Config, Launch, tuned
 
 _PLAIN, _INT8, _INT4, _GROUPED_INT8 = range(4)
+_BITS = {_INT8: 8, _INT4: 4, _GROUPED_INT8: 8}
 _BASES = ("minimum", "zero", "middle")
 _MAX_PARTS = 16
 _FEW_ROWS = 64  # of a weight that is not quantised: with more, the vendor's library is at its best
@@ -52,29 +56,39 @@ CONFIGS = tuple(
     )
 )
 
+
+def configs_for(x: Tensor, weight: Weight, rows: int) -> tuple[Config, ...]:
+    """Those of CONFIGS whose tiles fit the GPU of x, with so many rows of x in each."""
+    bits = weight.element_size() * 8 if isinstance(weight, Tensor) else _BITS[_kind(weight)]
+
+    def num_bytes(config: Config) -> int:
+        a_column = rows * x.element_size() * 8 + config["outputs"] * bits
+        return a_column * config["inputs"] // 8 * (config["num_stages"] - 1)
+
+    limit = shared_memory(x.device)
+    return tuple(config for config in CONFIGS if num_bytes(config) <= limit)
+
+
 LIBRARY = Config(library=1)  # the vendor's matrix product, for weights that are not quantised
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["first_row", "end_row"])
-def _linear(
+@triton.jit
+def product(
     x,
     values,
     scale,
     minimum,
-    bias,
-    out,
-    first_row,
-    end_row,
+    wide_row,
+    in_rows,
+    wide_output,
+    in_outputs,
+    start,
+    stop,
     num_rows,
-    num_outputs,
     num_inputs,
     num_bytes,
     num_groups,
-    part_length,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RANGED: tl.constexpr,
-    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -83,19 +97,7 @@ def _linear(
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    if RANGED:
-        first = tl.maximum(tl.load(first_row), tl.program_id(1) * ROWS)
-        if first >= tl.minimum(tl.load(end_row), (tl.program_id(1) + 1) * ROWS):
-            return
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(2)
-    start = part * part_length
-    stop = tl.minimum(start + part_length, num_inputs)
-    in_rows = (row < num_rows)[:, None]
-    in_outputs = (output < num_outputs)[:, None]
-    wide_row = row.to(tl.int64)[:, None]
-    wide_output = output.to(tl.int64)[:, None]
+    """Rows [ROWS, 1] of x times rows [OUTPUTS, 1] of the weight over the inputs from start to stop, in float32."""
     dtype: tl.constexpr = x.dtype.element_ty
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
     # A part is whole tiles, so only the end of a row is masked; that the compiler knows num_inputs to be a multiple
@@ -150,6 +152,54 @@ def _linear(
                     else:
                         weight = (weight.to(tl.float32) * step + offset).to(dtype)
             total += multiply(part_x, tl.trans(weight), PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["first_row", "end_row"])
+def _linear(
+    x,
+    values,
+    scale,
+    minimum,
+    bias,
+    out,
+    first_row,
+    end_row,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    num_bytes,
+    num_groups,
+    part_length,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANGED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    SIZE: tl.constexpr,
+    BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    if RANGED:
+        first = tl.maximum(tl.load(first_row), tl.program_id(1) * ROWS)
+        if first >= tl.minimum(tl.load(end_row), (tl.program_id(1) + 1) * ROWS):
+            return
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(2)
+    start = part * part_length
+    stop = tl.minimum(start + part_length, num_inputs)
+    in_rows = (row < num_rows)[:, None]
+    in_outputs = (output < num_outputs)[:, None]
+    wide_row = row.to(tl.int64)[:, None]
+    wide_output = output.to(tl.int64)[:, None]
+    total = product(
+        x, values, scale, minimum, wide_row, in_rows, wide_output, in_outputs, start, stop, num_rows, num_inputs,
+        num_bytes, num_groups, KIND, ROWS, OUTPUTS, INPUTS, GROUP_BYTES, SIZE, BASE, PRECISION,
+    )  # fmt: skip
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
     inside = in_rows & (outputs < num_outputs)
     if not SPLIT:
@@ -224,7 +274,7 @@ def quant_linear(
             assert isinstance(weight, Tensor)
             torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
         else:
-            _launch(x, weight, bias, out, rows, kind, block, chosen)
+            _launch(x, weight, bias, out, rows, block, chosen)
 
     if config is not None:
         launch(config)
@@ -232,7 +282,8 @@ def quant_linear(
         form = weight.groups if isinstance(weight, GroupedWeight) else kind
         shape = ("quant_linear", str(form), str(x.dtype), num_outputs, num_inputs, block)
         key = shape if rows is None else (*shape, "ranged")
-        tuned(key, (LIBRARY, *CONFIGS) if by_library else CONFIGS, Launch(launch))
+        configs = configs_for(x, weight, block)
+        tuned(key, (LIBRARY, *configs) if by_library else configs, Launch(launch))
     return out
 
 
@@ -250,17 +301,14 @@ def _launch(
     bias: Tensor | None,
     out: Tensor,
     rows: tuple[Tensor, Tensor] | None,
-    kind: int,
     block_rows: int,
     config: Config,
 ) -> None:
     num_rows, num_outputs = out.shape
     first_row, end_row = (x, x) if rows is None else rows
-    values, scale, minimum = _tensors(weight, x)
-    num_inputs = values.shape[1] * 2 if kind == _INT4 else x.shape[1]
-    groups = weight.groups if isinstance(weight, GroupedWeight) else None
-    source = _pairs(x, num_inputs) if kind == _INT4 else x
-    check_contiguous(values=values, scale=scale, minimum=minimum, bias=bias)
+    check_contiguous(bias=bias)
+    tensors, sizes, constants = operands(x, weight, config)
+    num_inputs = sizes[0]
     blocks = ceil_div(num_outputs, config["outputs"])
     row_blocks = ceil_div(num_rows, block_rows)
     parts = choose_num_parts(blocks * row_blocks, num_inputs, config["inputs"], x.device)
@@ -269,33 +317,20 @@ def _launch(
     if parts > 1:
         target = torch.empty(parts, num_rows, num_outputs, dtype=torch.float32, device=x.device)
     _linear[(blocks, row_blocks, parts)](
-        source,
-        values,
-        scale,
-        minimum,
+        *tensors,
         bias if bias is not None else x,
         target,
         first_row,
         end_row,
         num_rows,
         num_outputs,
-        num_inputs,
-        values.shape[1],
-        scale.shape[-1],
+        *sizes,
         part_length,
-        KIND=kind,
         HAS_BIAS=bias is not None,
         RANGED=rows is not None,
         SPLIT=parts > 1,
         ROWS=block_rows,
-        OUTPUTS=config["outputs"],
-        INPUTS=config["inputs"],
-        GROUP_BYTES=GROUP // 2,
-        SIZE=groups.size if groups else 0,
-        BASE=_BASES.index(groups.base) if groups else 0,
-        PRECISION=dot_precision(x.dtype),
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **constants,
     )
     if parts > 1:
         block = min(1024, power_of_two(num_outputs))
@@ -313,6 +348,29 @@ def _launch(
             BLOCK=block,
             num_warps=4,
         )
+
+
+def operands(
+    x: Tensor, weight: Weight, config: Config
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int, int, int], dict[str, Any]]:
+    """For `product`: x, values, scale and minimum; num_inputs, num_bytes and num_groups; and what is constant."""
+    kind, (values, scale, minimum) = _kind(weight), _tensors(weight, x)
+    num_inputs = values.shape[1] * 2 if kind == _INT4 else x.shape[1]
+    groups = weight.groups if isinstance(weight, GroupedWeight) else None
+    check_contiguous(x=x, values=values, scale=scale, minimum=minimum)
+    constants = {
+        "KIND": kind,
+        "OUTPUTS": config["outputs"],
+        "INPUTS": config["inputs"],
+        "GROUP_BYTES": GROUP // 2,
+        "SIZE": groups.size if groups else 0,
+        "BASE": _BASES.index(groups.base) if groups else 0,
+        "PRECISION": dot_precision(x.dtype),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }
+    source = _pairs(x, num_inputs) if kind == _INT4 else x
+    return (source, values, scale, minimum), (num_inputs, values.shape[1], scale.shape[-1]), constants
 
 
 def _pairs(x: Tensor, num_inputs: int) -> Tensor:

@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 # Streaming multiprocessors that the interpreter claims: few, so that its grids stay small.
 _INTERPRETED_PROCESSORS = 4
+_LEAST_SHARED = 99 << 10  # of compute capabilities 8.6, 8.9 and 12.0 (CUDA programming guide)
 
 
 def power_of_two(number: int, least: int = 1) -> int:
@@ -36,6 +37,15 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of a GPU's shared memory that a program may have."""
+    if device.type != "cuda":
+        return 1 << 30  # the interpreter needs none
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ from sleb.engine.execute.gpu_decoder import GpuDecoder
 from sleb.engine.execute.gpu_setup import lacks_feature
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
-from sleb.engine.model.architecture import resolve_spec
+from sleb.engine.model.architecture import ExpertsSpec, resolve_spec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.weights import all_sublayers, allocate, patch_weights
 from sleb.engine.requests.tier import Tier
@@ -26,6 +26,7 @@ from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError
 from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.registry import select_kernels, torch_gpu_kernels, triton_gpu_kernels
+from sleb.models.families.family import Experts
 
 CPU = torch.device("cpu")
 BLOCKS, PAGE_SIZE, PAGES = 4, 4, 40
@@ -35,6 +36,25 @@ PROMPTS = {0: [3, 14, 15, 92, 65, 35, 8], 1: [9, 79, 32, 38, 46], 2: [26, 43, 38
 POST = {"attention_post_norm": "post_a", "mlp_post_norm": "post_m"}
 NO_PRE = {"attention_norm": None, "mlp_norm": None, **POST}
 LAYER = {"norm": "layer", "norm_bias": True}
+
+
+def mixture(activation="silu", shared_size=0, normalised=True):
+    """In every block but the first; of gpt-oss's kind its matrices have biases, and rows of gate and up in turn."""
+    alternating = activation == "clamped_swiglu"
+    names = Experts(
+        router="mlp.gate",
+        router_bias=alternating,
+        up=("mlp.up",),
+        up_bias="mlp.up_bias" if alternating else None,
+        down="mlp.down",
+        down_bias="mlp.down_bias" if alternating else None,
+        alternating=alternating,
+        shared="mlp.shared",
+        shared_gate="mlp.shared_gate" if shared_size else None,
+    )
+    return ExpertsSpec(6, 2, 10, shared_size, normalised, activation, (False, *[True] * (BLOCKS - 1)), names)
+
+
 # Values of the spec, and names of norms, that a family changes.
 PARTS = {
     "Gemma 2": (
@@ -56,6 +76,11 @@ PARTS = {
     "gpt-oss": ({"sinks": True, "attention_softcap": 2.0, "windows": (3, None, 3, None)}, {}),
     "two tables": (
         {"windows": (3, None, 3, 3), "block_rotary": (1, 0, 1, None), "qk_norm": "head", **LAYER},
+        POST,
+    ),
+    "Qwen3-MoE": ({"experts": mixture(), "qk_norm": "head"}, {}),
+    "gpt-oss experts": (
+        {"experts": mixture("clamped_swiglu", shared_size=12, normalised=False), "sinks": True},
         POST,
     ),
     "layer norms everywhere": ({"qk_norm": "whole", "residual_scale": 0.5, **LAYER}, NO_PRE),

@@ -22,7 +22,7 @@ import torch
 
 # Shared memory that a program may have, bytes, by compute capability (CUDA programming guide).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-USUAL = (80, 90)  # the others are compiled for where everything is
+USUAL = (80, 90)  # for the others little is compiled, and that where everything is
 PROCESSORS = 132  # of an H100
 # What each module launches; its other functions are parts of these.
 KERNELS = {
@@ -34,6 +34,7 @@ KERNELS = {
     "greedy": {"_scan", "_join"},
     "sample": {"_sample"},
     "quant_linear": {"_linear", "_add_parts"},
+    "experts": {"_of_experts", "_combine"},
 }
 # query heads, KV heads, head dimension, hidden size, MLP size
 MODELS = {
@@ -130,8 +131,9 @@ def compile_all(archs, everything):
     for arch in archs:
         for recorder in recorders:
             recorder.arch = arch
+        modules["quant_linear"].shared_memory = lambda device, arch=arch: SHARED[arch]
         with torch.device("meta"):
-            for label, work in _launches(modules, arch, everything):
+            for label, work in _launches(modules, arch, everything and arch in USUAL):
                 start = len(records)
                 work()
                 assert len(records) > start, f"{label} launched nothing"
@@ -148,11 +150,12 @@ def _launches(modules, arch, everything):
         if everything or name == "Llama 3 8B":
             every = arch == 90 and name == "Llama 3 8B"
             yield from _attention(modules, name, *shape[:3], everything, every)
-    if everything:
+    if everything or arch not in USUAL:
         for dtype in (torch.bfloat16, torch.float32):
             yield from _attention(modules, f"256 features of {dtype}", 8, 2, 256, everything, False, dtype)
     yield from _sampling(modules)
     yield from _linears(modules, arch, everything)
+    yield from _mixtures(modules, everything)
 
 
 def _small(modules, name, num_heads, num_kv, head_dim, hidden, mlp):
@@ -208,7 +211,7 @@ def _attention(modules, name, num_heads, num_kv, head_dim, everything, every, dt
         every_config = every and (everything or operator == "paged_decode")
         for number, config in enumerate(configs if every_config else configs[:1]):
             kinds = [(None, None, None)]
-            if everything and not number:
+            if (everything or head_dim > 128) and not number:
                 kinds += [(4096, None, None), (None, 50.0, sinks), (4096, 50.0, None)]
             for kind in kinds:
 
@@ -240,7 +243,10 @@ def _linears(modules, arch, everything):
                 continue
             few = arch == 90 and rows == 1 and (everything or not is_plain)
             by_library = is_plain and rows > 64  # but for a range of rows
-            for config in () if by_library else module.CONFIGS if few else module.CONFIGS[:1]:
+            # Of many rows only what fits runs untuned.
+            block = min(128, module.power_of_two(rows, 16))
+            untuned = module.configs_for(_half(rows, inputs), weight, block)[0]
+            for config in () if by_library else module.CONFIGS if few else (untuned,):
                 for dtype in (torch.bfloat16, torch.float32)[: 2 if everything and rows > 64 else 1]:
                     x = torch.empty(rows, inputs, dtype=dtype, device="meta")
                     label = f"{type(weight).__name__} {outputs} × {inputs}, {rows} rows of {dtype}, {config}"
@@ -248,7 +254,23 @@ def _linears(modules, arch, everything):
             if rows != 1 or few or everything:
                 x, ends = _half(rows, inputs), (_integers(1), _integers(1))
                 label = f"{type(weight).__name__} {outputs} × {inputs}, a range of {rows} rows"
-                yield label, partial(module.quant_linear, x, weight, None, ends, config=module.CONFIGS[0])
+                yield label, partial(module.quant_linear, x, weight, None, ends, config=untuned)
+
+
+def _mixtures(modules, everything):
+    from sleb.kernels.quantization import Int4Weight, Int8Weight
+
+    module, device = modules["experts"], torch.device("meta")
+    module.tuned = lambda key, configs, launch: launch.run(configs[0])
+    number, top_k, inner, hidden = 32, 4, 2880, 2880  # gpt-oss 20B
+    count, sizes = _integers(1), ((number * 2 * inner, hidden), (number * hidden, inner))
+    for tokens in (1, 512) if everything else (1,):
+        x, chosen = _half(tokens, hidden), torch.empty(tokens, top_k, dtype=torch.int64)
+        for kind in ("bf16", Int8Weight, Int4Weight) if everything else ("bf16", Int4Weight):
+            up, down = (_half(*size) if kind == "bf16" else kind.empty(*size, device) for size in sizes)
+            rest = (chosen, torch.empty(tokens, top_k), number, "clamped_swiglu", True, count)
+            weights = (up, _half(number * 2 * inner), down, _half(number * hidden))
+            yield f"experts of {kind}, {tokens} tokens", partial(module.mix_experts, x, *weights, *rest)
 
 
 def _half(*shape):
@@ -305,8 +327,8 @@ class TestCompiled:
         records = compiled(records, arch)
 
         def spills(record):
-            wide = record["kernel"] == "_prefill" or record.get("ROWS", 0) > 64
-            allowed = 256 if wide and arch != 90 else 0
+            wide = record["kernel"] in ("_prefill", "_of_experts") or record.get("ROWS", 0) > 64
+            allowed = 256 if wide and arch != 90 else 0 if arch in USUAL else 16
             return record.get("PRECISION") != "ieee" and record["stack"] + record["local"] > allowed
 
         refuse(records, "spills to local memory", spills)
@@ -322,7 +344,7 @@ class TestCompiled:
         def too_few(record):
             if record["kernel"] == "_decode":
                 tile = 2 * record["BLOCK"] * record["BLOCK_DIM"] * 2
-            elif record["kernel"] == "_linear":
+            elif record["kernel"] in ("_linear", "_of_experts"):
                 tile = record["OUTPUTS"] * record["INPUTS"] * 2 // (1, 2, 4)[record["KIND"]]
             else:
                 return False

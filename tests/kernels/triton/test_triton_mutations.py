@@ -186,6 +186,21 @@ def check_linear(module):
             torch.testing.assert_close(out[start:end], expected[start:end], atol=1e-3, rtol=0)
 
 
+def check_experts(module):
+    number, inner, hidden, tokens = 4, 10, 24, 40
+    x = randn(tokens, hidden)
+    up, up_bias = randn(number * 2 * inner, hidden, seed=1), randn(number * 2 * inner, seed=2)
+    down, down_bias = randn(number * hidden, inner, seed=3), randn(number * hidden, seed=4)
+    chosen = torch.stack(
+        [torch.randperm(3, generator=torch.Generator().manual_seed(n))[:2] for n in range(tokens)]
+    )
+    chosen[chosen == 1] = 3  # expert 1 has no tokens, the others more than one block
+    shares, count = randn(tokens, 2, seed=5).abs(), integers(tokens - 1)
+    arguments = (x, up, up_bias, down, down_bias, chosen, shares, number, "silu", True, count)
+    expected = device_reference.mix_experts(*arguments)
+    torch.testing.assert_close(module.mix_experts(*arguments)[:-1], expected[:-1], atol=1e-3, rtol=1e-4)
+
+
 CHECKS = {
     "add_norm": check_norm,
     "activation": check_activation,
@@ -195,6 +210,7 @@ CHECKS = {
     "greedy": check_greedy,
     "sample": check_sample,
     "quant_linear": check_linear,
+    "experts": check_experts,
 }
 # module, text in it, the fault in its place; where the text occurs several times, all are replaced
 MUTATIONS = [
@@ -298,6 +314,10 @@ MUTATIONS = [
     ("sample", "ties = tl.minimum(ties, seen)", "ties = ties"),
     ("sample", "(x - highest) * inverse_temperature", "(x - highest)"),
     ("sample", "- seen, 0.0)", ", 0.0)"),
+    ("experts", "(expert.to(tl.int64) * num_outputs + output)", "(output.to(tl.int64))"),
+    ("experts", "at = expert.to(tl.int64) * num_outputs + outputs", "at = outputs"),
+    ("experts", "tl.load(shares + token * TOP_K + choice) * update", "update"),
+    ("experts", "(order // top_k)", "(order % top_k)"),
     ("quant_linear", "low = ((packed & 15)", "low = ((packed >> 4)"),
     ("quant_linear", "high = ((packed >> 4)", "high = ((packed & 15)"),
     ("quant_linear", "(packed >> 4).to(tl.float32) * step + offset", "(packed >> 4).to(tl.float32) * step"),
