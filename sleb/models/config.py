@@ -34,7 +34,7 @@ _OF_THE_WHOLE = (
 )
 
 Rule = Callable[[Fields, str, Any], Any]
-_RUNS = f"sleb runs {len(FAMILIES)} others, from LlamaForCausalLM to GPT2LMHeadModel: see docs/models.md"
+_RUNS = f"sleb runs {len(FAMILIES)} architectures, which docs/models.md lists"
 
 
 def read_config(path: Path) -> Fields:
