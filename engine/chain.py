@@ -21,7 +21,7 @@ def load_layer_map(
     chosen = resolved.layer_map if shipped else layer_map
     if chosen is None or chosen == "none":
         return LayerMap.dense(resolved.name, spec.num_blocks, spec.fingerprint), False
-    loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
+    loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
     loaded.check_model(
         num_blocks=spec.num_blocks,
         fingerprint=spec.fingerprint,

@@ -58,7 +58,7 @@ class EngineConfig:
     model: str | Path
     layer_map: LayerMap | str | Path | None = option(
         None,
-        "Layer map (JSON), or none.",
+        "Layer map: a file (JSON), the name of a shipped one, or none.",
         unset="none; for smollm2 and gemma3-270m the shipped one",
         group=_MODEL,
         metavar="FILE",

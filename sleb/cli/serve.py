@@ -41,7 +41,7 @@ def _check_tiers(config: EngineConfig) -> None:
     """A bad map, or a depth that it lacks, before torch, which takes seconds to import. Raises as the engine does."""
     chosen = shipped_map(str(config.model)) if config.layer_map is None else config.layer_map
     if chosen is not None and chosen != "none":
-        layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
+        layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
         make_tiers(layer_map, "", config.tiers, shipped=False)
 
 

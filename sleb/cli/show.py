@@ -13,7 +13,6 @@ from rich.text import Text
 
 from sleb.cli.options import with_options
 from sleb.errors import LayerMapError
-from sleb.fields import shown_path
 from sleb.layer_map.layer_map import (
     CalibrationRecord,
     LayerMap,
@@ -89,21 +88,14 @@ def find_map(name: str) -> LayerMap:
 
     Raises LayerMapError: it lists the shipped ones, or tells how a model gets a map.
     """
-    path, shipped = Path(name), shipped_maps()
+    path = Path(name)
     if (own := shipped_map(name)) is not None:
         return LayerMap.load(own)
-    if not os.path.exists(path) and name in shipped:
-        return LayerMap.load(shipped[name])
     if os.path.isdir(path) or path.suffix == ".gguf":
         raise LayerMapError(
             f"{name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
         )
-    if not os.path.exists(path):  # a name that is too long is none
-        known = ", ".join((*ALIASES, *shipped))
-        raise LayerMapError(
-            f"layer map {shown_path(name)} is neither a file nor shipped; shipped are: {known}"
-        )
-    return LayerMap.load(name)
+    return LayerMap.find(name)
 
 
 def print_map(

@@ -17,10 +17,11 @@ from sleb.formats.llm_drop import is_llm_drop, read_llm_drop
 from sleb.formats.mergekit import is_mergekit, parse_yaml, read_mergekit
 from sleb.formats.output import PROVENANCE
 from sleb.formats.removal import Imported
-from sleb.formats.removal_list import read_removal_list, read_sleb_result
+from sleb.formats.removal_list import is_order, read_removal_list, read_sleb_result
 from sleb.layer_map.layer_map import LayerMap, Patches, Unit
 from sleb.layer_map.units import is_int
 from sleb.models.config import model_fingerprint, read_config
+from sleb.pruning.options import DEFAULT_REMOVE, parse_remove
 
 Note = Callable[[str], None]
 
@@ -69,6 +70,13 @@ def import_map(
         raise LayerMapError(f"{path}: {error}") from None
     for remark in found.notes:
         note(remark)
+    whole = all(unit.part == "block" for unit in layer_map.removed)
+    if whole and layer_map.max_depth == layer_map.num_blocks > 1:
+        share = parse_remove(DEFAULT_REMOVE, layer_map.num_blocks)
+        note(
+            f"the list orders all blocks: the last stays, and the map recommends {DEFAULT_REMOVE}, depth {share}"
+        )
+        layer_map = layer_map.at(layer_map.max_depth - 1).recommend(min(share, layer_map.max_depth - 1))
     return layer_map
 
 
@@ -149,7 +157,7 @@ def _detect(text: str, path: Path) -> str:
         ("blockpruner", is_blockpruner(document)),
         ("sleb-result", "Block Removal Order:" in text),
         ("mergekit", document is None and "merge_method" in text and is_mergekit(parse_yaml(text))),
-        ("removal-list", document is None and text.count("[") == 1),
+        ("removal-list", document is None and (text.count("[") == 1 or is_order(text))),
     )
     for notation, fits in checks:
         if fits:

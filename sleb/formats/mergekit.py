@@ -60,6 +60,7 @@ def write_mergekit(removal: Removal, spec: DecoderSpec, model: str) -> str:
             f"the MLPs of {spec.architecture} are mixtures of experts, which mergekit cannot leave out alone: use "
             "--format zeroed, llm-drop or blockpruner, or a depth of whole blocks"
         )
+    _check_filters(removal, spec)
     slices: list[dict[str, Any]] = []
     for filters, run in itertools.groupby(
         removal.kept_blocks, key=lambda block: _filters(removal, spec, block)
@@ -74,6 +75,19 @@ def write_mergekit(removal: Removal, spec: DecoderSpec, model: str) -> str:
         document["dtype"] = spec.checkpoint_dtype
     text: str = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
     return _warning(removal, spec) + text
+
+
+def _check_filters(removal: Removal, spec: DecoderSpec) -> None:
+    """A filter must name one projection alone: GPT-2 calls both of a block c_proj. Raises ConfigError."""
+    names = spec.names
+    modules = (*names.qkv, names.attention_out, *names.up, names.down)
+    for part, module in (("attention", names.attention_out), ("mlp", names.down)):
+        meant = [each for each in modules if module.rpartition(".")[2] in each]
+        if len(meant) > 1 and any(each == part for _, each in removal.parts):
+            raise ConfigError(
+                f"a filter of mergekit for {module} of {spec.architecture} is one for {meant[-1]} too: use --format "
+                "zeroed, llm-drop or blockpruner, or a depth of whole blocks"
+            )
 
 
 def _filters(removal: Removal, spec: DecoderSpec, block: int) -> tuple[str, ...]:

@@ -42,14 +42,15 @@ def merge_patches(
 
     notation: of the export: in a GGUF file fewer families have biases.
 
-    Raises ConfigError for a patch that no block stands before, for a model with norms last, or for want of memory.
+    Raises ConfigError for a patch that no block stands before, for a model whose MLPs do not add to the residual stream
+    alone, or for want of memory.
     """
     patches = removal.mending.patches
     before = _places(removal, patches)
     specs: list[DecoderSpec] = []
     scorer = DecoderScorer.load(model, options.dtype, options.device, check=specs.append)
     [spec] = specs
-    if lack := no_room(spec):
+    if lack := no_room(spec, plain=notation == "gguf"):
         raise ConfigError(f"{lack} in {spec.architecture}: use --patches drop")
     tokens, _ = gather_tokens(
         model, scorer, options, note=lambda message: None, on_generate=lambda share: None
@@ -57,13 +58,16 @@ def merge_patches(
     _check_memory(spec, tokens.windows)
     gguf = FAMILIES[spec.architecture].gguf
     may = bool(biases_field(spec)) and (notation != "gguf" or (gguf is not None and "mlp" in gguf.biases))
-    merger = Merger(scorer, tokens.windows, bias=spec.mlp_bias or may)
+    merger = Merger(scorer, tokens.windows, bias=spec.mlp_bias or may, scale=spec.residual_scale)
     for done, block in enumerate(removal.kept_blocks):
         progress(done, len(removal.kept_blocks))
         merger.run(block, before.get(block, ()))
     names = {"weight": f"{spec.names.down}.weight", "bias": f"{spec.names.down}.bias"}
     merged = {
-        block: {names[name]: array for name, array in tensors.items()}
+        block: {
+            names[name]: array.T if spec.transposed and name == "weight" else array
+            for name, array in tensors.items()
+        }
         for block, tensors in merger.merged.items()
     }
     return replace(removal.mending, merged=merged, calibration=tokens.record, losses=merger.losses())
@@ -99,11 +103,12 @@ class _Batch:
 class Merger:
     """Walks the patched model and the one without patches side by side.
 
-    Attributes: merged: for each block that has taken patches in, weight [E, I] and, with `bias`, bias [E].
+    scale: the factor on what a sublayer adds. Attributes: merged: for each block that has taken patches in, weight
+    [E, I] and, with `bias`, bias [E].
     """
 
-    def __init__(self, model: DecoderScorer, windows: Tensor, *, bias: bool) -> None:
-        self._model, self._bias = model, bias
+    def __init__(self, model: DecoderScorer, windows: Tensor, *, bias: bool, scale: float = 1.0) -> None:
+        self._model, self._bias, self._scale = model, bias, scale
         size = max(1, DEFAULT_MEMORY_BOUND // (16 * model.hidden_size * windows.shape[1]))
         self._batches = [
             _Batch(each, hidden, hidden) for each in windows.split(size) for hidden in [model.embed(each)]
@@ -123,7 +128,8 @@ class Merger:
                 continue
             for patch in patches:
                 batch.patched = model.apply(patch, batch.patched)
-            moments.add(model.neurons(block, batch.merged), batch.patched - model.run(mlp, batch.merged))
+            missing = (batch.patched - model.run(mlp, batch.merged)) / self._scale
+            moments.add(model.neurons(block, batch.merged), missing)
         if not patches:
             return
         if not self._bias:
@@ -132,7 +138,7 @@ class Merger:
         weight, bias = (torch.from_numpy(change[name]) for name in ("weight", "bias"))
         for batch in self._batches:
             added = model.neurons(block, batch.merged) @ weight.to(model.device).T + bias.to(model.device)
-            batch.merged = model.run(mlp, batch.merged) + added
+            batch.merged = model.run(mlp, batch.merged) + self._scale * added
         old, constant = model.output_projection(block)
         self.merged[block] = {"weight": (old.cpu() + weight).numpy()}
         if self._bias:

@@ -57,10 +57,9 @@ def compact_config(raw: Mapping[str, Any], spec: DecoderSpec, kept_blocks: Seque
         config["max_window_layers"] = sum(block < raw["max_window_layers"] for block in kept_blocks)
     whole = per_block_lists(spec, range(spec.num_blocks))
     stated = {name for name, values in whole.items() if name in raw or len(set(values)) > 1}
-    lists = per_block_lists(spec, kept_blocks)
-    config |= {name: values for name, values in lists.items() if name in stated}
-    if "attention_types" in raw and "attention_layers" in lists:  # GPT-Neo: the same, shortened
-        config["attention_types"] = [[[kind], 1] for kind in lists["attention_layers"]]
+    config |= {name: values for name, values in per_block_lists(spec, kept_blocks).items() if name in stated}
+    if "attention_layers" in stated:  # GPT-Neo's class makes them of runs: kinds, and how many times
+        config["attention_types"] = [[config["attention_layers"], 1]]
     return config
 
 
@@ -85,10 +84,9 @@ def _expert_blocks(spec: DecoderSpec, blocks: Sequence[bool]) -> dict[str, Any]:
 
 def per_block_lists(spec: DecoderSpec, kept_blocks: Sequence[int]) -> dict[str, list[Any]]:
     """The lists that the family reads and that have a value for each block, cut to these blocks."""
-    windows = ["full_attention" if window is None else "sliding_attention" for window in spec.windows]
     lists: dict[str, list[Any]] = {
-        "layer_types": windows,
-        "attention_layers": ["global" if window is None else "local" for window in spec.windows],
+        "layer_types": ["full_attention" if each is None else "sliding_attention" for each in spec.windows],
+        "attention_layers": ["global" if each is None else "local" for each in spec.windows],
         "no_rope_layers": [int(rotary is not None) for rotary in spec.block_rotary],
     }
     reads = FAMILIES[spec.architecture].fields

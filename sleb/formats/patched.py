@@ -48,15 +48,16 @@ def check_exact(spec: DecoderSpec, patches: Iterable[Patch], notation: str) -> N
             )
 
 
-def no_room(spec: DecoderSpec) -> str | None:
-    """Why no sublayer of the model computes what a patch does, or None."""
+def no_room(spec: DecoderSpec, *, plain: bool = True) -> str | None:
+    """Why no sublayer of the model computes what a patch does, or None. Not `plain`: it may be one whose update is
+    scaled, or whose matrices are transposed."""
     odd = {
         "norms stand after the residual add": not spec.norm_first,
         "no norms stand before attention and MLP": not spec.pre_norm,
         "what attention and MLP add is normed": spec.post_norm,
-        "what attention and MLP add is scaled": spec.residual_scale != 1.0,
+        "what attention and MLP add is scaled": plain and spec.residual_scale != 1.0,
         "attention and MLP read the same residual": spec.parallel,
-        "matrices are transposed": spec.transposed,
+        "matrices are transposed": plain and spec.transposed,
         "MLPs are mixtures of experts": spec.experts is not None,
     }
     return next((reason for reason, is_so in odd.items() if is_so), None)

@@ -14,6 +14,9 @@ model in any order; `sleb.py` finds them one by one and appends a record to a te
     WikiText-2 PPL = 9.14
     C4 PPL = 11.21
 
+Shortened LLaMA (arXiv 2402.02834; github.com/Nota-NetsPresso/shortened-llm, block_order.csv) orders all blocks, the
+least important first, in a line of numbers with commas between.
+
 llama.cpp (tools/quantize/quantize.cpp, src/llama-quant.cpp): `llama-quantize --prune-layers 3,5 IN OUT TYPE` leaves
 out these blocks of the original model, renumbers the others and lowers the block count; type COPY changes no tensor.
 """
@@ -43,7 +46,8 @@ def write_removal_list(removal: Removal) -> str:
 
 
 def read_removal_list(text: str) -> Imported:
-    """A list in JSON or Python, alone, after `removal_list =`, or as the field `removal_list` of an object."""
+    """A list in JSON or Python, alone, after `removal_list =`, or as the field `removal_list` of an object; or a line
+    of numbers with commas between."""
     return Imported(tuple(map(Unit, _numbers(text))))
 
 
@@ -89,6 +93,11 @@ def write_llama_cpp(removal: Removal, spec: DecoderSpec, model: Path | None) -> 
     return shlex.join(words) + "\n"
 
 
+def is_order(text: str) -> bool:
+    """Whether a text is the line of a CSV file: numbers with commas between."""
+    return re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})+\s*", text) is not None
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         value = json.loads(text)
@@ -103,7 +112,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _python_list(text: str) -> list[int] | None:
     """The only list of numbers in a text that is not JSON, such as `removal_list = [14, 23,]`; nothing is run."""
-    found = re.findall(r"\[([^\[\]]*)\]", text)
+    found = [text] if is_order(text) else re.findall(r"\[([^\[\]]*)\]", text)
     if len(found) != 1 or not re.fullmatch(r"\s*(-?\d{1,9}\s*(,\s*-?\d{1,9}\s*)*,?)?\s*", found[0]):
         return None
     return [int(number) for number in found[0].split(",") if number.strip()]

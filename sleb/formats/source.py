@@ -83,7 +83,7 @@ def choose_removal(
         raise ConfigError(
             f"{source.name} comes with no layer map: name one with --layer-map, or make one with `sleb prune`"
         )
-    loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.load(chosen)
+    loaded = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
     loaded.check_model(
         num_blocks=source.num_blocks,
         fingerprint=source.fingerprint,

@@ -308,6 +308,19 @@ class LayerMap:
             raise LayerMapError(f"layer map {shown_path(path)} does not exist; {remedy}") from None
 
     @classmethod
+    def find(cls, name: str | os.PathLike[str]) -> LayerMap:
+        """The map in a file of that name, else the shipped one of that name. LayerMapError lists those."""
+        shipped = shipped_maps()
+        if os.path.exists(name):
+            return cls.load(name)
+        if str(name) not in shipped:
+            raise LayerMapError(
+                f"layer map {shown_path(name)} does not exist: it is neither a file nor shipped; make one with "
+                f"`sleb prune`, or name one that exists; shipped are: {', '.join(shipped)}"
+            )
+        return cls.load(shipped[str(name)])
+
+    @classmethod
     def _read(cls, document: Fields, folder: Path | None) -> LayerMap:
         values = read_document(document, folder)
         try:

@@ -59,7 +59,7 @@ def run_patching(
     what = parse_patch(options.patch)
     assert what is not None
     layer_map = (
-        options.layer_map if isinstance(options.layer_map, LayerMap) else LayerMap.load(options.layer_map)
+        options.layer_map if isinstance(options.layer_map, LayerMap) else LayerMap.find(options.layer_map)
     )
     depths = _depths(layer_map, options.depths)
     path = None if options.output is None else Path(options.output)

@@ -101,6 +101,32 @@ def test_compact_checkpoints_are_the_model_without_its_blocks(architecture, remo
     assert tokens == ours.generate([PROMPT], GREEDY)[0].token_ids
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("removed", [(1,), (0, 3)], ids=str)
+def test_compact_checkpoints_of_every_family(variant, removed, tiny_model, export):
+    """In transformers and in our engine the model without its blocks."""
+    model = tiny_model(variant)
+    folder = export(model, removed)
+    theirs = logits(reload(folder))
+    torch.testing.assert_close(theirs, model.without(removed).logits(PROMPT), atol=1e-5, rtol=0)
+    following = torch.tensor(PROMPT[1:])[:, None]
+    theirs = theirs.log_softmax(-1)[:-1].gather(1, following).squeeze(1)
+    torch.testing.assert_close(engine(folder).score(PROMPT), theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma2", "cohere2", "exaone4", "olmo3", "ministral", "gpt-neo"])
+def test_kinds_of_blocks_that_the_configuration_does_not_list(name, tiny_model, tmp_path, export):
+    """Older files say that every so manieth block attends to everything; of the blocks that are left it is stated."""
+    model = tiny_model(name)
+    lists = ("layer_types", "attention_layers")
+    source = edit_config(
+        model.path, tmp_path / "old", lambda config: [config.pop(each, None) for each in lists]
+    )
+    folder, whole = export(source, (1,)), reload(source)
+    kept = replace(model, path=source, model=whole).without((1,))
+    torch.testing.assert_close(logits(reload(folder)), kept.logits(PROMPT), atol=1e-5, rtol=0)
+
+
 def test_zeroed_checkpoints_are_the_model_without_its_parts(architecture, tiny_model, export):
     model = tiny_model(architecture)
     if architecture == "opt-350m":

@@ -21,8 +21,11 @@ from sleb.errors import ConfigError, LayerMapError
 from sleb.formats.decilm_model import DeciLMForCausalLM
 from sleb.formats.exporting import export_model
 from sleb.formats.importing import import_map
-from sleb.formats.merging import Merger
-from sleb.layer_map.layer_map import Patch, Patches, Unit
+from sleb.formats.merging import Merger, merge_patches
+from sleb.formats.removal import Mending, Removal
+from sleb.layer_map.layer_map import CalibrationRecord, Patch, Patches, Unit
+from sleb.pruning.calibration import Calibration
+from sleb.pruning.options import PruneOptions
 from sleb.pruning.patching import RIDGE
 
 PROMPT = torch.randint(3, 96, (29,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -359,6 +362,41 @@ def test_a_merged_checkpoint_is_the_smaller_model_with_other_projections(bias, t
     torch.testing.assert_close(logits(reload(tmp_path / "out")), logits(expected), atol=1e-5, rtol=0)
     card = (tmp_path / "out/README.md").read_text()
     assert "an approximation: perplexity 8.166 instead of 7.389 on the text that it was fitted on" in card
+
+
+@pytest.mark.parametrize("name", ["granite", "gpt2"])
+def test_merging_where_updates_are_scaled_or_matrices_transposed(name, tiny_model, tmp_path, monkeypatch):
+    """transformers computes, from the checkpoint, the loss that was measured as it was fitted."""
+    model = tiny_model(name)
+    windows = torch.randint(3, 96, (24, 48), generator=torch.Generator().manual_seed(3))
+    texts = Calibration(windows, CalibrationRecord()), []
+    monkeypatch.setattr("sleb.formats.merging.gather_tokens", lambda *args, **options: texts)
+    layer_map = LayerMap(
+        name, None, 5, removed=(Unit(2),), patches=Patches.of([patch((2, "attention"), (2, "mlp"))])
+    )
+    told = []
+
+    def merge(removal):
+        told.append(merge_patches(str(model.path), removal, PruneOptions()))
+        return told[0]
+
+    export_model(str(model.path), "hf", tmp_path / "out", layer_map=layer_map, patches="merge", merge=merge)
+    with torch.inference_mode():
+        found = reload(tmp_path / "out")(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    assert float(F.cross_entropy(found, windows[:, 1:].flatten())) == pytest.approx(
+        told[0].losses[1], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere"])
+def test_what_no_output_projection_adds_is_not_merged(name, tiny_model):
+    """Behind the one's MLP stands a norm; the other's reads what came into the block."""
+    layer_map = LayerMap(
+        name, None, 5, removed=(Unit(2),), patches=Patches.of([patch((2, "attention"), (2, "mlp"))])
+    )
+    removal = Removal(layer_map, 1, Mending("merge", layer_map.patches.at(1)))
+    with pytest.raises(ConfigError, match=r"what attention and MLP add is normed|read the same residual"):
+        merge_patches(str(tiny_model(name).path), removal, PruneOptions())
 
 
 def test_merging_through_the_command(tiny_model_dir, tmp_path, capsys, monkeypatch):

@@ -144,8 +144,9 @@ def units(layer_map):
         "removal_list: List[int] = [14,\n  23, 11]",
         "python eval.py --removal_list '[14, 23, 11]'",
         '{"removal_list": [14, 23, 11]}',
+        "14,23,11\n",
     ],
-    ids=["json", "trailing comma", "python", "several lists", "command", "object"],
+    ids=["json", "trailing comma", "python", "several lists", "command", "object", "csv"],
 )
 def test_removal_list(text, read):
     if "List[int]" in text:  # two brackets: it cannot be told for sure which is meant
@@ -156,6 +157,13 @@ def test_removal_list(text, read):
     assert units(layer_map) == ["14", "23", "11"]
     assert (layer_map.num_blocks, layer_map.fingerprint, layer_map.depth) == (32, None, 3)
     assert read(text, "removal-list", num_blocks=32)[0] == layer_map
+
+
+def test_an_order_of_all_blocks_keeps_the_last(read):
+    """As Shortened LLaMA's block_order.csv."""
+    layer_map, notes = read("3,1,4,0,2\n", num_blocks=5)
+    assert units(layer_map) == ["3", "1", "4", "0"] and layer_map.depth == 1
+    assert "orders all blocks: the last stays, and the map recommends 20%, depth 1" in notes[-1]
 
 
 def test_sleb_result_is_the_map_that_ships(read):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoConfig
 
+from sleb import LLM
 from sleb.cli.show import find_map, print_map, strip
 from sleb.errors import LayerMapError
 from sleb.layer_map.layer_map import CalibrationRecord, LayerMap, Part, TextLosses, Unit, shipped_maps
@@ -426,17 +427,21 @@ def test_fingerprint_of_the_hub_config_and_of_what_it_covers() -> None:
 
 
 PUBLISHED = {
-    "opt-13b": (40, [5, 4, 9, 2, 14, 25, 34, 10]),
-    "llama-2-7b": (32, [14, 23, 11, 24, 10, 27, 15]),
+    "opt-13b": (40, [5, 4, 9, 2, 14, 25, 34, 10], "2402.09025"),
+    "llama-2-7b": (32, [14, 23, 11, 24, 10, 27, 15], "2402.09025"),
+    "llama-2-13b": (40, [33, 31, 32, 30, 29, 34, 28, 35, 27, 26], "2403.03853v3, Table 9"),
+    "mistral-7b": (32, [26, 25, 24, 27], "2406.15786"),
+    "mistral-7b-attention": (32, [25, 26, 24, 22], "2406.15786"),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_maps(name: str) -> None:
-    num_blocks, blocks = PUBLISHED[name]
+    num_blocks, blocks, source = PUBLISHED[name]
     layer_map = find_map(name)
     assert (layer_map.num_blocks, [unit.block for unit in layer_map.removed]) == (num_blocks, blocks)
-    assert layer_map.source is not None and "2402.09025" in layer_map.source
+    assert layer_map.source is not None and source in layer_map.source
+    assert {unit.part for unit in layer_map.removed} == {"attention" if "attention" in name else "block"}
 
 
 @pytest.mark.parametrize("name", shipped_maps())
@@ -468,11 +473,13 @@ def test_show_draws_what_is_kept() -> None:
     assert "calibration: source text.txt, seqlen 8, windows 2, token hash sha256:cd" in text
 
 
-def test_show_of_a_published_list_and_of_errors() -> None:
+def test_show_of_a_published_list_and_of_errors(tiny_model_dir: Path) -> None:
     text = shown(find_map("opt-13b"))
     assert "32 of 40 blocks kept" in text and "arXiv:2402.09025" in text and "  32  33  34" in text
     with pytest.raises(LayerMapError, match=r"shipped are: .*opt-13b"):
         find_map("no-such-map")
+    with pytest.raises(LayerMapError, match="is for opt-13b with 40 blocks"):  # every command takes the name
+        LLM(str(tiny_model_dir), "opt-13b")
     with pytest.raises(LayerMapError, match="depths 0 to 8"):
         shown(find_map("opt-13b"), 9)
 
