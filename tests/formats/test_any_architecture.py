@@ -314,6 +314,21 @@ def test_code_beside_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_blocks_behind_the_last_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As DeepSeek V3's, which predicts a further token from the whole model's states."""
+    from safetensors.torch import load_file, save_file
+
+    make_model("mamba").save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    further = {"backbone.layers.5.norm.weight": torch.ones(32), "mtp.layers.0.norm.weight": torch.ones(32)}
+    save_file(tensors | further, tmp_path / "m" / "model.safetensors")
+    export_model(str(tmp_path / "m"), "hf", tmp_path / "out", layer_map=layer_map("m", (1, 2)))
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert {name.split(".")[2] for name in names if name.startswith("backbone.layers.")} == {"0", "1", "2"}
+    assert "mtp.layers.0.norm.weight" in names
+    assert "1 tensors behind the last block, such as backbone.layers.5.norm.weight" in caplog.text
+
+
 def test_a_checkpoint_that_is_not_whole(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
