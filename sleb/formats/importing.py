@@ -70,8 +70,7 @@ def import_map(
         raise LayerMapError(f"{path}: {error}") from None
     for remark in found.notes:
         note(remark)
-    whole = all(unit.part == "block" for unit in layer_map.removed)
-    if whole and layer_map.max_depth == layer_map.num_blocks > 1:
+    if is_order(text) and layer_map.max_depth == layer_map.num_blocks:
         share = parse_remove(DEFAULT_REMOVE, layer_map.num_blocks)
         note(
             f"the list orders all blocks: the last stays, and the map recommends {DEFAULT_REMOVE}, depth {share}"
