@@ -315,8 +315,8 @@ class LayerMap:
             return cls.load(name)
         if str(name) not in shipped:
             raise LayerMapError(
-                f"layer map {shown_path(name)} does not exist: it is neither a file nor shipped; make one with "
-                f"`sleb prune`, or name one that exists; shipped are: {', '.join(shipped)}"
+                f"layer map {shown_path(name)} does not exist, neither a file nor shipped; `sleb prune` makes one; "
+                f"shipped are: {', '.join(shipped)}"
             )
         return cls.load(shipped[str(name)])
 
