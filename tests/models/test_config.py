@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "architectures of numbers": ({"architectures": [1]}, r"architectures is \[1\]; .*names"),
     "unknown": (
         {"architectures": ["\x1b[2JMamba"]},
-        r'architectures \["\\u001b\[2JMamba"\] is not supported.*Llama',
+        r'architectures \["\\u001b\[2JMamba"\] is not supported; .*docs/models\.md',
     ),
     "model_type that disagrees": ({"model_type": "qwen2"}, 'model_type is "qwen2"; it must be llama, since'),
     "model_type": ({"model_type": 5}, "model_type is 5"),
