@@ -197,13 +197,7 @@ def test_every_part_of_an_architecture(base, random_patch, make_request, name, g
     "name",
     [
         "Gemma 2",
-        "OLMo 2",
-        "Cohere",
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in PARTS
-            if each not in ("Gemma 2", "OLMo 2", "Cohere")
-        ),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in PARTS if each != "Gemma 2"),
     ],
 )
 def test_triton_interpreted(base, random_patch, make_request, name):
