@@ -84,7 +84,7 @@ def write_llama_cpp(removal: Removal, spec: DecoderSpec, model: Path | None) -> 
     blocks = removal.whole_blocks("llama.cpp")
     if len(set(spec.block_rotary)) > 1 or len(set(spec.windows)) > 1:
         raise ConfigError(
-            f"llama.cpp tells by a block's number whether it rotates positions or slides a window, so pruning an "
+            "llama.cpp tells by a block's number whether it rotates positions or slides a window, so pruning "
             f"{spec.architecture} there mixes them up: use --format hf with a tool that reads config.json"
         )
     name = str(model) if model else "MODEL.gguf"

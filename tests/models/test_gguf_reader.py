@@ -242,6 +242,13 @@ def test_a_tensor_that_lies_is_named(
     assert message in refusal(convert, gguf_bytes(list(good_keys().items()), tensors))
 
 
+def test_heads_of_a_fused_module_cannot_share_keys(convert: Callable[[bytes], Path]) -> None:
+    keys = {key.replace("llama.", "gptneox."): value for key, value in good_keys().items()}
+    keys |= {"general.architecture": (STRING, "gptneox"), "gptneox.attention.head_count_kv": (U32, 1)}
+    wanted = "gptneox.attention.head_count_kv is 1; it must be head_count, 2"
+    assert wanted in refusal(convert, gguf_bytes(list(keys.items()), good_tensors()))
+
+
 def test_headers_that_lie(convert: Callable[[bytes], Path]) -> None:
     keys, tensors = list(good_keys().items()), good_tensors()
     for counts, version, message in [

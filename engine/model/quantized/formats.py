@@ -177,7 +177,10 @@ def _gptq(module: Module) -> Plan:
     groups = _groups(
         module, ".scales", bits, num_columns, num_groups, size if size > 0 else num_columns, "zero"
     )
-    order = _order(module, ".g_idx", num_columns, groups.size) if settings.boolean("desc_act", True) else None
+    by_activation = settings.boolean("desc_act", True)
+    if ".g_idx" in module.parts:
+        module.shape(".g_idx", num_columns, dtypes=("I32", "I64"))
+    order = _order(module, ".g_idx", num_columns, groups.size) if by_activation else None
 
     def decode(parts: Parts) -> Decoded:
         q = words(parts[".qweight"].t(), bits)

@@ -73,8 +73,10 @@ def model_config(
     hidden_size = fields.integer(f"{a}.embedding_length", 1, _MAX_WIDTH)
     num_heads = _uniform(fields, f"{a}.attention.head_count", blocks, hidden_size)
     num_key_value_heads = _uniform(fields, f"{a}.attention.head_count_kv", blocks, num_heads, num_heads)
-    if num_heads % num_key_value_heads:
-        raise fields.wrong(f"{a}.attention.head_count_kv", f"a divisor of head_count, {num_heads}")
+    shared = num_heads % num_key_value_heads == 0 and family.qkv_layout == "stacked"
+    if num_key_value_heads != num_heads and not shared:
+        wanted = "a divisor of head_count" if family.qkv_layout == "stacked" else "head_count"
+        raise fields.wrong(f"{a}.attention.head_count_kv", f"{wanted}, {num_heads}")
     head_dim = fields.integer(f"{a}.attention.key_length", 2, _MAX_HEAD_DIM, hidden_size // num_heads)
     if fields.integer(f"{a}.attention.value_length", 2, _MAX_HEAD_DIM, head_dim) != head_dim:
         raise fields.wrong(f"{a}.attention.value_length", f"that of a key, {head_dim}")

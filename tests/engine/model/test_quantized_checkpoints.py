@@ -430,6 +430,7 @@ REFUSED = {
     "scales of another shape": ("awq 32", {}, ("scales", lambda x: x[:, 1:]), "shape (any, 128)"),
     "no zero points": ("gptq", {}, ("qzeros", None), "is there without its qzeros"),
     "columns out of order": ("gptq", {"desc_act": True}, ("g_idx", lambda x: x + 7), "of groups from 0 to 3"),
+    "one group for all columns": ("gptq", {}, ("g_idx", lambda x: x[0]), "and shape (256)"),
     "scales in bytes": (
         "compressed w8a8",
         {},
