@@ -18,10 +18,11 @@ from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledTo
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
 from sleb.engine.execute.transfer import to_device
 from sleb.engine.memory import refusal_told
+from sleb.engine.model.allocation import all_sublayers
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import AS_STORED, resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.model.weights import DecoderWeights, all_sublayers, formats_of, num_bytes
+from sleb.engine.model.weights import DecoderWeights, formats_of, num_bytes
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.step import ScheduledRow, Step

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.quantized.find import (
     QuantizedTensor,
@@ -20,7 +21,6 @@ from sleb.engine.model.quantized.find import (
     quantized_by_config,
     quantized_tensors,
 )
-from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ModelError
 from sleb.fields import shown_path, shown_text
 from sleb.models.weight_files import StoredTensor, opened, stored_tensors

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from sleb.engine.memory import GIB, check_fits, refusal_told
+from sleb.engine.model.allocation import Target, Targets, allocate, patch_weights
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.checkpoint import Checkpoint, open_checkpoint
 from sleb.engine.model.quantized.find import QuantizedTensor
 from sleb.engine.model.weight_cache import WeightCache
-from sleb.engine.model.weights import DecoderWeights, Target, Targets, allocate, num_bytes, patch_weights
+from sleb.engine.model.weights import DecoderWeights, num_bytes
 from sleb.errors import ModelError
 from sleb.fields import shown_path
 from sleb.kernels.quantization import WEIGHT_FORMATS, Int4Weight, Int8Weight, Quantized, WeightFormat

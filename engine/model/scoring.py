@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sleb.engine.config import EngineConfig
+from sleb.engine.model.allocation import all_sublayers, num_parameters, patch_weights
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.model.decoder import Decoder
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_device, resolve_dtype, resolve_weight_format
-from sleb.engine.model.weights import all_sublayers, num_parameters, patch_weights
 from sleb.engine.text import TextProcessor
 from sleb.kernels.names import FILE
 from sleb.kernels.reference.cross_entropy import expected_rows, linear_cross_entropy, linear_divergence

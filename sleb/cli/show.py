@@ -68,8 +68,8 @@ def show(
     else:
         check_model(model)
         layer_map = find_map(options.layer_map)
+        from sleb.engine.model.allocation import num_parameters
         from sleb.engine.model.architecture import resolve_spec  # imports torch
-        from sleb.engine.model.weights import num_parameters
 
         resolved = resolve_config(model)
         spec = resolve_spec(resolved.path)

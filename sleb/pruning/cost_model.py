@@ -75,7 +75,7 @@ def fit_cost_model(
 ) -> CostModel:
     """Measures `model` on this machine. Raises ConfigError for a model of fewer than 3 blocks or a bad batch."""
     from sleb.engine.llm import LLM
-    from sleb.engine.model.weights import num_parameters
+    from sleb.engine.model.allocation import num_parameters
 
     if batch < 1:
         raise ConfigError(f"a batch of {batch} requests cannot be measured; ask for 1 or more")

@@ -20,9 +20,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sleb.engine.llm import LLM
+from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
 from sleb.engine.model.rotary import RotaryTables
-from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ConfigError, ModelError
 from sleb.models.families import FAMILIES, Family
 from sleb.models.resolve import check_model

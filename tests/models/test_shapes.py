@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.rotary import RotaryTables
-from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap, shipped_maps
 from sleb.models.shapes import shape_folder, shape_names

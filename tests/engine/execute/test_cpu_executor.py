@@ -16,9 +16,9 @@ from sleb.engine.execute.eager import EagerExecutor
 from sleb.engine.execute.executor import PlannedUnit
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
+from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.decoder import Decoder
-from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError

@@ -18,9 +18,9 @@ from sleb.engine.execute.gpu_decoder import GpuDecoder
 from sleb.engine.execute.gpu_setup import lacks_feature
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
+from sleb.engine.model.allocation import all_sublayers, allocate, patch_weights
 from sleb.engine.model.architecture import ExpertsSpec, resolve_spec
 from sleb.engine.model.decoder import Decoder
-from sleb.engine.model.weights import all_sublayers, allocate, patch_weights
 from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.step import ScheduledRow
 from sleb.errors import ConfigError

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sleb.engine.llm import LLM
+from sleb.engine.model.allocation import all_sublayers, num_parameters
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
-from sleb.engine.model.weights import DecoderWeights, all_sublayers, num_bytes, num_parameters
+from sleb.engine.model.weights import DecoderWeights, num_bytes
 from sleb.errors import ConfigError, ModelError
 from sleb.formats.exporting import export_model
 from sleb.layer_map.layer_map import LayerMap, Patches, Unit

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
-from sleb.engine.model.weights import all_sublayers, allocate
 from sleb.errors import ModelError
 from sleb.layer_map.layer_map import Unit
 from sleb.models import weight_files
@@ -323,7 +323,8 @@ _MEASURE = """
     import torch
     from sleb.engine.model.architecture import resolve_spec
     from sleb.engine.model.loader import load_weights
-    from sleb.engine.model.weights import all_sublayers, num_bytes
+    from sleb.engine.model.allocation import all_sublayers
+    from sleb.engine.model.weights import num_bytes
     from pathlib import Path
 
     def peak():

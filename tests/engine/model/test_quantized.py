@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from sleb import files
 from sleb.engine.config import EngineConfig
 from sleb.engine.model import loader, weight_cache
+from sleb.engine.model.allocation import all_sublayers
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import resolve_dtype
-from sleb.engine.model.weights import all_sublayers, num_bytes
+from sleb.engine.model.weights import num_bytes
 from sleb.errors import ConfigError, ModelError
 from sleb.kernels.quantization import WEIGHT_FORMATS, Int4Weight, Int8Weight, quantize_int4, quantize_int8
 from sleb.layer_map.layer_map import Unit
@@ -460,7 +461,8 @@ _MEASURE = """
     from sleb.engine.model.architecture import resolve_spec
     from sleb.engine.model.loader import load_weights
     from sleb.engine.model.resolve import resolve_dtype
-from sleb.engine.model.weights import all_sublayers, num_bytes
+from sleb.engine.model.allocation import all_sublayers
+from sleb.engine.model.weights import num_bytes
     from sleb.kernels.quantization import WEIGHT_FORMATS, quantize_int4
 
     def peak():

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sleb.engine.llm import LLM
+from sleb.engine.model.allocation import all_sublayers
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.checkpoint import open_checkpoint
 from sleb.engine.model.loader import load_weights
-from sleb.engine.model.weights import all_sublayers
 from sleb.errors import ConfigError, ModelError
 from sleb.formats.exporting import export_model
 from sleb.kernels.quantization import GroupedWeight, Groups, Int8Weight
