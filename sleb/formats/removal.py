@@ -111,11 +111,12 @@ def check_way(removal: Removal, notation: str, way: str) -> None:
         )
     if way == "merge":
         removal.whole_blocks(notation)
-    merge = "--patches merge with a --calibration text, which approximates them, " if notation == "hf" else ""
+    merge = "--patches merge with a --calibration text, which approximates them where the model has room, "
+    merge = merge if notation == "hf" else ""
     if way == "keep" and number and notation not in _HOLD_PATCHES:
         raise ConfigError(
             f"depth {removal.depth} has {number} patch{'es' * (number > 1)}, which format {notation} cannot hold: use "
-            f"--format decilm, which holds them exactly, {merge}or --patches drop, which leaves them out"
+            f"--format decilm, which holds a Llama's exactly, {merge}or --patches drop, which leaves them out"
         )
 
 

@@ -316,12 +316,13 @@ def _nvfp4(module: Module) -> Plan:
     """w = weight · weight_scale · weight_scale_2, E2M1 by 16 inputs; compressed-tensors has the last one's inverse."""
     compressed = ".weight_global_scale" in module.parts
     end, last = (".weight_packed", ".weight_global_scale") if compressed else (".weight", ".weight_scale_2")
-    if not compressed and module.parts[end].dtype in _F8:
+    if end in module.parts and module.parts[end].dtype in _F8:
         return _scaled(module)
     num_rows, num_bytes = module.shape(end, None, None, dtypes=("U8",))
     num_groups = module.shape(".weight_scale", num_rows, num_bytes // 8, dtypes=("F8_E4M3",))[1]
-    if num_bytes % 8 or module.parts[last].shape not in ((), (1,)):
-        raise module.wrong(end, f"of groups of 8 bytes, with one {last.strip('.')}")
+    module.shape(last, *(1,) * (last in module.parts and len(module.parts[last].shape) > 0))
+    if num_bytes % 8:
+        raise module.wrong(end, "of groups of 8 bytes")
 
     def decode(parts: Parts) -> Decoded:
         whole = parts[last].float().reshape(())

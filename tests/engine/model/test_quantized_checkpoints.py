@@ -431,6 +431,8 @@ REFUSED = {
     "no zero points": ("gptq", {}, ("qzeros", None), "is there without its qzeros"),
     "columns out of order": ("gptq", {"desc_act": True}, ("g_idx", lambda x: x + 7), "of groups from 0 to 3"),
     "one group for all columns": ("gptq", {}, ("g_idx", lambda x: x[0]), "and shape (256)"),
+    "no scale for all": ("nvfp4", {}, ("weight_scale_2", None), "is there without its weight_scale_2"),
+    "no bytes beside scales": ("nvfp4", {}, ("proj.weight", None), "is there without its weight"),
     "scales in bytes": (
         "compressed w8a8",
         {},
