@@ -30,6 +30,8 @@ static void multiply_panel(const sleb_linear *w, const operand *x, const epilogu
     if (w->format == SLEB_F16) t.second = 32, t.stride = 64;
     if (w->format == SLEB_BF16) t.steps = kp / 2;
     if (x->kind == ROWS_BYTES) t.steps = kp / (w->format == SLEB_I8_HALVES ? SLEB_GROUP / 2 : SLEB_GROUP);
+    int32_t own = w->base == SLEB_MINIMUM && w->group == SLEB_GROUP;
+    const tile_function *tiles = TILES[w->format == SLEB_I4 && !own ? I4_GROUPS : w->format];
     for (int32_t number = 0; number < num_tiles; number++) {
         int32_t row = first + rows * number / num_tiles, end = first + rows * (number + 1) / num_tiles;
         t.a = x->data + (size_t)row * x->stride;
@@ -37,7 +39,7 @@ static void multiply_panel(const sleb_linear *w, const operand *x, const epilogu
             size_t at = (size_t)row * x->groups;
             t.group_scale = x->scale + at, t.group_offset = x->offset + at, t.group_init = x->init + at;
         }
-        TILES[w->format][end - row - 1](&t);
+        tiles[end - row - 1](&t);
         for (int32_t r = row; r < end; r++) {
             const float *sums = local->tile + (size_t)(r - row) * SLEB_PANEL;
             finish_row(e, w, r, panel, load_f32(sums), load_f32(sums + 16));

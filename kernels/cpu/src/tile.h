@@ -209,12 +209,9 @@ INLINE void tile_groups(const tile *t, const int R, const int bits, const int qu
     tile_store(t, R, acc);
 }
 
-INLINE void tile_i4(const tile *t, const int R) { /* the engine's own format apart: known sizes are faster */
-    if (t->base == SLEB_MINIMUM && t->group == SLEB_GROUP)
-        tile_groups(t, R, 4, 8, SLEB_GROUP, SLEB_MINIMUM);
-    else
-        tile_groups(t, R, 4, 8, t->group, t->base);
-}
+/* The engine's own format: known sizes are faster, and so is a function without the others'. */
+INLINE void tile_i4(const tile *t, const int R) { tile_groups(t, R, 4, 8, SLEB_GROUP, SLEB_MINIMUM); }
+INLINE void tile_i4_groups(const tile *t, const int R) { tile_groups(t, R, 4, 8, t->group, t->base); }
 INLINE void tile_i8_groups(const tile *t, const int R) { tile_groups(t, R, 8, 8, t->group, t->base); }
 INLINE void tile_i8_halves(const tile *t, const int R) { tile_groups(t, R, 8, 4, t->group, t->base); }
 
@@ -236,14 +233,18 @@ DEFINE_12(tile_f32)
 DEFINE_12(tile_f16)
 DEFINE_6(tile_i8)
 DEFINE_6(tile_i4)
+DEFINE_6(tile_i4_groups)
 DEFINE_6(tile_i8_groups)
 DEFINE_6(tile_i8_halves)
 
+enum { I4_GROUPS = SLEB_I8_HALVES + 1 }; /* four bits in other groups than the engine's own */
+
 /* By format, then by rows - 1. */
-static const tile_function TILES[7][MAX_ROWS] = {
+static const tile_function TILES[I4_GROUPS + 1][MAX_ROWS] = {
     [SLEB_F32] = {LIST_12(tile_f32)}, [SLEB_F16] = {LIST_12(tile_f16)}, [SLEB_BF16] = {LIST_12(tile_bf16)},
     [SLEB_I8] = {LIST_6(tile_i8)},    [SLEB_I4] = {LIST_6(tile_i4)},
     [SLEB_I8_GROUPS] = {LIST_6(tile_i8_groups)}, [SLEB_I8_HALVES] = {LIST_6(tile_i8_halves)},
+    [I4_GROUPS] = {LIST_6(tile_i4_groups)},
 };
 
 #endif
