@@ -105,7 +105,8 @@ class BatchTensors:
     Attributes:
         query_starts: [S + 1] int32, index of each sequence's first token among the step's.
         context_lens: [S] int32, tokens whose K and V are in the cache once this step's are stored.
-        page_table: [S, width] int32, rows one after another at a stride of their own.
+        page_table: [R, width] int32, rows one after another at a stride of their own.
+        table_rows: [S] int32, the row of page_table that holds a sequence's pages; past num_rows it is any row of it.
         num_rows: [1] int32, sequences that run the unit.
         page_size: tokens in a page.
         max_query_len, max_context_len: bounds that the host knows: of the new tokens and the context of a sequence.
@@ -115,6 +116,7 @@ class BatchTensors:
     query_starts: Tensor
     context_lens: Tensor
     page_table: Tensor
+    table_rows: Tensor
     num_rows: Tensor
     page_size: int
     max_query_len: int
@@ -132,6 +134,7 @@ class BatchTensors:
             integers(batch.query_starts),
             integers(batch.context_lens),
             batch.page_table.to(device, torch.int32),
+            torch.arange(batch.num_sequences, dtype=torch.int32, device=device),
             integers((batch.num_sequences,)),
             batch.page_size,
             max(batch.query_lens, default=0),
@@ -145,4 +148,8 @@ class BatchTensors:
         starts = self.query_starts[: num_rows + 1].tolist()
         lens = self.context_lens[:num_rows].tolist()
         query_lens = tuple(end - start for start, end in itertools.pairwise(starts))
-        return PagedBatch(query_lens, tuple(lens), self.page_table[:num_rows].long(), self.page_size)
+        return PagedBatch(query_lens, tuple(lens), self.gathered_table(num_rows).long(), self.page_size)
+
+    def gathered_table(self, num_rows: int) -> Tensor:
+        """[num_rows, width] int32: the pages of the first sequences, a copy, for kernels that know no table_rows."""
+        return self.page_table.index_select(0, self.table_rows[:num_rows])

@@ -78,6 +78,7 @@ class GpuExecutor:
         self._page_table = torch.full(
             (max_num_seqs, max_pages), padding_page, dtype=torch.int32, device=self.device
         )
+        self._table_rows = torch.arange(max_num_seqs, dtype=torch.int32, device=self.device)
         spec, dtype = decoder.decoder.spec, decoder.decoder.weights.dtype
         self._patches = decoder.decoder.weights.patches
         self._hidden = torch.zeros(max_num_seqs, spec.hidden_size, dtype=dtype, device=self.device)
@@ -99,7 +100,7 @@ class GpuExecutor:
     @property
     def static_bytes(self) -> int:
         """Bytes of the tensors that stay between steps, the KV cache left out."""
-        kept = (self._static, self._page_table, self._hidden, self._logits, self._sampled)
+        kept = (self._static, self._page_table, self._table_rows, self._hidden, self._logits, self._sampled)
         return sum(tensor.nbytes for tensor in kept)
 
     @torch.inference_mode()
@@ -207,6 +208,7 @@ class GpuExecutor:
                 inputs.query_starts[: bucket + 1],
                 inputs.context_lens[:bucket],
                 self._page_table[:bucket],
+                self._table_rows[:bucket],
                 count,
                 self.page_size,
                 max_query_len=1,
@@ -281,6 +283,7 @@ class GpuExecutor:
         """The units that some row runs, over exactly their rows."""
         units: list[UnitRows | PatchRows] = []
         batches: dict[int, BatchTensors] = {}
+        table_rows = torch.arange(table.shape[0], dtype=torch.int32, device=self.device)
         for index, unit in enumerate(self._units):
             first, num_tokens = step.unit_first_tokens[index], step.unit_tokens[index]
             if first == num_tokens:
@@ -298,6 +301,7 @@ class GpuExecutor:
                     inputs.query_starts[: num_rows + 1],
                     inputs.context_lens[:num_rows],
                     table[:num_rows],
+                    table_rows[:num_rows],
                     inputs.row_counts[index : index + 1],
                     self.page_size,
                     max_query_len=max(lens),

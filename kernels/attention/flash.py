@@ -122,7 +122,7 @@ def paged_attention_by(kernel: Callable[[PagedCall], Any]) -> Attention:
                 keys=key_cache.unflatten(0, (-1, batch.page_size)),
                 values=value_cache.unflatten(0, (-1, batch.page_size)),
                 context_lens=batch.context_lens[:rows],
-                page_table=batch.page_table[:rows],
+                page_table=batch.gathered_table(rows),
                 starts=None if decode else _starts(batch),
                 max_query_len=batch.max_query_len,
                 max_context_len=batch.max_context_len,

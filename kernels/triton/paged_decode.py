@@ -35,7 +35,7 @@ _MIN_ROWS = 16  # rows that a matrix product has at least
 _MAX_SPLITS = 64
 _MIN_SPLIT = 256  # tokens: shorter ones are not worth the second launch
 # Sections of one array, at any alignment, and single numbers: to specialise would compile once more for each case.
-INTEGERS = ["page_table", "context_lens", "query_starts", "num_rows"]
+INTEGERS = ["page_table", "table_rows", "context_lens", "query_starts", "num_rows"]
 _PROGRAMS_A_PROCESSOR = 4  # enough loads under way to fill the memory's pipeline
 _LOG2_E = 1.4426950408889634
 
@@ -84,6 +84,7 @@ def _decode(
     key_cache,
     value_cache,
     page_table,
+    table_rows,
     context_lens,
     query_starts,
     num_rows,
@@ -136,7 +137,7 @@ def _decode(
     # A sink is counted once: with the first run of the context, which every sequence has.
     highest, total = first_score(sinks, head, (group < GROUP) & (split == 0), HAS_SINKS)
     attended = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-    pages = page_table + row.to(tl.int64) * table_stride
+    pages = page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
     for begin in range(start, stop, BLOCK):
         position = begin + tl.arange(0, BLOCK)
         visible = position < stop
@@ -284,6 +285,7 @@ def _launch(
         key_cache,
         value_cache,
         batch.page_table,
+        batch.table_rows,
         batch.context_lens,
         batch.query_starts,
         batch.num_rows,

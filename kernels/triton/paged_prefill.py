@@ -111,6 +111,7 @@ def _prefill(
     key_cache,
     value_cache,
     page_table,
+    table_rows,
     context_lens,
     query_starts,
     num_rows,
@@ -164,7 +165,7 @@ def _prefill(
 
     highest, total = first_score(sinks, head, index < num_queries, HAS_SINKS)
     attended = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    pages = page_table + row.to(tl.int64) * table_stride
+    pages = page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
     if WINDOW > 0:
         attended, highest, total = _walk(
             q, attended, highest, total, key_cache, value_cache, pages, kv_head, own, start, whole_from,
@@ -214,6 +215,7 @@ def paged_prefill(
             key_cache,
             value_cache,
             batch.page_table,
+            batch.table_rows,
             batch.context_lens,
             batch.query_starts,
             batch.num_rows,

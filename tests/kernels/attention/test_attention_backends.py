@@ -92,7 +92,9 @@ class Case:
             context_lens=torch.tensor(
                 [*context_lens, *[0, 1, 1, 0][:padding]], dtype=torch.int32, device=device
             ),
-            page_table=table.to(device)[:, : max(num_pages)],
+            # Backwards, behind a row of nobody's.
+            page_table=torch.cat((table[:1] * 0 + (1 << 30), table.flip(0))).to(device)[:, : max(num_pages)],
+            table_rows=torch.arange(len(table), 0, -1, dtype=torch.int32, device=device),
             num_rows=torch.tensor([len(lens)], dtype=torch.int32, device=device),
             page_size=page_size,
             max_query_len=max(query_lens),
@@ -396,7 +398,7 @@ def test_more_or_fewer_tokens_than_rows(backend):
         whole,
         query_starts=whole.query_starts[: num_rows + 1],
         context_lens=whole.context_lens[:num_rows],
-        page_table=whole.page_table[:num_rows],
+        table_rows=whole.table_rows[:num_rows],
     )
     case.check(backend.function)
     case.batch, case.query = whole, case.query[:num_rows]
@@ -409,7 +411,7 @@ def test_nothing_to_compute(backend):
         case.batch,
         query_starts=case.batch.query_starts[:1],
         context_lens=case.batch.context_lens[:0],
-        page_table=case.batch.page_table[:0],
+        table_rows=case.batch.table_rows[:0],
         max_query_len=0,
     )
     result = backend.function(case.query[:0], case.key_cache, case.value_cache, empty, 1.0, None)

@@ -85,7 +85,15 @@ class Case:
             page_size,
         )
         present = torch.tensor([len(lens)], dtype=torch.int32, device=device)
-        self.tensors = dataclasses.replace(BatchTensors.of(past, device), num_rows=present)
+        self.tensors = BatchTensors.of(past, device)
+        # The table's rows lie backwards, behind one of nobody's.
+        table = self.tensors.page_table
+        self.tensors = dataclasses.replace(
+            self.tensors,
+            page_table=torch.cat((table[:1] * 0 + (1 << 30), table.flip(0))),
+            table_rows=torch.arange(len(table), 0, -1, dtype=torch.int32, device=device),
+            num_rows=present,
+        )
 
     def expected(self, window=None, *more):
         return expected_attention(self.query, *self.caches, self.batch, window, *more)

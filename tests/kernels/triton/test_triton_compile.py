@@ -204,7 +204,9 @@ def _attention(modules, name, num_heads, num_kv, head_dim, everything, every, dt
         torch.empty(shape, dtype=dtype)
         for shape in ((32, num_heads, head_dim), (4096, num_kv, head_dim), (num_heads,))
     )
-    batch = BatchTensors(_integers(9), _integers(8), _integers(8, 64), _integers(1), 16, 25, 1024)
+    batch = BatchTensors(
+        _integers(9), _integers(8), _integers(8, 64), _integers(8), _integers(1), 16, 25, 1024
+    )
     for operator in ("paged_decode", "paged_prefill"):
         module = modules[operator]
         configs = module.configs_for(head_dim, dtype.itemsize)

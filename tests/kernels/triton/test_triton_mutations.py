@@ -106,7 +106,8 @@ def attention_batch(lens):
     full = BatchTensors.of(PagedBatch(query_lens, context_lens, table, 4), torch.device("cpu"))
     present = len(lens)
     batch = PagedBatch(query_lens[:present], context_lens[:present], table[:present], 4)
-    return batch, dataclasses.replace(full, num_rows=integers(present))
+    backwards = {"page_table": full.page_table.flip(0), "table_rows": full.table_rows.flip(0)}
+    return batch, dataclasses.replace(full, num_rows=integers(present), **backwards)
 
 
 def check_attention(operator, lens, which, windows, **options):
@@ -267,6 +268,8 @@ MUTATIONS = [
     ("paged_decode", "* 1.4426950408889634", "* 1.0"),
     ("paged_decode", "if row >= tl.load(num_rows):", "if row < 0:"),
     ("paged_decode", "if tl.load(query_starts + row + 1) - token != 1:", "if token < 0:"),
+    ("paged_decode", "tl.load(table_rows + row)", "row"),
+    ("paged_prefill", "tl.load(table_rows + row)", "row"),
     ("paged_decode", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
     ("paged_decode", "head = kv_head * GROUP + group", "head = kv_head + group * NUM_KV"),
     ("paged_decode", "attended = attended * fade[:, None]", "attended = attended"),
