@@ -21,7 +21,7 @@ from sleb.kernels.names import KERNELS
 from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
-from sleb.kernels.reference.device import HeadNorm
+from sleb.kernels.reference.device import HeadNorm, RowNorm
 from sleb.kernels.reference.ops import Numbers
 
 
@@ -63,6 +63,7 @@ class AddNorm(Protocol):
         delta_weight: Tensor | None = None,
         delta_bias: Tensor | None = None,
         delta_scale: float = 1.0,
+        moments: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -70,7 +71,68 @@ class RangedLinear(Protocol):
     """See `sleb.kernels.reference.device.linear`."""
 
     def __call__(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, rows: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        rows: tuple[Tensor, Tensor] | None = None,
+        *,
+        norm: RowNorm | None = None,
+    ) -> Tensor: ...
+
+
+class LinearActivate(Protocol):
+    """See `sleb.kernels.reference.device.linear_activate`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        activation: str,
+        gated: bool,
+        num_rows: Tensor,
+        *,
+        norm: RowNorm | None = None,
+    ) -> Tensor: ...
+
+
+class LinearAdd(Protocol):
+    """See `sleb.kernels.reference.device.linear_add`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        residual: Tensor,
+        moments: Tensor | None,
+        num_rows: Tensor,
+        *,
+        start: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None: ...
+
+
+class LinearRopeStore(Protocol):
+    """See `sleb.kernels.reference.device.linear_rope_store`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        num_heads: int,
+        rotation: tuple[Tensor, Tensor] | None,
+        positions: Tensor,
+        head_norm: HeadNorm | None,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slots: Tensor,
+        num_tokens: Tensor,
+        clip: float | None = None,
+        *,
+        norm: RowNorm | None = None,
     ) -> Tensor: ...
 
 
@@ -123,6 +185,10 @@ class GpuKernels:
     mix_experts: MixExperts
     soft_cap: Callable[[Tensor, float], Tensor]
     linear: RangedLinear
+    linear_activate: LinearActivate
+    linear_add: LinearAdd
+    linear_rope_store: LinearRopeStore
+    moments: Callable[[Tensor], Tensor]
     attention: Attention
     greedy: Callable[[Tensor], Tensor]
     sample_packed: Callable[[Tensor, Tensor], Tensor]
@@ -184,6 +250,10 @@ def torch_gpu_kernels() -> GpuKernels:
         mix_experts=device_reference.mix_experts,
         soft_cap=device_reference.soft_cap,
         linear=device_reference.linear,
+        linear_activate=device_reference.linear_activate,
+        linear_add=device_reference.linear_add,
+        linear_rope_store=device_reference.linear_rope_store,
+        moments=device_reference.moments,
         attention=device_reference.paged_attention,
         greedy=reference.greedy,
         sample_packed=device_reference.sample_packed,
@@ -206,8 +276,8 @@ def triton_gpu_kernels() -> GpuKernels:
         add_norm,
         experts,
         greedy,
+        linear,
         paged_attention,
-        quant_linear,
         rope_store,
         sample,
         tuning,
@@ -221,7 +291,11 @@ def triton_gpu_kernels() -> GpuKernels:
         activate=activation.activate,
         mix_experts=experts.mix_experts,
         soft_cap=activation.soft_cap,
-        linear=quant_linear.quant_linear,
+        linear=linear.linear,
+        linear_activate=linear.linear_activate,
+        linear_add=linear.linear_add,
+        linear_rope_store=linear.linear_rope_store,
+        moments=add_norm.moments,
         attention=paged_attention.paged_attention,
         greedy=greedy.greedy,
         sample_packed=sample.sample_packed,

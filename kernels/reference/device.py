@@ -18,6 +18,38 @@ from sleb.kernels.quantization import Weight
 from sleb.kernels.reference import experts as experts_reference
 from sleb.kernels.reference import ops as reference
 
+MOMENT_CHUNK = 64
+"""Features of a row whose sum of squares is kept as one number: see `moments`."""
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """An RMSNorm that a product applies to the rows of its x as it reads them.
+
+    Attributes:
+        weight: [E] or None.
+        moments: of x, at least as many rows: see `moments`.
+    """
+
+    weight: Tensor | None
+    eps: float
+    moments: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The rows of x [M, E] normed, in its dtype: x / sqrt(Σ moments / E + eps) · weight, computed in float32."""
+        mean = self.moments[: x.shape[0]].sum(dim=1, keepdim=True) / x.shape[1]
+        normed = x.float() * torch.rsqrt(mean + self.eps)
+        if self.weight is not None:
+            normed = normed * self.weight.float()
+        return normed.to(x.dtype)
+
+
+def moments(residual: Tensor) -> Tensor:
+    """Sums of squares of each MOMENT_CHUNK features of the rows [T, E]: [T, ⌈E / MOMENT_CHUNK⌉] float32."""
+    squares = residual.float().square()
+    padded = torch.nn.functional.pad(squares, (0, -residual.shape[1] % MOMENT_CHUNK))
+    return padded.view(residual.shape[0], padded.shape[1] // MOMENT_CHUNK, MOMENT_CHUNK).sum(dim=2)
+
 
 @dataclass(frozen=True)
 class HeadNorm:
@@ -80,6 +112,7 @@ def add_norm(
     delta_weight: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_scale: float = 1.0,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """residual[r] += delta_scale · norm(delta[r]) for delta_start ≤ r < num_delta, in place; returns the norm of
     residual[r] for norm_start ≤ r < num_norm.
@@ -91,10 +124,12 @@ def add_norm(
         max_rows: rows of the result, at least num_norm; None: T.
         post: the norm takes its row's place in `residual`, which is returned.
         delta_kind: "rms", "layer", or "none" where the delta is added as it is. delta_weight, delta_bias: [E] or None.
+        moments: those of the residual, kept so where it changes; None: not wanted.
 
     Returns: [max_rows, E].
     """
     num_rows = residual.shape[0]
+    changed = torch.zeros(num_rows, 1, dtype=torch.bool, device=residual.device)
     if delta is not None:
         assert num_delta is not None
         added = delta.shape[0]
@@ -102,19 +137,101 @@ def add_norm(
             delta = norm(delta, delta_weight, delta_bias, eps, delta_kind)
         if delta_scale != 1.0:
             delta = delta * delta_scale
-        residual[:added] += torch.where(_rows(added, num_delta, delta_start), delta, 0)
+        changed[:added] = _rows(added, num_delta, delta_start)
+        residual[:added] += torch.where(changed[:added], delta, 0)
     normed = norm(residual, weight, bias, eps, kind)
-    if not post:
-        return normed[:max_rows].clone() if normed is residual else normed[:max_rows]
-    residual.copy_(torch.where(_rows(num_rows, num_norm, norm_start), normed, residual))
-    return residual
+    if post:
+        replaced = _rows(num_rows, num_norm, norm_start)
+        changed |= replaced
+        residual.copy_(torch.where(replaced, normed, residual))
+    if moments is not None:
+        _keep_moments(residual, moments, changed)
+    if post:
+        return residual
+    return normed[:max_rows].clone() if normed is residual else normed[:max_rows]
+
+
+def _keep_moments(residual: Tensor, kept: Tensor, changed: Tensor) -> None:
+    kept[: residual.shape[0]] = torch.where(changed, moments(residual), kept[: residual.shape[0]])
 
 
 def linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, rows: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    rows: tuple[Tensor, Tensor] | None = None,
+    *,
+    norm: RowNorm | None = None,
 ) -> Tensor:
-    """As `reference.linear`; of the rows from rows[0] to before rows[1] alone, where those are given."""
-    return reference.linear(x, weight, bias)
+    """As `reference.linear`, of x or of its norm; of the rows from rows[0] to before rows[1] alone, where those are
+    given."""
+    return reference.linear(x if norm is None else norm(x), weight, bias)
+
+
+def linear_activate(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    num_rows: Tensor,
+    *,
+    norm: RowNorm | None = None,
+) -> Tensor:
+    """`linear` and then `activate`, or `gated_activate` of gates in the first half of the weight's rows: the first
+    num_rows rows of [M, I]."""
+    return (gated_activate if gated else activate)(linear(x, weight, bias, norm=norm), activation, num_rows)
+
+
+def linear_add(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    residual: Tensor,
+    moments: Tensor | None,
+    num_rows: Tensor,
+    *,
+    start: Tensor | None = None,
+    scale: float = 1.0,
+) -> None:
+    """residual[r] += scale · linear(x[r]) for start ≤ r < num_rows, in place.
+
+    Args:
+        x: [M, in]. residual: [T, E], T ≥ M. start: None: 0.
+        moments: those of the residual, kept so; None: not wanted.
+    """
+    delta = linear(x, weight, bias)
+    add_norm(
+        *(residual, delta, None, None, 0.0, "none", num_rows, num_rows),
+        delta_start=start,
+        norm_start=start,
+        post=True,
+        delta_scale=scale,
+        moments=moments,
+    )
+
+
+def linear_rope_store(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    num_heads: int,
+    rotation: tuple[Tensor, Tensor] | None,
+    positions: Tensor,
+    head_norm: HeadNorm | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    num_tokens: Tensor,
+    clip: float | None = None,
+    *,
+    norm: RowNorm | None = None,
+) -> Tensor:
+    """`linear` to the heads of the caches' features, and then `rope_store`: the queries, [T, H, D]."""
+    head_dim = key_cache.shape[-1]
+    heads = linear(x, weight, bias, norm=norm).view(x.shape[0], weight.shape[0] // head_dim, head_dim)
+    stored = (key_cache, value_cache, slots, num_tokens, clip)
+    return rope_store(heads, num_heads, rotation, positions, head_norm, *stored)
 
 
 def rope_store(

@@ -8,7 +8,8 @@
     none        x
 
 Both ranges are read on the device: rows outside them stay as they are, so one captured launch serves any mix of depths.
-What is added, and the sum, are rounded to the residual's dtype before the next step, as when all are done apart.
+What is added, and the sum, are rounded to the residual's dtype before the next step, as when all are done apart. The
+residual's moments, sums of squares of 64 features each, are kept beside it for those who norm it as they read it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.triton.runtime import check_contiguous, power_of_two
+from sleb.kernels.reference.device import MOMENT_CHUNK
+from sleb.kernels.triton.runtime import ceil_div, check_contiguous, power_of_two
 
 _MAX_SIZE = 1 << 16  # features of a row that one program can hold
+_CHUNK = tl.constexpr(MOMENT_CHUNK)
 
 
 @triton.jit
@@ -40,6 +43,24 @@ def _normed(x, weight, bias, columns, size, eps,
     return x
 
 
+@triton.jit
+def _store_moments(moments, row, x, size, BLOCK: tl.constexpr):
+    """Those of a row x [BLOCK], which is 0 past its size."""
+    x = x.to(tl.float32)
+    sums = tl.sum(tl.reshape(x * x, (tl.cdiv(BLOCK, _CHUNK), min(BLOCK, _CHUNK))), axis=1)
+    number = tl.cdiv(size, _CHUNK)
+    chunk = tl.arange(0, tl.cdiv(BLOCK, _CHUNK))
+    tl.store(moments + row * number + chunk, sums, mask=chunk < number)
+
+
+@triton.jit
+def _moments(residual, moments, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x = tl.load(residual + row * size + columns, mask=columns < size, other=0.0)
+    _store_moments(moments, row, x, size, BLOCK)
+
+
 @triton.jit(do_not_specialize_on_alignment=["delta_start", "num_delta", "norm_start", "num_norm"])
 def _add_norm(
     residual,
@@ -54,6 +75,7 @@ def _add_norm(
     delta_weight,
     delta_bias,
     delta_scale,
+    moments,
     size,
     eps,
     HAS_DELTA: tl.constexpr,
@@ -66,6 +88,7 @@ def _add_norm(
     HAS_DELTA_WEIGHT: tl.constexpr,
     HAS_DELTA_BIAS: tl.constexpr,
     HAS_DELTA_SCALE: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
     POST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -99,10 +122,15 @@ def _add_norm(
         if POST:
             is_kept &= not is_normed
         tl.store(residual + at, x, mask=inside & is_kept)
+        if HAS_MOMENTS and is_kept:
+            _store_moments(moments, row, x, size, BLOCK)
     if not is_normed:
         return
     normed = _normed(x.to(tl.float32), weight, bias, columns, size, eps, KIND, HAS_WEIGHT, HAS_BIAS)
-    tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
+    normed = normed.to(out.dtype.element_ty)
+    tl.store(out + at, normed, mask=inside)
+    if HAS_MOMENTS and POST:
+        _store_moments(moments, row, normed, size, BLOCK)
 
 
 def add_norm(
@@ -123,12 +151,13 @@ def add_norm(
     delta_weight: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_scale: float = 1.0,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """See `sleb.kernels.reference.device.add_norm`."""
     num_rows, size = residual.shape
     rows = num_rows if max_rows is None else max_rows
     check_contiguous(residual=residual, delta=delta, weight=weight, bias=bias)
-    check_contiguous(delta_weight=delta_weight, delta_bias=delta_bias)
+    check_contiguous(delta_weight=delta_weight, delta_bias=delta_bias, moments=moments)
     assert size <= _MAX_SIZE, f"{size} features are more than {_MAX_SIZE}"
     out = residual if post else torch.empty_like(residual[:rows])
     grid_rows = max(rows, 0 if delta is None else delta.shape[0])
@@ -148,6 +177,7 @@ def add_norm(
         delta_weight if delta_weight is not None else residual,
         delta_bias if delta_bias is not None else residual,
         delta_scale,
+        moments if moments is not None else residual,
         size,
         eps,
         HAS_DELTA=delta is not None,
@@ -160,8 +190,20 @@ def add_norm(
         HAS_DELTA_WEIGHT=delta_weight is not None,
         HAS_DELTA_BIAS=delta_bias is not None,
         HAS_DELTA_SCALE=delta_scale != 1.0,
+        HAS_MOMENTS=moments is not None,
         POST=post,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )
+    return out
+
+
+def moments(residual: Tensor) -> Tensor:
+    """See `sleb.kernels.reference.device.moments`."""
+    num_rows, size = residual.shape
+    check_contiguous(residual=residual)
+    out = torch.empty(num_rows, ceil_div(size, MOMENT_CHUNK), dtype=torch.float32, device=residual.device)
+    if out.numel():
+        block = power_of_two(size)
+        _moments[(num_rows,)](residual, out, size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
     return out

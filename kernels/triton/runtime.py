@@ -7,18 +7,25 @@ these modules are imported. Interpreted kernels run on a CPU, slowly, and give w
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import core
+from triton.language.extra import cuda
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 # Streaming multiprocessors that the interpreter claims: few, so that its grids stay small.
 _INTERPRETED_PROCESSORS = 4
 _LEAST_SHARED = 99 << 10  # of compute capabilities 8.6, 8.9 and 12.0 (CUDA programming guide)
+_FIRST_DEPENDENT = 90  # compute capability, times ten, that programmatic dependent launch came with
+_COMPILED = tl.constexpr(not INTERPRETED)
+NUM_COUNTERS = 1 << 18
 
 
 def power_of_two(number: int, least: int = 1) -> int:
@@ -46,6 +53,63 @@ def shared_memory(device: torch.device) -> int:
         return 1 << 30  # the interpreter needs none
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED))
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """[NUM_COUNTERS] int32 zeros, by which programs of a launch find out which of them arrives last.
+
+    The launches of a device follow one another on one stream and share them: each leaves them at 0.
+    """
+    return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+
+
+@cache
+def _dependent_launch(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor >= _FIRST_DEPENDENT
+
+
+def pdl_launch(device: torch.device) -> dict[str, Any]:
+    """Options of a launch that may start before the one ahead of it has ended; its kernel calls `wait_for_previous`.
+
+    Programmatic dependent launch, of compute capability 9.0 and up (CUDA programming guide).
+    """
+    return {"launch_pdl": True} if _dependent_launch(device) else {}
+
+
+def _knows_dependent(semantic: Any) -> bool:
+    """Of the target that is compiled for, which need not be the GPU that is there."""
+    return int(re.sub(r"\D", "", str(semantic.builder.options.arch))) >= _FIRST_DEPENDENT
+
+
+@core.extern
+def _wait(_semantic: Any = None) -> None:
+    if _knows_dependent(_semantic):
+        cuda.gdc_wait(_semantic=_semantic)
+
+
+@core.extern
+def _launch(_semantic: Any = None) -> None:
+    if _knows_dependent(_semantic):
+        cuda.gdc_launch_dependents(_semantic=_semantic)
+
+
+@triton.jit
+def wait_for_previous():
+    """Until all that the launches ahead of this one wrote is there: first of all on every path of a kernel, before it
+    reads or writes what they might."""
+    if _COMPILED:
+        _wait()
+
+
+@triton.jit
+def launch_next():
+    """The next launch may start once all programs have come this far; it waits by itself for what they write."""
+    if _COMPILED:
+        _launch()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

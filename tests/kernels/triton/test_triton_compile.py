@@ -26,7 +26,7 @@ USUAL = (80, 90)  # for the others little is compiled, and that where everything
 PROCESSORS = 132  # of an H100
 # What each module launches; its other functions are parts of these.
 KERNELS = {
-    "add_norm": {"_add_norm"},
+    "add_norm": {"_add_norm", "_moments"},
     "activation": {"_activate", "_soft_cap"},
     "rope_store": {"_rope_store"},
     "paged_decode": {"_decode", "_join"},
@@ -170,6 +170,12 @@ def _small(modules, name, num_heads, num_kv, head_dim, hidden, mlp):
     rope = (heads, num_heads, (table, table), places)
     stored = (cache, cache, places, count)
     yield f"norm, {name}", partial(add_norm.add_norm, x, x, weight, None, 1e-6, "rms", count, count)
+    sums = torch.empty(8, hidden // 64)
+    yield f"moments, {name}", partial(add_norm.moments, x)
+    yield (
+        f"add, {name}",
+        partial(add_norm.add_norm, x, x, weight, None, 1e-6, "rms", count, count, moments=sums),
+    )
     starts = {"delta_start": count, "norm_start": count}  # of a patch, and after one
     yield (
         f"norm of a range, {name}",

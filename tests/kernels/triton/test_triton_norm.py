@@ -9,7 +9,7 @@ import torch
 
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.triton.activation import activate, gated_activate, soft_cap
-from sleb.kernels.triton.add_norm import add_norm
+from sleb.kernels.triton.add_norm import add_norm, moments
 
 NAN = float("nan")
 
@@ -138,6 +138,35 @@ def test_the_update_is_normed_and_scaled_before_it_is_added(
     close(residual[1:4], before[1:4].double().cpu() + update.to(dtype).double(), 6.0)
     assert torch.equal(residual[[0, 4, 5]], before[[0, 4, 5]])
     close(out[:5], expected_norm(residual[:5], weight, None, 1e-5, "rms"), 3.0)
+
+
+def expected_moments(x):
+    """Of chunks of 64 features, in float64."""
+    return torch.stack([part.pow(2).sum(dim=1) for part in x.double().cpu().split(64, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("operator", [moments, device_reference.moments], ids=["triton", "reference"])
+@pytest.mark.parametrize("size", [1, 64, 72, 576])
+def test_moments(randn, close, dtype, operator, size):
+    x = randn(3, size, dtype=dtype)
+    out = operator(x)
+    assert out.dtype == torch.float32
+    close(out, expected_moments(x), 4.0)
+
+
+@pytest.mark.parametrize("operator", [add_norm, device_reference.add_norm], ids=["triton", "reference"])
+@pytest.mark.parametrize("post", [False, True])
+def test_moments_follow_the_residual(randn, count, close, dtype, operator, post):
+    """Those of rows that change, whether they are added to or replaced; the others' are left as they are."""
+    residual, delta, kept = randn(6, 100, dtype=dtype), randn(5, 100, dtype=dtype), torch.full((6, 2), 7.0)
+    kept = kept.to(residual.device)
+    ranges = {"delta_start": count(1), "norm_start": count(2)}
+    operator(
+        *(residual, delta, None, None, 1e-5, "rms", count(3), count(5)), **ranges, post=post, moments=kept
+    )
+    changed = [1, 2, 3, 4] if post else [1, 2]
+    close(kept[changed], expected_moments(residual)[changed], 4.0)
+    assert (kept[[row for row in range(6) if row not in changed]] == 7.0).all()
 
 
 @pytest.mark.parametrize("operator", [soft_cap, device_reference.soft_cap], ids=["triton", "reference"])
