@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.errors import OutOfResources
+import triton
+from triton.backends.compiler import GPUTarget, Language
+from triton.compiler import ASTSource, CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from sleb.errors import ConfigError
 from sleb.kernels.triton import tuning
 from sleb.kernels.triton.tuning import Config, Launch, tuned
 
@@ -20,8 +26,9 @@ KEY = ("an operator", "torch.bfloat16", 128)
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU called "Fake", on which block b takes times[b] ms; measured: the blocks that were timed."""
-    gpu = type("FakeGpu", (), {"times": {1: 3.0, 2: 1.0, 3: 2.0}, "measured": [], "folder": tmp_path})()
+    """A GPU called "Fake", on which block b takes times[b] ms, and another; measured: the blocks that were timed."""
+    numbers = {"times": {1: 3.0, 2: 1.0, 3: 2.0}, "measured": [], "folder": tmp_path}
+    gpu = type("FakeGpu", (), numbers | {"device": 0, "names": ["Fake", "Other"]})()
 
     def do_bench(run, **options):
         assert options["return_mode"] == "median"
@@ -33,7 +40,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_state", tuning._State())
     monkeypatch.setattr(tuning.triton.testing, "do_bench", do_bench)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.names[device])
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path))
     return gpu
 
@@ -75,28 +83,161 @@ def test_the_fastest_is_kept_for_the_next_start(gpu, monkeypatch):
 
 def test_another_gpu_has_its_own_table(gpu, monkeypatch):
     with tuning.tuning():
-        run()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Other")
+        assert run() == 2
+        gpu.device, gpu.times[2] = 1, 9.0
+        assert run() == 3
+    tables = {json.loads(file.read_text())["gpu"][:5]: file for file in gpu.folder.rglob("*.json")}
+    assert sorted(tables) == ["Fake,", "Other"]
+    restart(monkeypatch)
+    assert run() == 3
+    gpu.device = 0
+    assert run() == 2
+
+
+def test_what_ran_untuned_is_measured_by_the_warm_up(gpu):
     assert run() == 1
+    with tuning.tuning():
+        assert run() == 2
+    assert run() == 2
 
 
-def test_configurations_that_do_not_fit_are_left_out(gpu):
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(1, 1), (2, 4), (4, 4), (5, 16), (16, 16), (17, 64), (64, 64), (65, 256), (100_000, 262_144)],
+)
+def test_a_bucket_is_the_smallest_power_of_four_that_holds(number, expected):
+    assert tuning.bucket(number) == expected
+
+
+def failing_compiler(error):
+    """A launch whose blocks 1 and 2 Triton's own `compile` fails for with `error`, and whose block 3 runs."""
+
+    class Source(ASTSource):
+        def __init__(self):
+            self.fn, self.signature, self.constants, self.attrs = None, {}, {}, {}
+            self.ext, self.name, self.language = "ttir", "a kernel", Language.TRITON
+
+        def hash(self):
+            return "a hash"
+
+        def parse_options(self):
+            return {}
+
+        def make_ir(self, *arguments):
+            raise error
+
     def launch(config):
-        if config["block"] == 2:
-            raise OutOfResources(300_000, 200_000, "shared memory")
+        if config["block"] < 3:
+            triton.compile(Source(), target=GPUTarget("cuda", 80, 32))
         return config["block"]
 
-    with tuning.tuning():
+    return launch
+
+
+REFUSALS = [
+    pytest.param(lambda config: fail(OutOfResources(300_000, 200_000, "shared memory")), id="shared memory"),
+    pytest.param(lambda config: fail(PTXASError("ptxas died")), id="ptxas"),
+    pytest.param(lambda config: fail(CompilationError("", None, "unsupported")), id="front end"),
+    pytest.param(failing_compiler(RuntimeError("PassManager::run failed")), id="pass"),
+    pytest.param(failing_compiler(AssertionError()), id="assertion of a pass"),
+]
+
+
+def fail(error):
+    raise error
+
+
+def refusing(refusal, ran):
+    """A launch that notes the blocks that it is asked for; all but 3 are refused."""
+
+    def launch(config):
+        ran.append(config["block"])
+        if config["block"] < 3:
+            refusal(config)
+        return config["block"]
+
+    return launch
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_untuned_the_first_that_the_gpu_takes_runs_and_is_remembered(gpu, refusal):
+    ran = []
+    launch = refusing(refusal, ran)
+    for _ in range(2):
         tuned(KEY, CONFIGS, Launch(launch))
-    assert tuning._state.table[json.dumps(KEY)] == {"block": 3}
+    assert ran == [1, 2, 3, 3]
+    tuned(("another", 1), CONFIGS, Launch(launch))
+    assert ran[4:] == [1, 2, 3]
+    assert not list(gpu.folder.rglob("*.json"))
 
 
-def test_nothing_that_fits_is_an_error(gpu):
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_what_the_gpu_refuses_is_left_out_of_the_measurement(gpu, refusal):
+    with tuning.tuning():
+        tuned(KEY, CONFIGS, Launch(refusing(refusal, [])))
+    assert gpu.measured == [3] and run() == 3
+
+
+def test_a_variant_of_a_known_key_that_is_refused_runs_the_next(gpu):
+    with tuning.tuning():
+        assert run() == 2
+    ran = []
+    tuned(KEY, CONFIGS, Launch(refusing(lambda config: fail(PTXASError("no")), ran)))
+    assert ran == [2, 1, 3]
+
+
+FAULTS = [
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    TypeError("launch() missing 1 required positional argument"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_a_fault_of_the_gpu_is_no_refusal(gpu, fault, warm_up):
+    ran = []
+
+    def launch(config):
+        ran.append(config["block"])
+        raise fault
+
+    with tuning.tuning() if warm_up else nullcontext(), pytest.raises(type(fault)) as caught:
+        tuned(KEY, CONFIGS, Launch(launch))
+    assert caught.value is fault and ran == [1]
+
+
+def test_a_full_disk_is_no_refusal(gpu):
+    with pytest.raises(OSError, match="No space left"):
+        tuned(KEY, CONFIGS, Launch(failing_compiler(OSError(28, "No space left on device"))))
+
+
+def test_what_is_changed_in_place_is_changed_once(gpu):
+    residual = torch.zeros(3)
+
+    def add(config):
+        if config["block"] == 1:
+            raise OutOfResources(300_000, 200_000, "shared memory")
+        residual.add_(1)
+        return config["block"]
+
+    for expected in (1, 2):
+        with tuning.tuning():
+            tuned(KEY, CONFIGS, Launch(add, (residual,)))
+        assert residual.tolist() == [expected] * 3
+    tuned(("another", 1), CONFIGS, Launch(add, (residual,)))
+    assert residual.tolist() == [3] * 3 and gpu.measured == [2, 3]
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_nothing_that_runs_is_an_error_of_one_line(gpu, warm_up):
     def launch(config):
         raise OutOfResources(300_000, 200_000, "shared memory")
 
-    with tuning.tuning(), pytest.raises(RuntimeError, match="no configuration of an operator"):
+    wanted = r"no configuration of an operator .*128.* on this GPU \(Fake, Triton .*Required: 300000"
+    with tuning.tuning() if warm_up else nullcontext(), pytest.raises(ConfigError, match=wanted) as caught:
         tuned(KEY, CONFIGS, Launch(launch))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"configs": 3}', '{"configs": {"a": 1}}'])
