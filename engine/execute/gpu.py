@@ -161,7 +161,7 @@ class GpuExecutor:
         inputs.slots.fill_(self.padding_page * self.page_size)
         torch.arange(inputs.query_starts.shape[0], dtype=torch.int32, out=inputs.query_starts)
         with self._operators.tuning(report):
-            for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 16, 32, 64, 128)}):
+            for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 4, 16, 32, 64, 128, 256)}):
                 inputs.row_counts.fill_(bucket)
                 for depth in self.depths:  # a patch is for all rows of one, and for some of another
                     self._decode(self._decode_units(depth, self.depths[-1], bucket), bucket)

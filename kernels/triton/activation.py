@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, power_of_two
+from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, launch_options, power_of_two
 
 # Name in a checkpoint's config -> the kernel's number. gelu: Hendrycks & Gimpel 2016, arXiv 1606.08415.
 _NUMBERS = {
@@ -80,7 +80,7 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     check_contiguous(x=x)
     if x.numel():
         block = min(power_of_two(x.numel()), power_of_two(x.numel()) if INTERPRETED else _BLOCK)
-        _soft_cap[(ceil_div(x.numel(), block),)](x, x.numel(), cap, BLOCK=block, num_warps=4)
+        _soft_cap[(ceil_div(x.numel(), block),)](x, x.numel(), cap, BLOCK=block, **launch_options())
     return x
 
 
@@ -103,6 +103,6 @@ def _launch(x: Tensor, activation: str, num_rows: Tensor, gated: bool) -> Tensor
         return out
     block = min(power_of_two(size), power_of_two(size) if INTERPRETED else _BLOCK)
     _activate[(rows, ceil_div(size, block))](
-        x, out, num_rows, size, GATED=gated, ACTIVATION=_NUMBERS[activation], BLOCK=block, num_warps=4
+        x, out, num_rows, size, GATED=gated, ACTIVATION=_NUMBERS[activation], BLOCK=block, **launch_options()
     )
     return out

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.reference.device import MOMENT_CHUNK
-from sleb.kernels.triton.runtime import ceil_div, check_contiguous, power_of_two
+from sleb.kernels.triton.runtime import ceil_div, check_contiguous, launch_options, power_of_two
 
 _MAX_SIZE = 1 << 16  # features of a row that one program can hold
 _CHUNK = tl.constexpr(MOMENT_CHUNK)
@@ -193,7 +193,7 @@ def add_norm(
         HAS_MOMENTS=moments is not None,
         POST=post,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        **launch_options(min(16, max(1, block // 512))),
     )
     return out
 
@@ -205,5 +205,7 @@ def moments(residual: Tensor) -> Tensor:
     out = torch.empty(num_rows, ceil_div(size, MOMENT_CHUNK), dtype=torch.float32, device=residual.device)
     if out.numel():
         block = power_of_two(size)
-        _moments[(num_rows,)](residual, out, size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+        _moments[(num_rows,)](
+            residual, out, size, BLOCK=block, **launch_options(min(16, max(1, block // 512)))
+        )
     return out

@@ -23,8 +23,8 @@ from torch import Tensor
 from sleb.kernels.quantization import GroupedWeight, Weight
 from sleb.kernels.triton.activation import activate, gated_activate
 from sleb.kernels.triton.quant_linear import configs_for, operands, product
-from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, power_of_two
-from sleb.kernels.triton.tuning import Config, Launch, tuned
+from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, launch_options, power_of_two
+from sleb.kernels.triton.tuning import Config, Launch, bucket, tuned
 
 _MAX_BLOCK = 1024
 _MAX_ROWS = 64  # of an expert that a program takes: it has to hold their sums
@@ -140,7 +140,7 @@ def mix_experts(
     size = x.shape[1]
     block = power_of_two(size) if INTERPRETED else min(power_of_two(size), _MAX_BLOCK)
     _combine[(num_tokens, ceil_div(size, block))](
-        updates, places, shares, out, num_rows, size, TOP_K=top_k, BLOCK=block, num_warps=4
+        updates, places, shares, out, num_rows, size, TOP_K=top_k, BLOCK=block, **launch_options()
     )
     return out
 
@@ -195,6 +195,6 @@ def grouped_linear(
         launch(config)
     else:
         form = weight.groups if isinstance(weight, GroupedWeight) else type(weight).__name__
-        key = ("grouped_linear", str(form), str(x.dtype), num_outputs, num_inputs, rows)
+        key = ("grouped_linear", str(form), str(x.dtype), num_outputs, num_inputs, rows, bucket(num_pairs))
         tuned(key, configs_for(x, weight, rows), Launch(launch))
     return out

@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.triton.runtime import ceil_div, check_contiguous, num_processors, power_of_two
+from sleb.kernels.triton.runtime import (
+    ceil_div,
+    check_contiguous,
+    launch_options,
+    num_processors,
+    power_of_two,
+)
 
 _BLOCK = 4096
 _MAX_RUNS = 128
@@ -128,7 +134,7 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
     index = torch.empty(shape, dtype=torch.int32, device=device)
     block = min(power_of_two(run_length), _BLOCK)
     _scan[(num_runs, num_rows)](
-        logits, highest, index, sums, vocab_size, num_runs, run_length, BLOCK=block, num_warps=8
+        logits, highest, index, sums, vocab_size, num_runs, run_length, BLOCK=block, **launch_options(8)
     )
     _join[(num_rows,)](
         highest,
@@ -144,6 +150,6 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
         GATHER=token_ids is not None,
         BLOCK_RUNS=_MAX_RUNS,
         BLOCK_IDS=power_of_two(num_ids, _USUAL_IDS),
-        num_warps=1,
+        **launch_options(1),
     )
     return result

@@ -25,11 +25,12 @@ from sleb.kernels.triton.runtime import (
     ceil_div,
     check_contiguous,
     dot_precision,
+    launch_options,
     multiply,
     num_processors,
     power_of_two,
 )
-from sleb.kernels.triton.tuning import Config, Launch, tuned
+from sleb.kernels.triton.tuning import Config, Launch, bucket, tuned
 
 _MIN_ROWS = 16  # rows that a matrix product has at least
 _MAX_SPLITS = 64
@@ -249,7 +250,8 @@ def paged_decode(
     if not num_rows:
         return out
     splits = num_splits or choose_num_splits(num_rows, num_kv, batch.max_context_len, query.device)
-    key = ("paged_decode", str(query.dtype), head_dim, num_heads // num_kv, batch.page_size)
+    shape = (head_dim, num_heads // num_kv, batch.page_size)
+    key = ("paged_decode", str(query.dtype), *shape, bucket(num_rows), bucket(batch.max_context_len))
 
     def launch(config: Config) -> None:
         _launch(query, key_cache, value_cache, batch, scale, window or 0, softcap, sinks, out, splits, config)
@@ -308,8 +310,7 @@ def _launch(
         BLOCK_DIM=block_dim,
         BLOCK=config["block"],
         PRECISION=dot_precision(query.dtype),
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **launch_options(config["num_warps"], config["num_stages"]),
     )
     if splits == 1:
         return
@@ -327,5 +328,5 @@ def _launch(
         BLOCK_SPLITS=_MAX_SPLITS,
         BLOCK_DIM=block_dim,
         BLOCK=config["block"],
-        num_warps=4,
+        **launch_options(),
     )

@@ -21,8 +21,15 @@ from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.triton.paged_decode import INTEGERS, first_score, score, score_scales
-from sleb.kernels.triton.runtime import ceil_div, check_contiguous, dot_precision, multiply, power_of_two
-from sleb.kernels.triton.tuning import Config, Launch, tuned
+from sleb.kernels.triton.runtime import (
+    ceil_div,
+    check_contiguous,
+    dot_precision,
+    launch_options,
+    multiply,
+    power_of_two,
+)
+from sleb.kernels.triton.tuning import Config, Launch, bucket, tuned
 
 CONFIGS = tuple(
     Config(rows=rows, block=block, num_warps=warps, num_stages=stages)
@@ -234,10 +241,10 @@ def paged_prefill(
             ROWS=rows,
             BLOCK=config["block"],
             PRECISION=dot_precision(query.dtype),
-            num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
+            **launch_options(config["num_warps"], config["num_stages"]),
         )
 
     configs = configs_for(head_dim, query.element_size())
-    tuned(("paged_prefill", str(query.dtype), head_dim, group, batch.page_size), configs, Launch(launch))
+    key = ("paged_prefill", str(query.dtype), head_dim, group, batch.page_size)
+    tuned((*key, bucket(query.shape[0]), bucket(batch.max_context_len)), configs, Launch(launch))
     return out

@@ -29,12 +29,13 @@ from sleb.kernels.triton.runtime import (
     ceil_div,
     check_contiguous,
     dot_precision,
+    launch_options,
     multiply,
     num_processors,
     power_of_two,
     shared_memory,
 )
-from sleb.kernels.triton.tuning import Config, Launch, tuned
+from sleb.kernels.triton.tuning import Config, Launch, bucket, tuned
 
 _PLAIN, _INT8, _INT4, _GROUPED_INT8 = range(4)
 _BITS = {_INT8: 8, _INT4: 4, _GROUPED_INT8: 8}
@@ -280,7 +281,7 @@ def quant_linear(
         launch(config)
     else:
         form = weight.groups if isinstance(weight, GroupedWeight) else kind
-        shape = ("quant_linear", str(form), str(x.dtype), num_outputs, num_inputs, block)
+        shape = ("quant_linear", str(form), str(x.dtype), num_outputs, num_inputs, block, bucket(num_rows))
         key = shape if rows is None else (*shape, "ranged")
         configs = configs_for(x, weight, block)
         tuned(key, (LIBRARY, *configs) if by_library else configs, Launch(launch))
@@ -346,7 +347,7 @@ def _launch(
             HAS_BIAS=bias is not None,
             RANGED=rows is not None,
             BLOCK=block,
-            num_warps=4,
+            **launch_options(),
         )
 
 
@@ -366,8 +367,7 @@ def operands(
         "SIZE": groups.size if groups else 0,
         "BASE": _BASES.index(groups.base) if groups else 0,
         "PRECISION": dot_precision(x.dtype),
-        "num_warps": config["num_warps"],
-        "num_stages": config["num_stages"],
+        **launch_options(config["num_warps"], config["num_stages"]),
     }
     source = _pairs(x, num_inputs) if kind == _INT4 else x
     return (source, values, scale, minimum), (num_inputs, values.shape[1], scale.shape[-1]), constants

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.reference.device import HeadNorm
-from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, power_of_two
+from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, launch_options, power_of_two
 
 _MAX_TILE = 1024  # elements of heads that a program holds
 
@@ -248,6 +248,6 @@ def rope_store(
         BLOCK_HALF=power_of_two(half),
         BLOCK_REST=power_of_two(head_dim - 2 * half),
         BLOCK_WHOLE=min(_MAX_TILE, power_of_two(num_heads * head_dim)),
-        num_warps=4 if block_heads * head_dim > 512 else 2,
+        **launch_options(4 if block_heads * head_dim > 512 else 2),
     )
     return query

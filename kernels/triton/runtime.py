@@ -112,6 +112,13 @@ def launch_next():
         _launch()
 
 
+def launch_options(num_warps: int = 4, num_stages: int | None = None) -> dict[str, Any]:
+    """What every launch says beside its arguments: warps, stages (None: Triton's own number) and, since from Triton
+    3.10 on that is no longer the default, that a product and a sum may be one instruction with one rounding."""
+    stages = {} if num_stages is None else {"num_stages": num_stages}
+    return {"num_warps": num_warps, "enable_fp_fusion": True, **stages}
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How `multiply` computes products of `dtype`: float32 in full, where Triton's default would be tf32."""
     if INTERPRETED:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.triton.greedy import greedy
-from sleb.kernels.triton.runtime import check_contiguous, power_of_two
+from sleb.kernels.triton.runtime import check_contiguous, launch_options, power_of_two
 
 _BLOCK = 4096
 
@@ -193,6 +193,6 @@ def sample_packed(logits: Tensor, numbers: Tensor) -> Tensor:
     if num_rows:
         block = min(_BLOCK, power_of_two(vocab_size))
         _sample[(num_rows,)](
-            logits, greedy(logits), numbers, out, num_rows, vocab_size, BLOCK=block, num_warps=8
+            logits, greedy(logits), numbers, out, num_rows, vocab_size, BLOCK=block, **launch_options(8)
         )
     return out

@@ -83,7 +83,7 @@ _state = _State()
 
 def bucket(number: int) -> int:
     """The smallest of 1, 4, 16, 64, 256, ... that is at least `number`: what a key says of rows and of lengths."""
-    return 4 ** (((number - 1).bit_length() + 1) // 2)
+    return 1 << ((number - 1).bit_length() + 1) // 2 * 2
 
 
 def tuned(key: Key, configs: Sequence[Config], launch: Launch) -> None:
@@ -170,7 +170,9 @@ def _refusal(error: Exception, key: Key, config: Config) -> str:
     if not compiling and not isinstance(error, TritonError):
         raise error
     logger.debug("%s with %s does not run: %s", key, config, error)
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]  # without its frames, which hold tensors
+    return (str(error).strip() or type(error).__name__).splitlines()[
+        -1
+    ]  # without its frames, which hold tensors
 
 
 def _none_runs(key: Key, refusal: str) -> ConfigError:

@@ -24,6 +24,7 @@ import torch
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 USUAL = (80, 90)  # for the others little is compiled, and that where everything is
 PROCESSORS = 132  # of an H100
+OPTIONS = {"num_warps", "enable_fp_fusion"}  # that every launch has
 # What each module launches; its other functions are parts of these.
 KERNELS = {
     "add_norm": {"_add_norm", "_moments"},
@@ -64,7 +65,7 @@ class Recorder:
     def launch(self, *arguments, **keywords):
         parameters = self.kernel.params
         given = dict(zip((each.name for each in parameters), arguments, strict=False)) | keywords
-        options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
+        options = {name: given.pop(name) for name in (*OPTIONS, "num_stages") if name in given}
         signature, constants, attributes = {}, {}, {}
         for index, (parameter, value) in enumerate((each, given[each.name]) for each in parameters):
             signature[parameter.name], divisible = _type_of(value, parameter)
@@ -75,6 +76,7 @@ class Recorder:
         record = {"kernel": self.kernel.__name__, "arch": self.arch, **options}
         record |= {name: value for name, value in given.items() if name.isupper()}
         try:
+            assert options.keys() >= OPTIONS, "launched without launch_options()"
             record |= self.compile(signature, constants, attributes, options)
         except Exception as error:  # whatever the compiler raises is a finding
             record["error"] = f"{type(error).__name__}: {error}"[:500]

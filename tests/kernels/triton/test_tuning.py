@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-
 from contextlib import nullcontext
 
 import pytest
@@ -17,6 +17,8 @@ from triton.compiler import ASTSource, CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from sleb.errors import ConfigError
+from sleb.kernels.batch import BatchTensors, PagedBatch
+from sleb.kernels.quantization import Int8Weight
 from sleb.kernels.triton import tuning
 from sleb.kernels.triton.tuning import Config, Launch, tuned
 
@@ -272,3 +274,54 @@ def test_the_interpreter_has_one_configuration(gpu, monkeypatch):
     with tuning.tuning():
         assert run() == 1
     assert gpu.measured == []
+
+
+META = torch.device("meta")
+
+
+def half(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device=META)
+
+
+def integers(*shape):
+    return torch.empty(shape, dtype=torch.int32, device=META)
+
+
+def attend(module, rows, context):
+    batch = BatchTensors.of(PagedBatch((1,) * rows, (context,) * rows, integers(rows, 64), 16), META)
+    operator = getattr(module, module.__name__.rpartition(".")[2])
+    operator(half(rows, 4, 64), half(256, 2, 64), half(256, 2, 64), batch, 1.0, None)
+
+
+def multiply(module, rows, context):
+    module.quant_linear(half(rows, 128), Int8Weight.empty(256, 128, META), None)
+
+
+def mix(module, rows, context):
+    starts = torch.zeros(5, dtype=torch.int32, device=META)
+    module.grouped_linear(half(rows, 128), half(4 * 256, 128), None, None, starts, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "launch", "by_context"),
+    [
+        ("paged_decode", attend, True),
+        ("paged_prefill", attend, True),
+        ("quant_linear", multiply, False),
+        ("experts", mix, False),
+    ],
+)
+def test_choices_are_made_by_buckets_of_rows_and_of_context(monkeypatch, name, launch, by_context):
+    """Not once for all batches, and not anew for every length."""
+    module = importlib.import_module(f"sleb.kernels.triton.{name}")
+
+    def key(rows, context=100):
+        keys = []
+        monkeypatch.setattr(module, "tuned", lambda key, *rest: keys.append(key))
+        launch(module, rows, context)
+        [found] = keys
+        return found
+
+    assert len({key(rows) for rows in (1, 4, 16, 64, 256)}) == 5
+    assert key(65) != key(64) and key(200) == key(256)
+    assert (key(4, 1000) != key(4, 1025)) == by_context and key(4, 1000) == key(4, 257)
