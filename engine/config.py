@@ -138,7 +138,9 @@ class EngineConfig:
         choices=("auto", *ATTENTION_BACKENDS),
         group=_COMPUTE,
     )
-    cuda_graphs: bool = option(True, "On a GPU: capture decode steps once, at start.", group=_COMPUTE)
+    cuda_graphs: bool = option(
+        True, "On a GPU: capture steps of up to 512 tokens once, at start.", group=_COMPUTE
+    )
     overlap: bool | None = option(
         None, "Launch a step before the tokens of the one before are read.", unset="on a GPU", group=_COMPUTE
     )

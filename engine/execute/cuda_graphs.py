@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sleb.engine.execute.gpu import GpuExecutor
+from sleb.engine.execute.gpu import MAX_CAPTURED_TOKENS, GpuExecutor
 from sleb.engine.execute.step_arrays import StepArrays, unit_rows
 from sleb.errors import ConfigError
 
@@ -48,6 +48,17 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
+def prompt_buckets(max_num_tokens: int) -> tuple[int, ...]:
+    """Tokens of steps with prompts that graphs are captured for, at most MAX_CAPTURED_TOKENS.
+
+    Up to about 200 tokens (H200, bfloat16) a step takes as long as its weights are read, so those may be far apart;
+    from there on every padding token costs its computation.
+    """
+    most = min(max_num_tokens, MAX_CAPTURED_TOKENS)
+    sizes = (16, 32, 64, *range(128, MAX_CAPTURED_TOKENS, 64))
+    return (*(size for size in sizes if size < most), most)
+
+
 def prompt_step(executor: GpuExecutor, num_tokens: int, max_len: int, depth: int | None = None) -> StepArrays:
     """As many prompts of max_len tokens as num_tokens and the executor allow, and a shorter one for the rest."""
     lengths: list[int] = []
@@ -66,7 +77,7 @@ def trial_step(
     All pages are the executor's padding page, so any cache will do and nothing in it is lost.
     """
     depths = (executor.depths[0] if depth is None else depth,) * len(rows)
-    num_pages = [-(-context // executor.page_size) for _, context in rows]
+    pages = [array("i", [executor.padding_page]) * -(-context // executor.page_size) for _, context in rows]
     positions = array("i")
     for num_new, context in rows:
         positions.extend(range(context - num_new, context))
@@ -79,15 +90,23 @@ def trial_step(
         sources=None,
         query_starts=array("i", itertools.accumulate((num_new for num_new, _ in rows), initial=0)),
         context_lens=array("i", [context for _, context in rows]),
-        pages=array("i", [executor.padding_page]) * sum(num_pages),
-        page_starts=array("i", itertools.accumulate(num_pages[:-1], initial=0)),
+        page_ids=pages,
+        table_rows=array("i", range(len(rows))),
+        new_pages=[(row, 0, ids) for row, ids in enumerate(pages)],
         unit_starts=unit_starts,
         unit_rows=ends,
     )
 
 
-def measure_reserve(executor: GpuExecutor, max_num_tokens: int, max_len: int, buckets: Sequence[int]) -> int:
-    """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` (none: no graphs) take.
+def measure_reserve(
+    executor: GpuExecutor,
+    max_num_tokens: int,
+    max_len: int,
+    buckets: Sequence[int],
+    prompts: Sequence[int] = (),
+) -> int:
+    """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` of rows and of tokens
+    of prompts (none: no graphs) take.
 
     The executor's cache may be as small as its padding page: the trial writes and reads nothing else. It is of no use
     afterwards.
@@ -107,19 +126,21 @@ def measure_reserve(executor: GpuExecutor, max_num_tokens: int, max_len: int, bu
     activations = torch.cuda.max_memory_allocated(device) - before
     del forward
     torch.cuda.empty_cache()
-    graphs = _measure_graphs(executor, buckets) if buckets else 0
+    graphs = _measure_graphs(executor, buckets, prompts) if buckets else 0
     return int(_MARGIN * (activations + graphs)) + executor.static_bytes
 
 
-def _measure_graphs(executor: GpuExecutor, buckets: Sequence[int]) -> int:
+def _measure_graphs(executor: GpuExecutor, buckets: Sequence[int], prompts: Sequence[int]) -> int:
     """The largest graphs size the pool; every further one takes what second ones of a depth do."""
     device, depths = executor.device, executor.depths
     capture = CudaCapture(device)
-    largest, *rest = sorted(buckets, reverse=True)
+    sizes = [(size, True) for size in sorted(prompts, reverse=True)]
+    sizes += [(size, False) for size in sorted(buckets, reverse=True)]
     free, counts = [torch.cuda.mem_get_info(device)[0]], []
-    for bucket, some_depths in ((largest, depths), (rest[0] if rest else largest, depths[:1])):
-        counts.append(executor.capture([bucket], capture, some_depths))
+    for (size, of_tokens), some_depths in ((sizes[0], depths), (sizes[min(1, len(sizes) - 1)], depths[:1])):
+        rows, tokens = ([], [size]) if of_tokens else ([size], [])
+        counts.append(executor.capture(rows, capture, some_depths, prompts=tokens))
         torch.cuda.synchronize(device)
         free.append(torch.cuda.mem_get_info(device)[0])
-    num_further = (len(buckets) - 1) * counts[0]
+    num_further = (len(sizes) - 1) * counts[0]
     return max(0, free[0] - free[1]) + num_further * max(0, free[1] - free[2]) // counts[1]

@@ -1,15 +1,20 @@
-"""Steps over operators for a GPU, queued on the device: decode steps replayed from captured graphs, others eager.
+"""Steps over operators for a GPU, queued on the device: replayed from captured graphs, or eager where there is none.
 
-A graph is captured for each served depth and each bucket of rows. It runs the units that its depth keeps, and the
+A graph is captured for each served depth and each bucket: of rows that have one new token each, and of tokens where
+some have more, as prompts do. It runs the units that its depth keeps, and the
 patches of its own and all deeper depths, over the whole bucket; every operator reads on the device which rows its unit
 has in this step. So a step of mixed depths is the replay of its fullest depth's graph: deeper rows are left alone by
 the units that they skip, and what is read is the fullest depth's weights once, and of the KV each row's own. The same
-goes for the rows of a bucket that the step does not fill. A patch that no row of a step gets is launches that end at
+goes for what the step leaves of a bucket. A patch that no row of a step gets is launches that end at
 once: its weight is not read. Where deeper depths have patches, steps of one depth alone have graphs without them.
+
+The page table stays on the device. A sequence keeps its row of it, and a step brings the pages that are new; see
+`StepArrays`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,11 +24,14 @@ from torch import Tensor
 from sleb.engine.execute.executor import Forward, PlannedUnit
 from sleb.engine.execute.gpu_decoder import GpuDecoder, PatchRows, Stream, UnitRows
 from sleb.engine.execute.step_arrays import StepArrays, StepLayout, StepTensors
-from sleb.engine.execute.transfer import send, to_device
+from sleb.engine.execute.transfer import send
 from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.registry import GpuKernels
 
+MAX_CAPTURED_TOKENS = (
+    512  # of a step with prompts: larger ones keep the device busy while the host launches them
+)
 _TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
 
 # Runs a function once, and returns what repeats its work on the same tensors.
@@ -68,20 +76,21 @@ class GpuExecutor:
         self.unit_depths = tuple(planned.depths for planned in plan)
         self._units = tuple(planned.unit for planned in plan)
         self._max_pages = max_pages
-        self._graphs: dict[tuple[int, int, int], Callable[[], None]] = {}  # fullest and deepest depth, bucket
-        self._buckets: tuple[int, ...] = ()
-        # One layout for all decode steps, so that graphs find every section where it was when they were captured.
-        self._layout = StepLayout(max_num_seqs, max_num_seqs, len(plan))
-        size = self._layout.size + max_num_seqs * max_pages
+        self._graphs: dict[tuple[bool, int, int, int], Callable[[], None]] = {}  # see `capture`
+        # By whether they are of tokens, of steps with prompts.
+        self._buckets: dict[bool, tuple[int, ...]] = {False: (), True: ()}
+        # One layout for all captured steps, so that graphs find every section where it was when they were captured.
+        most = max(max_num_seqs, MAX_CAPTURED_TOKENS)
+        self._layout = StepLayout(most, max_num_seqs, len(plan))
+        size = self._layout.size + 2 * max_num_seqs * max_pages  # at most every page is new
         self._static = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._inputs = self._layout.split(self._static)
         self._page_table = torch.full(
             (max_num_seqs, max_pages), padding_page, dtype=torch.int32, device=self.device
         )
-        self._table_rows = torch.arange(max_num_seqs, dtype=torch.int32, device=self.device)
         spec, dtype = decoder.decoder.spec, decoder.decoder.weights.dtype
         self._patches = decoder.decoder.weights.patches
-        self._hidden = torch.zeros(max_num_seqs, spec.hidden_size, dtype=dtype, device=self.device)
+        self._hidden = torch.zeros(most, spec.hidden_size, dtype=dtype, device=self.device)
         self._logits = torch.zeros(max_num_seqs, spec.vocab_size, dtype=dtype, device=self.device)
         # What was sampled last, where graphs look for pending tokens and leave the most probable ones.
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
@@ -100,7 +109,7 @@ class GpuExecutor:
     @property
     def static_bytes(self) -> int:
         """Bytes of the tensors that stay between steps, the KV cache left out."""
-        kept = (self._static, self._page_table, self._table_rows, self._hidden, self._logits, self._sampled)
+        kept = (self._static, self._page_table, self._hidden, self._logits, self._sampled)
         return sum(tensor.nbytes for tensor in kept)
 
     @torch.inference_mode()
@@ -126,20 +135,29 @@ class GpuExecutor:
         capture: Capture,
         depths: Sequence[int] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        prompts: Sequence[int] = (),
     ) -> int:
-        """Captures the graphs of each of `depths` (None: all) and buckets of rows, the largest first.
+        """Captures the graphs of each of `depths` (None: all) and buckets, the largest first.
 
+        buckets: rows of steps of one new token each. prompts: tokens of other steps, at most MAX_CAPTURED_TOKENS.
         The graphs share one pool of memory, which the largest has sized before the others ask. on_progress: graphs
         captured, of all. Returns how many there are.
         """
         spans = [span for depth in depths or self.depths for span in self._spans(depth)]
-        wanted = [(*span, bucket) for bucket in sorted(buckets, reverse=True) for span in spans]
-        self._buckets = tuple(sorted({*self._buckets, *buckets}))
-        for done, (fullest, deepest, bucket) in enumerate(wanted):
+        sizes = [
+            (of_tokens, size)
+            for of_tokens, some in ((True, prompts), (False, buckets))
+            for size in sorted(some, reverse=True)
+        ]
+        wanted = [(of_tokens, *span, size) for of_tokens, size in sizes for span in spans]
+        for of_tokens, size in sizes:
+            self._buckets[of_tokens] = tuple(sorted({*self._buckets[of_tokens], size}))
+        for done, (of_tokens, fullest, deepest, bucket) in enumerate(wanted):
             if on_progress is not None:
                 on_progress(done, len(wanted))
-            units = self._decode_units(fullest, deepest, bucket)
-            self._graphs[fullest, deepest, bucket] = capture(partial(self._decode, units, bucket))
+            units = self._decode_units(fullest, deepest, bucket, of_tokens)
+            compute = partial(self._prompts if of_tokens else self._decode, units, bucket)
+            self._graphs[of_tokens, fullest, deepest, bucket] = capture(compute)
         if on_progress is not None:
             on_progress(len(wanted), len(wanted))
         return len(wanted)
@@ -155,6 +173,7 @@ class GpuExecutor:
         used = -(-context // self.page_size)
         pages = torch.arange(self.max_num_seqs * used, dtype=torch.int32, device=self.device) % num_pages
         self._page_table[:, :used] = pages.view(self.max_num_seqs, used)
+        torch.arange(self.max_num_seqs, dtype=torch.int32, out=inputs.table_rows)
         inputs.sources.fill_(-1)
         inputs.context_lens.fill_(context)
         inputs.positions.fill_(context - 1)
@@ -163,19 +182,32 @@ class GpuExecutor:
         with self._operators.tuning(report):
             for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 4, 16, 32, 64, 128, 256)}):
                 inputs.row_counts.fill_(bucket)
+                inputs.token_counts.fill_(bucket)
                 for depth in self.depths:  # a patch is for all rows of one, and for some of another
                     self._decode(self._decode_units(depth, self.depths[-1], bucket), bucket)
         inputs.row_counts.zero_()
+        inputs.token_counts.zero_()
         self._page_table.fill_(self.padding_page)
 
     def _decode(self, units: Sequence[UnitRows | PatchRows], bucket: int) -> None:
-        """What a graph holds: one token of each row of the bucket, from the static inputs to the static results."""
+        """What a graph of rows holds: a token of each row of the bucket, from static inputs to static results."""
         inputs = self._inputs
         token_ids = _resolve(inputs.token_ids[:bucket], inputs.sources[:bucket], self._sampled)
         stream = self._decoder.run(token_ids, inputs.positions[:bucket], inputs.slots[:bucket], units)
         self._logits[:bucket] = self._head(stream)
         self._hidden[:bucket] = stream.residual
         self._sampled[:bucket] = self._operators.greedy(self._logits[:bucket])
+
+    def _prompts(self, units: Sequence[UnitRows | PatchRows], bucket: int) -> None:
+        """What a graph of tokens holds, likewise; logits are of the tokens to sample from."""
+        inputs = self._inputs
+        token_ids = _resolve(inputs.token_ids[:bucket], inputs.sources[:bucket], self._sampled)
+        stream = self._decoder.run(token_ids, inputs.positions[:bucket], inputs.slots[:bucket], units)
+        residual = self._decoder.add(stream).residual
+        self._hidden[:bucket] = residual
+        samples = inputs.samples[:bucket]
+        self._logits[: samples.shape[0]] = self._head(Stream(residual.index_select(0, samples)))
+        self._sampled[: samples.shape[0]] = self._operators.greedy(self._logits[: samples.shape[0]])
 
     def _spans(self, depth: int) -> list[tuple[int, int]]:
         """Fullest and deepest depth of the steps that graphs of `depth` are for: any, and where those run patches that
@@ -193,13 +225,15 @@ class GpuExecutor:
             if any(first <= depth < end for depth in served)
         ]
 
-    def _decode_units(self, fullest: int, deepest: int, bucket: int) -> list[UnitRows | PatchRows]:
+    def _decode_units(
+        self, fullest: int, deepest: int, bucket: int, of_tokens: bool = False
+    ) -> list[UnitRows | PatchRows]:
         """The units that rows of these depths run, each reading its rows from the static inputs."""
         inputs = self._inputs
         units: list[UnitRows | PatchRows] = []
         for index in self._running(fullest, deepest):
             unit, first = self._units[index], self.unit_depths[index][0]
-            count = inputs.row_counts[index : index + 1]
+            count = inputs.token_counts[index : index + 1]
             if isinstance(unit, int):
                 start = None if first <= fullest else inputs.token_starts[index : index + 1]
                 units.append(PatchRows(self._patches[unit], 0, bucket, start, count))
@@ -207,11 +241,11 @@ class GpuExecutor:
             batch = BatchTensors(
                 inputs.query_starts[: bucket + 1],
                 inputs.context_lens[:bucket],
-                self._page_table[:bucket],
-                self._table_rows[:bucket],
-                count,
+                self._page_table,
+                inputs.table_rows[:bucket],
+                inputs.row_counts[index : index + 1],
                 self.page_size,
-                max_query_len=1,
+                max_query_len=bucket if of_tokens else 1,
                 max_context_len=self._max_pages * self.page_size,
             )
             units.append(UnitRows(unit, bucket, count, batch))
@@ -219,14 +253,14 @@ class GpuExecutor:
 
     def _find_graph(self, step: StepArrays) -> Callable[[], None] | None:
         """The graph of the step's fullest depth and of the smallest bucket that holds it; None if there is none."""
-        if not self._graphs or step.num_tokens != step.num_sequences:
+        of_tokens = step.num_tokens > step.num_sequences
+        buckets = self._buckets[of_tokens]
+        at = bisect_left(buckets, step.num_tokens)
+        if not self._graphs or at == len(buckets):
             return None
-        for bucket in self._buckets:
-            if bucket >= step.num_sequences:
-                fullest = step.depths[0]
-                exact = self._graphs.get((fullest, step.depths[-1], bucket))
-                return exact or self._graphs.get((fullest, self.depths[-1], bucket))
-        return None
+        fullest, bucket = step.depths[0], buckets[at]
+        exact = self._graphs.get((of_tokens, fullest, step.depths[-1], bucket))
+        return exact or self._graphs.get((of_tokens, fullest, self.depths[-1], bucket))
 
     def _replay(
         self,
@@ -236,54 +270,59 @@ class GpuExecutor:
         greedy: bool,
         last: Tensor | None,
     ) -> Forward:
-        num_rows, width = step.page_table.shape
-        flat = step.pack(self._layout, self.padding_page)
-        static = self._static[: flat.shape[0]]
-        send(flat, static)
-        self._page_table[:num_rows, :width] = static[self._layout.size :].view(num_rows, width)
+        inputs = self._send(step, self._layout, samples)
         if last is not None and last.data_ptr() != self._sampled.data_ptr():
             self._sampled[: last.shape[0]] = last
         replay()
-        hidden = self._hidden[:num_rows]
+        hidden, num_samples = self._hidden[: step.num_tokens], len(samples)
         if not samples:
             return Forward(hidden, None, None)
-        tokens, logits = self._sampled[:num_rows], self._logits[:num_rows]
-        if len(samples) < num_rows:
-            rows = to_device(samples, torch.int64, self.device)
-            tokens, logits = tokens[rows], logits[rows]
+        results = self._sampled if greedy else self._logits
+        if step.num_tokens > step.num_sequences or num_samples == step.num_sequences:
+            results = results[:num_samples]
+        else:  # a graph of rows has them of all rows
+            results = results.index_select(0, inputs.samples[:num_samples])
         if greedy:
-            return Forward(hidden, None, tokens)
+            return Forward(hidden, None, results)
         # A copy in any case: the sampler changes what it is given.
-        return Forward(hidden, logits.to(torch.float32, copy=True), None)
+        return Forward(hidden, results.to(torch.float32, copy=True), None)
+
+    def _send(self, step: StepArrays, layout: StepLayout, samples: Sequence[int]) -> StepTensors:
+        """The step on the device, by one copy; the page table has its new pages."""
+        flat = step.pack(layout, self.padding_page, samples, self._max_pages)
+        if layout is self._layout:
+            on_device = self._static[: flat.size]
+        else:
+            on_device = torch.empty(flat.size, dtype=torch.int32, device=self.device)
+        send(flat, on_device)
+        if flat.size > layout.size:
+            places, pages = on_device[layout.size :].chunk(2)
+            self._page_table.view(-1).index_put_((places,), pages)
+        return layout.split(on_device)
 
     def _run_eagerly(
         self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None
     ) -> Forward:
-        layout = StepLayout(step.num_tokens, step.num_sequences, len(self._units))
-        on_device = to_device(step.pack(layout, self.padding_page), torch.int32, self.device)
-        inputs = layout.split(on_device)
-        table = on_device[layout.size :].view(step.page_table.shape)
+        layout = StepLayout(step.num_tokens, max(step.num_sequences, len(samples)), len(self._units))
+        inputs = self._send(step, layout, samples)
         token_ids = inputs.token_ids
         if step.sources is not None:
             assert last is not None, "a pending token, and nothing was sampled"
             token_ids = _resolve(token_ids, inputs.sources, last)
-        units = self._eager_units(step, inputs, table)
+        units = self._eager_units(step, inputs)
         stream = self._decoder.run(token_ids, inputs.positions, inputs.slots, units)
         residual = self._decoder.add(stream).residual
         if not samples:
             return Forward(residual, None, None)
-        logits = self._head(Stream(residual[to_device(samples, torch.int64, self.device)]))
+        logits = self._head(Stream(residual.index_select(0, inputs.samples[: len(samples)])))
         if greedy:
             return Forward(residual, None, self._operators.greedy(logits))
         return Forward(residual, logits.float(), None)
 
-    def _eager_units(
-        self, step: StepArrays, inputs: StepTensors, table: Tensor
-    ) -> list[UnitRows | PatchRows]:
+    def _eager_units(self, step: StepArrays, inputs: StepTensors) -> list[UnitRows | PatchRows]:
         """The units that some row runs, over exactly their rows."""
         units: list[UnitRows | PatchRows] = []
         batches: dict[int, BatchTensors] = {}
-        table_rows = torch.arange(table.shape[0], dtype=torch.int32, device=self.device)
         for index, unit in enumerate(self._units):
             first, num_tokens = step.unit_first_tokens[index], step.unit_tokens[index]
             if first == num_tokens:
@@ -300,8 +339,8 @@ class GpuExecutor:
                 batch = batches[num_rows] = BatchTensors(
                     inputs.query_starts[: num_rows + 1],
                     inputs.context_lens[:num_rows],
-                    table[:num_rows],
-                    table_rows[:num_rows],
+                    self._page_table,
+                    inputs.table_rows[:num_rows],
                     inputs.row_counts[index : index + 1],
                     self.page_size,
                     max_query_len=max(lens),

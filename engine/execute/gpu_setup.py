@@ -13,6 +13,7 @@ from sleb.engine.execute.cuda_graphs import (
     CudaCapture,
     decode_buckets,
     measure_reserve,
+    prompt_buckets,
     prompt_step,
     trial_step,
 )
@@ -57,10 +58,11 @@ class GpuSetup:
     device: torch.device
 
     @property
-    def _buckets(self) -> tuple[int, ...]:
-        """Rows that graphs are captured for; none where there are no graphs."""
-        captures = is_gpu(self.device) and self.config.cuda_graphs and self.attention.capturable
-        return decode_buckets(self.config.max_num_seqs) if captures else ()
+    def _buckets(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Rows, and tokens of steps with prompts, that graphs are captured for; none where there are no graphs."""
+        if not (is_gpu(self.device) and self.config.cuda_graphs and self.attention.capturable):
+            return (), ()
+        return decode_buckets(self.config.max_num_seqs), prompt_buckets(self.config.step_tokens)
 
     def reserve(self) -> int:
         """Bytes of the GPU's memory that steps and graphs will take, measured on a trial executor."""
@@ -68,7 +70,7 @@ class GpuSetup:
             return 0
         longest = min(self.config.max_model_len or self.spec.max_positions, self.spec.longest_context)
         trial = self._executor(longest, 0)
-        reserve = measure_reserve(trial, self.config.step_tokens, longest, self._buckets)
+        reserve = measure_reserve(trial, self.config.step_tokens, longest, *self._buckets)
         del trial
         gc.collect()
         torch.cuda.empty_cache()
@@ -79,9 +81,10 @@ class GpuSetup:
         executor = self._executor(max_model_len, num_pages)
         if is_gpu(self.device):
             self._warm_up(executor, max_model_len, num_pages)
-        if self._buckets:
+        rows, tokens = self._buckets
+        if rows:
             capture = CudaCapture(self.device)
-            executor.capture(self._buckets, capture, on_progress=self.config.on_capture)
+            executor.capture(rows, capture, on_progress=self.config.on_capture, prompts=tokens)
         return executor
 
     def _warm_up(self, executor: GpuExecutor, max_model_len: int, num_pages: int) -> None:

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ def unit_rows(depths: tuple[int, ...], unit_depths: tuple[DepthRange, ...]) -> t
 class StepArrays:
     """The integers of a step, 32 bits each. T tokens, S sequences (rows), U units of the plan.
 
+    An executor reads the pages of each sequence, or keeps a page table [rows, width] on its device: then a sequence
+    has a row of it from its admission until it ends or is preempted, given by the scheduler like the pages themselves,
+    and a step brings the row's number and only the pages that are new there. Whoever applies the `new_pages` of all
+    steps in order has the same table, on whatever device.
+
     Attributes:
         page_size: tokens in a page.
         depths: [S], ascending.
@@ -53,7 +59,10 @@ class StepArrays:
         sources: [T], the place of a pending token in what was sampled last, −1 for a known one; None: none is pending.
         query_starts: [S + 1], where each sequence's tokens begin; the last one is T.
         context_lens: [S], tokens whose K and V are in the cache once this step's are stored.
-        pages: those of each sequence, one sequence after another; page_starts: [S], where each one's begin.
+        page_ids: [S], the pages of each sequence. Later steps append to the same arrays: to be read in this step.
+        table_rows: [S], each sequence's row of a page table.
+        new_pages: (row of the table, place in it of the first, pages) for each sequence that has got some. What the
+            row had before is void from the first of a new sequence on, and never read.
         unit_starts, unit_rows: [U], from which to before which sequence run each unit; see `unit_rows`.
         long_context: whether the sequences, all of them, are past the original context: see `RotaryTables`.
     """
@@ -65,8 +74,9 @@ class StepArrays:
     sources: array[int] | None
     query_starts: array[int]
     context_lens: array[int]
-    pages: array[int]
-    page_starts: array[int]
+    page_ids: Sequence[array[int]]
+    table_rows: array[int]
+    new_pages: Sequence[tuple[int, int, array[int]]]
     unit_starts: array[int]
     unit_rows: array[int]
     long_context: bool = False
@@ -79,9 +89,13 @@ class StepArrays:
         page_size: int,
         sampled: Mapping[Request, int] | None = None,
     ) -> StepArrays:
-        """The integers of `rows`, by ascending depth. sampled: each pending row's place in what was sampled last."""
+        """The integers of `rows`, by ascending depth. sampled: each pending row's place in what was sampled last.
+
+        Requests that no scheduler has admitted have the table's rows in their order here, and all pages are new.
+        """
         token_ids, positions, context_lens = array("i"), array("i"), array("i")
-        query_starts, page_starts, pages = array("i", [0]), array("i"), array("i")
+        query_starts, table_rows = array("i", [0]), array("i")
+        page_ids, new_pages = [], []
         pending: dict[int, int] = {}
         for row in rows:
             request, start, num_tokens = row.request, row.start, row.num_tokens
@@ -95,15 +109,20 @@ class StepArrays:
                 positions.append(start)
             else:
                 token_ids.extend(array("i", request.tokens[start : start + num_tokens]))
-                positions.frombytes(np.arange(start, start + num_tokens, dtype=np.int32).tobytes())
+                positions.extend(array("i", range(start, start + num_tokens)))
             query_starts.append(len(token_ids))
             context_lens.append(start + num_tokens)
-            page_starts.append(len(pages))
             # A list of thousands takes long to convert at every step, so each page is converted once.
-            page_ids = request.page_ids
-            if len(page_ids) < len(request.pages):
-                page_ids.extend(request.pages[len(page_ids) :])
-            pages.extend(page_ids)
+            ids, known = request.page_ids, len(request.page_ids)
+            if known < len(request.pages):
+                ids.extend(request.pages[known:])
+            table_row = request.table_row
+            if table_row is None:
+                table_row, known = len(table_rows), 0
+            if known < len(ids):
+                new_pages.append((table_row, known, ids[known:]))
+            page_ids.append(ids)
+            table_rows.append(table_row)
         sources = None
         if pending:
             sources = array("i", [-1]) * len(token_ids)
@@ -118,8 +137,9 @@ class StepArrays:
             sources,
             query_starts,
             context_lens,
-            pages,
-            page_starts,
+            page_ids,
+            table_rows,
+            new_pages,
             *unit_rows(depths, unit_depths),
             rows[0].request.long_context,
         )
@@ -148,56 +168,64 @@ class StepArrays:
         return array("i", [self.query_starts[start] for start in self.unit_starts])
 
     @cached_property
-    def slots(self) -> Integers:
+    def pages(self) -> array[int]:
+        """The pages of each sequence, one sequence after another."""
+        return array("i", b"".join(self.page_ids))
+
+    @cached_property
+    def page_starts(self) -> array[int]:
+        """[S], where the pages of each sequence begin in `pages`."""
+        return array("i", accumulate([len(ids) for ids in self.page_ids[:-1]], initial=0))
+
+    @cached_property
+    def slots(self) -> array[int]:
         """[T], where in the cache K and V of each token go: page · page_size + offset."""
-        positions, starts = np.asarray(self.positions), np.asarray(self.page_starts)
-        page = np.repeat(starts, self.query_lens) + positions // self.page_size
-        slots: Integers = np.asarray(self.pages)[page] * self.page_size + positions % self.page_size
+        size, slots = self.page_size, array("i")
+        for ids, end, num_tokens in zip(self.page_ids, self.context_lens, self.query_lens, strict=True):
+            if num_tokens == 1:
+                slots.append(ids[(end - 1) // size] * size + (end - 1) % size)
+                continue
+            first, last = (end - num_tokens) // size, (end - 1) // size
+            of_pages = np.array(ids[first : last + 1])[:, None] * size + np.arange(size, dtype=np.int32)
+            at = end - num_tokens - first * size
+            slots.frombytes(of_pages.ravel()[at : at + num_tokens].tobytes())
         return slots
 
     @cached_property
     def page_table(self) -> Integers:
         """[S, most pages of a sequence], each sequence's pages and then zeros."""
-        num_pages = np.diff(self.page_starts, append=len(self.pages))
-        table = np.zeros((self.num_sequences, num_pages.max()), np.int32)
-        table[np.arange(table.shape[1]) < num_pages[:, None]] = self.pages
+        table = np.zeros((self.num_sequences, max(map(len, self.page_ids))), np.int32)
+        for row, ids in zip(table, self.page_ids, strict=True):
+            row[: len(ids)] = ids
         return table
 
-    def pack(self, layout: StepLayout, padding_page: int) -> Integers:
-        """All of it in one array, so that it reaches a device in one copy: the layout's sections, then `page_table`.
+    def pack(
+        self, layout: StepLayout, padding_page: int, samples: Sequence[int], table_width: int
+    ) -> Integers:
+        """All of it in one array, so that it reaches a device in one copy: the layout's sections, then the places of
+        the new pages in a table of rows of `table_width`, one row after another, and then those pages.
 
         padding_page: a page that belongs to nobody, for tokens and sequences that the layout has and the step has not.
+        samples: the tokens to sample from, at most as many as the layout has sequences.
         """
-        flat = np.zeros(layout.size + self.page_table.size, np.int32)
-        sections = np.split(flat[: layout.size], np.cumsum(layout.sizes)[:-1])
-        (
-            token_ids,
-            positions,
-            slots,
-            sources,
-            query_starts,
-            context_lens,
-            token_starts,
-            token_counts,
-            row_counts,
-        ) = sections
-        num_tokens, num_rows = self.num_tokens, self.num_sequences
-        token_ids[:num_tokens] = self.token_ids
-        positions[:num_tokens] = self.positions
-        slots[:num_tokens] = self.slots
-        slots[num_tokens:] = padding_page * self.page_size
-        sources[:] = -1
-        if self.sources is not None:
-            sources[:num_tokens] = self.sources
-        query_starts[: num_rows + 1] = self.query_starts
-        query_starts[num_rows + 1 :] = np.arange(1, query_starts.size - num_rows) + num_tokens
-        context_lens[:num_rows] = self.context_lens
-        context_lens[num_rows:] = 1
-        token_starts[:] = self.unit_first_tokens
-        token_counts[:] = self.unit_tokens
-        row_counts[:] = self.unit_rows
-        flat[layout.size :] = self.page_table.ravel()
-        return flat
+        spare, free = layout.num_tokens - self.num_tokens, layout.num_sequences - self.num_sequences
+        zero, none = array("i", [0]), array("i", [-1])
+        after = self.num_tokens + 1  # padding sequences have a token each, past those that are there
+        flat = self.token_ids + zero * spare
+        flat += self.positions + zero * spare
+        flat += self.slots + array("i", [padding_page * self.page_size]) * spare
+        flat += none * layout.num_tokens if self.sources is None else self.sources + none * spare
+        flat += self.query_starts + array("i", range(after, after + free))
+        flat += self.context_lens + array("i", [1]) * free
+        flat += self.table_rows + zero * free
+        flat += array("i", samples) + zero * (layout.num_sequences - len(samples))
+        flat += self.unit_first_tokens + self.unit_tokens + self.unit_rows
+        for row, first, ids in self.new_pages:
+            start = row * table_width + first
+            flat.extend(range(start, start + len(ids)))
+        for _, _, ids in self.new_pages:
+            flat += ids
+        return np.frombuffer(flat, np.int32)
 
 
 @dataclass(frozen=True)
@@ -211,12 +239,13 @@ class StepLayout:
         sources         T               tokens
         query_starts    S + 1           sequences
         context_lens    S               sequences
+        table_rows      S               sequences
+        samples         S               tokens that are sampled from
         token_starts    U               units: at which token those begin that run it
         token_counts    U               units: before which token they end
         row_counts      U               units: before which sequence
 
-    The page table comes after them, so one layout for all decode steps keeps every section where a captured graph has
-    seen it.
+    New pages come after them, so one layout for all captured steps keeps every section where a graph has seen it.
     """
 
     num_tokens: int
@@ -227,7 +256,7 @@ class StepLayout:
     def sizes(self) -> tuple[int, ...]:
         """Lengths of the sections."""
         tokens, sequences, units = self.num_tokens, self.num_sequences, self.num_units
-        return (tokens, tokens, tokens, tokens, sequences + 1, sequences, units, units, units)
+        return (*[tokens] * 4, sequences + 1, *[sequences] * 3, *[units] * 3)
 
     @property
     def size(self) -> int:
@@ -249,6 +278,8 @@ class StepTensors:
     sources: Tensor
     query_starts: Tensor
     context_lens: Tensor
+    table_rows: Tensor
+    samples: Tensor
     token_starts: Tensor
     token_counts: Tensor
     row_counts: Tensor

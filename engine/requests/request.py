@@ -25,7 +25,9 @@ class Request:
 
     num_pending counts tokens that have been sampled on the device and that the host has not read: at most one when a
     step is planned. `num_computed` may run ahead of `tokens` by it.
-    page_ids are the first of `pages` as 32-bit integers, kept for the arrays of the next step.
+    page_ids are the first of `pages` as 32-bit integers, those that earlier steps had, kept for the arrays of the next;
+    table_row is the row of an executor's page table that holds them, the request's own from admission until it ends or
+    is preempted.
 
     grammar is the state of the one that the output must follow; preemption leaves it as it is. failure, if set, says
     why the request cannot go on.
@@ -53,6 +55,7 @@ class Request:
     parent: Request | None = None
     long_context: bool = False
     page_ids: array[int] = field(default_factory=lambda: array("i"))
+    table_row: int | None = None
     num_cached_tokens: int = 0
     num_registered_pages: int = 0
     last_content: Hashable = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator
 
 from sleb.engine.requests.request import Request
@@ -39,6 +39,7 @@ class Scheduler:
         self._long_turn = False
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
+        self._free_rows = list(reversed(range(max_num_seqs)))  # of a page table on the executor's device
         self.num_preemptions = 0
 
     @property
@@ -77,7 +78,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Takes a finished or aborted request out and frees its pages."""
-        self.block_manager.free(request.pages)
+        self._release(request)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -114,6 +115,8 @@ class Scheduler:
         assert len({id(request) for request in live}) == len(live), "a request is listed twice"
         assert not any(request.pages for request in self.waiting), "a waiting request holds pages"
         assert len(self.running) <= self.max_num_seqs, "too many requests run"
+        table_rows = Counter([*(request.table_row for request in self.running), *self._free_rows])
+        assert table_rows == Counter(range(self.max_num_seqs)), "rows of the page table are lost or shared"
         for request in self.running:
             held = len(request.pages) * self.block_manager.page_size
             assert request.num_computed <= min(held, len(request.tokens) + request.num_pending), (
@@ -158,10 +161,17 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self.block_manager.free(request.pages)
+        self._release(request)
         request.reset()
         self.waiting.appendleft(request)
         self.num_preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        """Frees the request's pages, and its row of the page table."""
+        self.block_manager.free(request.pages)
+        if request.table_row is not None:
+            self._free_rows.append(request.table_row)
+            request.table_row = None
 
     def _admit(self, budget: int) -> Iterator[ScheduledRow]:
         forks: list[Request] = []  # whose parents are not done with the prompt: they hold up nobody
@@ -191,6 +201,7 @@ class Scheduler:
             request.pages.extend(hit)
             self.block_manager.grow(request.pages, num_computed + num_tokens)
             request.num_computed = num_computed
+            request.table_row = self._free_rows.pop()
             if request.timings.first_scheduled is None:
                 request.num_cached_tokens = num_computed
             self.running.append(request)

@@ -94,11 +94,12 @@ def test_set_up_measures_sizes_warms_up_and_captures(gpu, make, tiny_model_dir, 
         return sized(*arguments)
 
     monkeypatch.setattr(kv_cache, "choose_num_pages", spy)
-    llm = make(tiny_model_dir, max_num_seqs=5, on_capture=lambda done, total: seen.append((done, total)))
+    options = {"max_num_seqs": 5, "max_num_batched_tokens": 40}
+    llm = make(tiny_model_dir, **options, on_capture=lambda done, total: seen.append((done, total)))
     order = [event for event in gpu.events if event != "empty"]
-    assert order == ["capture"] * 2 + ["size"] + ["capture"] * 4
-    assert seen == [(count, 4) for count in range(5)]
-    assert "4 captured graphs" in llm.engine.description
+    assert order == ["capture"] * 2 + ["size"] + ["capture"] * 7  # 1, 2, 4 and 5 rows; 16, 32 and 40 tokens
+    assert seen == [(count, 7) for count in range(8)]
+    assert "7 captured graphs" in llm.engine.description
     # The stand-in's replays compute nothing: generate by the eager path.
     llm.engine.runner.executor._graphs.clear()
     [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
@@ -106,11 +107,14 @@ def test_set_up_measures_sizes_warms_up_and_captures(gpu, make, tiny_model_dir, 
 
 
 def test_the_reserve_is_activations_and_graphs(gpu, make, tiny_model_dir):
-    """1 MiB a graph: the largest of each depth as measured, each further one like a second; 10 % on top."""
+    """1 MiB a graph: the largest of each depth as measured, each further one like a second; 10 % on top. Those of
+    prompts likewise."""
     executor = make(tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=5).engine.runner.executor
     gpu.graph_bytes = 1 << 20
     reserve = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5))
     assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20))) + executor.static_bytes
+    with_prompts = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5), (16, 32, 64))
+    assert with_prompts == int(1.1 * (GIB // 2 + 7 * (1 << 20))) + executor.static_bytes
     without = cuda_graphs.measure_reserve(executor, 64, 32, ())
     assert without == int(1.1 * (GIB // 2)) + executor.static_bytes
 

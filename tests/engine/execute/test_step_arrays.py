@@ -106,7 +106,11 @@ def test_every_integer_of_random_steps(first, random_step):
 
         spare, free = rng.choice([0, 5]), rng.choice([0, 3])  # rows of a bucket that the step does not fill
         layout = StepLayout(len(tokens) + spare, len(rows) + free, len(ranges))
-        flat = step.pack(layout, PADDING_PAGE)
+        samples, table_width = (
+            rng.sample(range(len(tokens)), rng.randrange(min(len(rows), len(tokens)) + 1)),
+            50,
+        )
+        flat = step.pack(layout, PADDING_PAGE, samples, table_width)
         sections = layout.split(torch.from_numpy(flat))
         assert sections.token_ids.tolist() == tokens + [0] * spare
         assert sections.positions.tolist() == positions + [0] * spare
@@ -117,7 +121,14 @@ def test_every_integer_of_random_steps(first, random_step):
         assert sections.row_counts.tolist() == step.unit_rows.tolist()
         assert sections.token_starts.tolist() == step.unit_first_tokens.tolist()
         assert sections.token_counts.tolist() == step.unit_tokens.tolist()
-        assert flat.dtype == np.int32 and flat[layout.size :].reshape(len(rows), width).tolist() == table
+        assert sections.table_rows.tolist() == [*range(len(rows))] + [0] * free
+        assert sections.samples.tolist() == samples + [0] * (len(rows) + free - len(samples))
+        kept = np.zeros((len(rows), table_width), np.int32)
+        places, new = np.split(
+            flat[layout.size :], 2
+        )  # nobody has admitted these: all of their pages are new
+        kept.ravel()[places] = new
+        assert flat.dtype == np.int32 and kept[:, :width].tolist() == table and not kept[:, width:].any()
 
 
 def test_the_prefix_rule():
@@ -146,7 +157,7 @@ def test_the_three_executors_give_the_same(tiny_model, make_llm, make_request):
             patch.setattr(registry, "triton_gpu_kernels", registry.torch_gpu_kernels)
             llm = make_llm(model, CHAIN, DEPTHS, kernels="triton", **options)
         executors[name] = llm.engine.runner.executor
-    executors["gpu-replayed"].capture([8], lambda function: function)
+    executors["gpu-replayed"].capture([8], lambda function: function, prompts=[20, 90])
     assert {each.unit_depths for each in executors.values()} == {executors["eager"].unit_depths}
     unit_depths = executors["eager"].unit_depths
 

@@ -1,7 +1,8 @@
 """Scheduler and page accounting under invented traffic: no model, a "forward" that only records what it would write.
 
 A shadow memory holds, for every slot of the cache, the token, position, tier and the exact past that was written
-there. Before a step "runs", every earlier position of every scheduled row must hold exactly that row's own past.
+there. Before a step "runs", every earlier position of every scheduled row must hold exactly that row's own past. A
+page table that is only ever updated by what is new in each step must hold every scheduled row's pages.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sleb.engine.execute.step_arrays import NEVER, StepArrays, StepLayout
 from sleb.engine.requests.tier import Tier
 from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler
@@ -49,6 +52,8 @@ class World:
         self.owed = {}
         self.overlap, self.late = overlap, late
         self.in_flight, self.unread = None, {}
+        self.table = np.full((max_num_seqs, num_pages), -1)  # what a device has of the pages
+        self.packed = self.table.copy()  # the same, by the indices in the packed step
         self.finished, self.num_steps = [], 0
 
     def add(self, tokens, tier, num_new, parent=None):
@@ -73,6 +78,8 @@ class World:
         waits = self.in_flight is not None and self.in_flight.rows
         assert step.rows or waits or not self.owed, "nothing is scheduled, but requests wait"
         self.check_rows(step)
+        if step.rows:
+            self.check_table(step)
         self.run(step)
         for row in step.rows:
             if row.samples:
@@ -122,6 +129,20 @@ class World:
             assert row.pending == (row.start >= len(row.request.tokens))
             assert row.end <= len(row.request.pages) * self.page_size
             assert len(set(row.request.pages)) == len(row.request.pages)
+
+    def check_table(self, step):
+        pending = {row.request: 0 for row in step.rows if row.pending}
+        arrays = StepArrays.of(step.rows, ((0, NEVER),), self.page_size, pending)
+        for row, first, ids in arrays.new_pages:
+            self.table[row, first : first + len(ids)] = ids
+        layout = StepLayout(arrays.num_tokens, arrays.num_sequences, 1)
+        flat = arrays.pack(layout, 0, [], self.table.shape[1])
+        places, pages = np.split(flat[layout.size :], 2)
+        self.packed.ravel()[places] = pages
+        assert len(set(arrays.table_rows)) == len(step.rows)
+        for row, at in zip(step.rows, arrays.table_rows, strict=True):
+            pages = row.request.pages
+            assert self.table[at, : len(pages)].tolist() == self.packed[at, : len(pages)].tolist() == pages
 
     def slot(self, request, position):
         return request.pages[position // self.page_size] * self.page_size + position % self.page_size
