@@ -13,6 +13,7 @@ token attended too many or a rotation off by one position cannot hide in a toler
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,17 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sleb"))
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Interpreted kernels run under the sanitizer, wherever in the suite."""
+    path = Path(__file__).parent / "kernels" / "sanitizer.py"
+    specification = importlib.util.spec_from_file_location("sanitizer", path)
+    assert specification is not None and specification.loader is not None
+    sanitizer = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(sanitizer)
+    config.pluginmanager.register(sanitizer, "sanitizer")
+
 
 _SHAPE = {
     "vocab_size": 96,

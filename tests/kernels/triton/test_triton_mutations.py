@@ -20,6 +20,7 @@ from sleb.kernels.reference.device import HeadNorm
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="faults may read past a tensor's end"),
+    pytest.mark.usefixtures("unsanitized"),  # a check of values must catch them
 ]
 
 
