@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.build import build_executor, select_backends
-from sleb.engine.execute.executor import Forward, PlannedUnit
+from sleb.engine.execute.executor import LOGPROB_ROWS, Forward, PlannedUnit
 from sleb.engine.execute.grammar_masks import fill_masks
 from sleb.engine.execute.kv_cache import bytes_per_token
 from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledToken, Sampler
@@ -29,9 +29,6 @@ from sleb.engine.schedule.step import ScheduledRow, Step
 from sleb.layer_map.layer_map import LayerMap
 from sleb.layer_map.patches import Patch
 from sleb.layer_map.units import Sublayer
-
-# Rows of logits computed at once for prompt logprobs: 256 rows of 128k entries in float32 are 128 MiB.
-_LOGPROB_ROWS = 256
 
 
 @dataclass
@@ -197,8 +194,8 @@ class Runner:
         """Log-probabilities of the tokens that follow `positions`, whose hidden states are [P, E]."""
         top = request.params.prompt_logprobs or 0
         gathered: list[PendingLogprobs] = []
-        for first in range(0, len(positions), _LOGPROB_ROWS):
-            part = positions[first : first + _LOGPROB_ROWS]
+        for first in range(0, len(positions), LOGPROB_ROWS):
+            part = positions[first : first + LOGPROB_ROWS]
             logits = self.executor.logits(hidden[first : first + len(part)])
             following = [request.tokens[position + 1] for position in part]
             token_ids = to_device(following, torch.int64, logits.device)

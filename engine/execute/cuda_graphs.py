@@ -66,17 +66,18 @@ def prompt_step(executor: GpuExecutor, num_tokens: int, max_len: int, depth: int
     while left > 0 and len(lengths) < executor.max_num_seqs:
         lengths.append(min(left, max_len))
         left -= lengths[-1]
-    return trial_step(executor, [(length, length) for length in lengths], depth)
+    depths = None if depth is None else [depth] * len(lengths)
+    return trial_step(executor, [(length, length) for length in lengths], depths)
 
 
 def trial_step(
-    executor: GpuExecutor, rows: Sequence[tuple[int, int]], depth: int | None = None
+    executor: GpuExecutor, rows: Sequence[tuple[int, int]], of_depths: Sequence[int] | None = None
 ) -> StepArrays:
-    """A row of no request for each (new tokens, context they end), of a depth; None: the fullest.
+    """A row of no request for each (new tokens, context they end), of ascending depths; None: all of the fullest.
 
     All pages are the executor's padding page, so any cache will do and nothing in it is lost.
     """
-    depths = (executor.depths[0] if depth is None else depth,) * len(rows)
+    depths = (executor.depths[0],) * len(rows) if of_depths is None else tuple(of_depths)
     pages = [array("i", [executor.padding_page]) * -(-context // executor.page_size) for _, context in rows]
     positions = array("i")
     for num_new, context in rows:

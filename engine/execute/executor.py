@@ -11,6 +11,9 @@ from torch import Tensor
 from sleb.engine.execute.step_arrays import DepthRange, StepArrays
 from sleb.layer_map.units import Sublayer
 
+# Rows of logits computed at once for prompt logprobs: 256 rows of 128k entries in float32 are 128 MiB.
+LOGPROB_ROWS = 256
+
 
 @dataclass(frozen=True)
 class PlannedUnit:

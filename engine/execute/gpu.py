@@ -33,6 +33,8 @@ MAX_CAPTURED_TOKENS = (
     512  # of a step with prompts: larger ones keep the device busy while the host launches them
 )
 _TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
+# What eager steps say of their longest context: operators are tuned for each, so there are few.
+_CONTEXT_BOUNDS = (1024, 4096, 16384)
 
 # Runs a function once, and returns what repeats its work on the same tensors.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -76,6 +78,8 @@ class GpuExecutor:
         self.unit_depths = tuple(planned.depths for planned in plan)
         self._units = tuple(planned.unit for planned in plan)
         self._max_pages = max_pages
+        longest = max_pages * page_size
+        self._context_bounds = (*(bound for bound in _CONTEXT_BOUNDS if bound < longest), longest)
         self._graphs: dict[tuple[bool, int, int, int], Callable[[], None]] = {}  # see `capture`
         # By whether they are of tokens, of steps with prompts.
         self._buckets: dict[bool, tuple[int, ...]] = {False: (), True: ()}
@@ -105,6 +109,11 @@ class GpuExecutor:
         """What computes, in words."""
         graphs = f", {len(self._graphs)} captured graphs" if self._graphs else ""
         return f"{self.kernels} kernels on {self.device}, attention {self.attention}{graphs}"
+
+    @property
+    def trial_contexts(self) -> list[int]:
+        """Tokens of context, one number for each bound that steps give their operators."""
+        return [min(bound, _CONTEXT_BOUNDS[-1] + 1) for bound in self._context_bounds]
 
     @property
     def static_bytes(self) -> int:
@@ -163,8 +172,14 @@ class GpuExecutor:
         return len(wanted)
 
     @torch.inference_mode()
-    def warm_up(self, num_pages: int, report: Callable[[str], None] | None = None) -> None:
-        """Compiles what decode steps run, and tunes it at full buckets over `num_pages` pages of the cache.
+    def warm_up(
+        self,
+        num_pages: int,
+        report: Callable[[str], None] | None = None,
+        prompts: Sequence[int] = (),
+    ) -> None:
+        """Compiles what decode steps run, and tunes it at full buckets over `num_pages` pages of the cache; of steps
+        with prompts, where there are `prompts`, which are as those of `capture`.
 
         Contents do not matter: what is read is whatever lies in the pages, and written is the padding page alone.
         """
@@ -179,12 +194,13 @@ class GpuExecutor:
         inputs.positions.fill_(context - 1)
         inputs.slots.fill_(self.padding_page * self.page_size)
         torch.arange(inputs.query_starts.shape[0], dtype=torch.int32, out=inputs.query_starts)
+        compute = self._prompts if prompts else self._decode
         with self._operators.tuning(report):
-            for bucket in sorted({min(size, self.max_num_seqs) for size in (1, 4, 16, 32, 64, 128, 256)}):
-                inputs.row_counts.fill_(bucket)
+            for bucket in prompts or numbers_of_rows(self.max_num_seqs):
+                inputs.row_counts.fill_(min(bucket, self.max_num_seqs))
                 inputs.token_counts.fill_(bucket)
                 for depth in self.depths:  # a patch is for all rows of one, and for some of another
-                    self._decode(self._decode_units(depth, self.depths[-1], bucket), bucket)
+                    compute(self._decode_units(depth, self.depths[-1], bucket, bool(prompts)), bucket)
         inputs.row_counts.zero_()
         inputs.token_counts.zero_()
         self._page_table.fill_(self.padding_page)
@@ -344,11 +360,14 @@ class GpuExecutor:
                     inputs.row_counts[index : index + 1],
                     self.page_size,
                     max_query_len=max(lens),
-                    max_context_len=max(step.context_lens[:num_rows]),
+                    max_context_len=self._context_bound(max(step.context_lens[:num_rows])),
                     has_decodes=min(lens) == 1,
                 )
             units.append(UnitRows(unit, num_tokens, count, batch))
         return units
+
+    def _context_bound(self, longest: int) -> int:
+        return next(bound for bound in self._context_bounds if bound >= longest)
 
     def _head(self, stream: Stream) -> Tensor:
         """Final norm and head of all rows of a stream; what was not added is, in place."""
@@ -357,6 +376,15 @@ class GpuExecutor:
             return self._decoder.head(self._decoder.add(stream).residual)
         count = torch.full((1,), stream.residual.shape[0], dtype=torch.int32, device=self.device)
         return self._decoder.head(self._decoder.norm(stream, norm, count))
+
+
+def numbers_of_rows(most: int, base: int = 2) -> list[int]:
+    """Powers of two, and `most`: what operators are compiled for changes at these numbers of rows, and what they are
+    tuned for at powers of four."""
+    numbers = [1]
+    while numbers[-1] * base < most:
+        numbers.append(numbers[-1] * base)
+    return numbers if most == 1 else [*numbers, most]
 
 
 def _resolve(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sleb.engine.config import EngineConfig
 from sleb.engine.execute.cuda_graphs import (
@@ -17,8 +18,8 @@ from sleb.engine.execute.cuda_graphs import (
     prompt_step,
     trial_step,
 )
-from sleb.engine.execute.executor import PlannedUnit, attention_blocks
-from sleb.engine.execute.gpu import GpuExecutor
+from sleb.engine.execute.executor import LOGPROB_ROWS, PlannedUnit, attention_blocks
+from sleb.engine.execute.gpu import GpuExecutor, numbers_of_rows
 from sleb.engine.execute.gpu_decoder import GpuDecoder
 from sleb.engine.execute.kv_cache import PagedKVCache
 from sleb.engine.model.architecture import DecoderSpec
@@ -90,24 +91,41 @@ class GpuSetup:
     def _warm_up(self, executor: GpuExecutor, max_model_len: int, num_pages: int) -> None:
         """Compiles, and where need be tunes, every kernel that serving runs: a request must not wait for that."""
         executor.warm_up(num_pages, self.config.on_tuning)
-        longest = min(self.config.step_tokens, max_model_len)
+        step_tokens, fullest = self.config.step_tokens, self.depths[0]
+        longest = min(step_tokens, max_model_len)
         ranges = [planned.depths for planned in self.plan if isinstance(planned.unit, int)]
         patched = [each for each in self.depths if any(first <= each < end for first, end in ranges)]
         steps = [
-            *(prompt_step(executor, self.config.step_tokens, max_model_len, each) for each in patched),
-            prompt_step(executor, self.config.step_tokens, max_model_len),
-            trial_step(executor, [(min(2, longest), longest), (1, 1)]),
-            trial_step(executor, [(1, longest)]),
+            prompt_step(executor, count, max_model_len, depth)
+            for depth in sorted({fullest, *patched})
+            for count in numbers_of_rows(step_tokens)
         ]
+        two = [(min(2, longest), longest), (1, 1)]
+        if executor.max_num_seqs > 1:  # some rows have a patch, and others none
+            steps += [trial_step(executor, two, (fullest, depth)) for depth in sorted({fullest, *patched})]
+        for context in executor.trial_contexts:
+            context = min(context, max_model_len)
+            chunks, decodes = numbers_of_rows(longest, 4), numbers_of_rows(executor.max_num_seqs, 4)
+            steps += [trial_step(executor, [(min(count, context), context)]) for count in chunks]
+            steps += [trial_step(executor, [(1, context)] * count) for count in decodes]
         with self.operators.tuning(self.config.on_tuning):
             for step in steps:
                 samples = range(min(step.num_sequences, executor.max_num_seqs))
                 logits = executor.run(step, samples, greedy=False).logits
                 assert logits is not None
-                chosen = self.kernels.greedy(logits)
-                count = logits.shape[0]
-                self.kernels.sample(logits, *([value] * count for value in (0.7, 40, 0.9, 0.05, 0.5)))
-                self.kernels.log_softmax_gather(logits, chosen[:, None])
+            for count in numbers_of_rows(max(LOGPROB_ROWS, executor.max_num_seqs)):
+                hidden = torch.zeros(
+                    count, self.spec.hidden_size, dtype=self.weights.dtype, device=self.device
+                )
+                self._warm_up_sampling(executor.logits(hidden))
+        if patched:  # ranges of rows, of which eager steps of prompts have none
+            executor.warm_up(num_pages, self.config.on_tuning, prompt_buckets(step_tokens))
+
+    def _warm_up_sampling(self, logits: Tensor) -> None:
+        chosen, count = self.kernels.greedy(logits), logits.shape[0]
+        for filters in ((0, 1.0, 0.0), (40, 0.9, 0.05)):
+            self.kernels.sample(logits, *([value] * count for value in (0.7, *filters, 0.5)))
+        self.kernels.log_softmax_gather(logits, chosen[:, None])
 
     def _executor(self, max_model_len: int, num_pages: int) -> GpuExecutor:
         """An executor whose cache has the padding page after num_pages others."""

@@ -11,7 +11,10 @@ import importlib
 import inspect
 import json
 import pkgutil
+import random
 import tempfile
+import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,21 +24,24 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import sleb.kernels.triton
 from sleb.engine.config import EngineConfig
+from sleb.engine.execute.cuda_graphs import decode_buckets, prompt_buckets, trial_step
 from sleb.engine.execute.executor import PlannedUnit
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.execute.gpu_setup import GpuSetup
-from sleb.engine.execute.step_arrays import NEVER
+from sleb.engine.execute.step_arrays import NEVER, unit_rows
 from sleb.engine.model.allocation import allocate, patch_weights
 from sleb.engine.model.architecture import DecoderSpec, resolve_spec
+from sleb.engine.requests.sampling_params import MAX_LOGPROBS
 from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.quantization import WEIGHT_FORMATS
-from sleb.kernels.registry import Kernels, select_kernels, triton_gpu_kernels
+from sleb.kernels.registry import GpuKernels, Kernels, select_kernels, triton_gpu_kernels
 from sleb.kernels.triton import runtime
 from sleb.kernels.triton.tuning import Config
 from sleb.layer_map.patches import Patch
@@ -44,6 +50,7 @@ META = torch.device("meta")
 PROCESSORS = 132  # of an H100 or H200
 CONFIGS = Path(inspect.getfile(sleb)).with_name("configs")
 PAGE_SIZE = 16
+_NUM_PAGES = 1000
 
 _VIEWS = {
     *(
@@ -189,6 +196,32 @@ def library(key: tuple[object, ...], configs: Sequence[Config]) -> Config:
     return next((config for config in configs if "library" in config), configs[0])
 
 
+class Tuner:
+    """A table of choices as at a second start: inside `tuning` an unknown key gets one, outside it is noted."""
+
+    def __init__(self, choice: int) -> None:
+        self.choice = choice
+        self.table: dict[tuple[object, ...], Config] = {}
+        self.unknown: list[tuple[object, ...]] = []
+        self._is_on = False
+
+    def __call__(self, key: tuple[object, ...], configs: Sequence[Config]) -> Config:
+        if key not in self.table:
+            if not self._is_on:
+                self.unknown.append(key)
+                return configs[0]
+            self.table[key] = configs[(self.choice + zlib.crc32(repr(key).encode())) % len(configs)]
+        return self.table[key]
+
+    @contextmanager
+    def tuning(self, report: object = None) -> Iterator[None]:
+        before, self._is_on = self._is_on, True
+        try:
+            yield
+        finally:
+            self._is_on = before
+
+
 CHOICES: dict[str, Choose] = {"fused": fused, "library": library}
 
 
@@ -249,8 +282,8 @@ class MetaSetup:
     step_tokens: int = 2048
     patches: tuple[Patch, ...] = ()
 
-    @property
-    def setup(self) -> GpuSetup:
+    def setup(self, tuner: Tuner | None = None) -> GpuSetup:
+        """Tuning is the tuner's, where there is one."""
         spec = spec_of(self.model)
         last = (1 if self.patches else NEVER) if self.num_blocks > 1 else NEVER
         sublayers = [(block, part) for block in range(self.num_blocks) for part in ("attention", "mlp")]
@@ -264,13 +297,15 @@ class MetaSetup:
         cpu = torch.device("cpu")
         made = tuple(patch_weights(patch, torch.bfloat16, cpu, weight_format) for patch in self.patches)
         operators = triton_gpu_kernels()
+        if tuner is not None:
+            operators = replace(operators, tuning=tuner.tuning)
         return GpuSetup(
             EngineConfig(
                 *("model",), max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.step_tokens
             ),
             spec,
             replace(weights, patches=_without_data(made)),
-            _kernels(),
+            _kernels(operators),
             operators,
             AttentionBackend("triton", operators.attention),
             tuple(plan),
@@ -280,7 +315,7 @@ class MetaSetup:
         )
 
     def executor(self) -> GpuExecutor:
-        return self.setup._executor(self.max_model_len, 1000)
+        return self.setup()._executor(self.max_model_len, _NUM_PAGES)
 
 
 def _without_data(node: Any) -> Any:
@@ -294,8 +329,7 @@ def _without_data(node: Any) -> Any:
     return node
 
 
-def _kernels() -> Kernels:
-    operators = triton_gpu_kernels()
+def _kernels(operators: GpuKernels) -> Kernels:
     return replace(
         select_kernels("torch", torch.device("cpu")),
         greedy=operators.greedy,
@@ -332,3 +366,93 @@ def nodes_of(model: str, weights: str, bucket: int, choose: Choose = fused) -> N
     )
     block = Counter({name: (three[name] - one[name]) / 2 for name in three if three[name] != one[name]})
     return Nodes(block, Counter({name: one[name] - block[name] for name in one if one[name] != block[name]}))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What was compiled before requests were served, and what their steps asked for besides.
+
+    Attributes:
+        num_launches, num_compiled: of the warm-up, with the graphs' captures.
+        late: specialisations and keys of tuning that were first met while serving.
+    """
+
+    num_launches: int
+    num_compiled: int
+    late: list[str]
+
+
+def serve(setup: MetaSetup, choice: int = 0, graphs: bool = True, num_steps: int = 60) -> Serving:
+    """Warms up as a start does, then runs random steps. choice: which configurations tuning has chosen."""
+    tuner = Tuner(choice)
+    with recording(tuner) as launches:
+        gpu_setup = setup.setup(tuner)
+        executor = gpu_setup._executor(setup.max_model_len, _NUM_PAGES)
+        gpu_setup._warm_up(executor, setup.max_model_len, _NUM_PAGES)
+        if graphs:
+            buckets, prompts = decode_buckets(setup.max_num_seqs), prompt_buckets(setup.step_tokens)
+            executor.capture(buckets, lambda function: function() or function, prompts=prompts)
+        num_launches, warm = len(launches), _specialisations(launches)
+        launches.clear()
+        rng = random.Random(choice)
+        for _ in range(num_steps):
+            _random_step(setup, executor, gpu_setup.kernels, rng)
+        late = _specialisations(launches)
+    shown = [text for specialisation, text in late.items() if specialisation not in warm]
+    return Serving(num_launches, len(warm), [*shown, *map(str, dict.fromkeys(tuner.unknown))])
+
+
+def _specialisations(launches: Sequence[Launch]) -> dict[tuple[object, ...], str]:
+    """Each with what is told of it: the kernel, its constants and options."""
+    found: dict[tuple[object, ...], str] = {}
+    for launch in launches:
+        if launch.kernel is not None:
+            told = {
+                name: value for name, value in launch.keywords.items() if not isinstance(value, torch.Tensor)
+            }
+            found.setdefault(launch.specialisation, f"{launch.name} {told}")
+    return found
+
+
+def _random_step(setup: MetaSetup, executor: GpuExecutor, kernels: Kernels, rng: random.Random) -> None:
+    """Prompts in chunks and single tokens of some depths; then tokens are chosen as requests may ask."""
+    rows: list[tuple[int, int]] = []
+    most, longest, left = rng.randint(1, setup.max_num_seqs), setup.max_model_len, setup.step_tokens
+    decodes = rng.random() < 0.3
+    while left and len(rows) < most:
+        count = (
+            1
+            if decodes or rng.random() < 0.6
+            else rng.choice((2, 3, 7, 15, 16, 17, 33, 64, 65, 100, 129, 500))
+        )
+        count = min(count, left)
+        rows.append((count, rng.randint(count, longest)))
+        left -= count
+    step = trial_step(executor, rows)
+    depths = tuple(sorted(rng.choice(executor.depths) for _ in rows))
+    starts, ends = unit_rows(depths, executor.unit_depths)
+    step = replace(step, depths=depths, unit_starts=starts, unit_rows=ends)
+    last = None
+    if rng.random() < 0.5:
+        step = replace(step, sources=array("i", [rng.choice((-1, 0)) for _ in step.token_ids]))
+        last = torch.empty(rng.randint(1, setup.max_num_seqs), dtype=torch.int64, device=META)
+    chosen = sorted(rng.sample(range(len(rows)), rng.randint(0, len(rows))))
+    forward = executor.run(step, [step.query_starts[row + 1] - 1 for row in chosen], rng.random() < 0.5, last)
+    if forward.logits is not None:
+        _choose(forward.logits, kernels, rng)
+    if rng.random() < 0.3:
+        number = min(rng.randint(1, 256), step.num_tokens)
+        logits = executor.logits(forward.hidden[:number])
+        ids = torch.empty(number, 1 + rng.randint(0, MAX_LOGPROBS), dtype=torch.int64, device=META)
+        kernels.log_softmax_gather(logits, ids)
+
+
+def _choose(logits: Tensor, kernels: Kernels, rng: random.Random) -> None:
+    count = len(logits)
+    kernels.greedy(logits)
+    number = rng.randint(1, count)
+    filters = rng.choice(((0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (40, 0.9, 0.05)))
+    kernels.sample(logits[:number], *([value] * number for value in (0.7, *filters, 0.5)))
+    kernels.log_softmax_gather(
+        logits, torch.empty(count, 1 + rng.randint(0, MAX_LOGPROBS), dtype=torch.int64, device=META)
+    )
