@@ -231,10 +231,12 @@ def run_kernels(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_case: Callable[[str], None] = lambda line: None,
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Measures every case; interrupted, the result holds the cases that are complete.
 
-    command: to record. on_progress: cases done, of how many, and the next one; on_case: what was found, in a line.
+    command: to record. on_progress: cases done, of how many, and the next one; on_case: what was found, in a line;
+    on_result: after every case, with what there is so far.
     """
     bench = KernelsBench(options)
     shown, backends = shown_command(command), ", ".join(bench.backends)
@@ -242,18 +244,22 @@ def run_kernels(
     environment = describe_machine(bench.device, bench.dtype, backends, shown) | {
         "ceilings": asdict(ceilings)
     }
-    measurements: list[Measurement] = []
-    complete, ends = True, time.monotonic() + options.time_budget
+    settings = {"repetitions": options.repetitions, "seed": options.seed, "backends": list(bench.backends)}
+    result, ends = Result("kernels", environment, settings), time.monotonic() + options.time_budget
     try:
         with torch.inference_mode():
             for place, case in enumerate(bench.cases):
                 on_progress(Progress(place, len(bench.cases), str(case)))
                 left = max(1e-3, (ends - time.monotonic()) / (len(bench.cases) - place))
                 found, line = bench.measure(case, ceilings, left if options.time_budget else 0.0)
-                measurements += found
+                result.measurements += found
+                result.notes, result.complete = (
+                    bench.notes(result.measurements),
+                    place + 1 == len(bench.cases),
+                )
                 if line:
                     on_case(line)
+                on_result(result)
     except KeyboardInterrupt:
-        complete = False
-    settings = {"repetitions": options.repetitions, "seed": options.seed, "backends": list(bench.backends)}
-    return Result("kernels", environment, settings, measurements, bench.notes(measurements), complete)
+        result.complete = False
+    return result

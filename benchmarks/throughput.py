@@ -123,7 +123,8 @@ class ThroughputBench:
         longest_prompt = max(each.prompt_tokens for each in workloads)
         all_prompts = max(each.batch * each.prompt_tokens for each in workloads)
         return {
-            name: getattr(options, name) for name in ("dtype", "weights", "device", "threads", "seed")
+            name: getattr(options, name)
+            for name in ("dtype", "weights", "device", "kernels", "threads", "seed")
         } | {
             "max_model_len": max(each.context for each in workloads),
             "max_num_seqs": batch,
@@ -244,8 +245,9 @@ class ThroughputBench:
                 "sleb. Speed does not depend on which blocks are gone; quality does."
             )
         subjects = {(each.case, each.subject) for each in measurements}
-        mixed = [str(each) for each in self.workloads if self.mixes(each)]
-        if small := [name for name in mixed if measurements and (name, MIXED) not in subjects]:
+        mixed = {str(each) for each in self.workloads if self.mixes(each)}
+        measured = dict.fromkeys(each.case for each in measurements)
+        if small := [name for name in measured if name in mixed and (name, MIXED) not in subjects]:
             notes.append(f"Not mixed, for the batch has fewer requests than depths: {', '.join(small)}.")
         if any(each.facts["repetitions"] < 6 for each in measurements):
             notes.append("An interval takes 6 turns: give --time-budget or --repetitions more.")
@@ -329,26 +331,19 @@ def run_throughput(
     on_load: Callable[[int, int], None] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_turn: Callable[[Turns, Case], None] = lambda turns, case: None,
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Loads the model and measures; interrupted while measuring, the result holds what is complete.
 
-    command: the command line to record. on_load: called while weights are loaded; the others as for `turns.measure`.
-    Raises SlebError subclasses before anything is measured.
+    command: the command line to record. on_load: called while weights are loaded; on_result: after every turn, with
+    what there is so far; the others as for `turns.measure`. Raises SlebError subclasses before anything is measured.
     """
     bench = ThroughputBench(options, on_load)
     engine, runner = bench.engine, bench.engine.runner
     environment = describe_environment(engine, shown_command(command, options.model or ""))
     threads = torch.get_num_threads() if runner.device.type == "cpu" else 0
     ceilings = measure_ceilings(runner.device, runner.dtype, threads)
-    conditions = Conditions()
-    cases = bench.cases(ceilings)
-    turns = measure(cases, options, watch=conditions, on_progress=on_progress, on_turn=on_turn)
-    environment |= {"ceilings": asdict(ceilings), "conditions": conditions.summary()}
-    measurements = bench.measurements(turns)
-    notes = [*bench.notes(measurements), *conditions.notes()]
-    if options.paper:
-        measurements += paper_measurements()
-        notes += [_PAPER, *bench.missing_shares]
+    environment["ceilings"], conditions = asdict(ceilings), Conditions()
     settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
     settings["model"] = {
         "name": engine.model_name,
@@ -357,7 +352,23 @@ def run_throughput(
         "removed": [str(unit) for unit in engine.layer_map.removed[: max(bench.depths)]],
         "patches": engine.layer_map.patches and engine.layer_map.patches.sha256,
     }
-    return Result("throughput", environment, settings, measurements, notes, turns.complete)
+
+    def found(turns: Turns, complete: bool) -> Result:
+        measurements = bench.measurements(turns)
+        notes = [*bench.notes(measurements), *conditions.notes()]
+        if options.paper:
+            measurements += paper_measurements()
+            notes += [_PAPER, *bench.missing_shares]
+        machine = environment | {"conditions": conditions.summary()}
+        return Result("throughput", machine, settings, measurements, notes, complete)
+
+    def after_turn(turns: Turns, case: Case) -> None:
+        on_turn(turns, case)
+        on_result(found(turns, False))
+
+    cases = bench.cases(ceilings)
+    turns = measure(cases, options, watch=conditions, on_progress=on_progress, on_turn=after_turn)
+    return found(turns, turns.complete)
 
 
 def too_slow(result: Result, bound: float) -> list[str]:

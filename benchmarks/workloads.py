@@ -64,6 +64,7 @@ class ThroughputOptions(TurnOptions):
     dtype: str = option_of(EngineConfig, "dtype", group="Engine")
     weights: str = option_of(EngineConfig, "weights", group="Engine")
     device: str = option_of(EngineConfig, "device", group="Engine")
+    kernels: str = option_of(EngineConfig, "kernels", group="Engine")
     load_format: str = option_of(EngineConfig, "load_format", group="Engine")
     threads: int | None = option_of(EngineConfig, "threads", group="Engine")
 
