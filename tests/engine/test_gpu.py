@@ -161,6 +161,7 @@ def test_sampling_with_a_seed_repeats(make):
     assert llm.generate(PROMPTS, params)[1].token_ids == alone.token_ids
 
 
+@pytest.mark.alone
 def test_the_cache_takes_the_share_of_the_memory_that_was_asked_for(make):
     """Weights, KV, graphs and a full step stay within gpu_memory_utilization of the GPU."""
     free, total = torch.cuda.mem_get_info()

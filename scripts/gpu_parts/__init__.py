@@ -1,0 +1,1 @@
+"""The parts of `scripts/gpu`: what a machine with a GPU shows, each in a process of its own."""

@@ -1,0 +1,75 @@
+"""From the JSON files of a run to files of benchmarks/results, tables of the documentation, and lines for people."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks/results"
+_DRY_RUN = "dry_run"
+_MAY_BE_ABSENT = ("flash", "varlen")  # attention of others
+_SHOWN = 12
+
+
+def report(folders: Sequence[str]) -> int:
+    """Copies what was measured, under the names that results have; exit status 2 where nothing was."""
+    from sleb.benchmarks.old import load
+    from sleb.benchmarks.record import Result, write_result
+    from sleb.errors import ConfigError
+
+    folder = Path(folders[0]) if folders else ROOT / "build/gpu"
+    found: dict[str, Result] = {}
+    try:
+        for path in sorted(folder.glob("*.json")):
+            if path.name == "run.json":
+                continue
+            result = load(path)
+            if result.settings.get(_DRY_RUN) is not False or not result.environment.get("gpu"):
+                raise ConfigError(f"{path} is of a dry run, or of no GPU: nothing in it was measured")
+            name = path.stem.split("-")[0]
+            if name in found:  # the processes of one part
+                result.measurements = [*found[name].measurements, *result.measurements]
+            found[name] = result
+        if not found:
+            raise ConfigError(f"{folder} holds no result; run scripts/gpu first, or name its --out folder")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, result in found.items():
+        card = _slug(str(result.environment["gpu"]))
+        for old in RESULTS.glob(f"*-gpu-{name}-{card}.json"):
+            old.unlink()
+        path = RESULTS / f"{result.environment['date'][:10]}-gpu-{name}-{card}.json"
+        write_result(path, result)
+        print(path.relative_to(ROOT))
+    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark-docs")], check=False).returncode
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
+
+
+def summary(folder: Path, names: Sequence[str]) -> str:
+    """What the results of these processes say, in a line: how many checks hold, what does not, how fast it is."""
+    held, bad, speeds = 0, [], []
+    for name in names:
+        try:
+            rows = json.loads((folder / f"{name}.json").read_text("utf-8"))["rows"]
+        except (OSError, ValueError, KeyError):
+            bad.append(f"{name} left no result")
+            continue
+        for row in rows:
+            what = f"{row['case']}, {row['subject']}"
+            if row["value"] is None and row["subject"] not in _MAY_BE_ABSENT:
+                bad.append(f"{what}: {row.get('failed', 'failed')}"[:200])
+            elif row.get("roofline_share") and row["subject"] not in ("torch", "control"):
+                share = f"{row['roofline_share']:.0%} of roofline"
+                speeds.append(f"{what} {row['value']:,.4g} {row['metric']} ({share})")
+            else:
+                held += row["value"] is not None
+    return "; ".join([*([f"{held} figures"] if held else []), *bad, *speeds[:_SHOWN]])
