@@ -31,7 +31,7 @@ from sleb.benchmarks.kernel_cases import (
 from sleb.benchmarks.kernel_options import BACKENDS, OPS, KernelsOptions
 from sleb.benchmarks.record import Measurement, Result
 from sleb.benchmarks.turns import Case, Progress, Run, Sample, measure
-from sleb.engine.model.resolve import resolve_device, resolve_dtype
+from sleb.engine.model.resolve import make_current, resolve_device, resolve_dtype
 from sleb.errors import ConfigError
 from sleb.kernels.registry import torch_gpu_kernels, triton_gpu_kernels
 
@@ -140,6 +140,7 @@ class KernelsBench:
         options.check()
         self.options = options
         self.device = resolve_device(options.device)
+        make_current(self.device)
         on_gpu = self.device.type == "cuda"
         default = "bfloat16" if on_gpu else "float32"
         self.dtype = resolve_dtype(default if options.dtype == "auto" else options.dtype, "auto", None)

@@ -21,7 +21,13 @@ from sleb.engine.memory import refusal_told
 from sleb.engine.model.allocation import all_sublayers
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.loader import load_weights
-from sleb.engine.model.resolve import AS_STORED, resolve_device, resolve_dtype, resolve_weight_format
+from sleb.engine.model.resolve import (
+    AS_STORED,
+    make_current,
+    resolve_device,
+    resolve_dtype,
+    resolve_weight_format,
+)
 from sleb.engine.model.weights import DecoderWeights, formats_of, num_bytes
 from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.request import Request
@@ -81,6 +87,7 @@ class Runner:
         self.spec = spec
         self.layer_map = layer_map
         self.device = resolve_device(config.device)
+        make_current(self.device)
         self.dtype = resolve_dtype(config.dtype, config.weights, spec.checkpoint_dtype)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -151,8 +158,7 @@ class Runner:
 
     def run(self, step: Step) -> Forward:
         """Computes the step's tokens; on a GPU, queues that behind the work of the steps before."""
-        if self.device.type == "cuda":  # the thread that steps may be another than the one that loaded
-            torch.cuda.set_device(self.device)
+        make_current(self.device)  # the thread that steps may be another than the one that loaded
         executor = self.executor
         arrays = StepArrays.of(step.rows, executor.unit_depths, executor.page_size, self._last_rows)
         ends = arrays.query_starts[1:]

@@ -195,6 +195,8 @@ class GpuKernels:
     log_softmax_gather: Callable[[Tensor, Tensor], Tensor]
     tuning: Callable[[Callable[[str], None] | None], AbstractContextManager[None]]
     """Inside, operators that do not know their best configuration yet measure it; given each operator's name."""
+    tuning_bytes: int = 0
+    """Of the GPU's memory, that measuring takes besides the operators' tensors."""
 
     def sample(
         self,
@@ -301,6 +303,7 @@ def triton_gpu_kernels() -> GpuKernels:
         sample_packed=sample.sample_packed,
         log_softmax_gather=greedy.log_softmax_gather,
         tuning=tuning.tuning,
+        tuning_bytes=tuning.MEASURE_BYTES,
     )
 
 

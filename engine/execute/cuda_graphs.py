@@ -20,19 +20,28 @@ class CudaCapture:
     """`sleb.engine.execute.gpu.Capture` for a GPU: all graphs share one pool of memory and one stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._device = device
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        with torch.cuda.device(self._device):
+            return self._capture(function)
+
+    def _capture(self, function: Callable[[], None]) -> Callable[[], None]:
         # Run once outside, on the same stream: kernels are compiled and libraries set up their workspaces.
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # By default a call to CUDA of any other thread, such as a watchdog's, would end the capture.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 function()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -105,9 +114,10 @@ def measure_reserve(
     max_len: int,
     buckets: Sequence[int],
     prompts: Sequence[int] = (),
+    tuning_bytes: int = 0,
 ) -> int:
-    """Bytes that an executor like this, steps of max_num_tokens tokens and graphs for `buckets` of rows and of tokens
-    of prompts (none: no graphs) take.
+    """Bytes that steps of max_num_tokens tokens, and graphs for `buckets` of rows and of tokens of prompts (none: no
+    graphs), of an executor like this take; tuning_bytes: what measuring kernels takes, before graphs are captured.
 
     The executor's cache may be as small as its padding page: the trial writes and reads nothing else. It is of no use
     afterwards.
@@ -128,7 +138,7 @@ def measure_reserve(
     del forward
     torch.cuda.empty_cache()
     graphs = _measure_graphs(executor, buckets, prompts) if buckets else 0
-    return int(_MARGIN * (activations + graphs)) + executor.static_bytes
+    return int(_MARGIN * (activations + max(graphs, tuning_bytes)))
 
 
 def _measure_graphs(executor: GpuExecutor, buckets: Sequence[int], prompts: Sequence[int]) -> int:

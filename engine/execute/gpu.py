@@ -115,12 +115,6 @@ class GpuExecutor:
         """Tokens of context, one number for each bound that steps give their operators."""
         return [min(bound, _CONTEXT_BOUNDS[-1] + 1) for bound in self._context_bounds]
 
-    @property
-    def static_bytes(self) -> int:
-        """Bytes of the tensors that stay between steps, the KV cache left out."""
-        kept = (self._static, self._page_table, self._hidden, self._logits, self._sampled)
-        return sum(tensor.nbytes for tensor in kept)
-
     @torch.inference_mode()
     def run(
         self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None = None

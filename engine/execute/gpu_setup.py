@@ -70,8 +70,12 @@ class GpuSetup:
         if not is_gpu(self.device) or self.config.kv_cache_memory is not None:
             return 0
         longest = min(self.config.max_model_len or self.spec.max_positions, self.spec.longest_context)
+        before = torch.cuda.memory_allocated(self.device)
         trial = self._executor(longest, 0)
-        reserve = measure_reserve(trial, self.config.step_tokens, longest, *self._buckets)
+        # What stays between steps: rotary tables, the page table, graphs' inputs and outputs, the padding page.
+        reserve = torch.cuda.memory_allocated(self.device) - before
+        tuning = self.operators.tuning_bytes
+        reserve += measure_reserve(trial, self.config.step_tokens, longest, *self._buckets, tuning)
         del trial
         gc.collect()
         torch.cuda.empty_cache()

@@ -24,6 +24,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def make_current(device: torch.device) -> None:
+    """Makes a GPU the one on which this thread's streams and events are made and Triton launches."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def resolve_dtype(name: str, weights: str, checkpoint: str | None) -> torch.dtype:
     """The dtype of activations, and of weights that are not quantised.
 

@@ -35,6 +35,7 @@ logger = logging.getLogger("sleb.kernels")
 Key = tuple[object, ...]
 _VERSION = 1  # raise it when configurations mean something else
 _WARM_UP_MS, _MEASURE_MS = 5, 25
+MEASURE_BYTES = 256 << 20  # of the GPU's memory: what triton.testing.do_bench writes to clear the caches
 
 
 class Config(dict[str, int]):

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sleb import SamplingParams
+from sleb.engine import runner
 from sleb.engine.execute import cuda_graphs, gpu_setup, kv_cache
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.memory import GIB
+from sleb.engine.model.rotary import RotaryTables
 from sleb.errors import ConfigError
 from sleb.kernels import registry
 from sleb.kernels.attention import select as attention
@@ -25,37 +28,59 @@ pytest.importorskip("triton")  # the interpreter, or a GPU: the registry asks fo
 
 
 class FakeGpu:
-    """torch.cuda as far as it is used; free memory falls by `graph_bytes` for each graph captured."""
+    """torch.cuda as far as it is used; free memory falls by `graph_bytes` for each graph captured.
+
+    `current` is the device on which it makes what is made without naming one; `allocated`, what counts memory.
+    """
 
     def __init__(self):
         self.events = []
         self.total = 10 * GIB
         self.free = 8 * GIB
         self.graph_bytes = 0
-        self.capturing = None
+        self.current = torch.device("cuda", 0)
+        self.allocated = lambda: 0
 
     def install(self, monkeypatch):
-        nothing = SimpleNamespace(wait_stream=lambda other: None)
         replacements = {
-            "Stream": lambda device=None: nothing,
-            "current_stream": lambda: nothing,
-            "stream": lambda stream: contextlib.nullcontext(),
+            "Stream": self.make_stream,
+            "current_stream": self.make_stream,
+            "stream": lambda stream: self.device(stream.device),
+            "device": self.device,
+            "set_device": self.set_device,
             "graph_pool_handle": lambda: "pool",
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
             "graph": self.graph,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: self.events.append("empty"),
-            "memory_allocated": lambda device=None: 0,
-            "max_memory_allocated": lambda device=None: GIB // 2,
+            "memory_allocated": lambda device=None: self.allocated(),
+            "max_memory_allocated": lambda device=None: self.allocated() + GIB // 2,
             "reset_peak_memory_stats": lambda device=None: None,
             "mem_get_info": lambda device=None: (self.free, self.total),
         }
         for name, replacement in replacements.items():
             monkeypatch.setattr(torch.cuda, name, replacement)
 
+    def make_stream(self, device=None):
+        return SimpleNamespace(wait_stream=self.waits_on_its_device, device=device or self.current)
+
+    def waits_on_its_device(self, other):
+        assert other.device == self.current
+
+    def set_device(self, device):
+        self.events.append(f"set {device}")
+        self.current = device
+
     @contextlib.contextmanager
-    def graph(self, graph, pool, stream):
-        assert pool == "pool"
+    def device(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode="global"):
+        """What begins on a stream of another device, or in a mode that another thread's call breaks, fails."""
+        assert pool == "pool" and stream.device == self.current and capture_error_mode == "thread_local"
         self.events.append("capture")
         yield
         self.free -= self.graph_bytes
@@ -112,11 +137,67 @@ def test_the_reserve_is_activations_and_graphs(gpu, make, tiny_model_dir):
     executor = make(tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=5).engine.runner.executor
     gpu.graph_bytes = 1 << 20
     reserve = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5))
-    assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20))) + executor.static_bytes
+    assert reserve == int(1.1 * (GIB // 2 + 4 * (1 << 20)))
     with_prompts = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5), (16, 32, 64))
-    assert with_prompts == int(1.1 * (GIB // 2 + 7 * (1 << 20))) + executor.static_bytes
+    assert with_prompts == int(1.1 * (GIB // 2 + 7 * (1 << 20)))
     without = cuda_graphs.measure_reserve(executor, 64, 32, ())
-    assert without == int(1.1 * (GIB // 2)) + executor.static_bytes
+    assert without == int(1.1 * (GIB // 2))
+
+
+def test_the_reserve_counts_what_measuring_kernels_takes(gpu, make, tiny_model_dir):
+    """Before graphs are captured: the larger of the two."""
+    assert registry.triton_gpu_kernels().tuning_bytes == 256 << 20
+    executor = make(tiny_model_dir, kv_cache_memory=0.01, max_num_seqs=5).engine.runner.executor
+    gpu.graph_bytes = 1 << 20
+    for tuning, more in ((1 << 28, 1 << 28), (1 << 20, 4 << 20)):
+        reserve = cuda_graphs.measure_reserve(executor, 64, 32, (1, 2, 4, 5), tuning_bytes=tuning)
+        assert reserve == int(1.1 * (GIB // 2 + more))
+
+
+def test_the_reserve_counts_what_stays_between_steps(gpu, make, tiny_model_dir, monkeypatch):
+    """Rotary tables among them, for the model's longest context: those of the trial are gone when pages are counted."""
+    living = weakref.WeakSet()
+    gpu.allocated = lambda: sum(table.cos.nbytes + table.sin.nbytes for table in living)
+    made, sized = RotaryTables.__init__, []
+
+    def spy(tables, *arguments):
+        made(tables, *arguments)
+        living.add(tables)
+
+    monkeypatch.setattr(RotaryTables, "__init__", spy)
+    choose = kv_cache.choose_num_pages
+    monkeypatch.setattr(
+        kv_cache, "choose_num_pages", lambda *arguments: sized.append(arguments) or choose(*arguments)
+    )
+    make(tiny_model_dir, cuda_graphs=False)
+    *_, reserve = sized[0]
+    positions, half = 512, 8  # the head dimension is 16
+    assert reserve == int(1.1 * (GIB // 2)) + 2 * positions * half * 4
+
+
+def test_a_second_gpu_is_the_current_one_from_the_start(gpu, make_llm, tiny_model_dir, monkeypatch):
+    """Triton launches on the current device, whatever device the pointers are of."""
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(runner, "resolve_device", lambda name: second)
+
+    class LoadedError(Exception):
+        pass
+
+    def load(path, spec, keep, dtype, device, *arguments, **options):
+        gpu.events.append(f"load on {device}")
+        raise LoadedError
+
+    monkeypatch.setattr(runner, "load_weights", load)
+    with pytest.raises(LoadedError):
+        make_llm(tiny_model_dir)
+    assert gpu.events == [f"set {second}", f"load on {second}"]
+
+
+def test_graphs_are_captured_on_their_device(gpu):
+    """Also where another is the current one, which it is again afterwards."""
+    second, seen = torch.device("cuda", 1), []
+    cuda_graphs.CudaCapture(second)(lambda: seen.append(gpu.current))
+    assert seen == [second] * 2 and gpu.current == torch.device("cuda", 0)
 
 
 def test_prompts_of_every_patched_depth_are_warmed_up(gpu, make, tiny_model_dir, random_patch, monkeypatch):
@@ -145,7 +226,7 @@ def test_the_reserve_leaves_fewer_pages(monkeypatch):
 
 def test_a_capture_that_fails_names_the_way_out(gpu, monkeypatch):
     @contextlib.contextmanager
-    def refuse(graph, pool, stream):
+    def refuse(graph, **options):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 
