@@ -1,14 +1,13 @@
-"""Attention of one new token a sequence over its paged context, split over the context (Triton).
+"""Attention of one new token a sequence over its paged context, in items of the context (Triton).
 
 For query head h of KV head k, and the context's positions n in the window,
 
     out[h] = Σ_n softmax_n(s[h, n]) · V[n, k],      s[h, n] = scale · q[h] · K[n, k]
 
 with s ← c · tanh(s / c) where scores are capped, and exp(sink[h]) in the softmax's denominator where heads have sinks.
-A first launch gives each (sequence, KV head, split) a run of the context, which it walks with the running maximum and
-sum of Milakov & Gimelshein 2018 (arXiv 1805.02867); a second one joins the splits by their log-sum-exps, as in
-Flash-Decoding (Dao et al. 2023). The query heads of a group share one load of K and V. A read of the context costs its
-bytes once, so the time at best is that of the bytes.
+One launch walks the items of all sequences (`paged_items`), each with the running maximum and sum of Milakov &
+Gimelshein 2018 (arXiv 1805.02867). The query heads of a group share one load of K and V. A read of the context costs
+its bytes once, so the time at best is that of the bytes.
 
 Sequences past num_rows, a number read on the device, and sequences with more than one new token are left alone.
 """
@@ -21,22 +20,37 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors
+from sleb.kernels.triton.paged_items import (
+    INTEGERS,
+    arrives_last,
+    find_row,
+    load_tile,
+    partial_bound,
+    partial_results,
+    read_rows,
+    rows_to_count,
+)
 from sleb.kernels.triton.runtime import (
     ceil_div,
     check_contiguous,
+    counters,
     dot_precision,
+    launch_next,
     launch_options,
     multiply,
     num_processors,
+    pdl_launch,
     power_of_two,
+    wait_for_previous,
 )
 from sleb.kernels.triton.tuning import Config, Launch, bucket, tuned
 
 _MIN_ROWS = 16  # rows that a matrix product has at least
-_MAX_SPLITS = 64
-_MIN_SPLIT = 256  # tokens: shorter ones are not worth the second launch
-# Sections of one array, at any alignment, and single numbers: to specialise would compile once more for each case.
-INTEGERS = ["page_table", "table_rows", "context_lens", "query_starts", "num_rows"]
+# Tokens of an item. A longer one leaves processors idle in small batches (8 KV heads over 1,000 tokens are 32 units);
+# of a shorter one the result, which is written and read once more, is no longer small beside K and V.
+SPAN = 256
+MOST_ITEMS = 128  # of a sequence: one program adds their results up
+_JOINED_VALUES = 2048  # that it takes at a time, with as many on their way
 _PROGRAMS_A_PROCESSOR = 4  # enough loads under way to fill the memory's pipeline
 _LOG2_E = 1.4426950408889634
 
@@ -79,7 +93,81 @@ def first_score(sinks, head, present, HAS_SINKS: tl.constexpr):
     return highest, total
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits"], do_not_specialize_on_alignment=INTEGERS)
+@triton.jit
+def _items(context, shift, most, WINDOW: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens of an item of a sequence, and its items: of SPAN tokens, or of more so that they are at most `most`."""
+    visible = context
+    if WINDOW > 0:
+        visible = tl.minimum(context, WINDOW)
+    span = tl.maximum(tl.cdiv(tl.cdiv(visible, most), BLOCK) * BLOCK, SPAN) << shift
+    return span, tl.cdiv(visible, span)
+
+
+@triton.jit
+def _number(
+    query_starts,
+    context_lens,
+    num_rows,
+    most,
+    bound,
+    WINDOW: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS_LAID: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Items of each sequence with one new token, those that are cut, and how often items were doubled for that."""
+    new, context = read_rows(query_starts, context_lens, num_rows, ROWS_LAID)
+    context = tl.where(new == 1, context, 0)
+    shift = 0
+    _, items = _items(context, shift, most, WINDOW, SPAN, BLOCK)
+    while tl.sum(tl.where(items > 1, items, 0)) > bound:
+        shift += 1
+        _, items = _items(context, shift, most, WINDOW, SPAN, BLOCK)
+    return items, tl.where(items > 1, items, 0), shift
+
+
+@triton.jit
+def _join(
+    partial,
+    lse,
+    first,
+    number,
+    out,
+    kv_head,
+    NUM_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    LINE: tl.constexpr,
+):
+    """Adds up the results that the items of a sequence have left for the heads of a group, side by side in a line."""
+    column = tl.arange(0, LINE)
+    in_line = column < GROUP * HEAD_DIM
+    highest = tl.full([LINE], float("-inf"), tl.float32)
+    total = tl.zeros([LINE], tl.float32)
+    joined = tl.zeros([LINE], tl.float32)
+    for begin in tl.range(0, number, PARTS, num_stages=3):
+        part = begin + tl.arange(0, PARTS)
+        at = (first + part) * NUM_KV + kv_head
+        inside = (part < number)[:, None] & in_line[None, :]
+        logs = tl.load(
+            lse + at[:, None] * GROUP + (column // HEAD_DIM)[None, :], mask=inside, other=float("-inf")
+        )
+        results = tl.load(
+            partial + at[:, None] * (GROUP * HEAD_DIM) + column[None, :], mask=inside, other=0.0
+        )
+        new_highest = tl.maximum(highest, tl.max(logs, axis=0))
+        shift = tl.where(in_line, new_highest, 0.0)
+        weights = tl.exp2(logs - shift[None, :])
+        fade = tl.exp2(highest - shift)
+        joined = joined * fade + tl.sum(weights * results, axis=0)
+        total = total * fade + tl.sum(weights, axis=0)
+        highest = new_highest
+    joined = joined / tl.where(in_line, total, 1.0)
+    tl.store(out + column, joined.to(out.dtype.element_ty), mask=in_line)
+
+
+@triton.jit(do_not_specialize=["table_stride", "most", "bound"], do_not_specialize_on_alignment=INTEGERS)
 def _decode(
     query,
     key_cache,
@@ -92,137 +180,91 @@ def _decode(
     out,
     partial,
     lse,
+    counters,
     sinks,
     table_stride,
+    most,
+    bound,
     scale,
     cap,
-    num_splits,
     GROUP: tl.constexpr,
     NUM_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPAN: tl.constexpr,
     CAPPED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    ROWS_LAID: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LINE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    row = tl.program_id(2)
-    if row >= tl.load(num_rows):
-        return
-    token = tl.load(query_starts + row).to(tl.int64)
-    if tl.load(query_starts + row + 1) - token != 1:
-        return
-    context = tl.load(context_lens + row)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(context - WINDOW, 0)
-    span = tl.cdiv(tl.cdiv(context - first, num_splits), BLOCK) * BLOCK
-    start = first + split * span
-    stop = tl.minimum(start + span, context)
-    if start >= context:
-        return
-
+    wait_for_previous()
+    launch_next()
+    items, kept, shift = _number(
+        query_starts, context_lens, num_rows, most, bound, WINDOW, SPAN, ROWS_LAID, BLOCK
+    )
+    ends = tl.cumsum(items, 0)
     group = tl.arange(0, BLOCK_GROUP)
     column = tl.arange(0, BLOCK_DIM)
-    head = kv_head * GROUP + group
     in_head = column < HEAD_DIM
-    query_at = (token * NUM_KV * GROUP + head[:, None]) * HEAD_DIM + column[None, :]
-    q = tl.load(query + query_at, mask=(group[:, None] < GROUP) & in_head[None, :], other=0.0)
+    in_group = (group < GROUP)[:, None] & in_head[None, :]
+    # What does not change from unit to unit is not worth registers over a walk.
+    for unit in tl.range(tl.program_id(0), tl.sum(items) * NUM_KV, tl.num_programs(0), disable_licm=True):
+        item, kv_head = unit // NUM_KV, unit % NUM_KV
+        row, before, kept_before = find_row(item, items, ends, kept)
+        part = item - before
+        context = tl.load(context_lens + row)
+        span, number = _items(context, shift, most, WINDOW, SPAN, BLOCK)
+        start = part * span
+        if WINDOW > 0:
+            start += tl.maximum(context - WINDOW, 0)
+        stop = tl.minimum(start + span, context)
 
-    # A sink is counted once: with the first run of the context, which every sequence has.
-    highest, total = first_score(sinks, head, (group < GROUP) & (split == 0), HAS_SINKS)
-    attended = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-    pages = page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
-    for begin in range(start, stop, BLOCK):
-        position = begin + tl.arange(0, BLOCK)
-        visible = position < stop
-        page = tl.load(pages + position // PAGE_SIZE, mask=visible, other=0).to(tl.int64)
-        slot = page * PAGE_SIZE + position % PAGE_SIZE
-        at = (slot * NUM_KV + kv_head)[:, None] * HEAD_DIM + column[None, :]
-        inside = visible[:, None] & in_head[None, :]
-        keys = tl.load(key_cache + at, mask=inside, other=0.0)
-        scores = score(q, keys, scale, cap, CAPPED, PRECISION)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        fade = tl.exp2(highest - new_highest)
-        values = tl.load(value_cache + at, mask=inside, other=0.0)
-        attended = attended * fade[:, None]
-        attended += multiply(weights.to(values.dtype), values, PRECISION)
-        total = total * fade + tl.sum(weights, axis=1)
-        highest = new_highest
-    attended = attended / total[:, None]
-
-    if not SPLIT:
-        tl.store(
-            out + query_at,
-            attended.to(out.dtype.element_ty),
-            mask=(group[:, None] < GROUP) & in_head[None, :],
-        )
-    else:
-        of_split = (row.to(tl.int64) * NUM_KV * GROUP + head) * num_splits + split
-        tl.store(lse + of_split, highest + tl.log2(total), mask=group < GROUP)
-        tl.store(
-            partial + of_split[:, None] * HEAD_DIM + column[None, :],
-            attended,
-            mask=(group[:, None] < GROUP) & in_head[None, :],
-        )
-
-
-@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=INTEGERS)
-def _join(
-    partial,
-    lse,
-    context_lens,
-    query_starts,
-    num_rows,
-    out,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    head = tl.program_id(0)
-    row = tl.program_id(1)
-    if row >= tl.load(num_rows):
-        return
-    token = tl.load(query_starts + row).to(tl.int64)
-    if tl.load(query_starts + row + 1) - token != 1:
-        return
-    visible = tl.load(context_lens + row)
-    if WINDOW > 0:
-        visible = tl.minimum(visible, WINDOW)
-    span = tl.cdiv(tl.cdiv(visible, num_splits), BLOCK) * BLOCK
-    split = tl.arange(0, BLOCK_SPLITS)
-    used = split < tl.cdiv(visible, span)
-    column = tl.arange(0, BLOCK_DIM)
-    in_head = column < HEAD_DIM
-    of_split = (row.to(tl.int64) * NUM_HEADS + head) * num_splits + split
-    logs = tl.load(lse + of_split, mask=used, other=float("-inf"))
-    weights = tl.exp2(logs - tl.max(logs, axis=0))
-    parts = tl.load(
-        partial + of_split[:, None] * HEAD_DIM + column[None, :],
-        mask=used[:, None] & in_head[None, :],
-        other=0.0,
-    )
-    joined = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    at = (token * NUM_HEADS + head) * HEAD_DIM + column
-    tl.store(out + at, joined.to(out.dtype.element_ty), mask=in_head)
-
-
-def choose_num_splits(num_rows: int, num_kv_heads: int, max_context_len: int, device: torch.device) -> int:
-    """Splits of every context: enough programs to fill the GPU, each with a good part of the longest."""
-    wanted = ceil_div(_PROGRAMS_A_PROCESSOR * num_processors(device), max(1, num_rows * num_kv_heads))
-    return min(power_of_two(wanted), power_of_two(ceil_div(max_context_len, _MIN_SPLIT)), _MAX_SPLITS)
+        token = tl.load(query_starts + row).to(tl.int64)
+        head = kv_head * GROUP + group
+        line = (token * NUM_KV + kv_head) * GROUP * HEAD_DIM
+        of_group = group[:, None] * HEAD_DIM + column[None, :]
+        q = tl.load(query + line + of_group, mask=in_group, other=0.0)
+        # A sink is counted once: with the first item, which every sequence has.
+        highest, total = first_score(sinks, head, (group < GROUP) & (part == 0), HAS_SINKS)
+        attended = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        pages = page_table + tl.load(table_rows + row).to(tl.int64) * table_stride
+        # From 0 on: of a loop from elsewhere Triton forgets which addresses are side by side.
+        for begin in range(0, stop - start, BLOCK):
+            position = start + begin + tl.arange(0, BLOCK)
+            visible = position < stop
+            page = tl.load(pages + position // PAGE_SIZE, mask=visible, other=0).to(tl.int64)
+            slot = page * PAGE_SIZE + position % PAGE_SIZE
+            at = (slot * NUM_KV + kv_head)[:, None] * HEAD_DIM + column[None, :]
+            inside = visible[:, None] & in_head[None, :]
+            keys = load_tile(key_cache, at, inside)
+            scores = score(q, keys, scale, cap, CAPPED, PRECISION)
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_highest[:, None])
+            fade = tl.exp2(highest - new_highest)
+            values = load_tile(value_cache, at, inside)
+            attended = attended * fade[:, None]
+            attended += multiply(weights.to(values.dtype), values, PRECISION)
+            total = total * fade + tl.sum(weights, axis=1)
+            highest = new_highest
+        attended = attended / total[:, None]
+        if number == 1:
+            tl.store(out + line + of_group, attended.to(out.dtype.element_ty), mask=in_group)
+        else:
+            place = (kept_before + part) * NUM_KV + kv_head
+            tl.store(lse + place * GROUP + group, highest + tl.log2(total), mask=group < GROUP)
+            tl.store(partial + place * (GROUP * HEAD_DIM) + of_group, attended, mask=in_group)
+            if arrives_last(counters + kept_before * NUM_KV + kv_head, number):
+                _join(
+                    partial, lse, kept_before, number, out + line, kv_head,
+                    NUM_KV, GROUP, HEAD_DIM, PARTS, LINE,
+                )  # fmt: skip
 
 
 def paged_decode(
@@ -235,26 +277,23 @@ def paged_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
-    num_splits: int | None = None,
 ) -> Tensor:
     """Attention of the sequences with one new token; the others' rows of `out` stay as they are.
 
-    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. sinks: [H]. num_splits: chosen by `choose_num_splits`
-    unless given. Returns out, [T, H, D]; see `sleb.kernels.reference.ops.paged_attention`.
+    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. sinks: [H]. Returns out, [T, H, D]; see
+    `sleb.kernels.reference.ops.paged_attention`.
     """
     check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     out = torch.empty_like(query) if out is None else out
     num_rows = batch.context_lens.shape[0]
     _, num_heads, head_dim = query.shape
-    num_kv = key_cache.shape[1]
     if not num_rows:
         return out
-    splits = num_splits or choose_num_splits(num_rows, num_kv, batch.max_context_len, query.device)
-    shape = (head_dim, num_heads // num_kv, batch.page_size)
+    shape = (head_dim, num_heads // key_cache.shape[1], batch.page_size)
     key = ("paged_decode", str(query.dtype), *shape, bucket(num_rows), bucket(batch.max_context_len))
 
     def launch(config: Config) -> None:
-        _launch(query, key_cache, value_cache, batch, scale, window or 0, softcap, sinks, out, splits, config)
+        _launch(query, key_cache, value_cache, batch, scale, window or 0, softcap, sinks, out, config)
 
     tuned(key, configs_for(head_dim, query.element_size()), Launch(launch))
     return out
@@ -270,19 +309,19 @@ def _launch(
     softcap: float | None,
     sinks: Tensor | None,
     out: Tensor,
-    splits: int,
     config: Config,
 ) -> None:
-    num_rows = batch.context_lens.shape[0]
+    num_rows, device = batch.context_lens.shape[0], query.device
     _, num_heads, head_dim = query.shape
     num_kv = key_cache.shape[1]
-    block_dim = power_of_two(head_dim, 16)
-    shape = (num_rows, num_heads, splits)
-    lse = torch.empty(shape if splits > 1 else 0, dtype=torch.float32, device=query.device)
-    partial = torch.empty(
-        *(shape if splits > 1 else (0,)), head_dim, dtype=torch.float32, device=query.device
-    )
-    _decode[(splits, num_kv, num_rows)](
+    group = num_heads // num_kv
+    programs = _PROGRAMS_A_PROCESSOR * num_processors(device)
+    most = max(1, min(programs // num_kv, MOST_ITEMS))
+    longest = min(batch.max_context_len, window or batch.max_context_len)
+    items = min(most, ceil_div(longest, SPAN))
+    bound = partial_bound(num_rows * items if items > 1 else 0, num_kv, group * head_dim)
+    line = power_of_two(group * head_dim)
+    _decode[(min(programs, num_rows * max(1, items) * num_kv),)](
         query,
         key_cache,
         value_cache,
@@ -292,41 +331,28 @@ def _launch(
         batch.query_starts,
         batch.num_rows,
         out,
-        partial,
-        lse,
+        *partial_results(bound, num_kv, group, head_dim, device),
+        counters(device),
         query if sinks is None else sinks,
         batch.page_table.stride(0),
+        most,
+        bound,
         *score_scales(scale, softcap),
-        splits,
-        GROUP=num_heads // num_kv,
+        GROUP=group,
         NUM_KV=num_kv,
         HEAD_DIM=head_dim,
         PAGE_SIZE=batch.page_size,
         WINDOW=window,
-        SPLIT=splits > 1,
+        SPAN=SPAN,
         CAPPED=softcap is not None,
         HAS_SINKS=sinks is not None,
-        BLOCK_GROUP=power_of_two(num_heads // num_kv, _MIN_ROWS),
-        BLOCK_DIM=block_dim,
+        ROWS_LAID=rows_to_count(batch),
+        BLOCK_GROUP=power_of_two(group, _MIN_ROWS),
+        BLOCK_DIM=power_of_two(head_dim, 16),
         BLOCK=config["block"],
+        PARTS=max(1, _JOINED_VALUES // line),
+        LINE=line,
         PRECISION=dot_precision(query.dtype),
         **launch_options(config["num_warps"], config["num_stages"]),
-    )
-    if splits == 1:
-        return
-    _join[(num_heads, num_rows)](
-        partial,
-        lse,
-        batch.context_lens,
-        batch.query_starts,
-        batch.num_rows,
-        out,
-        splits,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        WINDOW=window,
-        BLOCK_SPLITS=_MAX_SPLITS,
-        BLOCK_DIM=block_dim,
-        BLOCK=config["block"],
-        **launch_options(),
+        **pdl_launch(device),
     )

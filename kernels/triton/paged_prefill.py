@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.batch import BatchTensors
-from sleb.kernels.triton.paged_decode import INTEGERS, first_score, score, score_scales
+from sleb.kernels.triton.paged_decode import first_score, score, score_scales
+from sleb.kernels.triton.paged_items import INTEGERS
 from sleb.kernels.triton.runtime import (
     ceil_div,
     check_contiguous,

@@ -251,6 +251,7 @@ def recording(choose: Choose = fused) -> Iterator[list[Launch]]:
         launch.run(choose(key, configs))
 
     with ExitStack() as stack:
+        runtime.counters(META)  # made once, before any step
         stack.callback(runtime.num_processors.cache_clear)
         runtime.num_processors.cache_clear()
         stack.enter_context(mock.patch.object(runtime, "_INTERPRETED_PROCESSORS", PROCESSORS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.triton import paged_decode, paged_prefill
 from sleb.kernels.triton.paged_attention import paged_attention
+from sleb.kernels.triton.runtime import counters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
@@ -110,11 +112,14 @@ class Case:
                 expected[tokens] = self.expected(window, *more)[tokens]
         tolerance = TOLERANCE[out.dtype]
         torch.testing.assert_close(out.double().cpu(), expected, atol=tolerance, rtol=tolerance)
+        assert not counters(out.device).any()
 
 
-def decode(case, window=None, splits=None, more=(None, None)):
+def decode(case, window=None, span=None, more=(None, None)):
+    """span: tokens of an item, None: those of the kernel."""
     out, operator = case.out(), paged_decode.paged_decode
-    assert operator(*case.on_device, case.tensors, SCALE, window, *more, out, num_splits=splits) is out
+    with mock.patch.object(paged_decode, "SPAN", span or paged_decode.SPAN):
+        assert operator(*case.on_device, case.tensors, SCALE, window, *more, out) is out
     case.check(out, window, lambda new: new == 1, more)
 
 
@@ -132,14 +137,14 @@ def edges(page_size):
 
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda number: str(SHAPES[number]))
 class TestShapes:
-    """Every shape and dtype, each with another page size, window and number of splits."""
+    """Every shape and dtype, each with another page size, window and length of items."""
 
     def test_decode(self, device, dtype, number):
         turn = number + 5 * (dtype == torch.bfloat16) + 7 * (dtype == torch.float16)
         page_size = PAGE_SIZES[turn % 4]
         lens = [(1, context) for context in (1, page_size + 1, 133)]
         case = Case(device, SHAPES[number], dtype, page_size, lens, seed=turn)
-        decode(case, WINDOWS[turn // 2 % 4], (1, 2, 5)[turn % 3])
+        decode(case, WINDOWS[turn // 2 % 4], (None, 70, 32)[turn % 3])
 
     def test_prefill(self, device, dtype, number):
         turn = number + 5 * (dtype == torch.bfloat16) + 7 * (dtype == torch.float16)
@@ -162,15 +167,15 @@ def test_paged_attention(device, dtype, shape, randn, softcap):
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("splits", [1, 2, 5])
-def test_sinks_and_soft_caps_over_splits(device, randn, splits, window):
-    """A sink is in the denominator once, whatever the splits; one of −∞ is not there, a great one takes all."""
+@pytest.mark.parametrize("span", [None, 150, 64])
+def test_sinks_and_soft_caps_over_items(device, randn, span, window):
+    """A sink is in the denominator once, whatever the items; one of −∞ is not there, a great one takes all."""
     sinks = torch.tensor([0.5, -float("inf"), 60.0], device=device)
     for softcap in (None, 4.0):
         decode(
             Case(device, (3, 1, 16), torch.float32, 4, [(1, 1), (1, 70), (1, 300)]),
             window,
-            splits,
+            span,
             (softcap, sinks),
         )
         prefill(Case(device, (3, 1, 16), torch.float32, 4, [(20, 20), (3, 90)]), window, (softcap, sinks))
@@ -185,7 +190,7 @@ class TestPages:
         case = Case(
             device, (2, 1, 16), torch.float32, page_size, [(1, context) for context in edges(page_size)]
         )
-        decode(case, window, 3)
+        decode(case, window, 50)
 
     def test_prefill(self, device, page_size, window):
         lens = [
@@ -199,30 +204,15 @@ def test_mixed_rows(device, window):
     """Each operator leaves the other's rows alone."""
     case = Case(device, (2, 2, 16), torch.float32, 5, [(3, 3), (1, 70), (66, 131), (1, 1), (2, 65)])
     prefill(case, window)
-    decode(case, window, 2)
+    decode(case, window, 32)
 
 
-@pytest.mark.parametrize("splits", [None, 1, 2, 3, 32])
+@pytest.mark.parametrize("span", [None, 300, 64, 32, 7])
 @pytest.mark.parametrize("window", [None, 65])
-def test_splits(device, splits, window):
-    """More splits than tiles, in some rows and in all; None is the operator's own choice."""
+def test_items(device, span, window):
+    """Items shorter than tiles, in some rows and in all; None is the kernel's own length."""
     case = Case(device, (2, 1, 16), torch.float32, 16, [(1, 1), (1, 65), (1, 300)])
-    decode(case, window, splits)
-
-
-def test_choice_of_splits(device):
-    """Enough programs for the GPU, each with a good part of the longest context, at most 64."""
-    processors = paged_decode.num_processors(device)
-    choose = paged_decode.choose_num_splits
-    assert choose(1, 1, 100, device) == 1
-    assert choose(10000, 8, 4096, device) == 1
-    least = paged_decode._MIN_SPLIT
-    assert choose(1, 1, least, device) == 1
-    assert choose(1, 1, 2 * least, device) == min(2, paged_decode.power_of_two(4 * processors))
-    for rows, context in ((1, 1 << 20), (3, 5000), (0, 0)):
-        splits = choose(rows, 2, context, device)
-        assert 1 <= splits <= 64 and splits & (splits - 1) == 0
-        assert splits == 1 or splits * least <= 2 * (context + least)
+    decode(case, window, span)
 
 
 @pytest.mark.parametrize("config", paged_decode.CONFIGS, ids=str)
@@ -230,7 +220,7 @@ def test_choice_of_splits(device):
 def test_decode_configurations(device, monkeypatch, config, window):
     monkeypatch.setattr(paged_decode, "CONFIGS", (config,))
     case = Case(device, (2, 1, 64), torch.bfloat16, 16, [(1, 31), (1, 128), (1, 290)])
-    decode(case, window, 2)
+    decode(case, window, 100)
 
 
 @pytest.mark.parametrize(

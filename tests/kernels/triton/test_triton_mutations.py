@@ -16,12 +16,20 @@ from sleb.kernels.quantization import Int4Weight, Int8Weight
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
 from sleb.kernels.reference.device import HeadNorm
+from sleb.kernels.triton.runtime import counters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="faults may read past a tensor's end"),
     pytest.mark.usefixtures("unsanitized"),  # a check of values must catch them
 ]
+
+
+@pytest.fixture(autouse=True)
+def counters_at_zero():
+    """A kernel with a fault may leave counters where they were."""
+    yield
+    counters(torch.device("cpu")).zero_()
 
 
 def randn(*shape, seed=0):
@@ -111,14 +119,14 @@ def attention_batch(lens):
     return batch, dataclasses.replace(full, num_rows=integers(present), **backwards)
 
 
-def check_attention(operator, lens, which, windows, **options):
+def check_attention(operator, lens, which, windows):
     batch, tensors = attention_batch(lens)
     tokens = batch.query_starts[-1]
     query, keys, values = 2 * randn(tokens + 3, 4, 16), randn(400, 2, 16, seed=1), randn(400, 2, 16, seed=2)
     for window, more in itertools.product(windows, ((None, None), (2.0, randn(4, seed=3)))):
         expected = reference.paged_attention(query[:tokens], keys, values, batch, 0.3, window, *more)
         out = torch.full_like(query, 7.0)
-        operator(query, keys, values, tensors, 0.3, window, *more, out, **options)
+        operator(query, keys, values, tensors, 0.3, window, *more, out)
         for row, new in enumerate(batch.query_lens):
             at = slice(batch.query_starts[row], batch.query_starts[row + 1])
             same(out[at], expected[at] if which(new) else torch.full_like(expected[at], 7.0))
@@ -127,8 +135,12 @@ def check_attention(operator, lens, which, windows, **options):
 
 def check_decode(module):
     lens = [(1, 140), (3, 5), (1, 67), (1, 1)]
-    for splits in (1, 2):
-        check_attention(module.paged_decode, lens, lambda new: new == 1, (None, 6), num_splits=splits)
+    module._PROGRAMS_A_PROCESSOR, module._JOINED_VALUES = (
+        2,
+        1,
+    )  # several units a program, several steps to join
+    for module.SPAN in (256, 64):
+        check_attention(module.paged_decode, lens, lambda new: new == 1, (None, 6))
 
 
 def check_prefill(module):
@@ -262,20 +274,23 @@ MUTATIONS = [
     ("paged_decode", 'scores = tl.where(visible[None, :], scores, float("-inf"))', "scores = scores"),
     ("paged_decode", "stop = tl.minimum(start + span, context)", "stop = start + span"),
     ("paged_decode", "tl.maximum(context - WINDOW, 0)", "tl.maximum(context - WINDOW - 1, 0)"),
-    ("paged_decode", "tl.minimum(visible, WINDOW)", "visible"),
     ("paged_decode", "PRECISION) * scale", "PRECISION)"),
     ("paged_decode", "- 1.0) * cap", "- 1.0)"),
-    ("paged_decode", "(group < GROUP) & (split == 0)", "group < GROUP"),
+    ("paged_decode", "(group < GROUP) & (part == 0)", "group < GROUP"),
     ("paged_decode", "* 1.4426950408889634", "* 1.0"),
-    ("paged_decode", "if row >= tl.load(num_rows):", "if row < 0:"),
-    ("paged_decode", "if tl.load(query_starts + row + 1) - token != 1:", "if token < 0:"),
+    ("paged_decode", "tl.where(new == 1, context, 0)", "context"),
+    ("paged_decode", "item - before", "(item - before + 1) % 2"),
+    ("paged_decode", "(kept_before + part) * NUM_KV", "part * NUM_KV"),
+    ("paged_decode", "counters + kept_before * NUM_KV + kv_head, number", "counters + kv_head, number"),
+    ("paged_decode", "(first + part) * NUM_KV", "(first + number - 1) * NUM_KV"),
     ("paged_decode", "tl.load(table_rows + row)", "row"),
     ("paged_prefill", "tl.load(table_rows + row)", "row"),
     ("paged_decode", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
     ("paged_decode", "head = kv_head * GROUP + group", "head = kv_head + group * NUM_KV"),
     ("paged_decode", "attended = attended * fade[:, None]", "attended = attended"),
     ("paged_decode", "total = total * fade +", "total = total +"),
-    ("paged_decode", "weights = tl.exp2(logs - tl.max(logs, axis=0))", "weights = tl.where(used, 1.0, 0.0)"),
+    ("paged_decode", "weights = tl.exp2(logs - shift[None, :])", "weights = tl.where(inside, 1.0, 0.0)"),
+    ("paged_decode", "joined = joined * fade +", "joined = joined +"),
     ("paged_decode", "highest + tl.log2(total)", "highest"),
     ("paged_prefill", "visible = position[None, :] <= own[:, None]", "visible = position[None, :] >= 0"),
     ("paged_prefill", "position[None, :] <= own[:, None]", "position[None, :] < own[:, None]"),
