@@ -109,6 +109,10 @@ class Engine:
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
         self._told_no_numbers = False
         self._special_texts = special_texts(self.tokenizer)
+        self._token_texts: tuple[dict[int, str], dict[int, str]] = (
+            {},
+            {},
+        )  # with special tokens' text, and without
 
     def step(self) -> list[StepOutput]:
         """One forward pass; the increments that are known by now. Empty when there is nothing to do.
@@ -179,6 +183,7 @@ class Engine:
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 special=self._special_texts,
+                texts=self._token_texts[params.skip_special_tokens],
                 shown=params.shown_special_ids,
             ),
             grammar=_begin_grammar(params),
@@ -328,7 +333,7 @@ class Engine:
             request.num_pending -= row.chooses
             if request.finish_reason is not None:  # it ended, or was dropped, while this step was computed
                 continue
-            if request in result.prompt_logprobs and request.prompt_logprobs is not None:
+            if request.prompt_logprobs is not None and request in result.prompt_logprobs:
                 request.prompt_logprobs.extend(result.prompt_logprobs[request])
             if row.samples:
                 outputs.append(self._advance(request, result.sampled.get(request), now))
@@ -340,8 +345,11 @@ class Engine:
     def _advance(self, request: Request, sampled: SampledToken | None, now: float) -> StepOutput:
         """Adds the sampled token to its request, which may end it, and reports."""
         text = ""
-        self._check_numbers(request, sampled)
-        grammar_ended = request.failure is None and sampled is not None and advance(request, sampled.token_id)
+        if request.prompt_logprobs is not None or sampled is None or sampled.token_id == NO_TOKEN:
+            self._check_numbers(request, sampled)
+        grammar_ended = False
+        if request.grammar is not None and request.failure is None and sampled is not None:
+            grammar_ended = advance(request, sampled.token_id)
         if request.failure is not None:  # then the token means nothing
             request.finish_reason, sampled = "error", None
         elif sampled is None:  # max_tokens is 0: the prompt was all there was to compute
@@ -354,19 +362,19 @@ class Engine:
         if request.finish_reason is not None:
             request.timings.finished = now
             self._forget(request)
-        return StepOutput(
-            request_id=request.request_id,
-            new_token_ids=[] if sampled is None else [sampled.token_id],
-            new_text=text,
-            new_logprobs=None if sampled is None or sampled.logprobs is None else [sampled.logprobs],
-            prompt_logprobs=_take_prompt_logprobs(request),
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_output_tokens=request.num_output_tokens,
-            num_cached_tokens=request.num_cached_tokens,
-            timings=request.timings,
-            failure=request.failure,
+        return StepOutput(  # in order: keywords would take as long again, for every token
+            request.request_id,
+            [] if sampled is None else [sampled.token_id],
+            text,
+            None if sampled is None or sampled.logprobs is None else [sampled.logprobs],
+            None if request.prompt_logprobs is None else _take_prompt_logprobs(request),
+            request.finish_reason,
+            request.stop_reason,
+            request.num_prompt_tokens,
+            len(request.tokens) - request.num_prompt_tokens,
+            request.num_cached_tokens,
+            request.timings,
+            request.failure,
         )
 
     def _check_numbers(self, request: Request, sampled: SampledToken | None) -> None:

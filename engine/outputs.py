@@ -30,7 +30,7 @@ class Timings:
     finished: float | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class StepOutput:
     """What one step added to one request; the joined `new_text` of all steps is the answer's text."""
 

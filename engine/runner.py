@@ -188,8 +188,7 @@ class Runner:
         gathered: dict[Request, list[PendingLogprobs]] = {}
         start = 0
         for row in step.rows:
-            wanted = _prompt_logprob_range(row)
-            if wanted:
+            if row.request.prompt_logprobs is not None and (wanted := _prompt_logprob_range(row)):
                 first, last = (start + position - row.start for position in (wanted.start, wanted.stop))
                 gathered[row.request] = self._prompt_logprobs(row.request, hidden[first:last], wanted)
             start += row.num_tokens

@@ -301,14 +301,15 @@ class GpuExecutor:
         """The step on the device, by one copy; the page table has its new pages."""
         flat = step.pack(layout, self.padding_page, samples, self._max_pages)
         if layout is self._layout:
-            on_device = self._static[: flat.size]
+            on_device, inputs = self._static[: flat.size], self._inputs
         else:
             on_device = torch.empty(flat.size, dtype=torch.int32, device=self.device)
+            inputs = layout.split(on_device)
         send(flat, on_device)
         if flat.size > layout.size:
             places, pages = on_device[layout.size :].chunk(2)
             self._page_table.view(-1).index_put_((places,), pages)
-        return layout.split(on_device)
+        return inputs
 
     def _run_eagerly(
         self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from sleb.kernels.registry import Kernels
 NEVER = float("-inf")
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A chosen token, or NO_TOKEN, and if the request asked, its log-probability with alternatives."""
 
     token_id: int
@@ -64,6 +64,8 @@ class SampledBatch:
         entries: dict[int, TokenLogprobs] = {}
         if self._logprobs is not None:
             entries = dict(zip(self._reported, self._logprobs.read(), strict=True))
+        if not entries:
+            return [SampledToken(token_id, None) for token_id in token_ids]
         return [SampledToken(token_id, entries.get(row)) for row, token_id in enumerate(token_ids)]
 
 

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -93,42 +93,38 @@ class StepArrays:
 
         Requests that no scheduler has admitted have the table's rows in their order here, and all pages are new.
         """
-        token_ids, positions, context_lens = array("i"), array("i"), array("i")
-        query_starts, table_rows = array("i", [0]), array("i")
-        page_ids, new_pages = [], []
-        pending: dict[int, int] = {}
-        for row in rows:
-            request, start, num_tokens = row.request, row.start, row.num_tokens
-            if row.pending:
-                assert sampled is not None, "a pending token, and nothing was sampled"
-                pending[len(token_ids)] = sampled[request]
-                token_ids.append(0)
-                positions.append(start)
-            elif num_tokens == 1:
-                token_ids.append(request.tokens[start])
-                positions.append(start)
-            else:
-                token_ids.extend(array("i", request.tokens[start : start + num_tokens]))
-                positions.extend(array("i", range(start, start + num_tokens)))
-            query_starts.append(len(token_ids))
-            context_lens.append(start + num_tokens)
-            # A list of thousands takes long to convert at every step, so each page is converted once.
-            ids, known = request.page_ids, len(request.page_ids)
-            if known < len(request.pages):
-                ids.extend(request.pages[known:])
-            table_row = request.table_row
-            if table_row is None:
-                table_row, known = len(table_rows), 0
-            if known < len(ids):
-                new_pages.append((table_row, known, ids[known:]))
-            page_ids.append(ids)
-            table_rows.append(table_row)
+        requests = [row.request for row in rows]
+        starts, lens = [row.start for row in rows], [row.num_tokens for row in rows]
+        query_starts = array("i", accumulate(lens, initial=0))
+        if query_starts[-1] == len(rows):
+            positions = array("i", starts)
+            token_ids = array("i", [0 if row.pending else row.request.tokens[row.start] for row in rows])
+        else:
+            positions = array("i", chain.from_iterable([range(row.start, row.end) for row in rows]))
+            known = [(0,) if row.pending else row.request.tokens[row.start : row.end] for row in rows]
+            token_ids = array("i", chain.from_iterable(known))
         sources = None
-        if pending:
-            sources = array("i", [-1]) * len(token_ids)
-            for at, place in pending.items():
-                sources[at] = place
-        depths = tuple([row.request.tier.depth for row in rows])
+        if any(row.pending for row in rows):
+            assert sampled is not None, "a pending token, and nothing was sampled"
+            places = [sampled[row.request] if row.pending else -1 for row in rows]
+            if len(token_ids) == len(rows):
+                sources = array("i", places)
+            else:
+                sources = array("i", np.repeat(np.array(places, np.int32), lens).tobytes())
+        table_rows = array("i", range(len(rows)))
+        new_pages = []
+        for at, request in enumerate(requests):
+            first, table_row = len(request.page_ids), request.table_row
+            # A list of thousands takes long to convert at every step, so each page is converted once.
+            if first < len(request.pages):
+                request.page_ids.extend(request.pages[first:])
+            if table_row is None:
+                first = 0
+            else:
+                table_rows[at] = table_row
+            if first < len(request.pages):
+                new_pages.append((table_rows[at], first, request.page_ids[first:]))
+        depths = tuple([request.tier.depth for request in requests])
         return cls(
             page_size,
             depths,
@@ -136,12 +132,12 @@ class StepArrays:
             positions,
             sources,
             query_starts,
-            context_lens,
-            page_ids,
+            array("i", [row.end for row in rows]),
+            [request.page_ids for request in requests],
             table_rows,
             new_pages,
             *unit_rows(depths, unit_depths),
-            rows[0].request.long_context,
+            requests[0].long_context,
         )
 
     @property
@@ -160,12 +156,17 @@ class StepArrays:
     @cached_property
     def unit_tokens(self) -> array[int]:
         """[U], before which token those end that run each unit."""
-        return array("i", [self.query_starts[end] for end in self.unit_rows])
+        return self._tokens_at(self.unit_rows)
 
     @cached_property
     def unit_first_tokens(self) -> array[int]:
         """[U], at which token those begin that run each unit."""
-        return array("i", [self.query_starts[start] for start in self.unit_starts])
+        return self._tokens_at(self.unit_starts)
+
+    def _tokens_at(self, rows: array[int]) -> array[int]:
+        if self.num_tokens == self.num_sequences:
+            return rows
+        return array("i", [self.query_starts[row] for row in rows])
 
     @cached_property
     def pages(self) -> array[int]:
@@ -180,7 +181,11 @@ class StepArrays:
     @cached_property
     def slots(self) -> array[int]:
         """[T], where in the cache K and V of each token go: page · page_size + offset."""
-        size, slots = self.page_size, array("i")
+        size = self.page_size
+        if self.num_tokens == self.num_sequences:
+            places = zip(self.page_ids, self.positions, strict=True)
+            return array("i", [ids[at // size] * size + at % size for ids, at in places])
+        slots = array("i")
         for ids, end, num_tokens in zip(self.page_ids, self.context_lens, self.query_lens, strict=True):
             if num_tokens == 1:
                 slots.append(ids[(end - 1) // size] * size + (end - 1) % size)
@@ -258,7 +263,7 @@ class StepLayout:
         tokens, sequences, units = self.num_tokens, self.num_sequences, self.num_units
         return (*[tokens] * 4, sequences + 1, *[sequences] * 3, *[units] * 3)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Length of all of them."""
         return sum(self.sizes)

@@ -34,6 +34,7 @@ class Detokenizer:
         stop: strings that end the answer; special tokens count as their text there, also where they are left out.
         include_stop: whether the stop string that was found stays in the text.
         special: the tokenizer's `special_texts`; None: to be found out. shown: those whose text stays in any case.
+        texts: of tokens alone, kept here for all requests of a tokenizer and of skip_special_tokens.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         special: Mapping[int, str] | None = None,
         shown: Collection[int] = (),
+        texts: dict[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._alone = {} if texts is None else texts
         self._skip_special = skip_special_tokens
         self._stop: dict[str, str] = {text: text for text in stop}  # as looked for, to as given
         self._texts: dict[int, str] = {}  # of special tokens that the decoder would leave out
@@ -68,10 +71,12 @@ class Detokenizer:
             text += self._settle(len(self._pending)) + self._texts[token_id]
         else:
             text += self._decode(token_id)
+        if not self._stop:
+            return text
         self._held = ""
         if check_stop:
             text = self._cut(text)
-        if not self._stop or self.stopped_by is not None:
+        if self.stopped_by is not None:
             return text.translate(self._stand_ins)
         # A stop string that was complete too early to count is text now, and must not be looked at again.
         past = max((text.rfind(stop) + len(stop) for stop in self._stop if stop in text), default=0)
@@ -123,26 +128,33 @@ class Detokenizer:
         `tokenizers.DecodeStream` does the same, but gives up where a decoder rewrites what stands before, and
         mistakes a prompt that ends inside a character for text of the answer.
         """
+        alone = None
+        if not self._pending:
+            alone = self._alone.get(token_id)
+            if alone is None:
+                alone = self._alone[token_id] = self._text([token_id])
         self._pending.append(token_id)
-        if not self._text(self._pending).endswith(_UNFINISHED):
-            return self._settle(len(self._pending))
+        if alone is None:
+            alone = self._text(self._pending)
+        if not alone.endswith(_UNFINISHED):
+            return self._settle(len(self._pending), alone)
         if len(self._pending) > _MAX_PENDING_TOKENS:
             return self._settle(len(self._pending) - _MAX_TOKENS_PER_CHARACTER)
         return ""
 
-    def _settle(self, num_tokens: int) -> str:
-        """The text of the first pending tokens, which become the context of the next ones.
+    def _settle(self, num_tokens: int, alone: str | None = None) -> str:
+        """The text of the first pending tokens, which become the context of the next ones. alone: without context.
 
         The context is what was settled last and no more: cut anywhere else it could begin inside a character,
         and then a decoder that joins bytes makes nothing of them all.
         """
         tokens, self._pending = self._pending[:num_tokens], self._pending[num_tokens:]
         whole = self._text(self._context + tokens)
-        fits = whole.startswith(self._settled)
-        piece = whole[len(self._settled) :] if fits else self._text(tokens)
+        if alone is None:
+            alone = self._text(tokens)
+        piece = whole[len(self._settled) :] if whole.startswith(self._settled) else alone
         if piece:
-            self._context = tokens
-            self._settled = self._text(tokens)
+            self._context, self._settled = tokens, alone
         return piece
 
     def _whole_characters(self, token_ids: list[int]) -> list[int]:

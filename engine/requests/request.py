@@ -7,6 +7,7 @@ import time
 from array import array
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sleb.engine.outputs import FinishReason, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
@@ -82,9 +83,10 @@ class Request:
     @property
     def num_missing(self) -> int:
         """Tokens still to compute before the next one can be sampled; none if no next one is wanted."""
-        if self.num_pending and self.num_sampled >= self.max_tokens:
+        num_tokens = len(self.tokens) + self.num_pending
+        if self.num_pending and num_tokens - self.num_prompt_tokens >= self.max_tokens:
             return 0
-        return len(self.tokens) + self.num_pending - self.num_computed
+        return num_tokens - self.num_computed
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -93,26 +95,40 @@ class Request:
     @property
     def is_greedy(self) -> bool:
         """Whether it wants the token of the highest logit and nothing else."""
-        params = self.params
-        return params.temperature == 0.0 and params.logprobs is None and not self.adjusts_logits
+        if self.grammar is not None or not self._is_plain:
+            return False
+        return self.params.min_tokens == 0 or self.num_sampled >= self.params.min_tokens
 
     @property
     def adjusts_logits(self) -> bool:
         """Whether its logits change before a token is sampled."""
         params = self.params
-        return bool(self.needs_last_token or params.logit_bias or self.num_sampled < params.min_tokens)
+        return self.needs_last_token or bool(params.logit_bias) or self.num_sampled < params.min_tokens
 
     @property
     def needs_last_token(self) -> bool:
         """Whether the next token cannot be sampled before the host knows the last one."""
-        params = self.params
-        penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-        return bool(penalised or self.grammar is not None)
+        return self.grammar is not None or self._is_penalised
 
     @property
     def must_wait(self) -> bool:
         """Whether its next row cannot be made before its last one is read."""
-        return self.needs_last_token or (self.wants_prompt_logprobs and not self.prompt_logprobs_sent)
+        if self.prompt_logprobs is not None and not self.prompt_logprobs_sent:
+            return True
+        return self.grammar is not None or self._is_penalised
+
+    # What the parameters settle, asked for every row of every step.
+    @cached_property
+    def _is_penalised(self) -> bool:
+        params = self.params
+        penalties = params.presence_penalty or params.frequency_penalty
+        return bool(params.repetition_penalty != 1.0 or penalties)
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        params = self.params
+        alters = self._is_penalised or params.logit_bias or params.logprobs is not None
+        return params.temperature == 0.0 and not alters
 
     def reset(self) -> None:
         """Forgets what was computed; its pages must be freed already. Gathered prompt logprobs stay."""

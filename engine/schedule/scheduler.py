@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator
+from operator import attrgetter
 
 from sleb.engine.requests.request import Request
 from sleb.engine.schedule.block_manager import BlockManager
@@ -55,26 +56,31 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step; its rows are empty when there is nothing to do."""
         rows: list[ScheduledRow] = []
-        budget = self.max_num_batched_tokens
-        preempted = self._outgrow()
-        self._take_turn()
+        budget, page_size = self.max_num_batched_tokens, self.block_manager.page_size
+        preempted = False
+        if self.short_context is not None:
+            preempted = self._outgrow()
+            self._take_turn()
         for request in list(self.running):
             if budget == 0:
                 break
-            if request not in self.running:  # preempted for one before it
+            if preempted and request not in self.running:  # for one before it
                 continue
             if request.long_context != self._long_turn:
                 continue
             num_tokens = min(request.num_missing, budget)
             if num_tokens == 0:  # its last token is on its way
                 continue
-            preempted |= self._make_room(request, num_tokens)
-            if request in self.running:
-                rows.append(ScheduledRow(request, request.num_computed, num_tokens))
-                budget -= num_tokens
+            start = request.num_computed
+            if start + num_tokens > len(request.pages) * page_size:
+                preempted |= self._make_room(request, num_tokens)
+                if preempted and request not in self.running:
+                    continue
+            rows.append(ScheduledRow(request, start, num_tokens))
+            budget -= num_tokens
         if not preempted:
             rows.extend(self._admit(budget))
-        return Step(sorted(rows, key=lambda row: row.request.tier.depth))
+        return Step(sorted(rows, key=attrgetter("request.tier.depth")))
 
     def remove(self, request: Request) -> None:
         """Takes a finished or aborted request out and frees its pages."""
@@ -92,17 +98,18 @@ class Scheduler:
 
     def commit(self, rows: Iterable[ScheduledRow]) -> None:
         """Makes the rows' full pages findable, once all their tokens are known."""
+        page_size = self.block_manager.page_size
         for row in rows:
             request = row.request
             if not request.pages:  # finished, dropped or preempted while the step was computed
                 continue
-            num_known = min(request.num_computed, len(request.tokens))
-            if num_known // self.block_manager.page_size <= request.num_registered_pages:
+            next_full = (request.num_registered_pages + 1) * page_size
+            if len(request.tokens) < next_full or request.num_computed < next_full:
                 continue
             root = self._root(request)
             request.num_registered_pages, request.last_content = self.block_manager.register(
                 root,
-                request.tokens[:num_known],
+                request.tokens[: request.num_computed],
                 request.pages,
                 request.num_registered_pages,
                 root if request.last_content is None else request.last_content,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sleb.engine.requests.request import Request
 
 
-@dataclass(eq=False, slots=True)
 class ScheduledRow:
     """`num_tokens` tokens of a request, from position `start` on.
 
@@ -18,23 +17,17 @@ class ScheduledRow:
         chooses: whether a token is sampled: not where only the prompt was to be computed.
     """
 
-    request: Request
-    start: int
-    num_tokens: int
-    pending: bool = field(init=False)
-    samples: bool = field(init=False)
-    chooses: bool = field(init=False)
+    __slots__ = ("chooses", "end", "num_tokens", "pending", "request", "samples", "start")
 
-    def __post_init__(self) -> None:
-        request = self.request
+    def __init__(self, request: Request, start: int, num_tokens: int) -> None:
         num_known = len(request.tokens)
-        self.pending = self.start >= num_known
-        self.samples = self.start + self.num_tokens == num_known + request.num_pending
+        self.request = request
+        self.start = start
+        self.num_tokens = num_tokens
+        self.end = start + num_tokens
+        self.pending = start >= num_known
+        self.samples = self.end == num_known + request.num_pending
         self.chooses = self.samples and request.max_tokens > 0
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True)
