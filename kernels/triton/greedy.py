@@ -28,20 +28,22 @@ _USUAL_IDS = 32  # a block for so many ids at least: one compilation serves what
 _PROGRAMS_A_PROCESSOR = 2
 
 
-@triton.jit(do_not_specialize=["num_runs", "run_length"])
-def _scan(logits, highest_out, index_out, sum_out, vocab_size, num_runs, run_length, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_runs", "num_blocks"])
+def _scan(logits, highest_out, index_out, sum_out, vocab_size, num_runs, num_blocks, BLOCK: tl.constexpr):
     run = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    start = run * run_length
-    stop = tl.minimum(start + run_length, vocab_size)
+    # Whole blocks, so that the compiler knows where loads of 16 bytes are aligned.
+    start = run * num_blocks * BLOCK
+    stop = tl.minimum(start + num_blocks * BLOCK, vocab_size)
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     index = tl.full([BLOCK], 2147483647, tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(start, stop, BLOCK):
         token = begin + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * vocab_size + token, mask=token < stop, other=float("-inf")).to(tl.float32)
+        there = token < vocab_size
+        x = tl.load(logits + row * vocab_size + token, mask=there, other=float("-inf")).to(tl.float32)
         # Strictly greater, so that the first of equals stays; the first NaN stays whatever follows.
-        better = (token < stop) & ((x > highest) | (index == 2147483647) | ((x != x) & (highest == highest)))
+        better = there & ((x > highest) | (index == 2147483647) | ((x != x) & (highest == highest)))
         shift = tl.where(better, x, highest)
         shift = tl.where(shift == float("-inf"), 0.0, shift)
         total = total * tl.exp(highest - shift) + tl.exp(x - shift)
@@ -128,13 +130,14 @@ def _run(logits: Tensor, token_ids: Tensor | None) -> Tensor:
     num_ids = result.numel() // num_rows
     wanted = ceil_div(_PROGRAMS_A_PROCESSOR * num_processors(device), num_rows)
     num_runs = min(_MAX_RUNS, wanted, ceil_div(vocab_size, _BLOCK))
-    run_length = ceil_div(vocab_size, num_runs)
+    block = min(power_of_two(ceil_div(vocab_size, num_runs)), _BLOCK)
+    num_blocks = ceil_div(vocab_size, num_runs * block)
+    num_runs = ceil_div(vocab_size, num_blocks * block)
     shape = (num_rows, num_runs)
     highest, sums = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     index = torch.empty(shape, dtype=torch.int32, device=device)
-    block = min(power_of_two(run_length), _BLOCK)
     _scan[(num_runs, num_rows)](
-        logits, highest, index, sums, vocab_size, num_runs, run_length, BLOCK=block, **launch_options(8)
+        logits, highest, index, sums, vocab_size, num_runs, num_blocks, BLOCK=block, **launch_options(8)
     )
     _join[(num_rows,)](
         highest,

@@ -178,9 +178,27 @@ def compile_job(number):
         "loads": ptx.count("cp.async.cg"),
         "narrow": ptx.count("cp.async.ca"),
         "wide": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32|v8\.b32|v4\.b64)", ptx)),
+        "barriers": barriers(ptx),
         "products": next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), None),
         "shared": compiled.metadata.shared,
     }
+
+
+def barriers(ptx):
+    """Those within innermost loops that read global memory, in all."""
+    lines, labels, loops = ptx.splitlines(), {}, []
+    for at, line in enumerate(lines):
+        if label := re.match(r"(\$L\w+):", line.strip()):
+            labels[label[1]] = at
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)
+        if branch and branch[1] in labels:
+            loops.append((labels[branch[1]], at))
+    bodies = [
+        "\n".join(lines[start:end])
+        for start, end in loops
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
+    ]
+    return sum(len(re.findall(r"\bbar(?:rier)?\.", body)) for body in bodies if "ld.global" in body)
 
 
 def resources(cubin):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
 LIMIT = {"usual": 300, "matrix": 900, "everything": 3600}  # seconds
 # What reads a few numbers of a row, at no alignment, and what a kernel of each kind of weight loads of it in 8 bits.
-NARROW = {"greedy._join", "greedy._scan"}
+NARROW = {"greedy._join"}
 PACKED = {0: 1, 1: 2, 2: 4, 3: 2}
 
 
@@ -154,6 +154,13 @@ def test_what_streams_rows_loads_sixteen_bytes_at_once(records):
         "no load of 16 bytes",
         lambda record: not record["wide"] and not record["loads"] and record["kernel"] not in NARROW,
     )
+
+
+def test_no_loop_over_logits_waits_at_a_barrier(records):
+    """They keep numbers in lanes, and reduce them after the loop."""
+    loops = [record for record in records if record["kernel"] in {"greedy._scan", "sample._sample"}]
+    assert {record["kernel"] for record in loops} == {"greedy._scan", "sample._sample"}
+    refuse(loops, "a barrier in a loop that loads", lambda record: record["barriers"])
 
 
 def test_chunks_use_the_widest_products(records):

@@ -161,18 +161,21 @@ def check_greedy(module):
 
 
 def check_sample(module):
-    module._BLOCK = 16
-    logits = randn(8, 50).round()
+    module._BLOCK, module._LANES = 16, 4
+    logits = randn(11, 50).round()
     logits[5, 7], logits[5, 8:] = 0.0, -2.0  # under min-p
-    logits[6:] = 0.0  # ties at the cut, before and after the best
+    logits[6:8] = 0.0  # ties at the cut, before and after the best
     logits[6, 8] = logits[7, 49] = 1.0
     logits[:, :7] = -float("inf")
+    logits[9:] = -float("inf")
+    logits[9, ::8] = -torch.arange(7) / 5  # top-p needs six groups' highest
+    logits[10, [9, 12]] = 0.0  # the point at the end of a token
     numbers = (
-        [1.0, 0.7, 5.0, 0.5, 5.0, 1.0, 2.0, 2.0],  # temperature
-        [0, 9, 0, 12, 9, 0, 10, 10],
-        [1.0, 1.0, 0.5, 0.6, 0.8, 1.0, 1.0, 1.0],
-        [0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0, 0.0],
-        [0.0, 0.97, 0.5, 0.97, 0.5, 0.97, 0.999, 0.999],  # point
+        [1.0, 0.7, 5.0, 0.5, 5.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0],  # temperature
+        [0, 9, 0, 12, 9, 0, 10, 10, 0, 0, 0],
+        [1.0, 1.0, 0.5, 0.6, 0.8, 1.0, 1.0, 1.0, 1.0, 0.9, 1.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.0, 0.97, 0.5, 0.97, 0.5, 0.97, 0.999, 0.999, 0.8, 0.999, 0.5],  # point
     )
     assert (
         module.sample_packed(logits, torch.tensor(numbers, dtype=torch.float64)).tolist()
@@ -325,14 +328,19 @@ MUTATIONS = [
     ("greedy", "total = total * tl.exp(highest - shift) +", "total = total +"),
     ("sample", "(rank <= ties)", "(rank >= 0)"),
     ("sample", "ties = top_k - above", "ties = top_k - above + 1"),
-    ("sample", "goal = top_p * total", "goal = total"),
+    ("sample", "goal = tl.minimum(top_p * total, at_most)", "goal = at_most"),
     ("sample", "tl.where(scaled >= least, tl.exp(scaled), 0.0)", "tl.exp(scaled)"),
-    ("sample", "cumulative > goal", "cumulative >= goal"),
-    ("sample", "before = running", "before = running * 0.0"),
-    ("sample", "goal = point * kept", "goal = point * total"),
-    ("sample", "ties = tl.minimum(ties, seen)", "ties = ties"),
+    ("sample", "(cumulative > goal)", "(cumulative >= goal)"),
+    ("sample", "until - lane_mass, 0.0)", "0.0, 0.0)"),
+    ("sample", "point * kept", "point * total"),
+    ("sample", "point * total - before", "point * total"),
+    ("sample", "== goal_tile) & (group", "== 0) & (group"),
     ("sample", "(x - highest) * inverse_temperature", "(x - highest)"),
     ("sample", "- seen, 0.0)", ", 0.0)"),
+    ("sample", "top_p * total * 1.0001", "top_p * total * 0.5"),
+    ("sample", "tl.where(by_count, 1.0, weight)", "weight * 0.0 + 1.0"),
+    ("sample", "low = tl.maximum(low, up)", "low = tl.maximum(low, bound)"),
+    ("sample", "tl.where(enough, above, mass)", "above"),
     ("experts", "(expert.to(tl.int64) * num_outputs + output)", "(output.to(tl.int64))"),
     ("experts", "at = expert.to(tl.int64) * num_outputs + outputs", "at = outputs"),
     ("experts", "tl.load(shares + token * TOP_K + choice) * update", "update"),

@@ -6,6 +6,7 @@ import math
 import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,7 @@ def blocks(monkeypatch):
     """Small ones alone; two tests of `sample` below take the real ones."""
     for module in (greedy_module, sample_module):
         monkeypatch.setattr(module, "_BLOCK", 16)
+    monkeypatch.setattr(sample_module, "_LANES", 4)
 
 
 class TestGreedy:
@@ -130,7 +132,10 @@ def distribution(logits, temperature, top_k, top_p, min_p):
             break
         chosen.append(token)
         reached += weights[token]
-    return [weights[token] / reached if token in set(chosen) else 0.0 for token in range(len(logits))]
+    probabilities = [0.0] * len(logits)
+    for token in chosen:
+        probabilities[token] = weights[token] / reached
+    return probabilities
 
 
 def check_sample(logits, *numbers):
@@ -264,3 +269,37 @@ class TestDraw:
         logits = randn(6, 50)
         assert torch.equal(sample_packed(logits, numbers), device_reference.sample_packed(logits, numbers))
         assert sample_packed(logits[:0], numbers[:, :0].contiguous()).tolist() == []
+
+
+FILTERS = {  # temperature, top-k, top-p, min-p, and how often the vocabulary may be loaded
+    "none": (0.8, 0, 1.0, 0.0, 1.3),
+    "min-p": (0.8, 0, 1.0, 0.05, 1.3),
+    "top-k": (0.8, 40, 1.0, 0.0, 1.5),
+    "top-p": (0.8, 0, 0.9, 0.0, 3.0),
+    "top-k and top-p": (0.8, 40, 0.9, 0.0, 1.5),
+}
+
+
+class TestPasses:
+    @pytest.fixture
+    def loaded(self, monkeypatch):
+        """A list whose sum is how many elements masked loads have read."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        counts, load = [], InterpreterBuilder.create_masked_load
+
+        def count(self, pointers, mask, *rest):
+            counts.append(int(np.sum(mask.data)))
+            return load(self, pointers, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", count)
+        return counts
+
+    @pytest.mark.parametrize("vocab_size", [32000, pytest.param(128256, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("filters", FILTERS)
+    def test_the_vocabulary_is_read_about_once(self, loaded, randn, device, vocab_size, filters):
+        if device.type != "cpu":
+            pytest.skip("compiled kernels do not count")
+        *numbers, most = FILTERS[filters]
+        check_sample(3 * randn(1, vocab_size), *([number] for number in (*numbers, 0.5)))
+        assert sum(loaded) <= most * vocab_size, f"{sum(loaded) / vocab_size:.2f} times"
