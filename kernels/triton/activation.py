@@ -15,10 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, launch_options, power_of_two
+from sleb.kernels.triton.runtime import (
+    INTERPRETED,
+    ceil_div,
+    check_contiguous,
+    launch_next,
+    launch_options,
+    pdl_launch,
+    power_of_two,
+    wait_for_previous,
+)
 
 # Name in a checkpoint's config -> the kernel's number. gelu: Hendrycks & Gimpel 2016, arXiv 1606.08415.
-_NUMBERS = {
+ACTIVATION_NUMBERS = {
     "silu": 0,
     "swish": 0,
     "relu": 1,
@@ -32,7 +41,8 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _apply(x, ACTIVATION: tl.constexpr):
+def apply(x, ACTIVATION: tl.constexpr):
+    """Of float32."""
     if ACTIVATION == 0:
         return x * tl.sigmoid(x)
     elif ACTIVATION == 1:
@@ -46,8 +56,21 @@ def _apply(x, ACTIVATION: tl.constexpr):
         return x * tl.sigmoid(2.0 * inner)
 
 
+@triton.jit
+def apply_gated(gate, up, ACTIVATION: tl.constexpr):
+    """Of float32."""
+    if ACTIVATION == 5:
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
+        return gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        return apply(gate, ACTIVATION) * up
+
+
 @triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def _activate(x, out, num_rows, size, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_previous()
+    launch_next()
     row = tl.program_id(0).to(tl.int64)
     if row >= tl.load(num_rows):
         return
@@ -56,19 +79,16 @@ def _activate(x, out, num_rows, size, GATED: tl.constexpr, ACTIVATION: tl.conste
     if GATED:
         gate = tl.load(x + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(x + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION == 5:
-            gate = tl.where(gate > 7.0, 7.0, gate)
-            up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up))
-            result = gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
-        else:
-            result = _apply(gate, ACTIVATION) * up
+        result = apply_gated(gate, up, ACTIVATION)
     else:
-        result = _apply(tl.load(x + row * size + columns, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+        result = apply(tl.load(x + row * size + columns, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _soft_cap(x, size, cap, BLOCK: tl.constexpr):
+    wait_for_previous()
+    launch_next()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scaled = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32) / cap
     capped = (2.0 * tl.sigmoid(2.0 * scaled) - 1.0) * cap
@@ -80,7 +100,8 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     check_contiguous(x=x)
     if x.numel():
         block = min(power_of_two(x.numel()), power_of_two(x.numel()) if INTERPRETED else _BLOCK)
-        _soft_cap[(ceil_div(x.numel(), block),)](x, x.numel(), cap, BLOCK=block, **launch_options())
+        options = launch_options() | pdl_launch(x.device)
+        _soft_cap[(ceil_div(x.numel(), block),)](x, x.numel(), cap, BLOCK=block, **options)
     return x
 
 
@@ -103,6 +124,14 @@ def _launch(x: Tensor, activation: str, num_rows: Tensor, gated: bool) -> Tensor
         return out
     block = min(power_of_two(size), power_of_two(size) if INTERPRETED else _BLOCK)
     _activate[(rows, ceil_div(size, block))](
-        x, out, num_rows, size, GATED=gated, ACTIVATION=_NUMBERS[activation], BLOCK=block, **launch_options()
+        x,
+        out,
+        num_rows,
+        size,
+        GATED=gated,
+        ACTIVATION=ACTIVATION_NUMBERS[activation],
+        BLOCK=block,
+        **launch_options(),
+        **pdl_launch(x.device),
     )
     return out

@@ -19,10 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.reference.device import MOMENT_CHUNK
-from sleb.kernels.triton.runtime import ceil_div, check_contiguous, launch_options, power_of_two
+from sleb.kernels.reference.device import MOMENT_CHUNK, RowNorm
+from sleb.kernels.triton.runtime import (
+    ceil_div,
+    check_contiguous,
+    launch_next,
+    launch_options,
+    pdl_launch,
+    power_of_two,
+    wait_for_previous,
+)
 
 _MAX_SIZE = 1 << 16  # features of a row that one program can hold
+_NORM_BLOCK = 2048  # of them, where the sums of squares are there already
 _CHUNK = tl.constexpr(MOMENT_CHUNK)
 
 
@@ -55,10 +64,36 @@ def _store_moments(moments, row, x, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _moments(residual, moments, size, BLOCK: tl.constexpr):
+    wait_for_previous()
+    launch_next()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     x = tl.load(residual + row * size + columns, mask=columns < size, other=0.0)
     _store_moments(moments, row, x, size, BLOCK)
+
+
+@triton.jit
+def row_factors(moments, row, in_rows, size, eps, CHUNKS: tl.constexpr):
+    """1 / sqrt(mean(x²) + eps) of rows [ROWS, 1] of `size` features."""
+    number = tl.cdiv(size, _CHUNK)
+    chunk = tl.arange(0, CHUNKS)[None, :]
+    sums = tl.load(moments + row * number + chunk, mask=in_rows & (chunk < number), other=0.0)
+    return (1.0 / tl.sqrt_rn(tl.sum(sums, axis=1) / size + eps))[:, None]
+
+
+@triton.jit
+def _norm_rows(x, moments, weight, out, size, eps,
+               HAS_WEIGHT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    wait_for_previous()
+    launch_next()
+    row = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = column < size
+    factor = row_factors(moments, row, row >= 0, size, eps, CHUNKS)
+    normed = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32) * factor
+    if HAS_WEIGHT:
+        normed *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + column, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=["delta_start", "num_delta", "norm_start", "num_norm"])
@@ -92,6 +127,8 @@ def _add_norm(
     POST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
+    launch_next()
     row = tl.program_id(0).to(tl.int64)
     is_normed = row < tl.load(num_norm)
     if HAS_NORM_START:
@@ -194,6 +231,7 @@ def add_norm(
         POST=post,
         BLOCK=block,
         **launch_options(min(16, max(1, block // 512))),
+        **pdl_launch(residual.device),
     )
     return out
 
@@ -205,7 +243,29 @@ def moments(residual: Tensor) -> Tensor:
     out = torch.empty(num_rows, ceil_div(size, MOMENT_CHUNK), dtype=torch.float32, device=residual.device)
     if out.numel():
         block = power_of_two(size)
-        _moments[(num_rows,)](
-            residual, out, size, BLOCK=block, **launch_options(min(16, max(1, block // 512)))
+        options = launch_options(min(16, max(1, block // 512))) | pdl_launch(residual.device)
+        _moments[(num_rows,)](residual, out, size, BLOCK=block, **options)
+    return out
+
+
+def norm_rows(x: Tensor, norm: RowNorm) -> Tensor:
+    """The rows of x [M, E] normed; see `sleb.kernels.reference.device.RowNorm`."""
+    num_rows, size = x.shape
+    check_contiguous(x=x, weight=norm.weight, moments=norm.moments)
+    out = torch.empty_like(x)
+    if out.numel():
+        block = min(power_of_two(size), _NORM_BLOCK)
+        _norm_rows[(num_rows, ceil_div(size, block))](
+            x,
+            norm.moments,
+            x if norm.weight is None else norm.weight,
+            out,
+            size,
+            norm.eps,
+            HAS_WEIGHT=norm.weight is not None,
+            CHUNKS=power_of_two(norm.moments.shape[1]),
+            BLOCK=block,
+            **launch_options(),
+            **pdl_launch(x.device),
         )
     return out

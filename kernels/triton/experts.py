@@ -5,7 +5,8 @@ A token t has k experts e with shares s, and each expert two matrices, which lie
     y[t] = Σ_j s[t, j] · down[e[t, j]](activation(up[e[t, j]](x[t])))
 
 The (token, expert) pairs are sorted by expert, so the rows of one expert are neighbours. A program takes a block of one
-expert's rows and a run of its outputs, with the tiles of `quant_linear`: an expert's weight is read once a block of its
+expert's rows and a run of its outputs, with the tiles of
+`product`: an expert's weight is read once a block of its
 rows, and that of an expert without tokens not at all. How many rows an expert has is read on the device: there are as
 many programs as any routing may need, and those that are too many end. The last launch adds up each token's k rows, in
 float32 and in the order of its experts.
@@ -20,19 +21,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sleb.kernels.quantization import GroupedWeight, Weight
+from sleb.kernels.quantization import Weight
 from sleb.kernels.triton.activation import activate, gated_activate
-from sleb.kernels.triton.quant_linear import configs_for, operands, product
-from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, launch_options, power_of_two
+from sleb.kernels.triton.linear import CONFIGS
+from sleb.kernels.triton.product import fitting, form_of, operands, product
+from sleb.kernels.triton.runtime import (
+    INTERPRETED,
+    ceil_div,
+    check_contiguous,
+    launch_next,
+    launch_options,
+    pdl_launch,
+    power_of_two,
+    wait_for_previous,
+)
 from sleb.kernels.triton.tuning import Config, Launch, bucket, tuned
 
 _MAX_BLOCK = 1024
 _MAX_ROWS = 64  # of an expert that a program takes: it has to hold their sums
 
 
-@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize_on_alignment=["starts"])
 def _of_experts(
     x,
+    norm_weight,
     values,
     scale,
     minimum,
@@ -40,7 +52,6 @@ def _of_experts(
     tokens,
     starts,
     out,
-    num_tokens,
     num_outputs,
     num_inputs,
     num_bytes,
@@ -50,14 +61,18 @@ def _of_experts(
     GATHERS: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
+    NORMED: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
     KIND: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
-    GROUP_BYTES: tl.constexpr,
+    UNIT: tl.constexpr,
     SIZE: tl.constexpr,
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    wait_for_previous()
+    launch_next()
     # Which expert this block of rows is of: the first whose blocks and those before are more than come before this one.
     each = tl.arange(0, EXPERTS)
     is_expert = each < num_experts
@@ -81,8 +96,9 @@ def _of_experts(
     in_outputs = (output < num_outputs)[:, None]
     wide_output = (expert.to(tl.int64) * num_outputs + output)[:, None]
     total = product(
-        x, values, scale, minimum, source, in_rows, wide_output, in_outputs, 0, num_inputs, num_tokens, num_inputs,
-        num_bytes, num_groups, KIND, ROWS, OUTPUTS, INPUTS, GROUP_BYTES, SIZE, BASE, PRECISION,
+        x, 1.0, norm_weight, values, scale, minimum, source, in_rows, wide_output, in_outputs, 0, num_inputs,
+        num_inputs, num_bytes, num_groups, NORMED, HAS_NORM_WEIGHT, KIND, ROWS, OUTPUTS, INPUTS, UNIT, SIZE, BASE,
+        PRECISION,
     )  # fmt: skip
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
     inside = in_rows & (outputs < num_outputs)
@@ -94,6 +110,8 @@ def _of_experts(
 
 @triton.jit(do_not_specialize_on_alignment=["num_rows"])
 def _combine(updates, places, shares, out, num_rows, size, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    wait_for_previous()
+    launch_next()
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(num_rows):
         return
@@ -140,7 +158,16 @@ def mix_experts(
     size = x.shape[1]
     block = power_of_two(size) if INTERPRETED else min(power_of_two(size), _MAX_BLOCK)
     _combine[(num_tokens, ceil_div(size, block))](
-        updates, places, shares, out, num_rows, size, TOP_K=top_k, BLOCK=block, **launch_options()
+        updates,
+        places,
+        shares,
+        out,
+        num_rows,
+        size,
+        TOP_K=top_k,
+        BLOCK=block,
+        **launch_options(),
+        **pdl_launch(x.device),
     )
     return out
 
@@ -173,14 +200,13 @@ def grouped_linear(
     most = (num_pairs + min(num_experts, num_pairs) * (rows - 1)) // rows
 
     def launch(chosen: Config) -> None:
-        tensors, sizes, constants = operands(x, weight, chosen)
+        tensors, sizes, constants = operands(x, None, weight, chosen)
         _of_experts[(ceil_div(num_outputs, chosen["outputs"]), most)](
             *tensors,
             bias if bias is not None else x,
             tokens if tokens is not None else starts,
             starts,
             out,
-            x.shape[0],
             num_outputs,
             *sizes,
             num_experts,
@@ -189,12 +215,20 @@ def grouped_linear(
             EXPERTS=power_of_two(num_experts),
             ROWS=rows,
             **constants,
+            **pdl_launch(x.device),
         )
 
     if config is not None:
         launch(config)
     else:
-        form = weight.groups if isinstance(weight, GroupedWeight) else type(weight).__name__
-        key = ("grouped_linear", str(form), str(x.dtype), num_outputs, num_inputs, rows, bucket(num_pairs))
-        tuned(key, configs_for(x, weight, rows), Launch(launch))
+        key = (
+            "grouped_linear",
+            form_of(weight),
+            str(x.dtype),
+            num_outputs,
+            num_inputs,
+            rows,
+            bucket(num_pairs),
+        )
+        tuned(key, fitting(CONFIGS, x, weight, rows), Launch(launch))
     return out

@@ -23,20 +23,29 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.reference.device import HeadNorm
-from sleb.kernels.triton.runtime import INTERPRETED, ceil_div, check_contiguous, launch_options, power_of_two
+from sleb.kernels.triton.runtime import (
+    INTERPRETED,
+    ceil_div,
+    check_contiguous,
+    launch_next,
+    launch_options,
+    pdl_launch,
+    power_of_two,
+    wait_for_previous,
+)
 
 _MAX_TILE = 1024  # elements of heads that a program holds
 
 
 @triton.jit
-def _clipped(x, clip, CLIPS: tl.constexpr):
+def clipped(x, clip, CLIPS: tl.constexpr):
     if CLIPS:
         x = tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))  # a NaN stays one
     return x
 
 
 @triton.jit
-def _head_moments(first, second, rest, in_half, in_rest, eps, KIND: tl.constexpr, HEAD_DIM: tl.constexpr):
+def head_moments(first, second, rest, in_half, in_rest, eps, KIND: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Mean, or 0, and inverse deviation of each head."""
     mean = tl.zeros([first.shape[0]], tl.float32)
     if KIND == "layer":
@@ -58,20 +67,20 @@ def _whole_moments(source, clip, eps,
         for begin in range(0, SIZE, BLOCK):
             at = begin + tl.arange(0, BLOCK)
             x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
-            sums += _clipped(x, clip, CLIPS)
+            sums += clipped(x, clip, CLIPS)
         mean = tl.sum(sums, axis=0) / SIZE
     squares = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, SIZE, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32)
-        x = tl.where(at < SIZE, _clipped(x, clip, CLIPS) - mean, 0.0)
+        x = tl.where(at < SIZE, clipped(x, clip, CLIPS) - mean, 0.0)
         squares += x * x
     return mean, 1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / SIZE + eps)
 
 
 @triton.jit
-def _store(query_out, key_cache, value_cache, token, slot, head, column, x, inside,
-           NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+def store_heads(query_out, key_cache, value_cache, token, slot, head, column, x, inside,
+                NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
     """Each head of the tile to where it belongs."""
     x = x.to(query_out.dtype.element_ty)
     is_query = head < NUM_HEADS
@@ -95,9 +104,9 @@ def _of_head(query_values, key_values, head, column, inside, NUM_HEADS: tl.const
 
 
 @triton.jit
-def _normed(x, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, column, inside,
-            dtype: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, STRIDE: tl.constexpr,
-            NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr):  # fmt: skip
+def normed_heads(x, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, column, inside,
+                 dtype: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, STRIDE: tl.constexpr,
+                 NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr):  # fmt: skip
     """Rounded as when norm and rotation are done apart; values as they are."""
     y = (x - mean) * inverse
     if HAS_WEIGHT:
@@ -140,6 +149,8 @@ def _rope_store(
     BLOCK_REST: tl.constexpr,
     BLOCK_WHOLE: tl.constexpr,
 ):
+    wait_for_previous()
+    launch_next()
     token = tl.program_id(0).to(tl.int64)
     if token >= tl.load(num_tokens):
         return
@@ -153,9 +164,9 @@ def _rope_store(
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     in_half = present & (half < HALF)
     in_rest = present & (rest < HEAD_DIM)
-    first = _clipped(tl.load(source + half, mask=in_half, other=0.0).to(tl.float32), clip, CLIPS)
-    second = _clipped(tl.load(source + HALF + half, mask=in_half, other=0.0).to(tl.float32), clip, CLIPS)
-    others = _clipped(tl.load(source + rest, mask=in_rest, other=0.0).to(tl.float32), clip, CLIPS)
+    first = clipped(tl.load(source + half, mask=in_half, other=0.0).to(tl.float32), clip, CLIPS)
+    second = clipped(tl.load(source + HALF + half, mask=in_half, other=0.0).to(tl.float32), clip, CLIPS)
+    others = clipped(tl.load(source + rest, mask=in_rest, other=0.0).to(tl.float32), clip, CLIPS)
     is_value = head >= NUM_HEADS + NUM_KV
     # The second time after the rotation, and one of the two does nothing.
     for after in tl.static_range(2):
@@ -170,13 +181,13 @@ def _rope_store(
                 mean = tl.where(head < NUM_HEADS, mean, key_mean)
                 inverse = tl.where(head < NUM_HEADS, inverse, key_inverse)
             else:
-                mean, inverse = _head_moments(first, second, others, in_half, in_rest, eps, KIND, HEAD_DIM)
-            first = _normed(first, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, half, in_half,
-                            dtype, HAS_WEIGHT, HAS_BIAS, STRIDE, NUM_HEADS, NUM_KV)  # fmt: skip
-            second = _normed(second, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, HALF + half,
-                             in_half, dtype, HAS_WEIGHT, HAS_BIAS, STRIDE, NUM_HEADS, NUM_KV)  # fmt: skip
-            others = _normed(others, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, rest, in_rest,
-                             dtype, HAS_WEIGHT, HAS_BIAS, STRIDE, NUM_HEADS, NUM_KV)  # fmt: skip
+                mean, inverse = head_moments(first, second, others, in_half, in_rest, eps, KIND, HEAD_DIM)
+            first = normed_heads(first, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, half, in_half,
+                                 dtype, HAS_WEIGHT, HAS_BIAS, STRIDE, NUM_HEADS, NUM_KV)  # fmt: skip
+            second = normed_heads(second, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, HALF + half,
+                                  in_half, dtype, HAS_WEIGHT, HAS_BIAS, STRIDE, NUM_HEADS, NUM_KV)  # fmt: skip
+            others = normed_heads(others, mean, inverse, query_norm, key_norm, query_bias, key_bias, head, rest,
+                                  in_rest, dtype, HAS_WEIGHT, HAS_BIAS, STRIDE, NUM_HEADS, NUM_KV)  # fmt: skip
         if after == 0 and HALF > 0:
             angle = tl.load(positions + token).to(tl.int64) * HALF + half
             c = tl.load(cos + angle, mask=half < HALF, other=1.0)
@@ -186,13 +197,13 @@ def _rope_store(
             first = tl.where(is_value, first, turned)
             second = tl.where(is_value, second, other)
     if HALF > 0:
-        _store(query_out, key_cache, value_cache, token, slot, head, half, first, in_half,
-               NUM_HEADS, NUM_KV, HEAD_DIM)  # fmt: skip
-        _store(query_out, key_cache, value_cache, token, slot, head, HALF + half, second, in_half,
-               NUM_HEADS, NUM_KV, HEAD_DIM)  # fmt: skip
+        store_heads(query_out, key_cache, value_cache, token, slot, head, half, first, in_half,
+                    NUM_HEADS, NUM_KV, HEAD_DIM)  # fmt: skip
+        store_heads(query_out, key_cache, value_cache, token, slot, head, HALF + half, second, in_half,
+                    NUM_HEADS, NUM_KV, HEAD_DIM)  # fmt: skip
     if 2 * HALF < HEAD_DIM:
-        _store(query_out, key_cache, value_cache, token, slot, head, rest, others, in_rest,
-               NUM_HEADS, NUM_KV, HEAD_DIM)  # fmt: skip
+        store_heads(query_out, key_cache, value_cache, token, slot, head, rest, others, in_rest,
+                    NUM_HEADS, NUM_KV, HEAD_DIM)  # fmt: skip
 
 
 def rope_store(
@@ -249,5 +260,6 @@ def rope_store(
         BLOCK_REST=power_of_two(head_dim - 2 * half),
         BLOCK_WHOLE=min(_MAX_TILE, power_of_two(num_heads * head_dim)),
         **launch_options(4 if block_heads * head_dim > 512 else 2),
+        **pdl_launch(heads.device),
     )
     return query

@@ -135,6 +135,14 @@ def multiply(a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b, input_precision=PRECISION)
 
 
+@triton.jit
+def floats(integers, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Integers of 8 bits in `dtype`. The interpreter makes float32 of them first: it would give bfloat16 their bits."""
+    if PRECISION == "widened":
+        integers = integers.to(tl.float32)
+    return integers.to(dtype)
+
+
 def check_contiguous(**tensors: Tensor | None) -> None:
     """Asserts that kernels may walk the tensors row by row."""
     for name, tensor in tensors.items():

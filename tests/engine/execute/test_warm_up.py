@@ -52,13 +52,15 @@ def test_a_warm_up_is_short(captured_step):
 
 
 def test_what_is_met_late_would_be_seen(captured_step, monkeypatch):
-    """What the test above rests on: without steps of prompts in the warm-up, serving compiles their kernels."""
+    """What the test above rests on: without steps of prompts and of several rows in the warm-up, and without graphs of
+    them, serving compiles their kernels."""
+    monkeypatch.setattr("sleb.engine.execute.gpu_setup.numbers_of_rows", lambda *arguments: (1,))
     monkeypatch.setattr("sleb.engine.execute.gpu_setup.prompt_step", lambda executor, *rest: one(executor))
     from sleb.engine.execute.cuda_graphs import trial_step
 
     def one(executor):
         return trial_step(executor, [(1, 1)])
 
-    late = captured_step.serve(captured_step.MetaSetup("llama-3.1-8b", 1, "int8", 4), 0, True, 10).late
+    late = captured_step.serve(captured_step.MetaSetup("llama-3.1-8b", 1, "int8", 4), 0, False, 10).late
     assert any("_linear" in each for each in late)
     assert any(each.startswith("('") for each in late)  # a key that was not tuned

@@ -180,6 +180,7 @@ def compile_job(number):
         "wide": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64|v4\.f32|v8\.b32|v4\.b64)", ptx)),
         "barriers": barriers(ptx),
         "products": next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), None),
+        "waits": "griddepcontrol.wait" in ptx,
         "shared": compiled.metadata.shared,
     }
 

@@ -163,6 +163,14 @@ def test_no_loop_over_logits_waits_at_a_barrier(records):
     refuse(loops, "a barrier in a loop that loads", lambda record: record["barriers"])
 
 
+def test_what_starts_early_waits(records):
+    """A launch that need not await the end of the one ahead waits in the kernel, and knows how."""
+    early = [record for record in records if record.get("launch_pdl")]
+    assert early and all(record["arch"] >= 90 for record in early)
+    refuse(records, "waits", lambda record: record["waits"] < bool(record.get("launch_pdl")))
+    refuse(records, "cannot wait", lambda record: record["waits"] and record["arch"] < 90)
+
+
 def test_chunks_use_the_widest_products(records):
     chunks = [record for record in records if record["kernel"].endswith("_prefill") and record["arch"] == 90]
     assert chunks

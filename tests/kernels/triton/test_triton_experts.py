@@ -8,7 +8,7 @@ import torch
 from sleb.kernels.quantization import GroupedWeight, Groups, quantize_int4, quantize_int8
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.triton.experts import grouped_linear, mix_experts
-from sleb.kernels.triton.quant_linear import CONFIGS
+from sleb.kernels.triton.linear import CONFIGS
 
 NAN = float("nan")
 # experts, experts a token, features inside, hidden size, tokens

@@ -6,16 +6,19 @@ import dataclasses
 import importlib
 import importlib.util
 import itertools
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
-from sleb.kernels.quantization import Int4Weight, Int8Weight
+from sleb.kernels.quantization import Groups, quantize_int4, quantize_int8
 from sleb.kernels.reference import device as device_reference
 from sleb.kernels.reference import ops as reference
-from sleb.kernels.reference.device import HeadNorm
+from sleb.kernels.reference.device import HeadNorm, RowNorm
+from sleb.kernels.triton import linear
 from sleb.kernels.triton.runtime import counters
 
 pytestmark = [
@@ -183,24 +186,77 @@ def check_sample(module):
     )
 
 
+def stored_weights():
+    """Of 140 outputs and 150 inputs, in formats with all that a product reads."""
+    weight = randn(140, 150, seed=2) + 0.5
+    grouped = [Groups(4, 64, "zero").empty(140, 150), Groups(8, 32, "middle").empty(140, 150)]
+    for each in grouped:
+        each.values.copy_(torch.arange(each.values.numel()).view(each.values.shape) * 37 % 256)
+        each.scale.copy_(0.01 * randn(*each.scale.shape, seed=3))
+        if each.minimum is not None:
+            each.minimum.copy_(7 * randn(*each.minimum.shape, seed=4))
+    return [weight, quantize_int8(weight), quantize_int4(weight), *grouped]
+
+
+def near(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=1e-3)
+
+
+@contextmanager
+def split(module, parts):
+    """Inputs in so many parts, whose counters are 0 again afterwards."""
+    with mock.patch.object(module, "choose_num_parts", return_value=parts):
+        yield
+        assert not counters(torch.device("cpu")).any()
+
+
+def check_product(module):
+    x, bias = randn(3, 150), randn(140, seed=1)
+    norm = RowNorm(1 + randn(150, seed=5), 1e-5, device_reference.moments(x))
+    names = ("product", "arrive", "joined")
+    with mock.patch.multiple(linear, **{name: getattr(module, name) for name in names}):
+        for number, weight in enumerate(stored_weights()):
+            with split(linear, 1 + number % 2):
+                out = linear.linear(x, weight, bias, norm=norm, config=linear.CONFIGS[0])
+                near(out, reference.linear(norm(x), weight, bias))
+
+
 def check_linear(module):
-    bias = randn(70, seed=1)
-    for parts, kind in itertools.product((1, 2), (None, Int8Weight, Int4Weight)):
-        module.choose_num_parts = lambda *arguments, parts=parts: parts
-        weight = randn(70, 290, seed=2) + 0.5
-        if kind is not None:
-            stored = kind.empty(70, 290)
-            stored.fill(weight)
-            weight = stored
-        x = randn(18, 290)
-        expected = reference.linear(x, weight, bias)
-        torch.testing.assert_close(
-            module.quant_linear(x, weight, bias, config=module.CONFIGS[0]), expected, atol=1e-3, rtol=0
-        )
-        for start, end in ((17, 18), (3, 16)) if kind is None else ():
+    weight, bias, x = randn(140, 260, seed=2) / 10, randn(140, seed=1), randn(18, 260)
+    config = module.CONFIGS[0]
+    expected = reference.linear(x, weight, bias)
+    for parts, (start, end) in ((1, (17, 18)), (2, (3, 16))):
+        with split(module, parts):
             rows = integers(start), integers(end)
-            out = module.quant_linear(x, weight, bias, rows, config=module.CONFIGS[0])
-            torch.testing.assert_close(out[start:end], expected[start:end], atol=1e-3, rtol=0)
+            out = module.linear(x, weight, bias, rows, config=config)
+            near(out[start:end], expected[start:end])
+            out = module.linear_activate(x, weight, bias, "silu", True, integers(end), config=config)
+            near(out[:end], reference.gated_activate(expected, "silu")[:end])
+            residuals = [randn(18, 140, seed=3) for _ in range(2)]
+            moments = [torch.full((18, 3), 7.0) for _ in range(2)]
+            more, options = {"start": rows[0], "scale": 0.3}, {"config": config}
+            module.linear_add(x, weight, bias, residuals[0], moments[0], rows[1], **more, **options)
+            device_reference.linear_add(x, weight, bias, residuals[1], moments[1], rows[1], **more)
+            near(*residuals)
+            near(*moments)
+
+
+def check_linear_rope(module):
+    rotation = (randn(20, 6, seed=3), randn(20, 6, seed=4))
+    vectors = [1 + randn(16, seed=seed) for seed in range(4)]
+    x, bias, places = randn(3, 260), randn(96, seed=7), integers(0, 8, 5)
+    for parts, norm in enumerate((None, HeadNorm("layer", *vectors, after_rotation=True)), start=1):
+        caches = [[randn(8, 1, 16, seed=5), randn(8, 1, 16, seed=6)] for _ in range(2)]
+        weight = randn(96, 260, seed=2) / 10
+        arguments = (x, weight, bias, 4, rotation, places, norm)
+        with split(module, parts):
+            config = module.configs_for(x, weight, 16)[0]
+            query = module.linear_rope_store(
+                *arguments, *caches[0], integers(3, 5, 0), integers(2), config=config
+            )
+        expected = device_reference.linear_rope_store(*arguments, *caches[1], integers(3, 5, 0), integers(2))
+        near(query[:2], expected[:2])
+        near(*caches)
 
 
 def check_experts(module):
@@ -226,7 +282,9 @@ CHECKS = {
     "paged_prefill": check_prefill,
     "greedy": check_greedy,
     "sample": check_sample,
-    "quant_linear": check_linear,
+    "product": check_product,
+    "linear": check_linear,
+    "linear_rope": check_linear_rope,
     "experts": check_experts,
 }
 # module, text in it, the fault in its place; where the text occurs several times, all are replaced
@@ -345,20 +403,43 @@ MUTATIONS = [
     ("experts", "at = expert.to(tl.int64) * num_outputs + outputs", "at = outputs"),
     ("experts", "tl.load(shares + token * TOP_K + choice) * update", "update"),
     ("experts", "(order // top_k)", "(order % top_k)"),
-    ("quant_linear", "low = ((packed & 15)", "low = ((packed >> 4)"),
-    ("quant_linear", "high = ((packed >> 4)", "high = ((packed & 15)"),
-    ("quant_linear", "(packed >> 4).to(tl.float32) * step + offset", "(packed >> 4).to(tl.float32) * step"),
-    ("quant_linear", "weight.to(tl.float32) * step", "weight.to(tl.float32)"),
-    ("quant_linear", "group = begin // 2 // GROUP_BYTES + groups", "group = groups"),
-    ("quant_linear", "tl.minimum(start + part_length, num_inputs)", "num_inputs"),
-    ("quant_linear", "start = part * part_length", "start = 0"),
-    ("quant_linear", "(num_rows + wide_row) * num_bytes", "wide_row * num_bytes"),
-    ("quant_linear", "tl.maximum(tl.load(first_row), tl.program_id(1) * ROWS)", "tl.load(first_row) * ROWS"),
-    ("quant_linear", "(tl.program_id(1) + 1) * ROWS", "tl.program_id(1) * ROWS"),
-    ("quant_linear", "if (row < begin) |", "if (row <= begin) |"),
-    ("quant_linear", "(row >= end)", "(row + 1 >= end)"),
-    ("quant_linear", "tl.load(bias + output,", "tl.load(bias + output * 0,"),
-    ("quant_linear", "tl.load(bias + outputs,", "tl.load(bias + outputs * 0,"),
+    ("product", "tl.join(q & 15, q >> 4)", "tl.join(q >> 4, q & 15)"),
+    ("product", "wide * step + base", "wide * step"),
+    ("product", "(wide - base) * step if", "wide * step if"),
+    ("product", "(8.0 if KIND == 2 else 128.0)", "8.0"),
+    ("product", "unit = begin // UNIT +", "unit ="),
+    ("product", "unit // (SIZE // UNIT)", "unit"),
+    ("product", "part.to(tl.float32) * factors", "part.to(tl.float32)"),
+    ("product", "tl.load(norm_weight + column,", "tl.load(norm_weight + column * 0,"),
+    ("product", "in_columns = column < num_inputs", "in_columns = column < num_inputs - 1"),
+    ("product", "total *= tl.load(scale", "total *= 1 + 0 * tl.load(scale"),
+    ("product", "tl.atomic_xchg(counters + tile, 0)", "pass"),
+    ("linear", "start = part * length", "start = 0"),
+    ("linear", "tl.minimum(start + length, num_inputs)", "num_inputs"),
+    ("linear", "!= num_parts - 1", "!= 0"),
+    ("linear", "of_tile % 2 * num_outputs", "of_tile % 2"),
+    ("linear", "tl.load(bias + output,", "tl.load(bias + output * 0,"),
+    ("linear", "(row >= first) & (row < end) & (column", "(row < end) & (column"),
+    ("linear", "(row < end) & (column < num_outputs)", "(column < num_outputs)"),
+    ("linear", "tl.maximum(first, tl.program_id(1) * ROWS)", "first * ROWS"),
+    ("linear", "(tl.program_id(1) + 1) * ROWS", "tl.program_id(1) * ROWS"),
+    ("linear", "(delta * delta_scale)", "delta"),
+    ("linear", "in_range = in_rows & (row >= first) & (row < end)", "in_range = in_rows"),
+    ("linear", "chunk = tl.program_id(0) * (OUTPUTS // CHUNK) +", "chunk ="),
+    ("linear_rope", "start = part * length", "start = 0"),
+    ("linear_rope", "tl.minimum(start + length, num_inputs)", "num_inputs"),
+    ("linear_rope", "column // 2 + column % 2 * HALF", "column // 2 + column % 2 * (HALF - 1)"),
+    ("linear_rope", "column < 2 * HALF", "column < HALF"),
+    ("linear_rope", "HAS_BIAS:\n        total +=", "HAS_BIAS:\n        total -="),
+    ("linear_rope", "first * c - second * s", "first * c + second * s"),
+    ("linear_rope", "second * c + first * s", "second * c - first * s"),
+    ("linear_rope", "& is_rotated", "& (head >= 0)"),
+    ("linear_rope", "HALF + pair, 2 * pair + 1", "HALF + pair, 2 * pair"),
+    ("linear_rope", "tl.load(positions + row", "tl.load(positions + row * 0"),
+    ("linear_rope", "tl.load(slots + row", "tl.load(slots + row * 0"),
+    ("linear_rope", "in_rows = row < end", "in_rows = row < num_rows"),
+    ("linear_rope", "after == AFTER", "after == 0"),
+    ("linear_rope", "every, pair < 0,", "every, every,"),
 ]
 
 
