@@ -29,9 +29,7 @@ from sleb.kernels.attention.select import AttentionBackend
 from sleb.kernels.batch import BatchTensors
 from sleb.kernels.registry import GpuKernels
 
-MAX_CAPTURED_TOKENS = (
-    512  # of a step with prompts: larger ones keep the device busy while the host launches them
-)
+MAX_CAPTURED_TOKENS = 512  # of a step with prompts: larger ones keep the device busy while they are launched
 _TUNED_CONTEXT = 1024  # tokens of each sequence while kernels are tuned
 # What eager steps say of their longest context: operators are tuned for each, so there are few.
 _CONTEXT_BOUNDS = (1024, 4096, 16384)
@@ -333,21 +331,20 @@ class GpuExecutor:
     def _eager_units(self, step: StepArrays, inputs: StepTensors) -> list[UnitRows | PatchRows]:
         """The units that some row runs, over exactly their rows."""
         units: list[UnitRows | PatchRows] = []
-        batches: dict[int, BatchTensors] = {}
+        prefixes: dict[int, tuple[Tensor, BatchTensors]] = {}  # by their number of rows: most units share one
         for index, unit in enumerate(self._units):
             first, num_tokens = step.unit_first_tokens[index], step.unit_tokens[index]
             if first == num_tokens:
                 continue
-            count = inputs.token_counts[index : index + 1]
             if isinstance(unit, int):
                 start = inputs.token_starts[index : index + 1] if first else None
+                count = inputs.token_counts[index : index + 1]
                 units.append(PatchRows(self._patches[unit], first, num_tokens, start, count))
                 continue
             num_rows = step.unit_rows[index]
-            batch = batches.get(num_rows)
-            if batch is None:
+            if num_rows not in prefixes:
                 lens = step.query_lens[:num_rows]
-                batch = batches[num_rows] = BatchTensors(
+                batch = BatchTensors(
                     inputs.query_starts[: num_rows + 1],
                     inputs.context_lens[:num_rows],
                     self._page_table,
@@ -358,7 +355,8 @@ class GpuExecutor:
                     max_context_len=self._context_bound(max(step.context_lens[:num_rows])),
                     has_decodes=min(lens) == 1,
                 )
-            units.append(UnitRows(unit, num_tokens, count, batch))
+                prefixes[num_rows] = (inputs.token_counts[index : index + 1], batch)
+            units.append(UnitRows(unit, num_tokens, *prefixes[num_rows]))
         return units
 
     def _context_bound(self, longest: int) -> int:
