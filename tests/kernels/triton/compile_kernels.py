@@ -1,6 +1,6 @@
 """Compiles what operators launch for GPUs that need not be there, and tells what the machine code takes.
 
-    python tests/kernels/triton/compile_kernels.py usual | matrix | everything
+    python tests/kernels/triton/compile_kernels.py usual | matrix | oldest | everything
 
 Run as a program, in a process where kernels are compiled, not interpreted; it prints JSON. Operators are called with
 tensors without data (torch's meta device) as `compile_shapes.py` says; each launch is noted with the types and
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -220,8 +221,13 @@ def main(level):
     processors = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("fork").Pool(processors) as pool:
         results = pool.map(compile_job, range(len(_SESSION.jobs)), chunksize=1)
+        pool.close()
+        pool.join()
     records = [launch | results[launch["job"]] for launch in _SESSION.launches]
     made = {"kernels": sorted(kernels(modules())), "lacking": _SESSION.lacking, "records": records}
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = round(sum(each.ru_utime + each.ru_stime for each in spent))
+    print(f"{len(results)} kernels compiled in {seconds} seconds of a processor", file=sys.stderr)
     print(json.dumps({"triton": triton.__version__, "cards": CARDS, **made}))
 
 

@@ -14,8 +14,8 @@ from sleb.kernels.registry import triton_gpu_kernels
 
 # Shared memory that a program may have, bytes, by compute capability (CUDA programming guide).
 CARDS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# One of each kind of matrix product and size of shared memory: mma.sync with much and with little, wgmma, tcgen05.
-KINDS = (80, 89, 90, 100)
+# One of each kind of matrix product: mma.sync (with little shared memory), wgmma, tcgen05.
+KINDS = (89, 90, 100)
 USUAL = (89, 90)
 PROCESSORS = 132  # of an H100
 META = torch.device("meta")
@@ -35,19 +35,45 @@ WEIGHTS = {
     "8 bits from the middle": lambda rows, columns: Groups(8, 16, "middle").empty(rows, columns, META),
 }
 
+# (model, weights, rows, dtype of x): one row, the most that are fused, and the largest tile.
+_MOST = [
+    *(("Llama 3 8B", kind, rows, BF16) for kind in ("bf16", "int8", "int4") for rows in (1, 256)),
+    *(("Llama 3 8B", "bf16", 64, BF16), ("Llama 3 8B", "int4", 64, BF16)),
+    *(("Llama 3 8B", kind, 256, FP32) for kind in ("bf16", "int8")),
+    *(("Llama 3 8B", kind, 16, BF16) for kind in ("4 bits with zeros", "8 bits from the middle")),
+    *((name, "bf16", 1, BF16) for name in ("Qwen3 0.6B", "LLaMA 7B", "Phi-2")),
+]
+PRODUCTS = {
+    "usual": [("Llama 3 8B", *each, BF16) for each in (("bf16", 1), ("int8", 256), ("int4", 1))],
+    "configurations": [("Llama 3 8B", kind, 1, BF16) for kind in ("bf16", "int8", "int4")],
+    "matrix": _MOST,
+    "oldest": _MOST,
+    "everything": [
+        (name, kind, rows, dtype)
+        for name, kind, rows, dtype in itertools.product(MODELS, WEIGHTS, (1, 64, 256), (BF16, FP32))
+        if name == "Llama 3 8B" or (kind, dtype) == ("bf16", BF16)
+    ],
+}
+
+MIXED = {
+    "usual": ("bf16",),
+    "configurations": ("bf16",),
+    "everything": ("bf16", "int8", "int4"),
+}  # kinds of experts
+
 
 def cases(level):
     """(compute capability, whether all configurations, label, a function that launches) of a level.
 
     usual: a part, for two. matrix: every shape with the first configuration for all, and the other configurations of a
-    part for KINDS. everything: every shape and configuration for all.
+    part for KINDS; oldest: the former for KINDS and 12.0. everything: every shape and configuration for all.
     """
-    for arch in USUAL if level == "usual" else CARDS:
-        whole = level != "usual"
-        for label, work in _shapes(whole, arch):
+    archs = {"usual": USUAL, "oldest": (*KINDS, 120)}.get(level, tuple(CARDS))
+    for arch in archs:
+        for label, work in _shapes(level):
             yield arch, level == "everything", label, work
         if level == "matrix" and arch in KINDS:
-            for label, work in _shapes(False, arch):
+            for label, work in _shapes("configurations"):
                 yield arch, True, label, work
 
 
@@ -59,14 +85,18 @@ def integers(*shape):
     return torch.empty(shape, dtype=torch.int32, device=META)
 
 
-def _shapes(whole, arch):
+def _shapes(level):
     gpu = triton_gpu_kernels()
-    for name, shape in MODELS.items() if whole else list(MODELS.items())[: 2 if arch == 90 else 1]:
-        yield from _small(gpu, name, *shape, whole)
-        yield from _linears(gpu, name, *shape, whole)
-    yield from _sampling(gpu)
+    whole = level not in ("usual", "configurations")
+    main = "Llama 3 8B"
+    if level != "configurations":
+        for name, shape in MODELS.items() if whole else [(main, MODELS[main])]:
+            yield from _small(gpu, name, *shape, whole)
+        yield from _sampling(gpu)
+    for name, kind, rows, dtype in PRODUCTS[level]:
+        yield from _products(gpu, name, kind, rows, dtype, *MODELS[name], level)
     yield from _attention(gpu, whole)
-    yield from _mixtures(gpu, whole)
+    yield from _mixtures(gpu, level)
 
 
 def _small(gpu, name, num_heads, num_kv, head_dim, hidden, mlp, whole):
@@ -109,57 +139,44 @@ def _small(gpu, name, num_heads, num_kv, head_dim, hidden, mlp, whole):
         yield act, partial(gpu.activate, half(8, mlp), act, count)
 
 
-def _linears(gpu, name, num_heads, num_kv, head_dim, hidden, mlp, whole):
-    """Products alone, and with what stands before and after them, at one row, at most and more than are fused."""
-    main = name == "Llama 3 8B"
-    kinds = WEIGHTS if whole and main else ("bf16", "int8", "int4") if whole or main else ("bf16",)
-    for kind, rows in itertools.product(kinds, (1, 64, 256) if main else (1, 64)):
-        if not whole and rows == 64 and kind != "bf16":
-            continue
-        for dtype in (BF16, FP32) if whole and main and kind != "4 bits with zeros" else (BF16,):
-            label = f"{name}, {kind}, {rows} rows of {dtype}"
-            yield from _products(
-                gpu, label, kind, rows, dtype, num_heads, num_kv, head_dim, hidden, mlp, whole
-            )
+def _products(gpu, name, kind, rows, dtype, num_heads, num_kv, head_dim, hidden, mlp, level):
+    """Products with what stands before and after them; alone, and of a range of rows, where that is worth it."""
 
-
-def _products(gpu, label, kind, rows, dtype, num_heads, num_kv, head_dim, hidden, mlp, whole):
     def weight(outputs, inputs):
         made = WEIGHTS[kind](outputs, inputs)
         return made.to(dtype) if kind == "bf16" else made
 
-    def features(size):
-        return torch.empty(rows, size, dtype=dtype)
+    def features(*shape):
+        return torch.empty(shape, dtype=dtype)
 
-    count, x, residual = integers(1), features(hidden), features(hidden)
+    label = f"{name}, {kind}, {rows} rows of {dtype}"
+    count, x, residual = integers(1), features(rows, hidden), features(rows, hidden)
     sums = torch.empty(rows, -(-hidden // MOMENT_CHUNK))
-    norm = RowNorm(torch.empty(hidden, dtype=dtype), 1e-6, sums)
-    table, cache = torch.empty(4096, head_dim // 2), torch.empty(4096, num_kv, head_dim, dtype=dtype)
-    heads, inner = num_heads * head_dim, 2 * mlp
-    head_norm = None
-    if "Qwen3" in label:
-        head_norm = HeadNorm("rms", torch.empty(head_dim, dtype=dtype), torch.empty(head_dim, dtype=dtype))
+    norm = RowNorm(features(hidden), 1e-6, sums)
+    table, cache = torch.empty(4096, head_dim // 2), features(4096, num_kv, head_dim)
+    head_norm = HeadNorm("rms", features(head_dim), features(head_dim)) if name.startswith("Qwen3") else None
     rotated = (num_heads, (table, table), integers(rows), head_norm, cache, cache, integers(rows), count)
-    qkv, down = weight(heads + 2 * num_kv * head_dim, hidden), weight(hidden, mlp)
-
-    # Many rows of a weight that is not quantised are the vendor's.
-    if kind != "bf16" or rows <= 64:
-        yield f"linear, {label}", partial(gpu.linear, x, weight(hidden, hidden), None)
-        yield f"head, {label}", partial(gpu.linear, x, weight(128256, hidden), None, norm=norm)
-    yield f"linear of a range, {label}", partial(gpu.linear, x, weight(hidden, hidden), None, (count, count))
-    yield f"qkv, {label}", partial(gpu.linear_rope_store, x, qkv, None, *rotated, norm=norm)
-    gated = (x, weight(inner, hidden), None, "silu", True, count)
+    qkv = weight((num_heads + 2 * num_kv) * head_dim, hidden)
+    gated = (x, weight(2 * mlp, hidden), None, "silu", True, count)
     yield f"gate and up, {label}", partial(gpu.linear_activate, *gated, norm=norm)
-    yield f"down, {label}", partial(gpu.linear_add, features(mlp), down, None, residual, sums, count)
-    if not whole or dtype != BF16 or kind != "bf16" or rows > 64:
+    if level == "configurations" and kind != "bf16":
         return
-    bias = torch.empty(hidden, dtype=dtype)
-    yield (
-        f"down of a range, {label}",
-        partial(gpu.linear_add, features(mlp), down, bias, residual, None, count, start=count, scale=0.22),
-    )
-    plain = (x, weight(mlp, hidden), torch.empty(mlp, dtype=dtype), "gelu", False, count)
-    yield f"up, {label}", partial(gpu.linear_activate, *plain)
+    yield f"qkv, {label}", partial(gpu.linear_rope_store, x, qkv, None, *rotated, norm=norm)
+    if name != "Llama 3 8B":
+        return
+    add = (features(rows, mlp), weight(hidden, mlp), None, residual, sums, count)
+    yield f"down, {label}", partial(gpu.linear_add, *add)
+    yield f"head, {label}", partial(gpu.linear, x, weight(128256, hidden), None, norm=norm)
+    if kind != "bf16" or level == "configurations":
+        return
+    # As of patches, and of GPT-2.
+    square, bias = weight(hidden, hidden), features(hidden)
+    yield f"linear of a range, {label}", partial(gpu.linear, x, square, None, (count, count))
+    if level != "usual" and rows <= 64:
+        ranged = partial(gpu.linear_add, x, square, bias, residual, None, count, start=count, scale=0.22)
+        yield f"sum of a range, {label}", ranged
+        yield f"up, {label}", partial(gpu.linear_activate, x, square, bias, "gelu", False, count)
+        yield f"linear, {label}", partial(gpu.linear, x, square, bias)
 
 
 def _attention(gpu, whole):
@@ -169,9 +186,8 @@ def _attention(gpu, whole):
         shapes += [(f"256 features of {dtype}", 8, 2, 256, dtype) for dtype in (BF16, FP32)]
     for name, num_heads, num_kv, head_dim, dtype in shapes:
         kinds = [(None, None, None)]
-        if whole and (head_dim > 128 or name == "Llama 3 8B"):
-            sinks = torch.empty(num_heads, dtype=dtype)
-            kinds += [(4096, None, None), (None, 50.0, sinks), (4096, 50.0, None)]
+        if whole and dtype == BF16 and (head_dim > 128 or name == "Llama 3 8B"):
+            kinds += [(4096, None, None), (4096, 50.0, torch.empty(num_heads, dtype=dtype))]
         query = torch.empty(64, num_heads, head_dim, dtype=dtype)
         cache = torch.empty(4096, num_kv, head_dim, dtype=dtype)
         for (rows, longest), kind in itertools.product(((8, 1), (8, 25)), kinds):
@@ -190,12 +206,12 @@ def _sampling(gpu):
     yield "sample", partial(gpu.sample_packed, logits, torch.empty(5, 4, dtype=torch.float64))
 
 
-def _mixtures(gpu, whole):
+def _mixtures(gpu, level):
     number, top_k, inner, hidden = 32, 4, 2880, 2880  # gpt-oss 20B
     count, sizes = integers(1), ((number * 2 * inner, hidden), (number * hidden, inner))
-    for tokens in (1, 512) if whole else (1,):
+    for tokens in (1,) if level in ("usual", "configurations") else (1, 512):
         x, chosen = half(tokens, hidden), torch.empty(tokens, top_k, dtype=torch.int64)
-        for kind in ("bf16", "int8", "int4") if whole else ("bf16", "int4"):
+        for kind in MIXED.get(level, ("bf16", "int4")):
             up, down = (WEIGHTS[kind](*size) for size in sizes)
             weights = (up, half(number * 2 * inner), down, half(number * hidden))
             rest = (chosen, torch.empty(tokens, top_k), number, "clamped_swiglu", True, count)

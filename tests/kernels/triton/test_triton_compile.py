@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
-LIMIT = {"usual": 300, "matrix": 900, "everything": 3600}  # seconds
+LIMIT = {"usual": 300, "matrix": 1200, "oldest": 1200, "everything": 7200}  # seconds
 # What reads a few numbers of a row, at no alignment, and what a kernel of each kind of weight loads of it in 8 bits.
 NARROW = {"greedy._join"}
 PACKED = {0: 1, 1: 2, 2: 4, 3: 2}
@@ -66,7 +66,7 @@ SLOW = pytest.mark.slow
 LEVELS = [
     pytest.param(("usual", "installed"), id="usual"),
     pytest.param(("matrix", "installed"), id="matrix", marks=SLOW),
-    pytest.param(("matrix", "oldest"), id="matrix-oldest", marks=SLOW),
+    pytest.param(("oldest", "oldest"), id="matrix-oldest", marks=SLOW),
     pytest.param(("everything", "installed"), id="everything", marks=SLOW),
     pytest.param(("everything", "oldest"), id="everything-oldest", marks=SLOW),
 ]
@@ -122,11 +122,11 @@ def test_shared_memory_suffices(report, records):
 
 
 def test_registers_suffice(records):
-    """But for tiles of many rows where there is no wgmma, and in float32, whose products no tensor core takes."""
+    """But for a few where there is no wgmma, more of tiles of many rows, and in float32, which no tensor core takes."""
 
     def spills(record):
         wide = record["kernel"].endswith(("_prefill", "_of_experts")) or record.get("ROWS", 0) > 64
-        allowed = 256 if wide and record["arch"] != 90 else 0 if record["arch"] in (80, 90) else 16
+        allowed = 0 if record["arch"] == 90 else 256 if wide else 64
         return record.get("PRECISION") != "ieee" and record["stack"] + record["local"] > allowed
 
     refuse(records, "spills to local memory", spills)
