@@ -6,8 +6,10 @@ count. A multiply and an add count two operations. T tokens, E hidden, H query h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from sleb.benchmarks.kernel_options import OPS
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.quantization import Int4Weight, Int8Weight
-from sleb.kernels.reference.device import HeadNorm
+from sleb.kernels.reference.device import HeadNorm, RowNorm, moments
 from sleb.kernels.registry import Attention, GpuKernels
 
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
@@ -80,11 +82,12 @@ class KernelCase:
         return f"{self.op} {self.shape}"
 
     def call(self, backend: Backend, inputs: Inputs) -> Tensor:
-        """Runs a backend on a set of inputs."""
+        """Runs a backend on a set of inputs, the last of them arguments by name where it is a dict."""
         name = "sample_packed" if self.op == "sample" else self.op
         run = backend.attention if self.op in ATTENTION_OPS else getattr(backend.kernels, name)
-        found: Tensor = run(*inputs)
-        return found
+        keywords = inputs[-1] if isinstance(inputs[-1], dict) else {}
+        found = run(*inputs[: len(inputs) - bool(keywords)], **keywords)
+        return inputs[3] if self.op == "linear_add" else found  # the residual
 
 
 def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list[KernelCase]:
@@ -114,7 +117,12 @@ def make_cases(scale: str, dtype: torch.dtype, ops: Sequence[str] = OPS) -> list
     cases += _on_logits(sampled, vocab, size)
     kinds = [(kind, *shape) for shape in linears for kind in ("plain", "int8", "int4")]
     kinds.append(("patch", hidden, hidden))
-    cases += [_linear(kind, rows, first, last, dtype) for kind, first, last in kinds for rows in linear_rows]
+    linear = partial(_linear, dtype=dtype, heads=heads)
+    cases += [linear("linear", kind, rows, *shape) for kind, *shape in kinds for rows in linear_rows]
+    fused = [("linear_activate", hidden, linears[len(linears) // 2][1]), ("linear_add", *linears[-1])]
+    fused.append(("linear_rope_store", hidden, (heads[0] + 2 * heads[1]) * heads[2]))
+    for kind, rows in itertools.product(("plain", "int8", "int4"), linear_rows[::2]):
+        cases += [linear(op, kind, rows, *shape) for op, *shape in fused]
     return [case for op in OPS if op in ops for case in cases if case.op == op]
 
 
@@ -197,23 +205,40 @@ def _on_logits(rows: int, vocab: int, itemsize: int) -> Iterator[KernelCase]:
     yield KernelCase("sample", f"{shape}, top-k and top-p", rows * (row_bytes + 5 * 8 + 8), sample)
 
 
-def _linear(kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> KernelCase:
+def _linear(
+    op: str, kind: str, rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, heads: Sequence[int]
+) -> KernelCase:
     """kind: plain, int8 or int4, or "patch": a plain one, over rows whose range the device knows."""
     formats: dict[str, type[Int8Weight] | type[Int4Weight]] = {"int8": Int8Weight, "int4": Int4Weight}
     quantised = formats.get(kind)
 
     def build(maker: Maker, page_size: int) -> Inputs:
-        rows_in = maker.normal(rows, num_inputs)
+        x, count = maker.normal(rows, num_inputs), maker.count(rows)
         if quantised is None:
-            ranged = ((maker.count(0), maker.count(rows)),) if kind == "patch" else ()
-            return rows_in, maker.normal(num_outputs, num_inputs, deviation=_DEVIATION), None, *ranged
-        weight = quantised.empty(num_outputs, num_inputs, maker.device)
-        weight.fill_random(_DEVIATION, maker.generator)
-        return rows_in, weight, None
+            weight: Any = maker.normal(num_outputs, num_inputs, deviation=_DEVIATION)
+        else:
+            weight = quantised.empty(num_outputs, num_inputs, maker.device)
+            weight.fill_random(_DEVIATION, maker.generator)
+        if op == "linear_add":
+            residual = maker.normal(rows, num_outputs)
+            return x, weight, None, residual, moments(residual), count
+        norm = {"norm": RowNorm(maker.normal(num_inputs), _EPS, moments(x))}
+        if op == "linear_activate":
+            return x, weight, None, "silu", True, count, norm
+        if op == "linear_rope_store":
+            rope = _rope_store(rows, False, *heads, itemsize=dtype.itemsize)
+            return x, weight, None, *rope.build(maker, page_size)[1:], norm
+        return x, weight, None, *(((maker.count(0), count),) if kind == "patch" else ())
 
     num_bytes = num_inputs * num_outputs * dtype.itemsize + (8 if kind == "patch" else 0)
     if quantised is not None:
         num_bytes = quantised.empty(num_outputs, num_inputs, torch.device("meta")).num_bytes
     num_bytes += rows * (num_inputs + num_outputs) * dtype.itemsize
+    if op == "linear_add":  # the residual is read too, and its moments written: 4 bytes a 64 features
+        num_bytes += rows * (num_outputs * dtype.itemsize + num_outputs // 16)
+    elif op != "linear":  # the norm's weight and moments; half of the outputs, or what `_rope_store` tells
+        num_bytes += num_inputs * dtype.itemsize + rows * num_inputs // 16
+        half = num_outputs // 2 * dtype.itemsize
+        num_bytes += rows * (-half if op == "linear_activate" else heads[2] * 4 + 8)
     shape = f"{kind}, {rows} rows, {num_inputs} → {num_outputs}"
-    return KernelCase("linear", shape, num_bytes, build, 2 * rows * num_inputs * num_outputs)
+    return KernelCase(op, shape, num_bytes, build, 2 * rows * num_inputs * num_outputs)

@@ -13,6 +13,7 @@ from sleb.options import option, option_of
 OPS = (
     *("add_norm", "rope_store", "gated_activate", "activate", "decode_attention", "prefill_attention"),
     *("greedy", "log_softmax_gather", "sample", "linear"),
+    *("linear_activate", "linear_add", "linear_rope_store"),
 )
 BACKENDS = ("torch", "triton", "flash", "varlen")
 

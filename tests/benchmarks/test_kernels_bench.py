@@ -63,6 +63,12 @@ def case(op: str, start: str) -> KernelCase:
         ("linear", "plain, 16 rows, 4096 → 4096", (4096 * 4096 + 2 * 16 * 4096) * 2),
         ("linear", "int8, 1 rows, 14336", 14336 * 4096 + 4096 * 4 + (14336 + 4096) * 2),
         ("linear", "int4, 1 rows, 4096 → 4096", 4096 * 4096 * 5 // 8 + 2 * 4096 * 2),
+        # The weight; x, its norm's weight and moments; half of the products are gates.
+        ("linear_activate", "plain, 1 rows", (4096 * 28672 + 4096 * 2 + 14336) * 2 + 64 * 4),
+        # x; the residual in and out, and its moments.
+        ("linear_add", "int8, 64 rows", 14336 * 4096 + 4096 * 4 + 64 * ((14336 + 2 * 4096) * 2 + 64 * 4)),
+        # x, its norm's weight and moments; queries, keys and values; cosines, sines, a position and a slot.
+        ("linear_rope_store", "plain, 1 rows", (4096 * 6144 + 2 * 4096 + 6144) * 2 + 64 * 4 + 128 * 4 + 8),
     ],
 )
 def test_bytes_by_hand(op: str, start: str, num_bytes: int) -> None:
