@@ -143,7 +143,7 @@ class KernelsBench:
         make_current(self.device)
         on_gpu = self.device.type == "cuda"
         default = "bfloat16" if on_gpu else "float32"
-        self.dtype = resolve_dtype(default if options.dtype == "auto" else options.dtype, "auto", None)
+        self.dtype = resolve_dtype(options.dtype, "auto", default, self.device)
         self.cases = make_cases("full" if on_gpu else "small", self.dtype, options.ops or OPS)
         runnable = BACKENDS if on_gpu else ("torch", "triton") if _interpreted() else ("torch",)
         self.backends = tuple(options.backends or runnable)

@@ -88,7 +88,9 @@ class Runner:
         self.layer_map = layer_map
         self.device = resolve_device(config.device)
         make_current(self.device)
-        self.dtype = resolve_dtype(config.dtype, config.weights, spec.checkpoint_dtype)
+        self.dtype = resolve_dtype(
+            *(config.dtype, config.weights, spec.checkpoint_dtype, self.device), wide_range=spec.wide_range
+        )
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         backends = select_backends(config, spec, self.device, self.dtype)

@@ -65,6 +65,7 @@ class DecoderSpec:
         windows: for each block, the sliding window in tokens, or None.
         qk_norm: of each head alone, or of all together; before the rotation, or after it.
         clip_qkv, attention_softcap, logit_softcap: bounds, or None.
+        wide_range: the residual stream leaves float16's range.
         experts: what stands in the place of MLPs in some blocks, or all; None: nothing does.
         logit_scale: is part of the final norm's weight once that is loaded.
         fingerprint: of the shape, as layer maps record it.
@@ -113,6 +114,7 @@ class DecoderSpec:
     head_bias: bool
     qkv_layout: Literal["stacked", "heads"]
     transposed: bool
+    wide_range: bool
     experts: ExpertsSpec | None
     tied_embeddings: bool
     names: TensorNames
@@ -238,6 +240,7 @@ def resolve_spec(path: Path) -> DecoderSpec:
         head_bias=family.head_bias,
         qkv_layout=family.qkv_layout,
         transposed=family.transposed,
+        wide_range=family.wide_range,
         experts=_experts(config, family, values, num_blocks),
         tied_embeddings=values["tie_word_embeddings"],
         names=family.names,

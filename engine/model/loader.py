@@ -33,6 +33,7 @@ from sleb.models.weight_files import StoredTensor, opened
 
 logger = logging.getLogger("sleb.engine")
 
+_HALF_MAX = torch.finfo(torch.float16).max
 _NUM_TENSORS_PER_OPEN = 16
 _MAX_THREADS = 8  # each holds a matrix of the checkpoint; a block has up to seven
 _DEVIATION = 0.02  # of random weights: the initialiser range of Llama and OPT
@@ -138,12 +139,24 @@ def _fill(
     for names in _grouped(stored, plain):
         with opened(stored[names[0]].file) as handle:
             for name in names:
-                plain[name].fill(handle.get_tensor(stored[name].name))
+                weight, tensor = plain[name].weight, handle.get_tensor(stored[name].name)
+                if isinstance(weight, Tensor) and weight.dtype == torch.float16 != tensor.dtype:
+                    _check_range(path, stored[name].name, tensor)
+                plain[name].fill(tensor)
         progress.add(plain[name] for name in names)
     quantized = {name: target for name, target in targets.items() if name not in plain}
     if quantized:
         shards = {stored[name].file for name in quantized}
         _quantize(WeightCache(path, shards), stored, quantized, quantises, progress)
+
+
+def _check_range(path: Path, name: str, tensor: Tensor) -> None:
+    largest = max(-tensor.min().item(), tensor.max().item()) if tensor.numel() else 0.0
+    if largest > _HALF_MAX:
+        raise ModelError(
+            f"{shown_path(path)}: '{name}' holds {largest:.6g}, and float16 no more than {_HALF_MAX:.0f}: use --dtype "
+            "float32, or bfloat16 where the device has it"
+        )
 
 
 class _Progress:

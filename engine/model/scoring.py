@@ -72,7 +72,8 @@ class DecoderScorer:
         resolved = resolve_model(model, keep_bits=weights == FILE)
         spec = resolve_spec(resolved.path)
         check(spec)
-        chosen = resolve_dtype(dtype, weights, spec.checkpoint_dtype)
+        asked = dtype, weights, spec.checkpoint_dtype
+        chosen = resolve_dtype(*asked, target, wide_range=spec.wide_range)
         loaded = load_weights(
             resolved.path,
             spec,

@@ -159,6 +159,7 @@ class Family:
         transposed: matrices in attention and MLP are stored [in, out].
         needs_bos: each window of a text, wherever it is cut from, must begin with the beginning-of-text token: without
             it the perplexity of Gemma doubles. Others' windows are cut as the authors' implementation does.
+        wide_range: its residual stream leaves float16's range, 65504 (vLLM refuses float16 for the same families).
         experts: what stands in the place of MLPs; None: nothing does.
         gguf: None where its GGUF files are not read, or say that they are of another family.
     """
@@ -206,6 +207,7 @@ class Family:
     qkv_layout: Literal["stacked", "heads"] = "stacked"
     transposed: bool = False
     needs_bos: bool = False
+    wide_range: bool = False
     experts: Experts | None = None
     names: TensorNames = field(default_factory=TensorNames)
     gguf: Gguf | None = None

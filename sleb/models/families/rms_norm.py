@@ -40,6 +40,7 @@ _GEMMA2: Any = {
     "attention_scale": lambda values: values["query_pre_attn_scalar"] ** -0.5,
     "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
+    "wide_range": True,
 }
 _GEMMA2_FIELDS: Any = {
     **_GEMMA_FIELDS,
@@ -365,6 +366,7 @@ RMS_NORM = (
             up=("mlp.gate_up_proj",),
             mlp_post_norm="post_mlp_layernorm",
         ),
+        wide_range=True,
         gguf=Gguf("glm4"),
     ),
     Family(

@@ -19,6 +19,8 @@ from sleb.engine import runner
 from sleb.engine.execute import cuda_graphs, gpu_setup, kv_cache
 from sleb.engine.execute.gpu import GpuExecutor
 from sleb.engine.memory import GIB
+from sleb.engine.model import resolve
+from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.rotary import RotaryTables
 from sleb.errors import ConfigError
 from sleb.kernels import registry
@@ -233,3 +235,63 @@ def test_a_capture_that_fails_names_the_way_out(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with pytest.raises(ConfigError, match=r"not permitted.*--no-cuda-graphs"):
         cuda_graphs.CudaCapture(torch.device("cpu"))(lambda: None)
+
+
+class TestBfloat16:
+    """Compute capability 8.0 brought it (CUDA programming guide, table of arithmetic instructions)."""
+
+    @pytest.mark.parametrize(
+        ("capability", "model", "weights", "expected"),
+        [
+            ((7, 0), "llama", "auto", torch.float16),
+            ((7, 5), "llama", "auto", torch.float16),
+            ((7, 5), "llama", "int8", torch.float16),
+            ((7, 5), "gemma2", "auto", torch.float32),
+            ((7, 5), "gemma3", "int4", torch.float32),
+            ((7, 5), "glm4", "auto", torch.float32),
+            ((8, 0), "llama", "auto", torch.bfloat16),
+            ((8, 6), "gemma3", "auto", torch.bfloat16),
+            ((12, 0), "llama", "int4", torch.bfloat16),
+        ],
+    )
+    def test_what_takes_its_place(
+        self, capability, model, weights, expected, tiny_model, monkeypatch, caplog
+    ):
+        """The residual stream of some models leaves float16's range."""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        spec, device = resolve_spec(tiny_model(model).path), torch.device("cuda", 0)
+        resolve._say_once.cache_clear()
+        for _ in range(2):
+            chosen = resolve.resolve_dtype("auto", weights, "bfloat16", device, wide_range=spec.wide_range)
+            assert chosen == expected
+        said = [record.message for record in caplog.records]
+        if expected == torch.bfloat16:
+            assert not said
+        else:
+            name, number = str(expected).removeprefix("torch."), ".".join(map(str, capability))
+            assert said == [
+                f"the GPU cuda:0 has compute capability {number}, and bfloat16 needs 8.0: {name} takes the place of "
+                "the checkpoint's bfloat16"
+            ]
+
+    @pytest.mark.parametrize(
+        "asked", [("bfloat16", "auto"), ("auto", "bf16"), ("bf16", "int8"), ("float32", "bf16")]
+    )
+    def test_asked_for_it_is_refused_with_the_remedy(self, asked, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        device = torch.device("cuda", 0)
+        for wide_range, remedy in ((False, "float16"), (True, "float32")):
+            with pytest.raises(
+                ConfigError, match=f"capability 7.5.*needs 8.0; use --dtype auto or {remedy}$"
+            ):
+                resolve.resolve_dtype(*asked, "bfloat16", device, wide_range=wide_range)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+        assert resolve.resolve_dtype(*asked, "float32", device) == torch.bfloat16
+
+    def test_other_dtypes_and_devices_are_as_asked(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        device = torch.device("cuda", 0)
+        assert resolve.resolve_dtype("float16", "auto", "bfloat16", device, wide_range=True) == torch.float16
+        assert resolve.resolve_dtype("auto", "fp32", "bfloat16", device) == torch.float32
+        assert resolve.resolve_dtype("auto", "auto", None, device) == torch.float32
+        assert resolve.resolve_dtype("auto", "auto", "bfloat16", torch.device("cpu")) == torch.bfloat16

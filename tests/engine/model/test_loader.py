@@ -64,6 +64,19 @@ class TestRefusals:
         rewrite(lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
         refused(folder, r"lacks model\.layers\.2\.mlp\.up_proj\.weight")
 
+    def test_a_number_that_float16_does_not_hold(self, folder, rewrite):
+        """It would become infinite, and the logits no numbers; the largest that is held is 65504."""
+        name = "model.layers.2.mlp.up_proj.weight"
+        for number, is_held in ((65504.0, True), (-65504.0, True), (65536.0, False), (-7e4, False)):
+            rewrite(lambda tensors, number=number: tensors[name][3, 4].fill_(number))
+            load(folder, dtype=torch.bfloat16)
+            if is_held:
+                load(folder, dtype=torch.float16)
+            else:
+                refused(
+                    folder, rf"'{name}' holds {abs(number):g}, .*65504.*--dtype float32", dtype=torch.float16
+                )
+
     def test_many_missing_tensors_are_counted(self, folder, rewrite):
         rewrite(lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.4." in name])
         refused(folder, "and 6 more")

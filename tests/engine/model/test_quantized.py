@@ -443,7 +443,7 @@ class TestOptions:
     )
     def test_dtype_of_activations(self, dtype, weights, checkpoint, expected):
         EngineConfig("model", dtype=dtype, weights=weights).check()
-        assert resolve_dtype(dtype, weights, checkpoint) == expected
+        assert resolve_dtype(dtype, weights, checkpoint, torch.device("cpu")) == expected
 
     def test_the_kv_cache_has_the_dtype_of_activations(self, tiny_model, make_llm):
         model = tiny_model("llama")
