@@ -8,6 +8,10 @@ multiples of 8:
     flash-attn 4    `flash_attn.cute`       compute capability 9, 10 and 11; head dimensions up to 128 from 10 on
 
 All of them cap scores, from flash-attn 2.6 on; sinks are known to flash-attn 4 alone.
+
+An installed one need not have this GPU's kernels: flash-attn 2 is built for the architectures of FLASH_ATTN_CUDA_ARCHS
+(by default 80, 90, 100 and 120, of which CUDA before 12.8 knows the first two), and one that is built for 80 runs on
+every GPU of 8.x and on no other. So each is tried on the GPU before it is chosen.
 """
 
 from __future__ import annotations
@@ -15,15 +19,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sleb.kernels.batch import BatchTensors
+from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.registry import Attention
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -162,11 +167,13 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def load_flash(device: torch.device, head_dim: int, softcap: bool = False, sinks: bool = False) -> Flash:
-    """The best flash-attn that is installed, for a GPU and head dimension that `why_not` lets pass.
+def load_flash(
+    device: torch.device, dtype: torch.dtype, head_dim: int, softcap: bool = False, sinks: bool = False
+) -> Flash:
+    """The best flash-attn that is installed and runs, for a GPU, dtype and head dimension that `why_not` lets pass.
 
     softcap, sinks: whether scores are capped, and heads have sinks. Raises FlashUnavailableError with the reasons of
-    all that were tried.
+    all that were tried, and how to have one.
     """
     major = torch.cuda.get_device_capability(device)[0]
     # Paged caches are refused by flash-attn 4 on 8 and 12, and the kernels of flash-attn 3 are for 9.
@@ -180,10 +187,39 @@ def load_flash(device: torch.device, head_dim: int, softcap: bool = False, sinks
             reasons.append(f"flash-attn {version} has no attention sinks")
             continue
         try:
-            return LOADERS[version](("softcap",) * softcap + ("learnable_sink",) * sinks)
+            flash = LOADERS[version](("softcap",) * softcap + ("learnable_sink",) * sinks)
+            try_on(device, dtype, head_dim, flash, softcap, sinks)
+            return flash
         except FlashUnavailableError as reason:
             reasons.append(f"flash-attn {version}: {reason}")
-    raise FlashUnavailableError("; ".join(reasons))
+    raise FlashUnavailableError(f"{'; '.join(reasons)} ({_remedy(order, major, sinks)})")
+
+
+def _remedy(order: Sequence[int], major: int, sinks: bool) -> str:
+    if sinks and 4 not in order:
+        return "attention triton knows sinks on every GPU"
+    of_2 = f"FLASH_ATTN_CUDA_ARCHS={10 * major} pip install flash-attn --no-build-isolation --no-binary flash-attn"
+    return f"to install flash-attn: {'pip install flash-attn-4' if 4 in order[:1] or sinks else of_2}"
+
+
+def try_on(
+    device: torch.device, dtype: torch.dtype, head_dim: int, flash: Flash, softcap: bool, sinks: bool
+) -> None:
+    """Attention of a new token over itself, and of two. Raises FlashUnavailableError where the GPU does not do it."""
+    page_size = max(16, flash.page_multiple)
+    zeros = partial(torch.zeros, dtype=dtype, device=device)
+    cache = zeros(page_size, 1, head_dim)
+    for count in (1, 2):
+        only_page = torch.zeros(1, 1, dtype=torch.int64)
+        batch = BatchTensors.of(PagedBatch((count,), (count,), only_page, page_size), device)
+        more = (30.0 if softcap else None, zeros(1) if sinks else None)
+        try:
+            flash.attention(zeros(count, 1, head_dim), cache, cache, batch, 1.0, None, *more)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # of CUDA, of its checks, of a compiler
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FlashUnavailableError(f"it is installed and does not run on this GPU ({reason})") from None
 
 
 def _load_2(more: tuple[str, ...]) -> Flash:

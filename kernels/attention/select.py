@@ -101,11 +101,9 @@ def _flash(
     if reason is not None:
         raise _UnusableError(reason)
     try:
-        flash = load_flash(device, head_dim, softcap, sinks)
+        flash = load_flash(device, dtype, head_dim, softcap, sinks)
     except FlashUnavailableError as error:
-        raise _UnusableError(
-            f"{error} (to install flash-attn: pip install flash-attn --no-build-isolation)"
-        ) from None
+        raise _UnusableError(str(error)) from None
     return AttentionBackend(f"flash-attn {flash.version}", flash.attention, flash.page_multiple)
 
 

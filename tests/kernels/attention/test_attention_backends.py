@@ -8,6 +8,7 @@ are tested too, wherever they can be imported.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import random
 import subprocess
 import sys
@@ -328,7 +329,9 @@ def install(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(9, 0): the GPU's compute capability."""
+    """gpu(9, 0): the GPU's compute capability. What is tried on it is tried on the CPU."""
+    try_on = flash.try_on
+    monkeypatch.setattr(flash, "try_on", lambda device, *arguments: try_on(CPU, *arguments))
 
     def put(major, minor=0):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
@@ -470,8 +473,11 @@ def test_the_attention_has_what_the_model_needs(install, gpu, monkeypatch):
         backend = select("torch", **needs)
         assert backend.name == f"torch sdpa (torch varlen has no {why})" and not backend.capturable
     old = types.ModuleType("flash_attn")
-    old.flash_attn_with_kvcache = lambda q, cache_seqlens, block_table, window_size: None
-    old.flash_attn_varlen_func = lambda q, cu_seqlens_k, block_table, window_size: None
+    # fmt: off
+    old.flash_attn_with_kvcache = lambda q, k, v, cache_seqlens, block_table, window_size, softmax_scale, causal: q
+    old.flash_attn_varlen_func = lambda q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, \
+        window_size, softmax_scale, causal: q
+    # fmt: on
     install()
     monkeypatch.setitem(sys.modules, "flash_attn", old)
     gpu(8)
@@ -502,6 +508,58 @@ def test_the_version_of_flash_attn(install, gpu, capability, installed, chosen):
     assert backend.capturable
     assert backend.page_multiple == (256 if chosen == 2 else 1)
     Case(BATCHES["mixed"], 256).check(backend.function)
+
+
+NO_KERNELS = "CUDA error: no kernel image is available for execution on the device"
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "lacking", "chosen", "remedy"),
+    [
+        # A wheel of flash-attn 2 that CUDA before 12.8 built knows 8 and 9; of flash-attn 4 a GPU's compiler may fail.
+        ((12, 0), (2,), (2,), None, "FLASH_ATTN_CUDA_ARCHS=120 pip install flash-attn"),
+        ((10, 0), (2,), (2,), None, "pip install flash-attn-4"),
+        ((10, 0), (2, 4), (2,), 4, None),
+        ((10, 0), (2, 4), (4,), 2, None),
+        ((10, 3), (2, 4), (2, 4), None, "pip install flash-attn-4"),
+        # One that was built for 8 alone.
+        ((9, 0), (2, 3), (2,), 3, None),
+        ((9, 0), (2, 3), (3,), 2, None),
+        ((9, 0), (2,), (2,), None, "FLASH_ATTN_CUDA_ARCHS=90 pip install flash-attn"),
+        ((8, 9), (2, 3, 4), (2,), None, "FLASH_ATTN_CUDA_ARCHS=80 pip install flash-attn"),
+    ],
+)
+@pytest.mark.parametrize("of", ["decode", "prompts"])
+def test_one_that_was_not_built_for_this_gpu(
+    install, gpu, monkeypatch, capability, installed, lacking, chosen, remedy, of
+):
+    """It can be imported, and its first launch fails: the next one is chosen, or how to have one is told."""
+    install(*installed)
+    gpu(*capability)
+
+    def without_kernels(function):
+        def call(*arguments, **named):
+            wanted = 4 if arguments[0].dim() == 4 else 3  # [S, 1, H, D] of decode, [T, H, D] of prompts
+            if (wanted == 4) == (of == "decode"):
+                raise RuntimeError(f"{NO_KERNELS}\nCompile with TORCH_USE_CUDA_DSA")
+            return function(*arguments, **named)
+
+        call.__signature__ = inspect.signature(function)
+        return call
+
+    for version in lacking:
+        name, functions = STAND_INS[version]
+        for function in functions:
+            monkeypatch.setattr(sys.modules[name], function, without_kernels(functions[function]))
+    if chosen is None:
+        with pytest.raises(ConfigError) as caught:
+            select("flash", kernels="triton")
+        said = str(caught.value)
+        assert f"does not run on this GPU ({NO_KERNELS})" in said and remedy in said and "DSA" not in said
+        assert said.endswith("choose one of: auto, triton, torch")
+    else:
+        assert select("flash").name == f"flash-attn {VERSIONS[chosen]}"
+    assert select("auto", kernels="triton").name == "triton"
 
 
 def test_flash_attn_4_on_wide_heads(install, gpu):
@@ -557,7 +615,8 @@ def test_an_old_gpu_and_nothing_installed(install, gpu):
         select("flash")
     gpu(9)
     with pytest.raises(
-        ConfigError, match=r"flash-attn 3: .*flash-attn 4: .*flash-attn 2: .*pip install flash-attn"
+        ConfigError,
+        match=r"flash-attn 3: .*flash-attn 4: .*flash-attn 2: .*pip install flash-attn .*: auto, torch",
     ):
         select("flash")
 
