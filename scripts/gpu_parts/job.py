@@ -1,4 +1,4 @@
-"""What a part's process is told, and how it writes what it finds."""
+"""What a job is told, and how it writes what it finds."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from sleb.benchmarks.environment import describe_machine
 from sleb.benchmarks.record import Measurement, Result, write_result
 
-DRY_RUN = "dry_run"  # among a result's settings: nothing in it was measured
-
 
 @dataclass
 class Job:
-    """A part's process.
-
-    Attributes:
-        out: the folder of its JSON files. seconds: how long it may take, from its start.
-        dry: tiny shapes in Triton's interpreter, to see that everything runs.
-    """
+    """out: the folder of its JSON file. seconds: from its start. dry: tiny shapes in Triton's interpreter."""
 
     name: str
     out: Path
@@ -47,7 +41,7 @@ class Job:
 
     def write(self, result: Result) -> None:
         """Writes NAME.json, in place of the one before."""
-        marked = replace(result, settings={**result.settings, DRY_RUN: self.dry})
+        marked = replace(result, settings={**result.settings, "dry_run": self.dry})
         write_result(self.out / f"{self.name}.json", marked)
 
     def say(self, line: str) -> None:
@@ -55,38 +49,45 @@ class Job:
 
 
 class Checks:
-    """What holds and what does not, written after each: a result whose measurements are the checks.
+    """A result whose measurements say what holds, written after each; its value is what is off, None too much."""
 
-    A check is a function that returns a measured difference and the largest that may be.
-    """
-
-    def __init__(self, job: Job, kind: str, dtype: torch.dtype, kernels: str = "triton") -> None:
-        self._job = job
-        environment = describe_machine(torch.device(job.device), dtype, kernels, job.command)
+    def __init__(self, job: Job, kind: str, dtype: torch.dtype) -> None:
+        self._job, self._off = job, False
+        environment = describe_machine(torch.device(job.device), dtype, "triton", job.command)
         self.result = Result(kind, environment, complete=False)
 
-    def add(self, case: str, subject: str, metric: str, value: float | None, **facts: Any) -> None:
-        """A figure; with `failed` among the facts it is told as a failure."""
-        self.result.measurements.append(Measurement(case, subject, metric, value, facts=facts))
-        self._job.say(f"{case}, {subject}: {facts.get('failed', value)}")
+    def add(
+        self, case: str, subject: str, metric: str, value: float, most: float | None = None, **facts: Any
+    ) -> None:
+        """A figure; above `most`, or where it is no number, it is told as a failure."""
+        good = most is None or value <= most
+        facts |= {"allowed": most} if good else {"failed": f"{value:.4g} {metric}, {most:g} allowed"}
+        measured = Measurement(case, subject, metric, value if good else None, facts=facts)
+        kept = [each for each in self.result.measurements if each.key != measured.key]
+        self.result.measurements = [*kept, measured]
+        self._job.say(f"{case}, {subject}: {value:.4g} {metric}{'' if good else ', FAILED'}")
         self._job.write(self.result)
 
     def equal(self, case: str, subject: str, found: Sequence[Any], wanted: Sequence[Any]) -> None:
-        """Lists of tokens that must be the same."""
-        same = sum(a == b for a, b in zip(found, wanted, strict=True))
-        facts = {} if same == len(wanted) else {"failed": f"{same} of {len(wanted)} answers are the same"}
-        self.add(case, subject, "answers that differ", None if facts else 0.0, **facts)
-
-    def close(self, case: str, subject: str, found: torch.Tensor, wanted: torch.Tensor, most: float) -> None:
-        """Log-probabilities whose mean difference may be `most`."""
-        off = float((found - wanted).abs().mean())
-        facts = (
-            {} if off <= most else {"failed": f"they differ by {off:.3g} in the mean, {most:g} is allowed"}
-        )
-        self.add(case, subject, "nats, mean difference", None if facts else off, allowed=most, **facts)
+        different = sum(a != b for a, b in zip(found, wanted, strict=True))
+        self.add(case, subject, "answers that differ", different, 0)
 
     def finish(self) -> int:
         """The exit status: 0, or 1 if something failed."""
         self.result.complete = True
         self._job.write(self.result)
         return int(any(each.value is None for each in self.result.measurements))
+
+
+def machine(job: Job) -> int:
+    """Says in a line what is here; exit status 1 without a GPU."""
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    if job.dry:
+        job.say(f"dry run: {versions}, interpreted")
+    elif not torch.cuda.is_available():
+        job.say("torch finds no CUDA GPU here; scripts/gpu --dry-run needs none")
+    else:
+        found = torch.cuda.get_device_properties(0)
+        level, memory = f"{found.major}.{found.minor}", found.total_memory >> 30
+        job.say(f"{found.name}, {memory} GiB, compute capability {level}, {versions}")
+    return int(not job.dry and not torch.cuda.is_available())

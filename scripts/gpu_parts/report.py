@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -11,25 +12,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
-_DRY_RUN = "dry_run"
 _MAY_BE_ABSENT = ("flash", "varlen")  # attention of others
 _SHOWN = 12
 
 
-def report(folders: Sequence[str]) -> int:
+def report(folder: Path) -> int:
     """Copies what was measured, under the names that results have; exit status 2 where nothing was."""
     from sleb.benchmarks.old import load
     from sleb.benchmarks.record import Result, write_result
     from sleb.errors import ConfigError
 
-    folder = Path(folders[0]) if folders else ROOT / "build/gpu"
     found: dict[str, Result] = {}
     try:
         for path in sorted(folder.glob("*.json")):
             if path.name == "run.json":
                 continue
             result = load(path)
-            if result.settings.get(_DRY_RUN) is not False or not result.environment.get("gpu"):
+            if result.settings.get("dry_run") is not False or not result.environment.get("gpu"):
                 raise ConfigError(f"{path} is of a dry run, or of no GPU: nothing in it was measured")
             name = path.stem.split("-")[0]
             if name in found:  # the processes of one part
@@ -47,7 +46,11 @@ def report(folders: Sequence[str]) -> int:
         path = RESULTS / f"{result.environment['date'][:10]}-gpu-{name}-{card}.json"
         write_result(path, result)
         print(path.relative_to(ROOT))
-    return subprocess.run([sys.executable, str(ROOT / "scripts/benchmark-docs")], check=False).returncode
+    tables = [sys.executable, str(ROOT / "scripts/benchmark-docs"), "--tables"]
+    if importlib.util.find_spec("rich") is None:
+        print(f"the tables of docs/hardware.md need the package rich: install it, and run {' '.join(tables)}")
+        return 1
+    return subprocess.run(tables, check=False).returncode
 
 
 def _slug(name: str) -> str:
@@ -58,6 +61,8 @@ def summary(folder: Path, names: Sequence[str]) -> str:
     """What the results of these processes say, in a line: how many checks hold, what does not, how fast it is."""
     held, bad, speeds = 0, [], []
     for name in names:
+        if name.startswith("warm-"):
+            continue
         try:
             rows = json.loads((folder / f"{name}.json").read_text("utf-8"))["rows"]
         except (OSError, ValueError, KeyError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,27 @@ from sleb.benchmarks.workloads import ThroughputOptions, stand_in_map
 from sleb.engine.model.architecture import resolve_spec
 from sleb.models.shapes import shape_folder
 
-_GIB = 1 << 30
-_WHOLE_70B = 125  # GiB of a GPU that holds 64 of its 80 blocks in bfloat16, 104 GiB
-_TURNS_SHARE = 0.6  # of a part's time that turns may take: the rest is loading, compiling, capturing
+_WHOLE_70B = 125 << 30  # bytes of a GPU that holds 64 of its 80 blocks in bfloat16, 104 GiB
+_TURNS_SHARE = 0.6  # of a job's time that turns may take: the rest is loading, compiling, capturing
 # What matters most first: should the time be over, the last are missing.
 _KERNELS = ("decode_attention", "linear", "sample", "greedy", "prefill_attention", "add_norm", "rope_store")
-
-_THROUGHPUT: dict[str, dict[str, Any]] = {
+_ALL: dict[str, Any] = {
+    "config": "llama-2-7b",
+    "batches": (64,),
+    "dtype": "bfloat16",
+    "kernels": "triton",
+    "seed": 0,
+}
+_JOBS: dict[str, dict[str, Any]] = {
     "7b": {"depths": (0, 7), "batches": (1, 64), "tests": ("decode", "generate", "prompt"), "mixed": False},
     "70b": {
         "config": "llama-2-70b",
         "depths": (16,),
-        "batches": (64,),
         "tests": ("generate", "decode", "prompt"),
         "control": False,
     },
-    "patched": {"depths": (0, 7), "batches": (64,), "tests": ("decode",), "control": False},
-    "mixed": {"depths": (0, 2, 4, 7), "batches": (64,), "tests": ("generate",), "control": False},
+    "patched": {"depths": (0, 7), "tests": ("decode",), "control": False},
+    "mixed": {"depths": (0, 2, 4, 7), "tests": ("generate",), "control": False},
 }
 # Of a dry run.
 _TINY = {
@@ -50,49 +53,46 @@ _TINY = {
     "max_repetitions": 1,
     "control": False,
 }
-_DRY_DEPTHS = {"7b": (0, 1), "70b": (1,), "patched": (0, 2), "mixed": (0, 1, 2)}
+_TINY_DEPTHS = {"7b": (0, 1), "70b": (1,), "patched": (0, 2), "mixed": (0, 1, 2)}
 
 
-def _options(job: Job, name: str, folder: Path) -> ThroughputOptions:
-    wanted = {"config": "llama-2-7b", "device": job.device, "dtype": "bfloat16", "kernels": "triton"}
-    wanted |= _THROUGHPUT[name] | {"time_budget": _TURNS_SHARE * job.left, "seed": 0}
+def _options(job: Job, name: str, folder: str) -> ThroughputOptions:
+    wanted = _ALL | {"device": job.device, "time_budget": _TURNS_SHARE * job.left} | _JOBS[name]
     config = wanted["config"]
     if job.dry:
-        wanted |= _TINY | {"model": str(shape(job, folder, 4, config)), "depths": _DRY_DEPTHS[name]}
-    elif config == "llama-2-70b" and torch.cuda.get_device_properties(0).total_memory < _WHOLE_70B * _GIB:
+        wanted |= _TINY | {"model": str(shape(folder, 4, config, tiny=True)), "depths": _TINY_DEPTHS[name]}
+    elif config == "llama-2-70b" and torch.cuda.get_device_properties(0).total_memory < _WHOLE_70B:
         wanted["weights"] = "int8"
     if job.dry or name == "patched":
         spec = resolve_spec(Path(wanted.get("model") or shape_folder(config)))
         layer_map = stand_in_map(config, spec.num_blocks, spec.fingerprint)
         if name == "patched":
-            served = replace(layer_map, removed=layer_map.removed[: max(wanted["depths"])])
-            layer_map = patched(replace(served, depth=0), spec.hidden_size)
+            served = replace(layer_map, depth=0, removed=layer_map.removed[: max(wanted["depths"])])
+            layer_map = patched(served, spec.hidden_size)
         wanted["layer_map"] = layer_map
     return ThroughputOptions(**wanted)
 
 
 def throughput(job: Job) -> int:
-    """Depths in turns; written after every turn."""
+    """Depths in turns, written after every turn; exit status 1 if it was cut short."""
     with tempfile.TemporaryDirectory() as folder:
         result = run_throughput(
-            _options(job, job.name, Path(folder)),
-            job.command,
+            *(_options(job, job.name, folder), job.command),
             on_turn=lambda turns, case: job.say(turns.line(case)),
             on_result=job.write,
         )
     job.write(result)
-    return int(not result.measurements)
+    return int(not result.complete)
 
 
 def warm(job: Job) -> int:
     """Compiles what serving a shape at these sizes runs, so that what measures it finds it compiled."""
-    name = job.name.removeprefix("warm-")
     with tempfile.TemporaryDirectory() as folder:
-        options = _options(job, name, Path(folder))
+        options = _options(job, job.name.removeprefix("warm-"), folder)
         if options.config is not None:  # a few blocks have the shapes of all
-            few = shape(job, Path(folder), 4, options.config)
+            few = shape(folder, 4, options.config, tiny=False)
             options = replace(options, model=str(few), config=None, load_format="dummy", depths=(0,))
-        ThroughputBench(replace(options, layer_map=None if not job.dry else options.layer_map))
+        ThroughputBench(options)
     return 0
 
 
@@ -100,25 +100,25 @@ def kernels(job: Job) -> int:
     """Operator after operator, written after every case; exit status 1 if one of Triton's fails or is wrong."""
     before = Result("kernels", {})
 
-    def write(found: Result, last: bool) -> Result:
-        """Writes what there is of all operators, and returns it."""
+    def joined(found: Result, last: bool) -> Result:
         notes = list(dict.fromkeys([*before.notes, *found.notes]))
-        whole = replace(found, measurements=[*before.measurements, *found.measurements], notes=notes)
-        whole.complete = found.complete and last
-        job.write(whole)
-        return whole
+        together = [*before.measurements, *found.measurements]
+        return replace(found, measurements=together, notes=notes, complete=found.complete and last)
+
+    def write(found: Result) -> None:
+        job.write(joined(found, False))
 
     for place, op in enumerate(_KERNELS):
-        last = op == _KERNELS[-1]
         budget = _TURNS_SHARE * job.left / (len(_KERNELS) - place)
         turns = 1 if job.dry else 7
         options = KernelsOptions(ops=(op,), device=job.device, time_budget=budget, repetitions=turns)
-        found = run_kernels(options, job.command, on_case=job.say, on_result=partial(write, last=last))
-        before = write(found, last)
+        found = run_kernels(options, job.command, on_case=job.say, on_result=write)
+        before = joined(found, op == _KERNELS[-1])
+        job.write(before)
         if not found.complete:
             break
     wrong = [each for each in before.notes if each.startswith("WRONG")]
     lost = [each for each in before.measurements if each.value is None and each.subject == "triton"]
     for line in [*wrong, *(f"{each.case}: {each.facts['failed']}" for each in lost)]:
         job.say(line)
-    return int(bool(wrong or lost))
+    return int(bool(wrong or lost) or not before.complete)

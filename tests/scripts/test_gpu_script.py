@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/gpu"
 sys.path.append(str(ROOT / "scripts"))
 
-from gpu_parts import plan, report  # noqa: E402
-from gpu_parts.process import Process, finish  # noqa: E402
+from gpu_parts import report  # noqa: E402
+from gpu_parts.run import NAMES, PARTS, Part, limit, perform  # noqa: E402
 
 THERE = (
     "torch",
@@ -53,7 +54,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 sys.path[:0] = ["", "scripts"]
 """
 COLLECT = """
-import gpu_parts.jobs, gpu_parts.report
+import gpu_parts.report, gpu_parts.run, gpu_parts.smoke, gpu_parts.speed, gpu_parts.suite
 import pytest
 sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "xdist.plugin"]))
 """
@@ -108,51 +109,57 @@ def test_gpu_tests_collect_and_every_part_imports_without_the_packages_of_the_se
     assert found is not None and int(found[1]) > 1000 and "error" not in done.stdout.lower().splitlines()[-1]
 
 
-@pytest.mark.parametrize("total", [800.0, 100.0, -1.0])
-def test_the_parts_share_the_time(total: float) -> None:
-    limits = plan.limits(plan.PARTS, total)
-    assert sum(limits) == pytest.approx(max(0.0, total)) and len(limits) == len(plan.NAMES)
-    if total == 800.0:
-        assert limits == [part.seconds for part in plan.PARTS]
-        # The first took no time: its share went to all others.
-        assert plan.limits(plan.PARTS[1:], total)[0] == pytest.approx(190 * 800 / 710)
+def test_the_parts_share_the_time() -> None:
+    for total in (800.0, 100.0):
+        left, given = total, []
+        for place in range(len(PARTS)):  # if each takes all of its time
+            given.append(limit(PARTS[place:], left))
+            left -= given[-1]
+        assert given == pytest.approx([part.seconds * total / 800 for part in PARTS])
+    # The first took no time: its share went to all others.
+    assert limit(PARTS[1:], 800) == pytest.approx(PARTS[1].seconds * 800 / (800 - PARTS[0].seconds))
+    assert limit(PARTS, -1.0) == 0
 
 
-def start(folder: Path, program: str) -> Process:
-    command = [sys.executable, "-c", program, str(folder / "found.json")]
-    return Process(command, folder / "log", dict(os.environ))
+def ended(folder: Path, *programs: str) -> list[str]:
+    """What `perform` says of these programs, with two seconds for all; each may write a file."""
+    names = [f"job{number}" for number in range(len(programs))]
+    commands = [
+        [sys.executable, "-c", program, str(folder / name)]
+        for name, program in zip(names, programs, strict=True)
+    ]
+    return perform(Part("part", 1, names), commands, 2.0, folder, dict(os.environ))
 
 
-@pytest.mark.parametrize(
-    ("program", "why"),
-    [
-        ("", None),
-        ("import sys; sys.exit(3)", "exit status 3"),
-        ("import os; os.kill(os.getpid(), 11)", "ended by signal 11"),
-        # It writes what it has when it is asked to end, and is in time.
-        (
-            "import sys, time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n open(sys.argv[1], 'w').write('part')",
-            None,
-        ),
-        # It does not listen, and has a child that does not either.
-        (
-            "import signal, subprocess, sys, time\nsignal.signal(2, signal.SIG_IGN)\n"
-            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-            "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(60)",
-            "not done in 2 s",
-        ),
-    ],
-)
-def test_processes_end_in_time(tmp_path: Path, program: str, why: str | None) -> None:
+def test_processes_end_in_time(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert finish([start(tmp_path, program)], 2.0) == [why]
-    assert time.monotonic() - began < 5
-    if "Popen" in program:
-        child = int((tmp_path / "found.json").read_text())
-        state = Path(f"/proc/{child}/stat")
-        assert not state.exists() or state.read_text().rsplit(") ", 1)[1][0] == "Z"
-    elif "sleep" in program:
-        assert (tmp_path / "found.json").read_text() == "part"
+    good = "open(sys.argv[1], 'w').write('whole')"
+    # It writes what it has when it is asked to end.
+    listens = (
+        "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n open(sys.argv[1], 'w').write('part'); sys.exit(1)"
+    )
+    # It does not listen, nor does its child.
+    deaf = (
+        "signal.signal(2, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    programs = [f"import signal, subprocess, sys, time\n{each}" for each in (good, listens, deaf)]
+    assert ended(tmp_path, *programs) == [f"job{number}: not done in 2 s" for number in (1, 2)]
+    assert time.monotonic() - began < 10
+    assert (tmp_path / "job0").read_text() == "whole" and (tmp_path / "job1").read_text() == "part"
+    state = Path(f"/proc/{(tmp_path / 'job2').read_text()}/stat")
+    assert not state.exists() or state.read_text().rsplit(") ", 1)[1][0] == "Z"
+
+
+def test_a_crash_is_told_and_the_others_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    programs = (
+        "import os; os.kill(os.getpid(), 11)",
+        "import sys; print('no memory'); sys.exit(3)",
+        "import sys, time; time.sleep(0.3); open(sys.argv[1], 'w').write('whole')",
+    )
+    assert ended(tmp_path, *programs) == ["job0: ended by signal 11", "job1: exit status 3"]
+    assert (tmp_path / "job2").read_text() == "whole" and "no memory" in capfd.readouterr().out
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -195,12 +202,39 @@ DOCUMENT = {
 def test_a_dry_run_and_an_empty_folder_make_no_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report.report([str(tmp_path)]) == 2
+    assert report.report(tmp_path) == 2
     assert "holds no result" in capsys.readouterr().err
     for change in ({"settings": {"dry_run": True}}, {"settings": {}}, {"environment": {"gpu": None}}):
         (tmp_path / "7b.json").write_text(json.dumps(DOCUMENT | change))
-        assert report.report([str(tmp_path)]) == 2
+        assert report.report(tmp_path) == 2
         assert "nothing in it was measured" in capsys.readouterr().err
+
+
+def test_what_was_measured_becomes_results_and_tables(tmp_path: Path) -> None:
+    root, folder = tmp_path / "root", tmp_path / "gpu"
+    for name in ("scripts", "docs", "benchmarks/results"):
+        shutil.copytree(ROOT / name, root / name)
+    (root / "sleb").symlink_to(ROOT / "sleb")
+    old = root / "benchmarks/results/2029-01-01-gpu-7b-h200.json"
+    old.write_text(json.dumps(DOCUMENT))
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "7b.json").write_text(json.dumps(DOCUMENT))
+    for name in ("smoke-int8", "smoke-int4"):
+        rows = [{**DOCUMENT["rows"][0], "case": name}]
+        (folder / f"{name}.json").write_text(json.dumps(DOCUMENT | {"kind": "gpu smoke", "rows": rows}))
+    command = [sys.executable, str(root / "scripts/gpu"), "report", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name: json.loads(path.read_text()) for path in old.parent.glob("*-gpu-*.json")}
+    assert set(made) == {"2030-01-02-gpu-7b-h200.json", "2030-01-02-gpu-smoke-h200.json"}
+    assert [row["case"] for row in made["2030-01-02-gpu-smoke-h200.json"]["rows"]] == [
+        "smoke-int4",
+        "smoke-int8",
+    ]
+    page = (root / "docs/hardware.md").read_text()
+    assert "| decode 1 × 128 after 64 | depth 0 | 200 |" in page and "NVIDIA H200" in page
+    assert "gpu-70b" not in page.replace("*-gpu-70b-*", "")  # nothing is shown where nothing was measured
 
 
 @pytest.mark.slow
@@ -225,9 +259,9 @@ def test_the_dry_run_runs_to_its_end(tmp_path: Path) -> None:
     done = run("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "run.json").read_text())
-    assert told["dry_run"] is True and list(told["parts"]) == list(plan.NAMES)
-    for part in plan.PARTS:
-        for name in part.jobs:
+    assert told["dry_run"] is True and list(told["parts"]) == list(NAMES)
+    for part in PARTS:
+        for name in (name for name in part.jobs if not name.startswith("warm-")):
             found = json.loads((tmp_path / f"{name}.json").read_text())
             assert found["rows"] and found["complete"] and found["settings"]["dry_run"] is True
     refused = run("report", str(tmp_path))
