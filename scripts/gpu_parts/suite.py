@@ -13,7 +13,8 @@ from gpu_parts.job import Checks, Job
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FOLDERS = ("tests/engine", "tests/kernels")
-_DRY_FILES = ("tests/kernels/triton/test_triton_rope.py",)  # interpreted
+# Of a dry run, interpreted: together and alone.
+_DRY_FILES = (("tests/kernels/triton/test_triton_rope.py",), ("tests/kernels/triton/test_tuning.py",))
 _MAX_PROCESSES = 16
 _MEMORY_OF_ONE = 5 << 30  # of the host: torch with CUDA, and Triton's compiler
 _WRITE_SECONDS = 2.0
@@ -25,7 +26,7 @@ def suite(job: Job) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     processes = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES, max(1, memory // _MEMORY_OF_ONE))
     wanted = "not slow and not gpu" if job.dry else f"gpu and {'' if alone else 'not '}alone"
-    arguments = [str(_ROOT / name) for name in (_DRY_FILES if job.dry else _FOLDERS)]
+    arguments = [str(_ROOT / name) for name in (_DRY_FILES[alone] if job.dry else _FOLDERS)]
     arguments += [
         "-m",
         wanted,
@@ -36,7 +37,10 @@ def suite(job: Job) -> int:
         "no:cacheprovider",
         f"--rootdir={_ROOT}",
     ]
-    arguments += ["-k", "float32"] if job.dry else []
+    arguments += [
+        f"--basetemp={job.out / 'not-kept' / job.name}",
+        *(["-k", "float32 or tuned"] if job.dry else []),
+    ]
     outcomes = _Outcomes(Checks(job, "gpu tests", torch.float32), "alone" if alone else "together")
     status = pytest.main([*arguments, *([] if alone else ["-n", str(processes)])], plugins=[outcomes])
     outcomes.write()
