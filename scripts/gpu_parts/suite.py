@@ -27,20 +27,11 @@ def suite(job: Job) -> int:
     processes = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES, max(1, memory // _MEMORY_OF_ONE))
     wanted = "not slow and not gpu" if job.dry else f"gpu and {'' if alone else 'not '}alone"
     arguments = [str(_ROOT / name) for name in (_DRY_FILES[alone] if job.dry else _FOLDERS)]
-    arguments += [
-        "-m",
-        wanted,
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={_ROOT}",
-    ]
-    arguments += [
-        f"--basetemp={job.out / 'not-kept' / job.name}",
-        *(["-k", "float32 or tuned"] if job.dry else []),
-    ]
+    scratch = job.out / "not-kept"
+    scratch.mkdir(parents=True, exist_ok=True)
+    arguments += ["-m", wanted, "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
+    arguments += [f"--rootdir={_ROOT}", f"--basetemp={scratch / job.name}"]
+    arguments += ["-k", "float32 or kept"] if job.dry else []
     outcomes = _Outcomes(Checks(job, "gpu tests", torch.float32), "alone" if alone else "together")
     status = pytest.main([*arguments, *([] if alone else ["-n", str(processes)])], plugins=[outcomes])
     outcomes.write()

@@ -122,13 +122,13 @@ def test_the_parts_share_the_time() -> None:
 
 
 def ended(folder: Path, *programs: str) -> list[str]:
-    """What `perform` says of these programs, with two seconds for all; each may write a file."""
+    """What `perform` says of these programs, with four seconds for all; each may write a file."""
     names = [f"job{number}" for number in range(len(programs))]
     commands = [
         [sys.executable, "-c", program, str(folder / name)]
         for name, program in zip(names, programs, strict=True)
     ]
-    return perform(Part("part", 1, names), commands, 2.0, folder, dict(os.environ))
+    return perform(Part("part", 1, names), commands, 4.0, folder, dict(os.environ))
 
 
 def test_processes_end_in_time(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_processes_end_in_time(tmp_path: Path) -> None:
         "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(60)"
     )
     programs = [f"import signal, subprocess, sys, time\n{each}" for each in (good, listens, deaf)]
-    assert ended(tmp_path, *programs) == [f"job{number}: not done in 2 s" for number in (1, 2)]
-    assert time.monotonic() - began < 10
+    assert ended(tmp_path, *programs) == [f"job{number}: not done in 4 s" for number in (1, 2)]
+    assert time.monotonic() - began < 15
     assert (tmp_path / "job0").read_text() == "whole" and (tmp_path / "job1").read_text() == "part"
     state = Path(f"/proc/{(tmp_path / 'job2').read_text()}/stat")
     assert not state.exists() or state.read_text().rsplit(") ", 1)[1][0] == "Z"
