@@ -197,7 +197,7 @@ def linear_add(
     """residual[r] += scale · linear(x[r]) for start ≤ r < num_rows, in place.
 
     Args:
-        x: [M, in]. residual: [T, E], T ≥ M. start: None: 0.
+        x: [M, in], not of the residual's memory. residual: [T, E], T ≥ M. start: None: 0.
         moments: those of the residual, kept so; None: not wanted.
     """
     delta = linear(x, weight, bias)

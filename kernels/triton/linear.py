@@ -7,7 +7,8 @@
 x̂ is x, or the RMSNorm of its rows. The tile is that of `sleb.kernels.triton.product`; what follows is done on its sums,
 which are rounded where they would be if each step were a launch of its own. A gate and its up are neighbours in a tile:
 which row of the weight a column of the tile is, is free. Ranges of rows are read on the device, and a program that has
-none of its range ends: what no row needs is a launch, and no weight is read.
+none of its range ends: what no row needs is a launch and the first tiles of the weight, which are on their way to L2 by
+then, so that they are not waited for.
 
 For many rows, and where measuring says so, the same is composed: the vendor's product, for weights that are not
 quantised, between launches of the norm and of what follows.
@@ -36,6 +37,7 @@ from sleb.kernels.triton.product import (
     num_chunks,
     operands,
     part_length,
+    prefetch_weight,
     product,
 )
 from sleb.kernels.triton.runtime import (
@@ -74,7 +76,8 @@ COMPOSED = Config(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_parts"], do_not_specialize_on_alignment=["first_row", "end_row"]
+    do_not_specialize=["num_rows", "num_parts"],
+    do_not_specialize_on_alignment=["first_row", "end_row", "moments", "out_moments"],
 )
 def _linear(
     x,
@@ -121,14 +124,6 @@ def _linear(
     PRECISION: tl.constexpr,
 ):
     """num_outputs: columns of `out`; where gates and ups are made, half the weight's rows."""
-    wait_for_previous()
-    first, end = 0, num_rows
-    if HAS_START:
-        first = tl.load(first_row)
-    if HAS_END:
-        end = tl.minimum(tl.load(end_row), num_rows)
-    if tl.maximum(first, tl.program_id(1) * ROWS) >= tl.minimum(end, (tl.program_id(1) + 1) * ROWS):
-        return
     width: tl.constexpr = OUTPUTS // 2 if EPILOGUE == 2 else OUTPUTS
     of_tile = tl.arange(0, OUTPUTS)
     output = tl.program_id(0) * OUTPUTS + of_tile
@@ -137,10 +132,21 @@ def _linear(
         output = tl.program_id(0) * width + of_tile // 2
         present = output < num_outputs
         output += of_tile % 2 * num_outputs
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    in_rows = row < num_rows
     part = tl.program_id(2)
     start = part * length
+    if tl.program_id(1) == 0:
+        own = tl.where(present, output, 0).to(tl.int64)[:, None]
+        prefetch_weight(values, own, start, num_bytes, KIND, INPUTS)
+    wait_for_previous()
+    first, end = 0, num_rows
+    if HAS_START:
+        first = tl.load(first_row)
+    if HAS_END:
+        end = tl.minimum(tl.load(end_row), num_rows)
+    if tl.maximum(first, tl.program_id(1) * ROWS) >= tl.minimum(end, (tl.program_id(1) + 1) * ROWS):
+        return
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    in_rows = row < num_rows
     stop = tl.minimum(start + length, num_inputs)
     factors = 1.0
     if NORMED:

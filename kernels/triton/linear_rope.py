@@ -24,6 +24,7 @@ from sleb.kernels.triton.product import (
     num_chunks,
     operands,
     part_length,
+    prefetch_weight,
     product,
 )
 from sleb.kernels.triton.rope_store import clipped, head_moments, normed_heads, rope_store, store_heads
@@ -102,19 +103,21 @@ def _linear_rope(
     BASE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    wait_for_previous()
-    end = tl.minimum(tl.load(num_tokens), num_rows)
-    if tl.program_id(1) * ROWS >= end:
-        return
     head = tl.program_id(0)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    in_rows = row < end
     # Columns 2p and 2p + 1 of the tile are the features p and p + HALF; those that are not rotated, as they lie.
     column = tl.arange(0, OUTPUTS)
     feature = tl.where(column < 2 * HALF, column // 2 + column % 2 * HALF, column)
     output = head * OUTPUTS + feature
     part = tl.program_id(2)
     start = part * length
+    if tl.program_id(1) == 0:
+        prefetch_weight(values, output.to(tl.int64)[:, None], start, num_bytes, KIND, INPUTS)
+    wait_for_previous()
+    end = tl.minimum(tl.load(num_tokens), num_rows)
+    if tl.program_id(1) * ROWS >= end:
+        return
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    in_rows = row < end
     stop = tl.minimum(start + length, num_inputs)
     factors = 1.0
     if NORMED:

@@ -35,6 +35,7 @@ from sleb.kernels.triton.runtime import (
     multiply,
     num_processors,
     power_of_two,
+    prefetch,
     shared_memory,
 )
 from sleb.kernels.triton.tuning import Config
@@ -113,6 +114,17 @@ def product(
     if KIND == 1:
         total *= tl.load(scale + tl.trans(output), mask=tl.trans(in_outputs), other=0.0)
     return total
+
+
+@triton.jit
+def prefetch_weight(values, output, start, num_bytes, KIND: tl.constexpr, INPUTS: tl.constexpr):
+    """The first two tiles of rows `output` [OUTPUTS, 1], all of them there, on their way before anything is waited for:
+    a weight is older than every launch."""
+    line: tl.constexpr = 128 * 8 // values.dtype.element_ty.primitive_bitwidth
+    number: tl.constexpr = max(1, 2 * (INPUTS // 2 if KIND == 2 else INPUTS) // line)
+    first = start // 2 if KIND == 2 else start
+    column = first + line * tl.arange(0, number)[None, :]
+    prefetch(values + output * num_bytes + tl.minimum(column, num_bytes - 1))
 
 
 @triton.jit

@@ -112,6 +112,20 @@ def launch_next():
         _launch()
 
 
+@triton.jit
+def prefetch(pointers):
+    """The lines of L2 that hold what pointers, all of them inside of a tensor, point to; nothing where interpreted."""
+    if _COMPILED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // dummy $0",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 def launch_options(num_warps: int = 4, num_stages: int | None = None) -> dict[str, Any]:
     """What every launch says beside its arguments: warps, stages (None: Triton's own number) and, since from Triton
     3.10 on that is no longer the default, that a product and a sum may be one instruction with one rounding."""
