@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from gpu_parts.job import Checks, Job
 from sleb import LLM, SamplingParams
-from sleb.engine.execute.cuda_graphs import decode_buckets
+from sleb.engine.execute.cuda_graphs import decode_buckets, prompt_buckets
 from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import resolve_spec
 from sleb.layer_map.layer_map import LayerMap, Patch, Patches, Unit
@@ -96,7 +96,7 @@ class _Smoke:
         llm = LLM(self.folder, patched(layer_map, self.spec.hidden_size), _TIERS, **(defaults | options))
         if self.job.dry and graphs:
             executor: Any = llm.engine.runner.executor
-            executor.capture(decode_buckets(8), lambda function: function)
+            executor.capture(decode_buckets(8), lambda function: function, prompts=prompt_buckets(64))
         return llm
 
     def tokens(self, llm: LLM, depths: Any, **params: Any) -> list[list[int]]:

@@ -22,7 +22,10 @@ from sleb.models.shapes import shape_folder
 _WHOLE_70B = 125 << 30  # bytes of a GPU that holds 64 of its 80 blocks in bfloat16, 104 GiB
 _TURNS_SHARE = 0.6  # of a job's time that turns may take: the rest is loading, compiling, capturing
 # What matters most first: should the time be over, the last are missing.
-_KERNELS = ("decode_attention", "linear", "sample", "greedy", "prefill_attention", "add_norm", "rope_store")
+_KERNELS = (
+    *("decode_attention", "linear", "linear_activate", "linear_add", "linear_rope_store", "sample"),
+    *("greedy", "prefill_attention", "add_norm", "rope_store"),
+)
 _ALL: dict[str, Any] = {
     "config": "llama-2-7b",
     "batches": (64,),
