@@ -119,7 +119,7 @@ class ThroughputBench:
         num_attention = sum(layer_map.active((block, "attention"), min(self.depths)) for block in blocks)
         asked = options.dtype, options.weights, spec.checkpoint_dtype, resolve_device(options.device)
         dtype = resolve_dtype(*asked, wide_range=spec.wide_range)
-        page_bytes = _PAGE_SIZE * bytes_per_token(spec, num_attention, dtype)
+        page_bytes = _PAGE_SIZE * bytes_per_token(spec, num_attention, dtype, "auto")
         batch = max(each.batch for each in workloads)
         longest_prompt = max(each.prompt_tokens for each in workloads)
         all_prompts = max(each.batch * each.prompt_tokens for each in workloads)

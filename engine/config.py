@@ -17,6 +17,7 @@ from sleb.kernels.names import (
     DTYPES,
     FILE,
     KERNELS,
+    KV_DTYPES,
     QUANTIZED,
     check_device,
 )
@@ -73,7 +74,7 @@ class EngineConfig:
     _: KW_ONLY
     dtype: str = option(
         "auto",
-        "Of activations and KV cache; auto: the checkpoint's.",
+        "Of activations, and of the KV cache but for --kv-dtype; auto: the checkpoint's.",
         choices=("auto", *DTYPES),
         aliases=tuple(DTYPE_ALIASES),
         group=_MODEL,
@@ -84,6 +85,12 @@ class EngineConfig:
         "as they are loaded; or a dtype, which is then that of all.",
         choices=("auto", FILE, *QUANTIZED, *DTYPES),
         aliases=tuple(DTYPE_ALIASES),
+        group=_MODEL,
+    )
+    kv_dtype: str = option(
+        "auto",
+        "Of the KV cache; auto: --dtype's; int8, of the C kernels alone: a byte, and a scale a token and head.",
+        choices=KV_DTYPES,
         group=_MODEL,
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", group=_MODEL, metavar="NAME")

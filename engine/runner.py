@@ -96,6 +96,7 @@ class Runner:
         backends = select_backends(config, spec, self.device, self.dtype)
         keep = self.kept_sublayers(min(depths))
         weight_format = resolve_weight_format(config.weights)
+        self._kv_dtype = config.kv_dtype
         self._patches = self._served_patches(depths)
         weights = load_weights(
             path,
@@ -156,7 +157,7 @@ class Runner:
     def kv_bytes_per_token(self, depth: int) -> int:
         """Bytes of K and V that a token of a request at `depth` needs."""
         num_blocks = sum(part == "attention" for _, part in self.kept_sublayers(depth))
-        return bytes_per_token(self.spec, num_blocks, self.dtype)
+        return bytes_per_token(self.spec, num_blocks, self.dtype, self._kv_dtype)
 
     def run(self, step: Step) -> Forward:
         """Computes the step's tokens; on a GPU, queues that behind the work of the steps before."""

@@ -46,8 +46,20 @@ def select_backends(
 ) -> Backends:
     """The fastest that can be had of what `config` asks for; known before minutes are spent on loading.
 
-    Raises ConfigError for kernels, an attention or a page size that was asked for and cannot be had.
+    Raises ConfigError for kernels, an attention, a KV dtype or a page size that was asked for and cannot be had.
     """
+    backends = _select(config, spec, device, dtype)
+    kernels = backends.kernels
+    if config.kv_dtype != "auto" and kernels.cpu is None:
+        why = f" ({kernels.why_slower})" if kernels.why_slower else ""
+        raise ConfigError(
+            f"kv_dtype '{config.kv_dtype}' goes with the C kernels, and here kernels {kernels.name} compute{why}; "
+            "use kv_dtype auto"
+        )
+    return backends
+
+
+def _select(config: EngineConfig, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> Backends:
     kernels = select_kernels(config.kernels, device, config.threads, config.cpu_affinity)
     lacking = lacks_feature(spec) if kernels.gpu is not None else None
     if kernels.gpu is not None and lacking is None:
@@ -120,6 +132,7 @@ def build_executor(
             page_size=page_size,
             max_num_tokens=config.step_tokens,
             max_num_seqs=config.max_num_seqs,
+            kv_dtype=config.kv_dtype,
         )
     else:
         decoder = Decoder(spec, weights, kernels, max_model_len, device)

@@ -82,7 +82,9 @@ class CpuExecutor:
         page_size: int,
         max_num_tokens: int,
         max_num_seqs: int,
+        kv_dtype: str = "auto",
     ) -> None:
+        self._kv_int8 = kv_dtype == "int8"
         self.instruction_set: str | None = kernels.level
         self._kernels = kernels
         self._spec = spec
@@ -123,7 +125,8 @@ class CpuExecutor:
     @property
     def description(self) -> str:
         """The kernels in words, for a line at start."""
-        return f"C kernels for {self.instruction_set}, {self.num_threads} threads"
+        kv_cache = ", KV cache in int8" if self._kv_int8 else ""
+        return f"C kernels for {self.instruction_set}, {self.num_threads} threads{kv_cache}"
 
     def run(
         self, step: StepArrays, samples: Sequence[int], greedy: bool, last: Tensor | None = None
@@ -182,6 +185,7 @@ class CpuExecutor:
             vocab_size=spec.vocab_size,
             page_size=self.page_size,
             kv_format=FORMATS[weights.dtype],
+            kv_int8=self._kv_int8,
             max_tokens=max_num_tokens,
             position_offset=spec.position_offset,
             norm_eps=spec.norm_eps,
@@ -233,7 +237,8 @@ class CpuExecutor:
         unit.parallel = spec.parallel
         unit.window = spec.windows[block] or 0
         padded = -(-spec.head_dim // 16) * 16
-        size = num_pages * self.page_size * spec.num_kv_heads * padded * self._dtype.itemsize
+        token = padded + 4 if self._kv_int8 else padded * self._dtype.itemsize
+        size = num_pages * self.page_size * spec.num_kv_heads * token
         unit.key_cache = kernels.arena.map(size, huge=False)[0]
         unit.value_cache = kernels.arena.map(size, huge=False)[0]
 

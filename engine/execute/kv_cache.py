@@ -54,8 +54,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def bytes_per_token(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype) -> int:
-    """Bytes of K and V that one token takes in `num_blocks` attention sublayers."""
+def bytes_per_token(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype, kv_dtype: str) -> int:
+    """Bytes of K and V that one token takes in `num_blocks` attention sublayers.
+
+    kv_dtype: "auto" for `dtype`, or "int8", which has a float32 scale a token and head.
+    """
+    if kv_dtype == "int8":
+        return 2 * num_blocks * spec.num_kv_heads * (spec.head_dim + 4)
     return 2 * num_blocks * spec.kv_size * dtype.itemsize
 
 
@@ -76,7 +81,7 @@ def size_cache(
     if wanted > limit:
         raise ConfigError(f"max_model_len is {wanted}, but the model has {limit} positions; ask for no more")
     num_pages = choose_num_pages(
-        bytes_per_token(spec, num_blocks, dtype) * page_size,
+        bytes_per_token(spec, num_blocks, dtype, config.kv_dtype) * page_size,
         -(-wanted // page_size) * config.max_num_seqs,
         config.kv_cache_memory,
         device,

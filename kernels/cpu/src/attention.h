@@ -8,7 +8,11 @@
  *   bf16       [P / 16, Dp / 2, 16, 2]         [P / 2, Dp, 2]
  *   otherwise  [P / 16, Dp, 16]                [P, Dp]
  *
- * A cache is [pages, K, P · Dp] elements. The softmax is online (Milakov & Gimelshein 2018, arXiv 1805.02867) over
+ * A cache is [pages, K, P · Dp] elements. In bytes (kv_int8) a page's elements lie in the same order, as signed q, and
+ * after them the P tokens' scales, float32: x = scale q, where scale is the largest |x| of the token's head over 127.
+ * They are widened a chunk at a time, as they are; keys' scales then multiply the scores, values' the probabilities.
+ *
+ * The softmax is online (Milakov & Gimelshein 2018, arXiv 1805.02867) over
  * chunks of 128 keys; the heads of a group share their keys, so they are rows of one tile. A lone long context is split
  * between threads and its parts are merged (Flash-Decoding, Dao et al. 2023).
  */
@@ -31,7 +35,13 @@ INLINE size_t kv_bytes(int32_t kv_format) { return kv_format == SLEB_F32 ? 4 : 2
 
 INLINE size_t page_offset(const sleb_model *m, int32_t page, int32_t head) {
     size_t padded = (size_t)round_up(m->head_dim, 16);
-    return ((size_t)page * m->num_kv_heads + head) * m->page_size * padded * kv_bytes(m->kv_format);
+    size_t token = m->kv_int8 ? padded + 4 : padded * kv_bytes(m->kv_format);
+    return ((size_t)page * m->num_kv_heads + head) * m->page_size * token;
+}
+
+/* Where the scales of a page in bytes lie. */
+INLINE char *page_scales(const sleb_model *m, const char *page) {
+    return (char *)page + (size_t)m->page_size * round_up(m->head_dim, 16);
 }
 
 /* --- rotary embedding, head norms, and the way of keys and values into the cache --- */
@@ -101,6 +111,44 @@ static void store_value(const sleb_model *m, char *page, int32_t offset, const f
     }
 }
 
+/* One token's key or value [Dp] in bytes, each where store_key and store_value put its element. */
+static void store_bytes(const sleb_model *m, char *page, int32_t offset, const float *x, int32_t padded,
+                        int32_t is_key) {
+    int32_t pairs = m->kv_format == SLEB_BF16;
+    __m512 top = _mm512_setzero_ps();
+    for (int32_t at = 0; at < padded; at += 16) top = _mm512_max_ps(_mm512_abs_ps(load_f32(x + at)), top);
+    float most = _mm512_reduce_max_ps(top);
+    for (int32_t at = 0; at < padded; at++) most = x[at] != x[at] ? x[at] : most; /* a NaN stays one, as the scale */
+    float scale = most / 127.0f;
+    __m512 inverse = _mm512_set1_ps(most > 0.0f && most < INFINITY ? 127.0f / most : 0.0f);
+    memcpy(page_scales(m, page) + (size_t)offset * 4, &scale, 4);
+    for (int32_t at = 0; at < padded; at += 16) {
+        _Alignas(16) int8_t q[16];
+        __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load_f32(x + at), inverse));
+        _mm_store_si128((__m128i *)q, _mm512_cvtsepi32_epi8(rounded));
+        for (int32_t i = 0; i < 16; i++) {
+            size_t d = (size_t)(at + i), place;
+            if (is_key)
+                place = (size_t)(offset / 16) * 16 * padded +
+                        (pairs ? (d / 2 * 16 + offset % 16) * 2 + d % 2 : d * 16 + offset % 16);
+            else
+                place = pairs ? ((size_t)(offset / 2) * padded + d) * 2 + offset % 2 : (size_t)offset * padded + d;
+            page[place] = q[i];
+        }
+    }
+}
+
+/* `count` bytes to kv_format, exactly. */
+static void widen_bytes(int32_t format, const char *from, size_t count, char *to) {
+    for (size_t at = 0; at < count; at += 16) {
+        __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + at))));
+        if (format == SLEB_F32)
+            _mm512_storeu_ps(to + at * 4, x);
+        else
+            _mm256_storeu_si256((__m256i *)(to + at * 2), format == SLEB_F16 ? _mm512_cvtps_ph(x, 0) : to_bf16(x));
+    }
+}
+
 /* Zeroes the values after `offset`: a probability of 0 times what another sequence left there must be 0, not NaN. */
 static void clear_values_after(const sleb_model *m, char *page, int32_t offset, int32_t padded) {
     size_t row = (size_t)padded * kv_bytes(m->kv_format);
@@ -152,7 +200,10 @@ static void place_token(const attention *at, int32_t token, int32_t sequence, sl
         if (is_normed && m->qk_after) norm_row(x, dim, norm, m->norm_eps, x);
         if (is_key) {
             char *to = (char *)u->key_cache + page_offset(m, page, head - m->num_heads);
-            store_key(m, to, offset, x, padded);
+            if (m->kv_int8)
+                store_bytes(m, to, offset, x, padded, 1);
+            else
+                store_key(m, to, offset, x, padded);
             continue;
         }
         size_t row = ((size_t)(head / group) * at->step->num_tokens + token) * group + head % group;
@@ -166,6 +217,10 @@ static void place_token(const attention *at, int32_t token, int32_t sequence, sl
         memcpy(x, heads, (size_t)dim * 4);
         if (m->clip > 0.0f) clip_head(x, dim, m->clip);
         char *to = (char *)u->value_cache + page_offset(m, page, head);
+        if (m->kv_int8) {
+            store_bytes(m, to, offset, x, padded, 0);
+            continue;
+        }
         store_value(m, to, offset, x, padded);
         if (dirty) clear_values_after(m, to, offset, padded);
     }
@@ -228,6 +283,11 @@ static void score_keys(const sleb_model *m, const char *query, int32_t rows, con
     }
 }
 
+static void scale_scores(float *scores, int32_t keys, const float *scale) {
+    for (int32_t at = 0; at < keys; at += 16)
+        _mm512_storeu_ps(scores + at, _mm512_mul_ps(load_f32(scores + at), load_f32(scale + at)));
+}
+
 /* The scores [low, high) of a row under the soft cap, in powers of two. */
 static void cap_scores(float *scores, int32_t low, int32_t high, float softcap) {
     for (int32_t at = low / 16 * 16; at < high; at += 16)
@@ -235,9 +295,9 @@ static void cap_scores(float *scores, int32_t low, int32_t high, float softcap) 
 }
 
 /* Online softmax of one row's scores [keys], of which [low, high) are visible: probs before they are divided by `sum`.
- * Returns the factor for what was gathered before; `top` and `sum` go on. */
-static float softmax_keys(const float *scores, int32_t keys, int32_t low, int32_t high, char *probs, int32_t kind,
-                        float *top, float *sum) {
+ * Returns the factor for what was gathered before; `top` and `sum` go on. value_scale: [keys], or NULL. */
+static float softmax_keys(const float *scores, int32_t keys, int32_t low, int32_t high, const float *value_scale,
+                          char *probs, int32_t kind, float *top, float *sum) {
     const __m512 never = _mm512_set1_ps(-INFINITY);
     __m512 most = never;
     for (int32_t at = 0; at < keys; at += 16) {
@@ -255,6 +315,7 @@ static float softmax_keys(const float *scores, int32_t keys, int32_t low, int32_
         __mmask16 mask = tail_mask(max_i(high - at, 0)) & ~tail_mask(max_i(low - at, 0));
         __m512 prob = _mm512_maskz_mov_ps(mask, exp2_ps(_mm512_sub_ps(load_f32(scores + at), shift)));
         total = _mm512_add_ps(total, prob);
+        if (value_scale) prob = _mm512_maskz_mul_ps(mask, prob, load_f32(value_scale + at));
         store_row(probs, kind, at, prob, 0xffff);
     }
     float factor = *top == -INFINITY ? 0.0f : exp2f(*top - highest);
@@ -308,6 +369,22 @@ static void prefetch_page(const attention *at, const int32_t *pages, int32_t num
     }
 }
 
+/* Widens the page at `from` of both caches, whose keys are the chunk's from `key` on; where its values lie then. */
+static const char *widen_page(const attention *at, size_t from, int32_t key, sleb_local *local) {
+    const sleb_model *m = at->model;
+    size_t padded = (size_t)round_up(m->head_dim, 16), count = (size_t)m->page_size * padded;
+    size_t element = kv_bytes(m->kv_format);
+    const char *pages[2] = {(const char *)at->unit->key_cache + from, (const char *)at->unit->value_cache + from};
+    char *to = NULL;
+    for (int32_t side = 0; side < 2; side++) {
+        to = local->wide + ((size_t)side * SLEB_ATTENTION_KEYS + key) * padded * element;
+        widen_bytes(m->kv_format, pages[side], count, to);
+        float *scale = local->kv_scale + side * SLEB_ATTENTION_KEYS + key;
+        memcpy(scale, page_scales(m, pages[side]), (size_t)m->page_size * 4);
+    }
+    return to;
+}
+
 /* One piece of one key-value head: local->mixed [rows, Dp] unnormalised, local->stats its maxima and sums. */
 static void attend_piece(const attention *at, const sleb_piece *piece, int32_t head, sleb_local *local) {
     const sleb_model *m = at->model;
@@ -341,8 +418,11 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
             int32_t key = chunk + 16 * c;
             size_t from = page_offset(m, pages[key / page_size], head);
             key_columns[c] = (const char *)at->unit->key_cache + from + (size_t)(key % page_size / 16) * column;
+            if (m->kv_int8)
+                key_columns[c] = local->wide + (size_t)c * column;
             if (key % page_size == 0)
-                value_pages[(key - chunk) / page_size] = (const char *)at->unit->value_cache + from;
+                value_pages[(key - chunk) / page_size] = m->kv_int8 ? widen_page(at, from, key - chunk, local)
+                                                                    : (const char *)at->unit->value_cache + from;
         }
         key_columns[columns] = key_columns[columns - 1];
         for (int32_t c = 0; c < columns; c += 2) {
@@ -356,9 +436,12 @@ static void attend_piece(const attention *at, const sleb_piece *piece, int32_t h
         for (int32_t row = 0; row < rows; row++) {
             int32_t position = base + (piece->first_row + row) / group;
             int32_t high = min_i(position + 1, end) - chunk, low = window ? max_i(0, position - window + 1 - chunk) : 0;
+            if (m->kv_int8)
+                scale_scores(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, padded_keys, local->kv_scale);
             if (m->softcap > 0.0f)
                 cap_scores(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, low, min_i(high, padded_keys), m->softcap);
             float factor = softmax_keys(local->scores + (size_t)row * SLEB_ATTENTION_KEYS, padded_keys, low, high,
+                                        m->kv_int8 ? local->kv_scale + SLEB_ATTENTION_KEYS : NULL,
                                       local->probs + (size_t)row * SLEB_ATTENTION_KEYS * element_bytes(kind), kind,
                                       &top[row], &sum[row]);
             if (factor != 1.0f) {

@@ -81,6 +81,7 @@ typedef struct {
     int32_t page_size, kv_format, embed_format, embed_packed, max_tokens, position_offset;
     int32_t expert_slots, router_size; /* the most experts that a row gets, the most outputs of a router; 0: none */
     int32_t qk_whole, qk_after;       /* norms of queries and keys: over all heads; after the rotation */
+    int32_t kv_int8, reserved;        /* keys and values are kept in bytes; kv_format is what they are widened to */
     float norm_eps, scale;            /* scale: of the scores */
     float embed_scale, residual_scale; /* of the token embeddings; of every update of the residual */
     float clip;                       /* queries, keys and values lie within [-clip, clip]; 0: anywhere */

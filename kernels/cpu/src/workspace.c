@@ -74,6 +74,8 @@ static void lay_out(sleb_workspace *ws, arena *a, const sleb_model *m, size_t wi
         local.scores = carve(a, piece_rows * keys * 4);
         local.probs = carve(a, piece_rows * keys * 4);
         local.mixed = carve(a, piece_rows * padded * 4);
+        local.wide = carve(a, m->kv_int8 ? 2 * keys * padded * 4 : 0);
+        local.kv_scale = carve(a, 2 * keys * 4);
         local.stats = carve(a, 2 * piece_rows * 4);
         carve(a, 4096); /* what one thread writes shares no line, nor a prefetched one, with another's */
         if (a->at) ws->locals[t] = local;

@@ -25,6 +25,8 @@ typedef struct {
     float *scores;        /* [rows, keys] */
     char *probs;          /* [rows, keys] softmax, not yet divided by its sum */
     float *mixed;         /* [rows, Dp] */
+    char *wide;           /* [2, keys, Dp]: keys and values that are kept in bytes, widened */
+    float *kv_scale;      /* [2, keys] */
     float *stats;         /* [2, rows] maximum and sum */
 } sleb_local;
 

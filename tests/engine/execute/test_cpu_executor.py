@@ -423,3 +423,63 @@ class TestChoice:
         assert make(tiny_model("llama"), threads=5).engine.runner.executor.num_threads == 5
         with pytest.raises(ConfigError, match="cpu_affinity names processor 100000"):
             make(tiny_model("llama"), cpu_affinity=[100000])
+
+
+class TestInt8Cache:
+    """Keys and values in bytes, against transformers whose attention rounds its own."""
+
+    @pytest.fixture
+    def rounded(self, tiny_model):
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        def in_bytes(heads):
+            step = heads.abs().amax(dim=-1, keepdim=True) / 127
+            return (heads / step).round() * step
+
+        def attend(module, query, key, value, *rest, **options):
+            return sdpa_attention_forward(module, query, in_bytes(key), in_bytes(value), *rest, **options)
+
+        AttentionInterface.register("rounded", attend)
+        model = tiny_model("llama-gqa")
+        config = copy.deepcopy(model.model.config)
+        other = type(model.model)(config).float().eval()
+        other.load_state_dict(model.model.state_dict())
+        other.config._attn_implementation = "rounded"
+        return model, type(model)(model.name, model.path, other)
+
+    def test_logits_equal_those_of_rounded_attention(self, rounded, level, make, make_request, forward):
+        model, expected = rounded
+        engine = make(model, (), max_model_len=64, kv_dtype="int8").engine
+        whole = make_request(PROMPT[:60], engine.default_tier, [3, 2, 1, 0])
+        logits = forward(engine, [(whole, 0, 60)])
+        # A number that lies between two steps may go the other way, which later rows see; most meet none.
+        off = (logits - expected.logits(PROMPT[:60])).abs().amax(dim=1)
+        assert off.median() < TOLERANCE
+        assert off.max() < 50 * TOLERANCE
+        assert (logits - model.logits(PROMPT[:60])).abs().amax(dim=1).median() > 50 * TOLERANCE
+        assert "KV cache in int8" in engine.runner.description
+
+    def test_streams_hold_with_prefix_hits_and_preemptions(self, level, tiny_model, make):
+        """Each request's tokens are those that it gets alone, in a cache that is too small for all."""
+        model, (prompts, _) = tiny_model("llama-gqa"), workload(19)
+        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        llm = make(model, kv_dtype="int8", max_num_batched_tokens=19)
+        alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts[:8]]
+        memory = 9.5 * 16 * llm.engine.kv_bytes_per_token(0) / 2**30
+        small = make(model, kv_dtype="int8", max_num_batched_tokens=19, kv_cache_memory=memory)
+        assert [each.token_ids for each in small.generate(prompts[:8], params)] == alone
+        small.engine.check_integrity()
+
+    def test_bytes_of_a_token(self, tiny_model, make):
+        engine = make(tiny_model("llama-gqa"), kv_dtype="int8").engine
+        spec = engine.runner.spec
+        assert engine.kv_bytes_per_token(0) == 2 * spec.num_blocks * spec.num_kv_heads * (spec.head_dim + 4)
+
+    def test_it_is_refused_where_the_kernels_are_not_there(self, tiny_model, make_llm):
+        with pytest.raises(
+            ConfigError, match="kv_dtype 'int8' goes with the C kernels, and here kernels torch"
+        ):
+            make_llm(tiny_model("llama-gqa"), kernels="torch", kv_dtype="int8")
+        with pytest.raises(ConfigError, match=r"kernels torch compute \(they lack norms after"):
+            make_llm(tiny_model("opt-350m"), kernels="auto", kv_dtype="int8", page_size=16)

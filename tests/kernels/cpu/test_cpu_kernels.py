@@ -504,7 +504,8 @@ class Sequences:
     """Sequences in scattered pages of a cache that is full of NaN, computed step by step."""
 
     def __init__(self, kernels, dtype, lengths, *, seed=0, heads=4, kv_heads=2, dim=16, page_size=16, window=0,
-                 rotary=0, qk_norm=None, qk_after=False, norm="rms", clip=0.0, softcap=0.0, sinks=False):  # fmt: skip
+                 rotary=0, qk_norm=None, qk_after=False, norm="rms", clip=0.0, softcap=0.0, sinks=False,
+                 int8=False):  # fmt: skip
         self.kernels, self.dtype, self.page_size, self.window = kernels, dtype, page_size, window
         self.heads, self.kv_heads, self.dim, self.rotary = heads, kv_heads, dim, rotary
         self.qk_norm, self.qk_after, self.norm, self.clip, self.softcap = (
@@ -526,6 +527,10 @@ class Sequences:
         padded = -(-dim // 16) * 16
         shape = ((sum(counts) + 2) * kv_heads * page_size * padded,)
         self.keys, self.values = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+        self.int8 = int8
+        if int8:  # and of scales that are NaN
+            shape = (shape[0] // padded * (padded + 4),)
+            self.keys, self.values = (torch.full(shape, 255, dtype=torch.uint8) for _ in range(2))
         longest = max(lengths)
         angles = torch.outer(torch.arange(longest).float(), 10.0 ** -torch.arange(max(rotary, 1)).float())
         self.cos, self.sin = angles.cos().contiguous(), angles.sin().contiguous()
@@ -533,7 +538,7 @@ class Sequences:
         self.norms = [1 + 0.3 * randn(size, seed=90 + size) for size in sizes] if qk_norm else None
         self.model = {
             "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "page_size": page_size, "clip": clip,
-            "kv_format": library.FORMATS[dtype], "softcap": softcap, "qk_whole": qk_norm == "whole",
+            "kv_format": library.FORMATS[dtype], "kv_int8": int8, "softcap": softcap, "qk_whole": qk_norm == "whole",
             "qk_after": qk_after, "widest": heads * dim, "scale": self.scale,
         }  # fmt: skip
 
@@ -584,6 +589,8 @@ class Sequences:
             query, key = (reference.rope(part.float(), *tables).double() for part in (query, key))
         if self.norms and self.qk_after:
             query, key = map(self.normed, (query, key), self.norms)
+        if self.int8:
+            key, value = (in_bytes(part.float()).double() for part in (key, value))
         group = self.heads // self.kv_heads
         key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query[start:], key) * self.scale
@@ -605,6 +612,12 @@ class Sequences:
         if self.norm == "rms":
             return reference.rms_norm(whole, weight.double(), 1e-5).view(heads.shape)
         return reference.layer_norm(whole, weight.double(), None, 1e-5).view(heads.shape)
+
+
+def in_bytes(heads):
+    """Heads [T, K, D] rounded to 127 steps either way of the largest of each."""
+    step = heads.abs().amax(dim=-1, keepdim=True) / 127
+    return (heads / step).round() * step
 
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -630,6 +643,28 @@ class TestAttention:
     @pytest.mark.parametrize("page_size", library.PAGE_SIZES)
     def test_chunks_and_single_tokens_in_one_step(self, kernels, dtype, page_size):
         run(kernels, dtype, [45, 17, 33, 3, 119], MIXED, page_size=page_size)
+
+    @DTYPES
+    @pytest.mark.parametrize("page_size", library.PAGE_SIZES)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"heads": 9, "kv_heads": 3, "dim": 64, "rotary": 8},
+            {"heads": 6, "kv_heads": 2, "dim": 7, "window": 20, "softcap": 3.0, "sinks": True},
+        ],
+        ids=["plain", "rest"],
+    )
+    def test_keys_and_values_in_bytes(self, kernels, dtype, page_size, options):
+        """Against float64 over what the bytes and scales stand for."""
+        run(
+            kernels,
+            dtype,
+            [45, 17, 33, 3, 300],
+            [*MIXED, [0, 0, 0, 0, 170]],
+            page_size=page_size,
+            int8=True,
+            **options,
+        )
 
     @DTYPES
     @pytest.mark.parametrize(
@@ -723,10 +758,11 @@ class TestAttention:
             assert all(torch.equal(dirty[row], clean[row]) for row in clean if row != 2)
             assert 2 not in dirty or not dirty[2].isfinite().any()
 
-    def test_a_page_that_was_another_sequence_s_is_used_again(self, kernels):
+    @pytest.mark.parametrize("int8", [False, True])
+    def test_a_page_that_was_another_sequence_s_is_used_again(self, kernels, int8):
         """Its values are NaN: they must be gone before a probability of zero meets them."""
-        first = Sequences(kernels, torch.bfloat16, [40])
-        with Rig(kernels, num_heads=4, num_kv_heads=2, kv_format=library.BF16) as rig:
+        first = Sequences(kernels, torch.bfloat16, [40], int8=int8)
+        with Rig(kernels, num_heads=4, num_kv_heads=2, kv_format=library.BF16, kv_int8=int8) as rig:
             first.qkv[0][:] = torch.nan
             first.step(rig, [40])
             first.qkv, first.done = [randn(21, 8 * 16, seed=5)], [0]
