@@ -9,13 +9,14 @@ equal size: what an item computes then does not depend on the other sequences. F
 sequences, so that a captured launch follows the lengths from step to step.
 
 The items of a sequence are numbered one after another, sequence after sequence; with the KV head as the fastest digit
-that gives the units, of which program p takes p, p + P, p + 2P, ... A sequence alone on the GPU is never cut into more
-than P units, so program by program the longest walk is at most twice the fair share (to the size of the smallest
-item). Units of an item that is not alone leave their result and its log-sum-exp, and the one that arrives last adds
-them up in their own order (Flash-Decoding, Dao et al. 2023, in one launch), so results do not depend on which that is.
+that gives the units, of which program p takes p, p + P, p + 2P, ... A sequence is cut into at most P units, so its
+longest item is at most twice its share of all programs and no program has two of its items; so is the longest walk over
+all sequences, but for items that are as short as items get. A unit of an item that is not alone leaves its result and
+its log-sum-exp, and the one that arrives last adds them up in their own order (Flash-Decoding, Dao et al. 2023, in one
+launch), so results do not depend on which that is.
 
 Memory bounds the results that may be left: where lengths would make more, all items become two, four, ... times as
-long, for as many as there is memory for are more than the GPU has programs.
+long. Only then a result depends, in its last bits, on the other sequences.
 """
 
 from __future__ import annotations

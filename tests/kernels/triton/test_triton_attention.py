@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from sleb.kernels.batch import BatchTensors, PagedBatch
 from sleb.kernels.reference import device as device_reference
-from sleb.kernels.triton import paged_decode, paged_prefill
+from sleb.kernels.triton import paged_decode, paged_items, paged_prefill
 from sleb.kernels.triton.paged_attention import paged_attention
 from sleb.kernels.triton.runtime import counters
 
@@ -123,9 +124,12 @@ def decode(case, window=None, span=None, more=(None, None)):
     case.check(out, window, lambda new: new == 1, more)
 
 
-def prefill(case, window=None, more=(None, None)):
-    out = case.out()
-    assert paged_prefill.paged_prefill(*case.on_device, case.tensors, SCALE, window, *more, out) is out
+def prefill(case, window=None, more=(None, None), span=None):
+    """span: tokens of a part of a context, at least, for which there are programs enough; None: as the kernel is."""
+    out, several = case.out(), 64 if span else paged_prefill._PROGRAMS_A_PROCESSOR
+    changed = {"SPAN": span or paged_prefill.SPAN, "_PROGRAMS_A_PROCESSOR": several}
+    with mock.patch.multiple(paged_prefill, **changed):
+        assert paged_prefill.paged_prefill(*case.on_device, case.tensors, SCALE, window, *more, out) is out
     case.check(out, window, lambda new: new > 1, more)
 
 
@@ -178,7 +182,8 @@ def test_sinks_and_soft_caps_over_items(device, randn, span, window):
             span,
             (softcap, sinks),
         )
-        prefill(Case(device, (3, 1, 16), torch.float32, 4, [(20, 20), (3, 90)]), window, (softcap, sinks))
+        case = Case(device, (3, 1, 16), torch.float32, 4, [(20, 20), (3, 90)])
+        prefill(case, window, (softcap, sinks), span and span // 2)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -196,7 +201,7 @@ class TestPages:
         lens = [
             (min(context, 3 + row), context) for row, context in enumerate(edges(page_size)) if context > 1
         ]
-        prefill(Case(device, (2, 1, 16), torch.float32, page_size, lens), window)
+        prefill(Case(device, (2, 1, 16), torch.float32, page_size, lens), window, span=32)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -230,7 +235,8 @@ def test_decode_configurations(device, monkeypatch, config, window):
 def test_prefill_configurations(device, monkeypatch, config, window):
     """Chunks of several blocks of rows, whose ends need not be those of the heads of a token."""
     monkeypatch.setattr(paged_prefill, "configs_for", lambda head_dim, itemsize: (config,))
-    prefill(Case(device, (3, 1, 64), torch.bfloat16, 16, [(90, 90), (70, 201)]), window)
+    case = Case(device, (3, 1, 64), torch.bfloat16, 16, [(90, 90), (70, 201)])
+    prefill(case, window, span=None if window else 100)
 
 
 @pytest.mark.parametrize("operator", [decode, prefill])
@@ -261,3 +267,28 @@ def test_sequences_may_share_pages(device):
     case.batch = PagedBatch((1, 1), (9, 5), table, 4)
     case.tensors = BatchTensors.of(case.batch, device)
     decode(case)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_mixes(device, seed):
+    """Sequences of all kinds, one of them long for the items, which memory may bound to be longer."""
+    rng = random.Random(seed)
+    lens = [(1, rng.randint(1, 60)) for _ in range(3)] + [(1, 300), (3, 200)]
+    lens += [(new := rng.randint(2, 40), new + rng.choice((0, 60)))]
+    rng.shuffle(lens)
+    case = Case(device, (4, 2, 16), torch.float32, 4, lens, seed=seed)
+    with mock.patch.object(paged_items, "_PARTIAL_BYTES", (1 << 14, 1 << 15, 1 << 25)[seed]):
+        decode(case, (None, 50, 150)[seed], 32)
+        prefill(case, (None, 50, 150)[seed], span=64)
+
+
+def test_results_depend_neither_on_other_sequences_nor_on_who_comes_last(device):
+    case = Case(device, (2, 1, 16), torch.bfloat16, 4, [(1, 300), (1, 70), (1, 5)])
+    outs = []
+    for num_rows, programs in ((3, 1), (3, 4), (1, 2)):
+        tensors = dataclasses.replace(case.tensors, num_rows=torch.full_like(case.tensors.num_rows, num_rows))
+        changed = {"SPAN": 32, "MOST_ITEMS": 4, "_PROGRAMS_A_PROCESSOR": programs}
+        with mock.patch.multiple(paged_decode, **changed):
+            out = paged_decode.paged_decode(*case.on_device, tensors, SCALE, None, None, None, case.out())
+        outs.append(out[0])
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

@@ -147,7 +147,14 @@ def check_decode(module):
 
 
 def check_prefill(module):
-    check_attention(module.paged_prefill, [(40, 300), (1, 9), (3, 3)], lambda new: new > 1, (None, 6, 100))
+    module._PROGRAMS_A_PROCESSOR, module._JOINED_VALUES = (
+        8,
+        64,
+    )  # as many parts as SPAN makes, several steps to join
+    for module.SPAN in (1024, 64):
+        check_attention(
+            module.paged_prefill, [(40, 300), (1, 9), (3, 3)], lambda new: new > 1, (None, 6, 100)
+        )
 
 
 def check_greedy(module):
@@ -368,8 +375,13 @@ MUTATIONS = [
         "tl.maximum(lowest - WINDOW + 1, 0) // BLOCK * BLOCK",
         "tl.maximum(lowest, 0) // BLOCK * BLOCK",
     ),
-    ("paged_prefill", "if num_queries == 1 or block < 0:", "if block < 0:"),
-    ("paged_prefill", "if row >= tl.load(num_rows):", "if row < 0:"),
+    ("paged_prefill", "tl.where(new > 1, new, 0)", "new"),
+    ("paged_prefill", "(index < num_queries) & (part == 0)", "index < num_queries"),
+    ("paged_prefill", "tl.minimum(start + span, stop)", "stop"),
+    ("paged_prefill", "highest + tl.log2(total)", "highest"),
+    ("paged_prefill", "weights = tl.exp2(logs - shift)", "weights = tl.where(logs == logs, 1.0, 0.0)"),
+    ("paged_prefill", "joined = joined * fade[:, None] +", "joined = joined +"),
+    ("paged_prefill", "for begin in range(0, ROWS, JOINED):", "for begin in range(0, JOINED, JOINED):"),
     ("paged_prefill", "first_score(sinks, head,", "first_score(sinks, head * 0,"),
     ("paged_prefill", "+ position % PAGE_SIZE", "+ (position + 1) % PAGE_SIZE"),
     ("paged_prefill", "attended = attended * fade[:, None]", "attended = attended"),
