@@ -134,7 +134,7 @@ def _linear(
         output += of_tile % 2 * num_outputs
     part = tl.program_id(2)
     start = part * length
-    if tl.program_id(1) == 0:
+    if PRECISION != "widened" and tl.program_id(1) == 0:  # the interpreter has nothing to prefetch
         own = tl.where(present, output, 0).to(tl.int64)[:, None]
         prefetch_weight(values, own, start, num_bytes, KIND, INPUTS)
     wait_for_previous()

@@ -110,7 +110,7 @@ def _linear_rope(
     output = head * OUTPUTS + feature
     part = tl.program_id(2)
     start = part * length
-    if tl.program_id(1) == 0:
+    if PRECISION != "widened" and tl.program_id(1) == 0:
         prefetch_weight(values, output.to(tl.int64)[:, None], start, num_bytes, KIND, INPUTS)
     wait_for_previous()
     end = tl.minimum(tl.load(num_tokens), num_rows)

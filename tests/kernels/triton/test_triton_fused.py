@@ -31,7 +31,7 @@ def as_grouped(weight):
 
 STORED = {"plain": lambda weight: weight, "int8": quantize_int8, "int4": quantize_int4, "grouped": as_grouped}
 # rows, inputs, parts
-SIZES = [(1, 128, 1), (3, 70, 1), (16, 1100, 2), (40, 600, 4)]
+SIZES = [(1, 128, 1), (3, 70, 1), (16, 260, 2), (40, 400, 4)]
 # Every format with every size, and all else in turn.
 CASES = [
     (*case, dtype, norm)

