@@ -74,23 +74,23 @@ def _moments(residual, moments, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_factors(moments, row, in_rows, size, eps, num_chunks: tl.constexpr):
+def row_factors(moments, row, in_rows, size, eps, CHUNKS: tl.constexpr):
     """1 / sqrt(mean(x²) + eps) of rows [ROWS, 1] of `size` features."""
     number = tl.cdiv(size, _CHUNK)
-    chunk = tl.arange(0, num_chunks)[None, :]
+    chunk = tl.arange(0, CHUNKS)[None, :]
     sums = tl.load(moments + row * number + chunk, mask=in_rows & (chunk < number), other=0.0)
     return (1.0 / tl.sqrt_rn(tl.sum(sums, axis=1) / size + eps))[:, None]
 
 
 @triton.jit
 def _norm_rows(x, moments, weight, out, size, eps,
-               HAS_WEIGHT: tl.constexpr, num_chunks: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+               HAS_WEIGHT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     wait_for_previous()
     launch_next()
     row = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = column < size
-    factor = row_factors(moments, row, row >= 0, size, eps, num_chunks)
+    factor = row_factors(moments, row, row >= 0, size, eps, CHUNKS)
     normed = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32) * factor
     if HAS_WEIGHT:
         normed *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -264,7 +264,7 @@ def norm_rows(x: Tensor, norm: RowNorm) -> Tensor:
             size,
             norm.eps,
             HAS_WEIGHT=norm.weight is not None,
-            num_chunks=power_of_two(norm.moments.shape[1]),
+            CHUNKS=power_of_two(norm.moments.shape[1]),
             BLOCK=block,
             **launch_options(),
             **pdl_launch(x.device),
