@@ -67,6 +67,22 @@ class AddNorm(Protocol):
     ) -> Tensor: ...
 
 
+class Embed(Protocol):
+    """See `sleb.kernels.reference.device.embed`."""
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        weight: Weight,
+        out: Tensor,
+        moments: Tensor | None,
+        *,
+        pending: tuple[Tensor, Tensor] | None = None,
+        scale: float = 1.0,
+        learned: tuple[Tensor, Tensor] | None = None,
+    ) -> None: ...
+
+
 class RangedLinear(Protocol):
     """See `sleb.kernels.reference.device.linear`."""
 
@@ -178,6 +194,7 @@ class GpuKernels:
     """The operators of steps on a GPU; `attention` is their own, `sleb.kernels.attention.select` knows others."""
 
     name: str
+    embed: Embed
     add_norm: AddNorm
     rope_store: RopeStore
     gated_activate: Callable[[Tensor, str, Tensor], Tensor]
@@ -197,6 +214,8 @@ class GpuKernels:
     """Inside, operators that do not know their best configuration yet measure it; given each operator's name."""
     tuning_bytes: int = 0
     """Of the GPU's memory, that measuring takes besides the operators' tensors."""
+    fused_rows: int = 64
+    """With more rows, norms and adds cost less beside one another than before and after their products."""
 
     def sample(
         self,
@@ -245,6 +264,7 @@ def torch_gpu_kernels() -> GpuKernels:
     """The specification itself; its attention waits for the device, so it cannot be captured."""
     return GpuKernels(
         name="torch",
+        embed=device_reference.embed,
         add_norm=device_reference.add_norm,
         rope_store=device_reference.rope_store,
         gated_activate=device_reference.gated_activate,
@@ -276,6 +296,7 @@ def triton_gpu_kernels() -> GpuKernels:
     from sleb.kernels.triton import (
         activation,
         add_norm,
+        embed,
         experts,
         greedy,
         linear,
@@ -288,6 +309,7 @@ def triton_gpu_kernels() -> GpuKernels:
 
     return GpuKernels(
         name="triton",
+        embed=embed.embed,
         add_norm=add_norm.add_norm,
         rope_store=rope_store.rope_store,
         gated_activate=activation.gated_activate,
@@ -298,6 +320,7 @@ def triton_gpu_kernels() -> GpuKernels:
         linear_activate=linear.linear_activate,
         linear_add=linear.linear_add,
         linear_rope_store=linear_rope.linear_rope_store,
+        fused_rows=linear.FEW_ROWS,
         moments=add_norm.moments,
         attention=paged_attention.paged_attention,
         greedy=greedy.greedy,

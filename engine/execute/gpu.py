@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sleb.engine.execute.executor import Forward, PlannedUnit
+from sleb.engine.execute.executor import LOGPROB_ROWS, Forward, PlannedUnit
 from sleb.engine.execute.gpu_decoder import GpuDecoder, PatchRows, Stream, UnitRows
 from sleb.engine.execute.step_arrays import StepArrays, StepLayout, StepTensors
 from sleb.engine.execute.transfer import send
@@ -96,6 +96,8 @@ class GpuExecutor:
         self._logits = torch.zeros(max_num_seqs, spec.vocab_size, dtype=dtype, device=self.device)
         # What was sampled last, where graphs look for pending tokens and leave the most probable ones.
         self._sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
+        most_logits = max(max_num_seqs, LOGPROB_ROWS)
+        self._numbers = torch.arange(most_logits + 1, dtype=torch.int32, device=self.device)
 
     @property
     def num_threads(self) -> int:
@@ -199,23 +201,27 @@ class GpuExecutor:
 
     def _decode(self, units: Sequence[UnitRows | PatchRows], bucket: int) -> None:
         """What a graph of rows holds: a token of each row of the bucket, from static inputs to static results."""
-        inputs = self._inputs
-        token_ids = _resolve(inputs.token_ids[:bucket], inputs.sources[:bucket], self._sampled)
-        stream = self._decoder.run(token_ids, inputs.positions[:bucket], inputs.slots[:bucket], units)
+        stream = self._through(units, bucket)
         self._logits[:bucket] = self._head(stream)
-        self._hidden[:bucket] = stream.residual
         self._sampled[:bucket] = self._operators.greedy(self._logits[:bucket])
 
     def _prompts(self, units: Sequence[UnitRows | PatchRows], bucket: int) -> None:
         """What a graph of tokens holds, likewise; logits are of the tokens to sample from."""
-        inputs = self._inputs
-        token_ids = _resolve(inputs.token_ids[:bucket], inputs.sources[:bucket], self._sampled)
-        stream = self._decoder.run(token_ids, inputs.positions[:bucket], inputs.slots[:bucket], units)
-        residual = self._decoder.add(stream).residual
-        self._hidden[:bucket] = residual
-        samples = inputs.samples[:bucket]
+        residual = self._decoder.add(self._through(units, bucket)).residual
+        samples = self._inputs.samples[:bucket]
         self._logits[: samples.shape[0]] = self._head(Stream(residual.index_select(0, samples)))
         self._sampled[: samples.shape[0]] = self._operators.greedy(self._logits[: samples.shape[0]])
+
+    def _through(self, units: Sequence[UnitRows | PatchRows], bucket: int) -> Stream:
+        inputs = self._inputs
+        return self._decoder.run(
+            inputs.token_ids[:bucket],
+            inputs.positions[:bucket],
+            inputs.slots[:bucket],
+            units,
+            pending=(inputs.sources[:bucket], self._sampled),
+            out=self._hidden[:bucket],
+        )
 
     def _spans(self, depth: int) -> list[tuple[int, int]]:
         """Fullest and deepest depth of the steps that graphs of `depth` are for: any, and where those run patches that
@@ -314,12 +320,10 @@ class GpuExecutor:
     ) -> Forward:
         layout = StepLayout(step.num_tokens, max(step.num_sequences, len(samples)), len(self._units))
         inputs = self._send(step, layout, samples)
-        token_ids = inputs.token_ids
-        if step.sources is not None:
-            assert last is not None, "a pending token, and nothing was sampled"
-            token_ids = _resolve(token_ids, inputs.sources, last)
+        assert step.sources is None or last is not None, "a pending token, and nothing was sampled"
+        pending = (inputs.sources, self._sampled if last is None else last)
         units = self._eager_units(step, inputs)
-        stream = self._decoder.run(token_ids, inputs.positions, inputs.slots, units)
+        stream = self._decoder.run(inputs.token_ids, inputs.positions, inputs.slots, units, pending)
         residual = self._decoder.add(stream).residual
         if not samples:
             return Forward(residual, None, None)
@@ -364,11 +368,8 @@ class GpuExecutor:
 
     def _head(self, stream: Stream) -> Tensor:
         """Final norm and head of all rows of a stream; what was not added is, in place."""
-        norm = self._decoder.decoder.weights.final_norm
-        if norm is None:
-            return self._decoder.head(self._decoder.add(stream).residual)
-        count = torch.full((1,), stream.residual.shape[0], dtype=torch.int32, device=self.device)
-        return self._decoder.head(self._decoder.norm(stream, norm, count))
+        num_rows = stream.residual.shape[0]
+        return self._decoder.head(stream, self._numbers[num_rows : num_rows + 1])
 
 
 def numbers_of_rows(most: int, base: int = 2) -> list[int]:
@@ -378,12 +379,3 @@ def numbers_of_rows(most: int, base: int = 2) -> list[int]:
     while numbers[-1] * base < most:
         numbers.append(numbers[-1] * base)
     return numbers if most == 1 else [*numbers, most]
-
-
-def _resolve(token_ids: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
-    """token_ids [T] int32, with those whose source is not −1 taken from what was sampled.
-
-    NO_TOKEN becomes some token: its request has ended, though the host does not know it yet.
-    """
-    pending = sampled[sources.clamp(min=0).long()].clamp(min=0).int()
-    return torch.where(sources >= 0, pending, token_ids)

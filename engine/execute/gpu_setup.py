@@ -104,9 +104,16 @@ class GpuSetup:
             for depth in sorted({fullest, *patched})
             for count in numbers_of_rows(step_tokens)
         ]
-        two = [(min(2, longest), longest), (1, 1)]
-        if executor.max_num_seqs > 1:  # some rows have a patch, and others none
-            steps += [trial_step(executor, two, (fullest, depth)) for depth in sorted({fullest, *patched})]
+        for few in (
+            numbers_of_rows(min(self.operators.fused_rows, longest)) if executor.max_num_seqs > 1 else ()
+        ):
+            # Units of few rows in a step of many, which then do without the fusions; of a patch, and of what it skips.
+            many = min(self.operators.fused_rows + 1, longest)
+            steps.append(trial_step(executor, [(few, few), (many, many)], (fullest, self.depths[-1])))
+            less = min(few, max(1, self.operators.fused_rows - 1))  # beside one row of no patch, few in all
+            for depth in patched:
+                steps.append(trial_step(executor, [(many, many), (few, few)], (fullest, depth)))
+                steps.append(trial_step(executor, [(1, 1), (less, less)], (fullest, depth)))
         for context in executor.trial_contexts:
             context = min(context, max_model_len)
             chunks, decodes = numbers_of_rows(longest, 4), numbers_of_rows(executor.max_num_seqs, 4)

@@ -51,6 +51,40 @@ def moments(residual: Tensor) -> Tensor:
     return padded.view(residual.shape[0], padded.shape[1] // MOMENT_CHUNK, MOMENT_CHUNK).sum(dim=2)
 
 
+def embed(
+    token_ids: Tensor,
+    weight: Weight,
+    out: Tensor,
+    moments: Tensor | None,
+    *,
+    pending: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+    learned: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """out[t] = scale · weight[token t] + table[place t], rounded to the dtype of `out` after each of the three.
+
+    Args:
+        token_ids: [T] int32. weight: [V, E]. out: [T, E], written. moments: of `out`, written; None: not wanted.
+        pending: where tokens come from that the host does not know yet: of each token its place in what was sampled
+            last, −1 for one that is known, [T] int32; and what was sampled, [B] int64. NO_TOKEN becomes some token: its
+            request has ended.
+        learned: of each token its place, [T] int32, and the table of places [P, E]; None: there are none.
+    """
+    tokens = token_ids.long()
+    if pending is not None:
+        sources, sampled = pending
+        tokens = torch.where(sources >= 0, sampled[sources.clamp(min=0).long()].clamp(min=0), tokens)
+    rows = reference.embedding(tokens, weight, out.dtype)
+    if scale != 1.0:
+        rows = rows * scale
+    if learned is not None:
+        places, table = learned
+        rows = rows + table[places.long()]
+    out.copy_(rows)
+    if moments is not None:
+        _keep_moments(out, moments, torch.ones(len(out), 1, dtype=torch.bool, device=out.device))
+
+
 @dataclass(frozen=True)
 class HeadNorm:
     """A norm of queries and keys.

@@ -53,7 +53,7 @@ def _normed(x, weight, bias, columns, size, eps,
 
 
 @triton.jit
-def _store_moments(moments, row, x, size, BLOCK: tl.constexpr):
+def store_moments(moments, row, x, size, BLOCK: tl.constexpr):
     """Those of a row x [BLOCK], which is 0 past its size."""
     x = x.to(tl.float32)
     num_chunks: tl.constexpr = (BLOCK + _CHUNK - 1) // _CHUNK
@@ -70,7 +70,7 @@ def _moments(residual, moments, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     x = tl.load(residual + row * size + columns, mask=columns < size, other=0.0)
-    _store_moments(moments, row, x, size, BLOCK)
+    store_moments(moments, row, x, size, BLOCK)
 
 
 @triton.jit
@@ -161,14 +161,14 @@ def _add_norm(
             is_kept &= not is_normed
         tl.store(residual + at, x, mask=inside & is_kept)
         if HAS_MOMENTS and is_kept:
-            _store_moments(moments, row, x, size, BLOCK)
+            store_moments(moments, row, x, size, BLOCK)
     if not is_normed:
         return
     normed = _normed(x.to(tl.float32), weight, bias, columns, size, eps, KIND, HAS_WEIGHT, HAS_BIAS)
     normed = normed.to(out.dtype.element_ty)
     tl.store(out + at, normed, mask=inside)
     if HAS_MOMENTS and POST:
-        _store_moments(moments, row, normed, size, BLOCK)
+        store_moments(moments, row, normed, size, BLOCK)
 
 
 def add_norm(

@@ -187,12 +187,12 @@ Choose = Callable[[tuple[object, ...], Sequence[Config]], Config]  # of a key an
 
 
 def fused(key: tuple[object, ...], configs: Sequence[Config]) -> Config:
-    """The first configuration of a kernel of ours."""
-    return next(config for config in configs if "library" not in config)
+    """The first configuration of one launch, where there is one."""
+    return next((config for config in configs if "library" not in config), configs[0])
 
 
-def library(key: tuple[object, ...], configs: Sequence[Config]) -> Config:
-    """The vendor's matrix products where there is a choice."""
+def composed(key: tuple[object, ...], configs: Sequence[Config]) -> Config:
+    """The vendor's matrix products, and what stands before and after them as launches of their own."""
     return next((config for config in configs if "library" in config), configs[0])
 
 
@@ -222,7 +222,7 @@ class Tuner:
             self._is_on = before
 
 
-CHOICES: dict[str, Choose] = {"fused": fused, "library": library}
+CHOICES: dict[str, Choose] = {"fused": fused, "composed": composed}
 
 
 class _Operators(TorchDispatchMode):
@@ -268,11 +268,11 @@ def recording(choose: Choose = fused) -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class MetaSetup:
-    """A model without data: its first blocks, in one format of weights, with patches, on a card that is not there.
+    """A model without data, on a card that is not there: its first blocks, of which depth 1 leaves out the last.
 
     Attributes:
         weights: "bf16", "int8" or "int4".
-        patches: what depth 1 gets in the place of the last of the blocks, each alone and in this order.
+        patches: what depth 1 gets in its place, one after another.
     """
 
     model: str
@@ -286,7 +286,7 @@ class MetaSetup:
     def setup(self, tuner: Tuner | None = None) -> GpuSetup:
         """Tuning is the tuner's, where there is one."""
         spec = spec_of(self.model)
-        last = (1 if self.patches else NEVER) if self.num_blocks > 1 else NEVER
+        last = 1 if self.num_blocks > 1 else NEVER
         sublayers = [(block, part) for block in range(self.num_blocks) for part in ("attention", "mlp")]
         plan = [
             PlannedUnit(sublayer, (0, last if sublayer[0] == self.num_blocks - 1 else NEVER))
@@ -310,7 +310,7 @@ class MetaSetup:
             operators,
             AttentionBackend("triton", operators.attention),
             tuple(plan),
-            (0, 1) if self.patches else (0,),
+            (0, 1) if self.num_blocks > 1 else (0,),
             PAGE_SIZE,
             META,
         )

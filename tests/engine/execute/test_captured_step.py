@@ -10,27 +10,28 @@ import pytest
 import torch
 
 BUCKETS = (1, 8, 64)
-# Nodes of a block at 1, 8 and 64 rows: bf16 by the vendor's products; bf16, int8, int4 by the kernels that are fused.
+# Nodes of a block at 1, 8 and 64 rows: bf16 by the vendor's products and launches beside them, should measuring choose
+# those for every product; bf16, int8 and int4 by those that do what stands beside them.
 BLOCK_BUDGETS = {
-    "llama-2-7b": ((9, 9, 9), (11, 11, 11), (11, 11, 11), (15, 15, 15)),
-    "llama-3.1-8b": ((9, 9, 9), (12, 12, 12), (12, 12, 12), (16, 16, 16)),
-    "qwen3-8b": ((9, 9, 9), (12, 12, 12), (12, 12, 12), (16, 16, 16)),
-    "gemma-2-9b": ((9, 9, 9), (12, 12, 12), (12, 12, 12), (16, 16, 16)),
-    "mixtral-8x7b": ((30, 30, 30), (33, 33, 33), (33, 33, 33), (37, 37, 37)),
-    "phi-2": ((9, 9, 9), (12, 12, 12), (12, 12, 12), (16, 16, 16)),
+    "llama-2-7b": (11, 5, 5, 5),
+    "llama-3.1-8b": (11, 5, 5, 5),
+    "qwen3-8b": (11, 5, 5, 5),
+    "gemma-2-9b": (9, 7, 7, 7),  # norms of updates
+    "mixtral-8x7b": (31, 29, 29, 29),  # the router and sorting the tokens are torch's
+    "phi-2": (9, 7, 7, 7),  # a LayerNorm, and heads of 80
 }
-WAYS = (("bf16", "library"), ("bf16", "fused"), ("int8", "fused"), ("int4", "fused"))
+WAYS = (("bf16", "composed"), ("bf16", "fused"), ("int8", "fused"), ("int4", "fused"))
 # Nodes that a step has once: what comes before the blocks and after them.
-STEP_BUDGETS = {"gemma-2-9b": 22}
-USUAL_STEP_BUDGET = 16
+STEP_BUDGETS = {"gemma-2-9b": 8}
+USUAL_STEP_BUDGET = 7
 # Nodes of a patch, whether or not there are rows in the step that do not get it.
-PATCH_BUDGETS = {"full": 3, "low-rank": 4, "scale": 1}
+PATCH_BUDGETS = {"full": 2, "low-rank": 2, "scale": 1}
 
 
 @pytest.mark.parametrize("model", BLOCK_BUDGETS)
 def test_nodes_of_a_block_and_of_a_step(model, captured_step):
-    for (weights, way), budgets in zip(WAYS, BLOCK_BUDGETS[model], strict=True):
-        for bucket, budget in zip(BUCKETS, budgets, strict=True):
+    for (weights, way), budget in zip(WAYS, BLOCK_BUDGETS[model], strict=True):
+        for bucket in BUCKETS:
             nodes = captured_step.nodes_of(model, weights, bucket, captured_step.CHOICES[way])
             case = f"{weights}, {way}, {bucket} rows"
             assert nodes.block.total() <= budget, f"{case}: {dict(nodes.block)}"
@@ -56,9 +57,9 @@ def test_a_wait_would_be_seen(captured_step):
     executor = captured_step.MetaSetup("llama-2-7b").executor()
     run = executor._decoder.run
 
-    def waiting(token_ids, *arguments):
+    def waiting(token_ids, *arguments, **options):
         assert int(token_ids[0]) >= 0
-        return run(token_ids, *arguments)
+        return run(token_ids, *arguments, **options)
 
     executor._decoder.run = waiting
     with pytest.raises(RuntimeError, match="meta"):

@@ -57,6 +57,7 @@ def mixture(activation="silu", shared_size=0, normalised=True):
 
 # Values of the spec, and names of norms, that a family changes.
 PARTS = {
+    "Llama": ({}, {}),
     "Gemma 2": (
         {"attention_softcap": 3.0, "logit_softcap": 5.0, "embed_scale": 5.5, "norm_shift": 1.0},
         POST,
@@ -191,6 +192,17 @@ def test_every_part_of_an_architecture(base, random_patch, make_request, name, g
     for actual, want in zip(Sequences(make_request).steps(gpu), expected, strict=True):
         close(actual, want)
         assert want.std() > 0.3  # there is something to compare
+
+
+@pytest.mark.parametrize("name", ["Llama", "Granite", "Qwen3-MoE"])
+def test_updates_are_added_by_norms_where_rows_are_many(base, random_patch, make_request, name):
+    """As in the test above, where no step has so few rows that products norm what they read."""
+    eager, gpu = executors(base, name, random_patch, replace(torch_gpu_kernels(), fused_rows=0))
+    gpu.capture([4], lambda function: function)
+    for actual, want in zip(
+        Sequences(make_request).steps(gpu), Sequences(make_request).steps(eager), strict=True
+    ):
+        close(actual, want)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,11 @@ def _small(gpu, name, num_heads, num_kv, head_dim, hidden, mlp, whole):
     yield f"norm, {name}", partial(gpu.add_norm, x, x, weight, None, *rms)
     yield f"norm and moments, {name}", partial(gpu.add_norm, x, x, weight, None, *rms, moments=sums)
     yield f"moments, {name}", partial(gpu.moments, x)
+    tokens = integers(8)
+    yield (
+        f"embedding, {name}",
+        partial(gpu.embed, tokens, half(32000, hidden), x, sums, pending=(tokens, tokens.long())),
+    )
     yield f"gated, {name}", partial(gpu.gated_activate, half(8, 2 * mlp), "silu", count)
     yield f"rope, {name}", partial(gpu.rope_store, *rope, norm, *stored)
     if not whole:
@@ -120,6 +125,11 @@ def _small(gpu, name, num_heads, num_kv, head_dim, hidden, mlp, whole):
     yield f"norm of a range, {name}", partial(gpu.add_norm, x, x, None, None, *rms, **starts)
     scale = (x, x, weight, weight, 1e-6, "none", count, count)
     yield f"scale, {name}", partial(gpu.add_norm, *scale, **starts, post=True)
+    embedding = Int8Weight.empty(32000, hidden, META), x, None
+    yield (
+        f"embedding in 8 bits, {name}",
+        partial(gpu.embed, tokens, *embedding, learned=(tokens, half(64, hidden))),
+    )
     if name != "LLaMA 7B":
         return
     shifted = torch.empty(hidden)  # in float32
