@@ -62,15 +62,21 @@ def linear_of_rows(x, weight, bias, rows=None, *, norm=None):
 
 def watch(llm):
     """Before a step: pages that nobody needs, and everything past the step's tokens, are NaN. After it: the table that
-    is kept has every row's pages."""
+    is kept has every row's pages. On the way: the bounds that attention is told hold."""
     pages, executor = llm.engine.scheduler.block_manager, llm.engine.runner.executor
     cache, decoder, run = executor._decoder.kv_cache, executor._decoder.decoder, executor.run
-    embed, num_tokens = decoder.embed, 0
+    embed, num_tokens, attention = decoder.embed, 0, executor._decoder._attention
 
     def poisoned(*arguments):
         residual = embed(*arguments).clone()
         residual[num_tokens:] = float("nan")
         return residual
+
+    def attend(query, keys, values, batch, *arguments):
+        lens = batch.to_host()
+        assert max(lens.query_lens, default=0) <= batch.max_query_len
+        assert max(lens.context_lens, default=0) <= batch.max_context_len
+        return attention(query, keys, values, batch, *arguments)
 
     def watched(step, *arguments, **options):
         nonlocal num_tokens
@@ -88,6 +94,7 @@ def watch(llm):
         return forward
 
     decoder.embed, executor.run, llm.seen = poisoned, watched, Counter()
+    executor._decoder._attention = attend
 
 
 @pytest.fixture
