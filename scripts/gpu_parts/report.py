@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +53,22 @@ def report(folder: Path) -> int:
         print(f"the tables of docs/hardware.md need the package rich: install it, and run {' '.join(tables)}")
         return 1
     return subprocess.run(tables, check=False).returncode
+
+
+def model() -> int:
+    """What decode steps launch, and a model of their time: counted, on no GPU."""
+    script = ROOT / "tests/engine/execute/nodes_model.py"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.json"
+        done = subprocess.run([sys.executable, str(script), str(file)], check=False)
+        if done.returncode:
+            return done.returncode
+        found = json.loads(file.read_text("utf-8"))
+    for case, rows in itertools.groupby(found["rows"], key=lambda row: row["case"]):
+        shown = [f"{row['value']:,.4g} {row['metric']}" for row in rows if row["value"] is not None]
+        print(f"{case}: {', '.join(shown)}")
+    print("\n".join(found["notes"]))
+    return 0
 
 
 def _slug(name: str) -> str:
