@@ -238,14 +238,15 @@ def test_what_was_measured_becomes_results_and_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_was_written(tmp_path: Path, number: signal.Signals) -> None:
     words = [sys.executable, str(SCRIPT), "kernels", "mixed", "--dry-run", "--out", str(tmp_path)]
     running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         ends = time.monotonic() + 120
         while not (tmp_path / "kernels.json").exists() and time.monotonic() < ends and running.poll() is None:
             time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         _, errors = running.communicate(timeout=30)
     finally:
         running.kill()
