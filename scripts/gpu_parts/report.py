@@ -30,7 +30,9 @@ def report(folder: Path) -> int:
             if path.name == "run.json":
                 continue
             result = load(path)
-            if result.settings.get("dry_run") is not False or not result.environment.get("gpu"):
+            if result.settings.get("dry_run") is not False or not all(
+                map(result.environment.get, ("gpu", "date"))
+            ):
                 raise ConfigError(f"{path} is of a dry run, or of no GPU: nothing in it was measured")
             name = path.stem.split("-")[0]
             if name in found:  # the processes of one part
@@ -84,7 +86,9 @@ def summary(folder: Path, names: Sequence[str]) -> str:
         try:
             rows = json.loads((folder / f"{name}.json").read_text("utf-8"))["rows"]
         except (OSError, ValueError, KeyError):
-            bad.append(f"{name} left no result")
+            log = (folder / f"{name}.log").read_text("utf-8", "replace").splitlines()
+            last = log[-1] if log else ""
+            bad.append(last if last.startswith("left out") else f"{name} left no result")
             continue
         for row in rows:
             what = f"{row['case']}, {row['subject']}"

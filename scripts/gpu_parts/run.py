@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from gpu_parts.report import summary
 
@@ -61,9 +63,17 @@ def limit(parts: Sequence[Part], seconds: float) -> float:
 def run(parts: Sequence[Part], seconds: float, out: Path, dry: bool) -> int:
     """The exit status: 0; 1 if a part failed or was not done; 2 where none can be begun; 130 after Ctrl-C."""
     ends, told = time.monotonic() + seconds, dict[str, dict[str, object]]()
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (name for part in parts for name in part.jobs):  # of an earlier run
-        (out / f"{name}.json").unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+        if not _alone(lock):
+            print(f"error: another scripts/gpu writes into {out}; give another --out", file=sys.stderr)
+            return 2
+        for name in (name for part in parts for name in part.jobs):  # of an earlier run
+            (out / f"{name}.json").unlink(missing_ok=True)
+    except OSError as error:
+        print(f"error: {out} cannot be written: {error.strerror}; give another --out folder", file=sys.stderr)
+        return 2
     try:
         begun = Part("machine", 60, ("machine",))
         failed = perform(begun, _commands(begun, 60.0, out, dry), 60.0, out, _environment(begun, out, dry))
@@ -96,6 +106,17 @@ def run(parts: Sequence[Part], seconds: float, out: Path, dry: bool) -> int:
     return int(bool(bad))
 
 
+def _alone(lock: IO[str]) -> bool:
+    """Holds the file until it is closed; False if another process does."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network's file system may have no locks
+        pass
+    return True
+
+
 def _commands(part: Part, seconds: float, out: Path, dry: bool) -> list[list[str]]:
     sanitizer = [part.program, "--error-exitcode", "9"] if part.program and not dry else []
     script = [*sanitizer, sys.executable, str(ROOT / "scripts/gpu"), "--seconds", f"{seconds:.1f}"]
@@ -121,14 +142,15 @@ def perform(
     ends, asked = time.monotonic() + seconds, False
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for name, command in zip(part.jobs, commands, strict=True):
-            with (out / f"{name}.log").open("wb") as log:
-                started = subprocess.Popen(
-                    *(command, -1, None, subprocess.DEVNULL, log, subprocess.STDOUT),
-                    env=environment,
-                    start_new_session=True,
-                )
-            processes.append(started)
+        with _interrupts_later():
+            for name, command in zip(part.jobs, commands, strict=True):
+                with (out / f"{name}.log").open("wb") as log:
+                    started = subprocess.Popen(
+                        *(command, -1, None, subprocess.DEVNULL, log, subprocess.STDOUT),
+                        env=environment,
+                        start_new_session=True,
+                    )
+                processes.append(started)
         while any(each.poll() is None for each in processes) and time.monotonic() < ends:
             if not asked and time.monotonic() > ends - min(_GRACE, seconds / 4):
                 asked = True
@@ -156,6 +178,23 @@ def perform(
         failed.append(f"{name}: {why}")
         print(_last_lines(out, name, _LOG_LINES), flush=True)
     return failed
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C comes at the end: a process that is begun and not yet noted would be left."""
+    came = list[int]()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    usual = [number for number in numbers if signal.getsignal(number) is signal.default_int_handler]
+    for number in usual:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number in usual:
+            signal.signal(number, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -19,7 +19,9 @@ from sleb.benchmarks.workloads import ThroughputOptions, stand_in_map
 from sleb.engine.model.architecture import resolve_spec
 from sleb.models.shapes import shape_folder
 
-_WHOLE_70B = 125 << 30  # bytes of a GPU that holds 64 of its 80 blocks in bfloat16, 104 GiB
+# Bytes of a GPU for a shape in bfloat16 and in int8: weights (of 70B 64 blocks: 104 GiB, 52), KV of 64 × 192 tokens,
+# and what steps take.
+_MEMORY = {"llama-2-7b": (21 << 30, 14 << 30), "llama-2-70b": (125 << 30, 64 << 30)}
 _TURNS_SHARE = 0.6  # of a job's time that turns may take: the rest is loading, compiling, capturing
 # What matters most first: should the time be over, the last are missing.
 _KERNELS = (
@@ -59,13 +61,27 @@ _TINY = {
 _TINY_DEPTHS = {"7b": (0, 1), "70b": (1,), "patched": (0, 2), "mixed": (0, 1, 2)}
 
 
+class TooLargeError(Exception):
+    """No format of the shape fits the GPU."""
+
+
+def fitting_weights(config: str, memory: int) -> str:
+    """The format of a shape's weights for a GPU of so many bytes. Raises TooLargeError, saying what it takes."""
+    whole, int8 = _MEMORY[config]
+    if memory < int8:
+        raise TooLargeError(
+            f"left out: {config} in int8 takes a GPU of {int8 >> 30} GiB, this has {memory >> 30}"
+        )
+    return "auto" if memory >= whole else "int8"
+
+
 def _options(job: Job, name: str, folder: str) -> ThroughputOptions:
     wanted = _ALL | {"device": job.device, "time_budget": _TURNS_SHARE * job.left} | _JOBS[name]
     config = wanted["config"]
     if job.dry:
         wanted |= _TINY | {"model": str(shape(folder, 4, config, tiny=True)), "depths": _TINY_DEPTHS[name]}
-    elif config == "llama-2-70b" and torch.cuda.get_device_properties(0).total_memory < _WHOLE_70B:
-        wanted["weights"] = "int8"
+    else:
+        wanted["weights"] = fitting_weights(config, torch.cuda.get_device_properties(0).total_memory)
     if job.dry or name == "patched":
         spec = resolve_spec(Path(wanted.get("model") or shape_folder(config)))
         layer_map = stand_in_map(config, spec.num_blocks, spec.fingerprint)
@@ -77,7 +93,7 @@ def _options(job: Job, name: str, folder: str) -> ThroughputOptions:
 
 
 def throughput(job: Job) -> int:
-    """Depths in turns, written after every turn; exit status 1 if it was cut short."""
+    """Depths in turns, written after every turn; exit status 1 if it was cut short. Raises TooLargeError."""
     with tempfile.TemporaryDirectory() as folder:
         result = run_throughput(
             *(_options(job, job.name, folder), job.command),
@@ -89,7 +105,7 @@ def throughput(job: Job) -> int:
 
 
 def warm(job: Job) -> int:
-    """Compiles what serving a shape at these sizes runs, so that what measures it finds it compiled."""
+    """Compiles what serving a shape at these sizes runs, ahead of what measures it. Raises TooLargeError."""
     with tempfile.TemporaryDirectory() as folder:
         options = _options(job, job.name.removeprefix("warm-"), folder)
         if options.config is not None:  # a few blocks have the shapes of all
