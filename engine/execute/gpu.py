@@ -320,8 +320,9 @@ class GpuExecutor:
     ) -> Forward:
         layout = StepLayout(step.num_tokens, max(step.num_sequences, len(samples)), len(self._units))
         inputs = self._send(step, layout, samples)
-        assert step.sources is None or last is not None, "a pending token, and nothing was sampled"
-        pending = (inputs.sources, self._sampled if last is None else last)
+        sampled = self._sampled if step.sources is None else last
+        assert sampled is not None, "a pending token, and nothing was sampled"
+        pending = (inputs.sources, sampled)
         units = self._eager_units(step, inputs)
         stream = self._decoder.run(inputs.token_ids, inputs.positions, inputs.slots, units, pending)
         residual = self._decoder.add(stream).residual

@@ -304,15 +304,15 @@ def mix(module, rows, context):
 
 
 @pytest.mark.parametrize(
-    ("name", "launch", "by_context"),
+    ("name", "launch", "least", "by_context"),
     [
-        ("paged_decode", attend, True),
-        ("paged_prefill", attend, True),
-        ("linear", multiply, False),
-        ("experts", mix, False),
+        ("paged_decode", attend, 1, True),
+        ("paged_prefill", attend, 4, True),  # a chunk has more than one token
+        ("linear", multiply, 1, False),
+        ("experts", mix, 1, False),
     ],
 )
-def test_choices_are_made_by_buckets_of_rows_and_of_context(monkeypatch, name, launch, by_context):
+def test_choices_are_made_by_buckets_of_rows_and_of_context(monkeypatch, name, launch, least, by_context):
     """Not once for all batches, and not anew for every length."""
     module = importlib.import_module(f"sleb.kernels.triton.{name}")
 
@@ -323,6 +323,6 @@ def test_choices_are_made_by_buckets_of_rows_and_of_context(monkeypatch, name, l
         [found] = keys
         return found
 
-    assert len({key(rows) for rows in (1, 4, 16, 64, 256)}) == 5
+    assert len({key(least * rows) for rows in (1, 4, 16, 64, 256)}) == 5
     assert key(65) != key(64) and key(200) == key(256)
     assert (key(4, 1000) != key(4, 1025)) == by_context and key(4, 1000) == key(4, 257)
