@@ -67,7 +67,10 @@ def measure(model: str, blocks: int | None, weights: str, rows: int, context: in
     time, dependent = (floor + lost[0] * num_products + lost[1] * others for lost in (LOST, LOST_DEPENDENT))
     of_all = "" if blocks is None else f" of {num_blocks} blocks"
     case = f"{model}{of_all} {weights}, {rows} {'row' if rows == 1 else 'rows'}, {context} tokens of context"
-    facts = {"roofline_share": floor / time, "of roofline, dependent launches": round(floor / dependent, 3)}
+    facts = {
+        "roofline_share": floor / time,
+        "of roofline, were launches dependent": round(floor / dependent, 3),
+    }
     return [
         Measurement(case, "now", "nodes a block", round(nodes.block.total(), 1)),
         Measurement(case, "now", "nodes a step", round(num_products + others)),
@@ -79,13 +82,14 @@ def model(path: Path, command: list[str], beside: Path | None = None) -> None:
     """Writes the result file of all cases; beside: an older one, whose rows come before."""
     now = [each for case in CASES for each in measure(*case)]
     older = [] if beside is None else load(beside).measurements
-    before = {each.key[:3:2]: replace(each, subject="before") for each in older}
-    rows = [row for each in now for row in (before.get(each.key[:3:2]), each) if row is not None]
+    before = {(each.case, each.metric): replace(each, subject="before") for each in older}
+    rows = [row for each in now for row in (before.get((each.case, each.metric)), each) if row is not None]
     environment = describe_machine(torch.device("cpu"), torch.bfloat16, "triton", shown_command(command))
-    settings = {"bandwidth": BANDWIDTH, "lost": LOST, "lost, dependent launches": LOST_DEPENDENT}
+    settings = {"bandwidth": BANDWIDTH, "lost": LOST, "lost, were launches dependent": LOST_DEPENDENT}
     notes = [
         "A model, not a measurement: nothing ran. Nodes are counted on the meta device, the bandwidth is an H200's by "
-        "its data sheet, and what is lost at a node is assumed."
+        "its data sheet, and what is lost at a node is assumed. Those of the kernels that have the fewest nodes: where "
+        "measuring chooses the vendor's products and launches beside them, there are more.",
     ]
     if beside is not None:
         notes.append(f"before: commit {load(beside).environment.get('commit')}")
