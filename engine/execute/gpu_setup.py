@@ -119,6 +119,14 @@ class GpuSetup:
             chunks, decodes = numbers_of_rows(longest, 4), numbers_of_rows(executor.max_num_seqs, 4)
             steps += [trial_step(executor, [(min(count, context), context)]) for count in chunks]
             steps += [trial_step(executor, [(1, context)] * count) for count in decodes]
+            steps += [  # what walks the rows of a batch is compiled for how many there may be
+                trial_step(
+                    executor, [(count - rows + 1, max(context, count - rows + 1)), *[(1, 1)] * (rows - 1)]
+                )
+                for count in chunks
+                for rows in decodes
+                if 16 < rows < count
+            ]
         with self.operators.tuning(self.config.on_tuning):
             for step in steps:
                 samples = range(min(step.num_sequences, executor.max_num_seqs))
