@@ -190,7 +190,8 @@ class GpuExecutor:
         torch.arange(inputs.query_starts.shape[0], dtype=torch.int32, out=inputs.query_starts)
         compute = self._prompts if prompts else self._decode
         with self._operators.tuning(report):
-            for bucket in prompts or numbers_of_rows(self.max_num_seqs):
+            # The largest first: operators are tuned at the first rows of a key, and those fill its bucket.
+            for bucket in reversed(prompts or numbers_of_rows(self.max_num_seqs)):
                 inputs.row_counts.fill_(min(bucket, self.max_num_seqs))
                 inputs.token_counts.fill_(bucket)
                 for depth in self.depths:  # a patch is for all rows of one, and for some of another

@@ -102,7 +102,7 @@ class GpuSetup:
         steps = [
             prompt_step(executor, count, max_model_len, depth)
             for depth in sorted({fullest, *patched})
-            for count in numbers_of_rows(step_tokens)
+            for count in reversed(numbers_of_rows(step_tokens))  # operators are tuned at the first of a key
         ]
         for few in (
             numbers_of_rows(min(self.operators.fused_rows, longest)) if executor.max_num_seqs > 1 else ()

@@ -82,7 +82,7 @@ def row_factors(moments, row, in_rows, size, eps, CHUNKS: tl.constexpr):
     return (1.0 / tl.sqrt_rn(tl.sum(sums, axis=1) / size + eps))[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["moments"])
 def _norm_rows(x, moments, weight, out, size, eps,
                HAS_WEIGHT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     wait_for_previous()
@@ -97,7 +97,7 @@ def _norm_rows(x, moments, weight, out, size, eps,
     tl.store(out + row * size + column, normed.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["delta_start", "num_delta", "norm_start", "num_norm"])
+@triton.jit(do_not_specialize_on_alignment=["delta_start", "num_delta", "norm_start", "num_norm", "moments"])
 def _add_norm(
     residual,
     delta,

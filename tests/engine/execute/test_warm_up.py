@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from sleb.kernels.triton.tuning import bucket
+
 FORMS = ("full", "low-rank", "scale")
 CASES = [
     ("llama-3.1-8b", "int8", 8, True, ()),
@@ -64,3 +66,14 @@ def test_what_is_met_late_would_be_seen(captured_step, monkeypatch):
     late = captured_step.serve(captured_step.MetaSetup("llama-3.1-8b", 1, "int8", 4), 0, False, 10).late
     assert any("_linear" in each for each in late)
     assert any(each.startswith("('") for each in late)  # a key that was not tuned
+
+
+def test_operators_are_tuned_where_their_buckets_are_full(captured_step, monkeypatch):
+    """The first launch of a key is the one that is measured: that with the most rows of all that share it."""
+    setup = captured_step.MetaSetup("llama-3.1-8b", 1, "int8", 48)
+    executor = setup.setup(captured_step.Tuner(0))._executor(setup.max_model_len, 8)
+    met = []
+    monkeypatch.setattr(executor, "_decode", lambda units, rows: met.append(rows))
+    executor.warm_up(8)
+    first = {bucket(rows): rows for rows in reversed(met)}
+    assert first == {1: 1, 4: 4, 16: 16, 64: 48}

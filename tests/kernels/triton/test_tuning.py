@@ -32,15 +32,14 @@ def gpu(monkeypatch, tmp_path):
     numbers = {"times": {1: 3.0, 2: 1.0, 3: 2.0}, "measured": [], "folder": tmp_path}
     gpu = type("FakeGpu", (), numbers | {"device": 0, "names": ["Fake", "Other"]})()
 
-    def do_bench(run, **options):
-        assert options["return_mode"] == "median"
+    def device_time(run):
         block = run()
         gpu.measured.append(block)
         return gpu.times[block]
 
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "_state", tuning._State())
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(tuning, "_device_time", device_time)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.device)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.names[device])
@@ -62,6 +61,44 @@ def run(key=KEY, configs=CONFIGS, launch=None):
 
 def restart(monkeypatch):
     monkeypatch.setattr(tuning, "_state", tuning._State())
+
+
+@pytest.mark.parametrize(("launching", "computing"), [(0.3, 0.02), (0.01, 4.0)])
+def test_what_is_timed_is_the_gpu_and_not_the_host(monkeypatch, launching, computing):
+    """On a stand-in for a queue that a host fills: it clears caches in 0.06 ms, and sleeps a million cycles in 0.5."""
+    now = {"host": 0.0, "device": 0.0, "runs": 0}
+
+    def queue(duration):
+        now["device"] = max(now["host"], now["device"]) + duration
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue(0.0)
+            self.time = now["device"]
+
+        def synchronize(self):
+            now["host"] = max(now["host"], self.time)
+
+        def elapsed_time(self, other):
+            return other.time - self.time
+
+    class Caches:
+        zero_ = staticmethod(lambda: queue(0.06))
+
+    def run():
+        now["runs"] += 1
+        now["host"] += launching
+        queue(computing)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue(cycles / 2e6))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning.torch, "empty", lambda *shape, **options: Caches())
+    assert tuning._device_time(run) == pytest.approx(computing)
+    assert 5 < now["runs"] <= 31
 
 
 def test_an_unknown_key_runs_the_first_while_serving(gpu):
