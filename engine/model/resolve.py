@@ -23,9 +23,11 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
-        raise ConfigError(
-            f"device '{name}' is not on this machine ({torch.cuda.device_count()} CUDA GPUs); try cpu"
-        )
+        count = torch.cuda.device_count()
+        why, remedy = f"torch sees {count} CUDA GPUs", f"cuda:0 to cuda:{count - 1}" if count else "cpu"
+        if torch.version.cuda is None:
+            why, remedy = f"torch {torch.__version__} is built without CUDA", "cpu, or install a CUDA build"
+        raise ConfigError(f"device '{name}' is not on this machine ({why}); try {remedy}")
     return device
 
 

@@ -85,7 +85,8 @@ def machine(job: Job) -> int:
     if job.dry:
         job.say(f"dry run: {versions}, interpreted")
     elif not torch.cuda.is_available():
-        job.say("torch finds no CUDA GPU here; scripts/gpu --dry-run needs none")
+        lacking = "finds no CUDA GPU here" if torch.version.cuda else "is built without CUDA"
+        job.say(f"error: torch {torch.__version__} {lacking}; scripts/gpu --dry-run needs no GPU")
     else:
         found = torch.cuda.get_device_properties(0)
         level, memory = f"{found.major}.{found.minor}", found.total_memory >> 30

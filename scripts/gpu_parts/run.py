@@ -77,9 +77,9 @@ def run(parts: Sequence[Part], seconds: float, out: Path, dry: bool) -> int:
     try:
         begun = Part("machine", 60, ("machine",))
         failed = perform(begun, _commands(begun, 60.0, out, dry), 60.0, out, _environment(begun, out, dry))
-        print(f"{'error: ' if failed else '==> '}{_last_lines(out, 'machine', 1)}", flush=True)
-        if failed:
+        if failed:  # and told
             return 2
+        print(f"==> {_last_lines(out, 'machine', 1)}", flush=True)
         for place, part in enumerate(parts):
             began, most = time.monotonic(), limit(parts[place:], ends - time.monotonic())
             line = ""

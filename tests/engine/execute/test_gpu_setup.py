@@ -295,3 +295,19 @@ class TestBfloat16:
         assert resolve.resolve_dtype("auto", "fp32", "bfloat16", device) == torch.float32
         assert resolve.resolve_dtype("auto", "auto", None, device) == torch.float32
         assert resolve.resolve_dtype("auto", "auto", "bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("built", "count", "told"),
+    [
+        (None, 0, "is built without CUDA.; try cpu, or install a CUDA build$"),
+        ("13.0", 0, "0 CUDA GPUs.; try cpu$"),
+        ("13.0", 2, "2 CUDA GPUs.; try cuda:0 to cuda:1$"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_with_the_remedy(built, count, told, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ConfigError, match=f"'cuda:2' is not on this machine.*{told}"):
+        resolve.resolve_device("cuda:2")
