@@ -55,12 +55,17 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED))
 
 
-@cache
 def counters(device: torch.device) -> Tensor:
     """[NUM_COUNTERS] int32 zeros, by which programs of a launch find out which of them arrives last.
 
-    The launches of a device follow one another on one stream and share them: each leaves them at 0.
+    Launches of a stream follow one another and share them: each leaves them at 0. Another stream has its own, as where
+    one engine captures its graphs while another one serves on the same GPU.
     """
+    return _counters(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
 
 

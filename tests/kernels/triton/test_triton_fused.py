@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,3 +253,17 @@ def test_rows_past_the_count_may_be_anything(randn, count, close, monkeypatch):
     out = linear_activate(case.x, case.weight, case.bias, "silu", True, count(5), norm=case.norm)
     gate, up = case.product.chunk(2, dim=1)
     close(out[:5], (silu(gate) * up)[:5], 6.0)
+
+
+def test_streams_do_not_share_counters(monkeypatch):
+    """Where one engine captures while another serves on the same GPU, their launches overlap."""
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: object())
+    gpu = torch.device("cuda", 63)
+    serving = counters(gpu)
+    stream.cuda_stream = 7
+    capturing = counters(gpu)
+    assert capturing is not serving and counters(gpu) is capturing
+    stream.cuda_stream = 0
+    assert counters(gpu) is serving
