@@ -175,8 +175,9 @@ def perform(
         why = f"not done in {seconds:.0f} s"
         if status is not None and not asked:
             why = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
+            print(_last_lines(out, name, _LOG_LINES))
         failed.append(f"{name}: {why}")
-        print(_last_lines(out, name, _LOG_LINES), flush=True)
+        print(f"{name}: {why}; its log is {out / name}.log", flush=True)
     return failed
 
 
