@@ -89,7 +89,8 @@ class EngineConfig:
     )
     kv_dtype: str = option(
         "auto",
-        "Of the KV cache; auto: --dtype's; int8, of the C kernels alone: a byte, and a scale a token and head.",
+        "Of the KV cache; auto: --dtype's; int8, of the C kernels alone: a byte, and a scale a token and head; "
+        "fp8, of Triton's attention alone: a byte, e4m3.",
         choices=KV_DTYPES,
         group=_MODEL,
     )

@@ -7,7 +7,7 @@ from sleb.errors import ConfigError
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 QUANTIZED = ("int8", "int4")
-KV_DTYPES = ("auto", "int8")
+KV_DTYPES = ("auto", "int8", "fp8")
 FILE = "file"  # the format of weights that a quantised checkpoint has
 KERNELS = ("triton", "torch", "cpu")
 ATTENTION_BACKENDS = ("triton", "flash", "torch")

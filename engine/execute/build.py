@@ -49,14 +49,26 @@ def select_backends(
     Raises ConfigError for kernels, an attention, a KV dtype or a page size that was asked for and cannot be had.
     """
     backends = _select(config, spec, device, dtype)
-    kernels = backends.kernels
-    if config.kv_dtype != "auto" and kernels.cpu is None:
-        why = f" ({kernels.why_slower})" if kernels.why_slower else ""
-        raise ConfigError(
-            f"kv_dtype '{config.kv_dtype}' goes with the C kernels, and here kernels {kernels.name} compute{why}; "
-            "use kv_dtype auto"
-        )
+    _check_kv_dtype(config.kv_dtype, backends)
     return backends
+
+
+def _check_kv_dtype(kv_dtype: str, backends: Backends) -> None:
+    kernels, attention = backends.kernels, backends.attention
+    triton = attention is not None and attention.name == "triton"
+    usable = {"auto": True, "int8": kernels.cpu is not None, "fp8": triton}
+    if usable[kv_dtype]:
+        return
+    needed = {"int8": "the C kernels", "fp8": "the attention of kernels triton"}[kv_dtype]
+    why = f" ({kernels.why_slower})" if kernels.why_slower else ""
+    beside = "" if attention is None else f" with attention {attention.name}"
+    remedy = (
+        "attention triton, or kv_dtype " if kv_dtype == "fp8" and kernels.gpu is not None else "kv_dtype "
+    )
+    remedy += " or ".join(each for each in usable if usable[each])
+    raise ConfigError(
+        f"kv_dtype '{kv_dtype}' goes with {needed}, and here kernels {kernels.name} compute{why}{beside}; use {remedy}"
+    )
 
 
 def _select(config: EngineConfig, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> Backends:

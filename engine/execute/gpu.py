@@ -108,7 +108,8 @@ class GpuExecutor:
     def description(self) -> str:
         """What computes, in words."""
         graphs = f", {len(self._graphs)} captured graphs" if self._graphs else ""
-        return f"{self.kernels} kernels on {self.device}, attention {self.attention}{graphs}"
+        kv_cache = ", KV cache in fp8" if self._decoder.kv_cache.dtype == torch.uint8 else ""
+        return f"{self.kernels} kernels on {self.device}, attention {self.attention}{graphs}{kv_cache}"
 
     @property
     def trial_contexts(self) -> list[int]:

@@ -148,9 +148,10 @@ class GpuSetup:
 
     def _executor(self, max_model_len: int, num_pages: int) -> GpuExecutor:
         """An executor whose cache has the padding page after num_pages others."""
-        spec, dtype = self.spec, self.weights.dtype
+        spec = self.spec
         decoder = Decoder(spec, self.weights, self.kernels, max_model_len, self.device)
         blocks = attention_blocks(self.plan)
+        dtype = torch.uint8 if self.config.kv_dtype == "fp8" else self.weights.dtype
         cache = PagedKVCache(spec, blocks, num_pages + 1, self.page_size, dtype, self.device)
         return GpuExecutor(
             GpuDecoder(decoder, self.operators, self.attention.function, cache),

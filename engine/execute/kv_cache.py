@@ -21,6 +21,7 @@ _CPU_MEMORY_LIMIT = 8 * GIB
 class PagedKVCache:
     """K and V of `blocks`, each [num_pages · page_size, K, D]; a token's slot is page · page_size + offset.
 
+    dtype: torch.uint8 for bytes of e4m3, see `sleb.kernels.reference.ops.to_e4m3`.
     With several tiers a page spans the union of their kept attention sublayers. The memory starts as zeros, so
     that a masked position can never bring in a NaN.
     """
@@ -36,6 +37,7 @@ class PagedKVCache:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.dtype = dtype
         shape = (len(blocks), num_pages * page_size, spec.num_kv_heads, spec.head_dim)
         self._keys = _zeros(shape, dtype, device)
         self._values = _zeros(shape, dtype, device)
@@ -57,11 +59,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def bytes_per_token(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype, kv_dtype: str) -> int:
     """Bytes of K and V that one token takes in `num_blocks` attention sublayers.
 
-    kv_dtype: "auto" for `dtype`, or "int8", which has a float32 scale a token and head.
+    kv_dtype: "auto" for `dtype`, "fp8", or "int8", which has a float32 scale a token and head.
     """
     if kv_dtype == "int8":
         return 2 * num_blocks * spec.num_kv_heads * (spec.head_dim + 4)
-    return 2 * num_blocks * spec.kv_size * dtype.itemsize
+    return 2 * num_blocks * spec.kv_size * (1 if kv_dtype == "fp8" else dtype.itemsize)
 
 
 def size_cache(

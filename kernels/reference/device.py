@@ -285,7 +285,8 @@ def rope_store(
     Args:
         heads: [T, H + 2K, D], queries, keys, values. num_heads: H.
         rotation: cos and sin of every position, [positions, R/2] float32; None: not rotated.
-        positions, slots: [T] integers, the place in the sequence and in the caches [num_slots, K, D].
+        positions, slots: [T] integers, the place in the sequence and in the caches.
+        key_cache, value_cache: [num_slots, K, D], in the dtype of heads, or uint8 for bytes of `reference.to_e4m3`.
         clip: queries, keys and values are clamped to ± this first.
 
     Returns: the queries, [T, H, D].
@@ -301,12 +302,14 @@ def rope_store(
         query, key = reference.rope(query, cos, sin), reference.rope(key, cos, sin)
     if norm is not None and norm.after_rotation:
         query, key = norm(query, key)
+    queries: Tensor = query.contiguous()
+    if key_cache.dtype == torch.uint8:
+        key, value = reference.to_e4m3(key), reference.to_e4m3(value)
     written = _rows(heads.shape[0], num_tokens)[:, :, None]
     at = slots.long()
     # Those past the count write back what is there.
     key_cache.index_copy_(0, at, torch.where(written, key, key_cache[at]))
     value_cache.index_copy_(0, at, torch.where(written, value, value_cache[at]))
-    queries: Tensor = query.contiguous()
     return queries
 
 
@@ -358,7 +361,12 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.paged_attention`, of the first num_rows sequences; query and result [T, H, D]."""
+    """As `reference.paged_attention`, of the first num_rows sequences; query and result [T, H, D]; caches as those of
+    `rope_store`."""
+    if key_cache.dtype == torch.uint8:
+        key_cache, value_cache = (
+            reference.from_e4m3(cache, query.dtype) for cache in (key_cache, value_cache)
+        )
     on_host: PagedBatch = batch.to_host()
     out = torch.zeros_like(query)
     num_tokens = int(on_host.query_starts[-1])

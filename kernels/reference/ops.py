@@ -123,6 +123,19 @@ def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
+E4M3_MAX = 448.0
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Bytes of x as torch.float8_e4m3fn, clamped to ±E4M3_MAX: the form of keys and values of a KV cache in fp8."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def from_e4m3(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """What bytes of `to_e4m3` stand for; exact in every dtype of activations."""
+    return stored.view(torch.float8_e4m3fn).to(dtype)
+
+
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Writes key and value [T, K, D] into the flat caches [num_slots, K, D] at slots [T]."""
     key_cache.index_copy_(0, slots, key)

@@ -242,13 +242,13 @@ def _decode(
             slot = page * PAGE_SIZE + position % PAGE_SIZE
             at = (slot * NUM_KV + kv_head)[:, None] * HEAD_DIM + column[None, :]
             inside = visible[:, None] & in_head[None, :]
-            keys = load_tile(key_cache, at, inside)
+            keys = load_tile(key_cache, at, inside, q.dtype)
             scores = score(q, keys, scale, cap, CAPPED, PRECISION)
             scores = tl.where(visible[None, :], scores, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_highest[:, None])
             fade = tl.exp2(highest - new_highest)
-            values = load_tile(value_cache, at, inside)
+            values = load_tile(value_cache, at, inside, q.dtype)
             attended = attended * fade[:, None]
             attended += multiply(weights.to(values.dtype), values, PRECISION)
             total = total * fade + tl.sum(weights, axis=1)
@@ -280,8 +280,8 @@ def paged_decode(
 ) -> Tensor:
     """Attention of the sequences with one new token; the others' rows of `out` stay as they are.
 
-    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. sinks: [H]. Returns out, [T, H, D]; see
-    `sleb.kernels.reference.ops.paged_attention`.
+    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D], in the dtype of query or as bytes of e4m3. sinks: [H].
+    Returns out, [T, H, D]; see `sleb.kernels.reference.ops.paged_attention`.
     """
     check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     out = torch.empty_like(query) if out is None else out
@@ -290,12 +290,16 @@ def paged_decode(
     if not num_rows:
         return out
     shape = (head_dim, num_heads // key_cache.shape[1], batch.page_size)
-    key = ("paged_decode", str(query.dtype), *shape, bucket(num_rows), bucket(batch.max_context_len))
+    key = ("paged_decode", str(query.dtype), str(key_cache.dtype), *shape)
 
     def launch(config: Config) -> None:
         _launch(query, key_cache, value_cache, batch, scale, window or 0, softcap, sinks, out, config)
 
-    tuned(key, configs_for(head_dim, query.element_size()), Launch(launch))
+    tuned(
+        (*key, bucket(num_rows), bucket(batch.max_context_len)),
+        configs_for(head_dim, query.element_size()),
+        Launch(launch),
+    )
     return out
 
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from sleb.kernels.batch import BatchTensors
+from sleb.kernels.triton.e4m3 import from_e4m3
 from sleb.kernels.triton.runtime import NUM_COUNTERS, power_of_two
 from sleb.kernels.triton.tuning import bucket
 
@@ -86,6 +87,9 @@ def arrives_last(counter, number):
 
 
 @triton.jit
-def load_tile(cache, at, inside):
-    """Keys or values of a tile of slots."""
-    return tl.load(cache + at, mask=inside, other=0.0)
+def load_tile(cache, at, inside, dtype: tl.constexpr):
+    """Keys or values of a tile of slots, in the queries' dtype."""
+    if cache.dtype.element_ty == tl.uint8:
+        return from_e4m3(tl.load(cache + at, mask=inside, other=0), dtype)
+    else:
+        return tl.load(cache + at, mask=inside, other=0.0)

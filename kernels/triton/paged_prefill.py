@@ -116,7 +116,7 @@ def _walk(
         slot = page * PAGE_SIZE + position % PAGE_SIZE
         at = (slot * NUM_KV + kv_head)[:, None] * HEAD_DIM + column
         inside = present[:, None] & (column < HEAD_DIM)
-        keys = load_tile(key_cache, at, inside)
+        keys = load_tile(key_cache, at, inside, q.dtype)
         scores = score(q, keys, scale, cap, CAPPED, PRECISION)
         if MASKED:
             visible = position[None, :] <= own[:, None]
@@ -128,7 +128,7 @@ def _walk(
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         weights = tl.exp2(scores - shift[:, None])
         fade = tl.exp2(highest - shift)
-        values = load_tile(value_cache, at, inside)
+        values = load_tile(value_cache, at, inside, q.dtype)
         attended = attended * fade[:, None]
         attended += multiply(weights.to(values.dtype), values, PRECISION)
         total = total * fade + tl.sum(weights, axis=1)
@@ -361,8 +361,8 @@ def paged_prefill(
 ) -> Tensor:
     """Attention of the sequences with several new tokens; the others' rows of `out` stay as they are.
 
-    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D]. sinks: [H]. Returns out, [T, H, D]; see
-    `sleb.kernels.reference.ops.paged_attention`.
+    query: [T, H, D]. key_cache, value_cache: [num_slots, K, D], in the dtype of query or as bytes of e4m3. sinks: [H].
+    Returns out, [T, H, D]; see `sleb.kernels.reference.ops.paged_attention`.
     """
     check_contiguous(query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     out = torch.empty_like(query) if out is None else out
@@ -370,7 +370,8 @@ def paged_prefill(
     if not batch.context_lens.shape[0] or num_tokens < 2:
         return out
     configs = configs_for(head_dim, query.element_size())
-    key = ("paged_prefill", str(query.dtype), head_dim, num_heads // key_cache.shape[1], batch.page_size)
+    dtypes, group = (str(query.dtype), str(key_cache.dtype)), num_heads // key_cache.shape[1]
+    key = ("paged_prefill", *dtypes, head_dim, group, batch.page_size)
 
     def launch(config: Config) -> None:
         _launch(query, key_cache, value_cache, batch, scale, window or 0, softcap, sinks, out, config)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sleb.kernels.reference.device import HeadNorm
+from sleb.kernels.triton.e4m3 import to_e4m3
 from sleb.kernels.triton.runtime import (
     INTERPRETED,
     ceil_div,
@@ -83,13 +84,16 @@ def store_heads(query_out, key_cache, value_cache, token, slot, head, column, x,
                 NUM_HEADS: tl.constexpr, NUM_KV: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
     """Each head of the tile to where it belongs."""
     x = x.to(query_out.dtype.element_ty)
+    stored = x
+    if key_cache.dtype.element_ty == tl.uint8:
+        stored = to_e4m3(x)
     is_query = head < NUM_HEADS
     is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV)
     is_value = (head >= NUM_HEADS + NUM_KV) & (head < NUM_HEADS + 2 * NUM_KV)
     tl.store(query_out + (token * NUM_HEADS + head) * HEAD_DIM + column, x, mask=inside & is_query)
     at = (slot * NUM_KV + head - NUM_HEADS) * HEAD_DIM + column
-    tl.store(key_cache + at, x, mask=inside & is_key)
-    tl.store(value_cache + at - NUM_KV * HEAD_DIM, x, mask=inside & is_value)
+    tl.store(key_cache + at, stored, mask=inside & is_key)
+    tl.store(value_cache + at - NUM_KV * HEAD_DIM, stored, mask=inside & is_value)
 
 
 @triton.jit

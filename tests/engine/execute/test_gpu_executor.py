@@ -85,7 +85,8 @@ def watch(llm):
             unused = [page for page in pages._free if page not in pages._key_of]
             for layer in cache._layers.values():
                 for part in layer:
-                    part.unflatten(0, (-1, executor.page_size))[unused] = float("nan")
+                    nan = float("nan") if part.is_floating_point() else 0x7F  # of e4m3
+                    part.unflatten(0, (-1, executor.page_size))[unused] = nan
         forward = run(step, *arguments, **options)
         replayed = llm.replays.num_replays - before
         llm.seen[step.num_tokens > step.num_sequences, replayed] += 1
@@ -102,9 +103,9 @@ def make(make_llm, monkeypatch):
     """make(model, …, graphs=True): an LLM over the operators' specification; `llm.replays` counts replays, `llm.seen`
     steps by whether they had prompts and whether they were replayed."""
 
-    def build(model, removed=(), tiers=None, graphs=True, **options):
+    def build(model, removed=(), tiers=None, graphs=True, name="torch", **options):
         with monkeypatch.context() as patch:
-            specification = replace(registry.torch_gpu_kernels(), linear=linear_of_rows)
+            specification = replace(registry.torch_gpu_kernels(), linear=linear_of_rows, name=name)
             patch.setattr(registry, "triton_gpu_kernels", lambda: specification)
             llm = make_llm(model, removed, tiers, kernels="triton", **options)
         executor = llm.engine.runner.executor
@@ -429,3 +430,63 @@ def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm, pat
         assert output.token_ids == want.token_ids
         close(values(output), values(want))
     assert replays.num_replays >= (4 if name == "llama-gqa" else 2)
+
+
+class TestFp8Cache:
+    """Keys and values as bytes of e4m3, without a scale."""
+
+    def test_answers_are_those_of_an_engine_that_rounds(self, tiny_model, make, make_llm):
+        """Mixed depths, prefix hits and preemptions, replayed: against the eager engine over rounded K and V."""
+        prompts, params, depths = traffic(19)
+        options = {"max_num_batched_tokens": 19, "seed": 3}
+        model = tiny_model("llama-gqa")
+        eager = make_llm(model, CHAIN, TIERS, **options)
+        executor = eager.engine.runner.executor
+        kernels = executor.decoder.kernels
+        exact = eager.generate(prompts, params, depths)
+
+        def store(key, value, *rest):
+            rounded = (each.clamp(-448, 448).to(torch.float8_e4m3fn).to(each.dtype) for each in (key, value))
+            kernels.store_kv(*rounded, *rest)
+
+        rounding = make_llm(model, CHAIN, TIERS, **options)
+        decoder = rounding.engine.runner.executor.decoder
+        decoder.kernels = replace(kernels, store_kv=store)
+        expected = rounding.generate(prompts, params, depths)
+        token = rounding.engine.kv_bytes_per_token(0)
+        options["kv_cache_memory"] = (16 * token + 0.5) / GIB
+        llm = make(model, CHAIN, TIERS, name="triton", kv_dtype="fp8", **options)
+        assert llm.engine.kv_bytes_per_token(0) * 4 == token  # of float32
+        assert "KV cache in fp8" in llm.engine.runner.description
+        outputs = llm.generate(prompts, params, depths)
+        same = [want.token_ids == output.token_ids for want, output in zip(expected, outputs, strict=True)]
+        # A number that lies between two bytes may go the other way.
+        assert sum(same) >= len(same) - 2
+        for want, output, alike in zip(expected, outputs, same, strict=True):
+            if alike:
+                close(values(output), values(want), 5e-3)
+        changed = [
+            (values(old) - values(new)).abs().max()
+            for old, new in zip(exact, expected, strict=True)
+            if old.token_ids == new.token_ids and len(values(old))
+        ]
+        assert not changed or max(changed) > 0
+        assert llm.seen[False, True] > 10 and llm.engine.stats().num_preemptions > 0
+        llm.engine.check_integrity()
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"kernels": "torch"}, "'fp8' goes with the attention of kernels triton, and here kernels torch"),
+            ({"kernels": "cpu"}, "here kernels cpu compute; use kv_dtype auto or int8"),
+            ({"kernels": "triton", "attention": "torch"}, "with attention torch sdpa; use attention triton, or"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_it_is_refused_elsewhere(self, options, match, tiny_model, make_llm):
+        with pytest.raises(ConfigError, match=match):
+            make_llm(tiny_model("llama-gqa"), kv_dtype="fp8", page_size=16, **options)
+
+    def test_int8_is_refused_with_what_there_is(self, tiny_model, make_llm):
+        with pytest.raises(ConfigError, match="with attention triton; use kv_dtype auto or fp8"):
+            make_llm(tiny_model("llama-gqa"), kv_dtype="int8", kernels="triton")

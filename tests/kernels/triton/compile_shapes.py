@@ -120,6 +120,8 @@ def _small(gpu, name, num_heads, num_kv, head_dim, hidden, mlp, whole):
     )
     yield f"gated, {name}", partial(gpu.gated_activate, half(8, 2 * mlp), "silu", count)
     yield f"rope, {name}", partial(gpu.rope_store, *rope, norm, *stored)
+    in_bytes = torch.empty(cache.shape, dtype=torch.uint8)
+    yield f"rope into fp8, {name}", partial(gpu.rope_store, *rope, norm, in_bytes, in_bytes, *stored[2:])
     if not whole:
         return
     yield f"norm of a range, {name}", partial(gpu.add_norm, x, x, None, None, *rms, **starts)
@@ -174,6 +176,10 @@ def _products(gpu, name, kind, rows, dtype, num_heads, num_kv, head_dim, hidden,
     yield f"qkv, {label}", partial(gpu.linear_rope_store, x, qkv, None, *rotated, norm=norm)
     if name != "Llama 3 8B":
         return
+    if kind == "bf16" and rows == 1:
+        in_bytes = torch.empty(cache.shape, dtype=torch.uint8)
+        stored = (*rotated[:4], in_bytes, in_bytes, *rotated[6:])
+        yield f"qkv into fp8, {label}", partial(gpu.linear_rope_store, x, qkv, None, *stored, norm=norm)
     add = (features(rows, mlp), weight(hidden, mlp), None, residual, sums, count)
     yield f"down, {label}", partial(gpu.linear_add, *add)
     yield f"head, {label}", partial(gpu.linear, x, weight(128256, hidden), None, norm=norm)
@@ -194,12 +200,13 @@ def _attention(gpu, whole):
     if whole:
         shapes += [("LLaMA 7B", 32, 32, 128, BF16), ("Phi-2", 32, 32, 80, BF16), ("64", 9, 3, 64, BF16)]
         shapes += [(f"256 features of {dtype}", 8, 2, 256, dtype) for dtype in (BF16, FP32)]
-    for name, num_heads, num_kv, head_dim, dtype in shapes:
+    shapes = [(*shape, shape[-1]) for shape in shapes] + [("fp8", 32, 8, 128, BF16, torch.uint8)]
+    for name, num_heads, num_kv, head_dim, dtype, stored in shapes:
         kinds = [(None, None, None)]
         if whole and dtype == BF16 and (head_dim > 128 or name == "Llama 3 8B"):
             kinds += [(4096, None, None), (4096, 50.0, torch.empty(num_heads, dtype=dtype))]
         query = torch.empty(64, num_heads, head_dim, dtype=dtype)
-        cache = torch.empty(4096, num_kv, head_dim, dtype=dtype)
+        cache = torch.empty(4096, num_kv, head_dim, dtype=stored)
         for (rows, longest), kind in itertools.product(((8, 1), (8, 25)), kinds):
             table = (integers(8, 64), integers(8))
             batch = BatchTensors(integers(rows + 1), integers(rows), *table, integers(1), 16, longest, 1024)

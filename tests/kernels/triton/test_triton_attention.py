@@ -292,3 +292,18 @@ def test_results_depend_neither_on_other_sequences_nor_on_who_comes_last(device)
             out = paged_decode.paged_decode(*case.on_device, tensors, SCALE, None, None, None, case.out())
         outs.append(out[0])
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("shape", [(6, 3, 64), (3, 3, 12)], ids=str)
+@pytest.mark.parametrize(
+    ("attend", "lens"), [(decode, [(1, 70), (1, 3)]), (prefill, [(7, 70), (1, 4), (3, 3)])], ids=["decode", "prefill"]
+)  # fmt: skip
+def test_attention_over_bytes(device, attend, lens, shape, window, dtype):
+    """Against softmax in float64 over what the bytes stand for."""
+    case = Case(device, shape, dtype, 4, lens)
+    stored = [(cache * 2).to(torch.float8_e4m3fn) for cache in case.caches]
+    case.caches = [each.to(dtype) for each in stored]
+    case.on_device[1:] = [each.view(torch.uint8).to(device) for each in stored]
+    attend(case, window)
