@@ -63,9 +63,14 @@ CONFIGS = tuple(
 WIDE_CONFIGS = (Config(block=16, num_warps=4, num_stages=3), Config(block=32, num_warps=4, num_stages=3))
 
 
-def configs_for(head_dim: int, itemsize: int) -> tuple[Config, ...]:
-    """The configurations to choose from; the first is what runs untuned, on every GPU."""
-    return WIDE_CONFIGS if head_dim * itemsize > 512 else CONFIGS
+def configs_for(head_dim: int, itemsize: int, widens: bool) -> tuple[Config, ...]:
+    """The configurations to choose from; the first is what runs untuned, on every GPU.
+
+    widens: the caches hold bytes. Of large tiles their numbers take more registers than a thread has.
+    """
+    if head_dim * itemsize > 512:
+        return WIDE_CONFIGS
+    return tuple(config for config in CONFIGS if not widens or config["block"] < 128)
 
 
 @triton.jit
@@ -297,7 +302,7 @@ def paged_decode(
 
     tuned(
         (*key, bucket(num_rows), bucket(batch.max_context_len)),
-        configs_for(head_dim, query.element_size()),
+        configs_for(head_dim, query.element_size(), key_cache.dtype == torch.uint8),
         Launch(launch),
     )
     return out

@@ -72,12 +72,14 @@ WIDE_CONFIGS = tuple(
 WIDEST_CONFIGS = (Config(rows=32, block=16, num_warps=8, num_stages=2),)
 
 
-def configs_for(head_dim: int, itemsize: int) -> tuple[Config, ...]:
-    """The configurations to choose from; the first is what runs untuned, on every GPU."""
+def configs_for(head_dim: int, itemsize: int, widens: bool) -> tuple[Config, ...]:
+    """The configurations to choose from; the first is what runs untuned, on every GPU. widens: as in `paged_decode`."""
     num_bytes = head_dim * itemsize
     if num_bytes > 512:
         return WIDEST_CONFIGS
-    return WIDE_CONFIGS if num_bytes > 256 else CONFIGS
+    if num_bytes > 256:
+        return WIDE_CONFIGS
+    return tuple(config for config in CONFIGS if not widens or config["rows"] < 128)
 
 
 @triton.jit
@@ -369,7 +371,7 @@ def paged_prefill(
     num_tokens, num_heads, head_dim = query.shape
     if not batch.context_lens.shape[0] or num_tokens < 2:
         return out
-    configs = configs_for(head_dim, query.element_size())
+    configs = configs_for(head_dim, query.element_size(), key_cache.dtype == torch.uint8)
     dtypes, group = (str(query.dtype), str(key_cache.dtype)), num_heads // key_cache.shape[1]
     key = ("paged_prefill", *dtypes, head_dim, group, batch.page_size)
 

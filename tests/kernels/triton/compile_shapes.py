@@ -66,9 +66,9 @@ def cases(level):
     """(compute capability, whether all configurations, label, a function that launches) of a level.
 
     usual: a part, for two. matrix: every shape with the first configuration for all, and the other configurations of a
-    part for KINDS; oldest: the former for KINDS and 12.0. everything: every shape and configuration for all.
+    part for KINDS; oldest: the former for two. everything: every shape and configuration for all.
     """
-    archs = {"usual": USUAL, "oldest": (*KINDS, 120)}.get(level, tuple(CARDS))
+    archs = USUAL if level in ("usual", "oldest") else tuple(CARDS)
     for arch in archs:
         for label, work in _shapes(level):
             yield arch, level == "everything", label, work

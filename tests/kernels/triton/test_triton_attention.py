@@ -234,7 +234,7 @@ def test_decode_configurations(device, monkeypatch, config, window):
 @pytest.mark.parametrize("window", [None, 40])
 def test_prefill_configurations(device, monkeypatch, config, window):
     """Chunks of several blocks of rows, whose ends need not be those of the heads of a token."""
-    monkeypatch.setattr(paged_prefill, "configs_for", lambda head_dim, itemsize: (config,))
+    monkeypatch.setattr(paged_prefill, "configs_for", lambda *sizes: (config,))
     case = Case(device, (3, 1, 64), torch.bfloat16, 16, [(90, 90), (70, 201)])
     prefill(case, window, span=None if window else 100)
 

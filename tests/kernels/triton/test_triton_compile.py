@@ -121,15 +121,16 @@ def test_shared_memory_suffices(report, records):
     )
 
 
-def test_registers_suffice(records):
-    """But for a few where there is no wgmma, more of tiles of many rows and of attention over chunks, which holds what
-    its items need beside what a walk does, and in float32, which no tensor core takes."""
+def test_registers_suffice(report, records):
+    """But for a few where there is no wgmma or an older Triton allots them, more of tiles of many rows and of attention
+    over chunks, which holds what its items need beside what a walk does, and in float32, which no tensor core takes."""
+    newest = tuple(map(int, report["triton"].split(".")[:2])) >= (3, 7)
 
     def spills(record):
         chunks = record["kernel"].endswith("_prefill")
         wide = chunks or record["kernel"].endswith("_of_experts") or record.get("ROWS", 0) > 64
         allowed = 0 if record["arch"] == 90 and not chunks else 256 if wide else 64
-        if record["label"].startswith("qkv into fp8"):  # a few bytes, once, after the product
+        if not newest or record["label"].startswith("qkv into fp8"):  # the latter once, after the product
             allowed = max(allowed, 16)
         return record.get("PRECISION") != "ieee" and record["stack"] + record["local"] > allowed
 
