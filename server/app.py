@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 
 from sleb.server import api
@@ -52,9 +52,14 @@ def create_app(context: ServerContext) -> FastAPI:
     )
     app.state.context = context
     routers = find_routers()
-    key = Security(HTTPBearer(scheme_name="key", auto_error=False))  # described only: see ApiKeys
+    schemes = (  # described only: see ApiKeys
+        HTTPBearer(scheme_name="key", auto_error=False),
+        APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False),
+    )
     guarded: dict[str, Any] = (
-        {"dependencies": [key], "responses": errors(401)} if context.options.keys else {}
+        {"dependencies": [Security(scheme) for scheme in schemes], "responses": errors(401)}
+        if context.options.keys
+        else {}
     )
     for router in routers:
         app.include_router(router, **({} if issubclass(router.route_class, OpenRoute) else guarded))

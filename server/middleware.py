@@ -44,12 +44,13 @@ class ApiKeys:
         if not self._digests or any(route.path_regex.match(path) for route in self._open_routes):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = _digest(token.strip().encode("latin-1"))  # as the headers were decoded
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
+        bearer = token if scheme.lower() == "bearer" else ""
+        given = [_digest(key.strip().encode("latin-1")) for key in (bearer, headers.get("x-api-key", ""))]
+        matches = [hmac.compare_digest(key, digest) for key in given for digest in self._digests]
+        if not any(matches):
             raise ApiError(
                 401,
-                "the API key is missing or wrong; send the header 'Authorization: Bearer KEY'",
+                "the API key is missing or wrong; send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

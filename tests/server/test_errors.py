@@ -189,9 +189,9 @@ def test_body_limit_holds_with_and_without_a_length(serve_engine, fake_engine):
     assert server.complete("abc").status_code == 200
 
 
-def get(server, path, authorization):
+def get(server, path, authorization, name="Authorization"):
     """Status and body; the header is sent as it stands, which httpx refuses for some."""
-    headers = {} if authorization is None else {"Authorization": authorization}
+    headers = {} if authorization is None else {name: authorization}
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
@@ -221,6 +221,19 @@ def test_keys_guard_all_but_health(serve_engine, fake_engine):
             assert b"first" not in body
     for header in ("Bearer first", "bearer first", "Bearer  first ", "Bearer sécond".encode()):
         assert get(server, "/v1/models", header)[0] == 200
+
+
+def test_a_key_may_come_as_anthropics_clients_send_it(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, api_keys=("first", "sécond"))
+    for key in ("", " ", "firs", "Bearer first", b"\xff"):
+        assert get(server, "/v1/models", key, "x-api-key")[0] == 401
+    for key in ("first", " first ", "sécond".encode()):
+        assert get(server, "/v1/models", key, "X-Api-Key")[0] == 200
+    for bearer, key, status in [("first", "no", 200), ("no", "first", 200), ("no", "no", 401)]:
+        headers = {"Authorization": f"Bearer {bearer}", "x-api-key": key}
+        assert server.post("/v1/completions", prompt="a").status_code == 401
+        answer = server.http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == status
 
 
 def test_an_empty_bearer_is_fine_without_keys(server):

@@ -646,5 +646,6 @@ def test_openapi_tells_of_keys_only_where_there_are_some(serve_engine, fake_engi
     guarded = serve_engine(fake_engine, api_keys=("key",))
     document = guarded.http.get("/openapi.json", headers={"Authorization": "Bearer key"}).json()
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert document["paths"]["/v1/models"]["get"]["security"] == [{"key": []}, {"x-api-key": []}]
     assert "401" in document["paths"]["/v1/models"]["get"]["responses"]
     assert "security" not in document["paths"]["/health"]["get"]
