@@ -168,7 +168,7 @@ class EngineConfig:
     )
     generation_config: str | Path = option(
         "auto",
-        "JSON file with sampling values; auto: the model's own; none: every value off.",
+        "JSON file with sampling values; auto: the alias's or the model's own; none: every value off.",
         group=_ANSWERS,
         metavar="FILE",
     )

@@ -85,7 +85,7 @@ class Engine:
         self.default_tier = (recommended or list(self.tiers))[0]
         self.text = TextProcessor(resolved.path, self.spec.vocab_size, config.chat_template)
         self.tokenizer = self.text.tokenizer
-        self.defaults = load_defaults(resolved.path, config, self.spec, self.text)
+        self.defaults = load_defaults(resolved.path, config, self.spec, self.text, resolved.sampling)
         self.eos_token_ids = self.defaults.end_token_ids
         depths = [tier.depth for tier in self.tiers]
         self.runner = Runner(config, resolved.path, self.spec, self.layer_map, depths, self.eos_token_ids)

@@ -7,6 +7,7 @@ and the chat template; each value is checked there and nowhere again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,19 +74,23 @@ class GenerationDefaults:
 
 
 def load_defaults(
-    path: Path, config: EngineConfig, spec: DecoderSpec, text: TextProcessor
+    path: Path,
+    config: EngineConfig,
+    spec: DecoderSpec,
+    text: TextProcessor,
+    of_alias: Mapping[str, float],
 ) -> GenerationDefaults:
-    """The defaults of the model in the folder `path`.
+    """The defaults of the model in the folder `path`; `of_alias`: the sampling values that its alias brings.
 
-    A sampling value is the operator's, else that of the generation config which `config` names, else off. Ends are all
-    that the files name; only if none does, what transformers takes for the architecture. Raises ModelError naming file
-    and field, ConfigError for a file that the operator named.
+    A sampling value is the operator's, else that of the generation config which `config` names, the alias's if that is
+    the model's own and has none, else off. Ends are all that the files name; only if none does, what transformers takes
+    for the architecture. Raises ModelError naming file and field, ConfigError for a file that the operator named.
     """
     own = _read(path / "generation_config.json")
     chosen = own if config.generation_config == "auto" else Fields({}, "")
     if config.generation_config not in ("auto", "none"):
         chosen = _named(Path(config.generation_config))
-    values = _sampling_values(chosen)
+    values = (dict(of_alias) if config.generation_config == "auto" else {}) | _sampling_values(chosen)
     values |= {name: given for name in SAMPLING if (given := getattr(config, name)) is not None}
     # The architecture's own stands there where the file has none.
     of_config = Fields({"eos_token_id": list(spec.special_token_ids["eos"])}, path / "config.json")

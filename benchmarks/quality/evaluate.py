@@ -25,13 +25,14 @@ import torch
 from sleb.benchmarks.environment import describe_environment, describe_machine, shown_command
 from sleb.benchmarks.quality.answers import generate_answers, read_prompts
 from sleb.benchmarks.quality.interval import Estimate, choose_num_batches, estimate
-from sleb.benchmarks.quality.options import EvalOptions
+from sleb.benchmarks.quality.options import QUESTION_SAMPLES, EvalOptions
 from sleb.benchmarks.quality.questions import QUESTIONS, ask_questions
 from sleb.benchmarks.quality.scores import Chain, TextScores, TokenScores, score_texts
 from sleb.benchmarks.quality.tasks import find_lm_eval, max_length, run_tasks
 from sleb.benchmarks.quality.texts import WindowedText, cut_text, default_seqlen, read_text
 from sleb.benchmarks.record import Measurement, Ratio, Result
 from sleb.engine.chain import load_layer_map
+from sleb.engine.generation import SAMPLING
 from sleb.engine.llm import LLM
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.model.resolve import resolve_device
@@ -53,7 +54,7 @@ _OF_ANSWERS = (
 )
 _OF_QUESTIONS = (
     f"right: of {len(QUESTIONS)} questions with known answers, by the first sentence of the greedy answer; sampled: "
-    "the mean of samples at the default temperature. Intervals of 95 % (Wilson), for questions like these."
+    "the mean of samples with the defaults of `sampling`. Intervals of 95 % (Wilson), for questions like these."
 )
 
 
@@ -170,12 +171,11 @@ class _Evaluation:
                     case, subject = f"{len(self.prompts)} answers", f"depth {depth}"
                     result.measurements.append(Measurement(case, subject, metric, value, facts=facts))
         if options.questions:
-            result.settings |= {"questions": len(QUESTIONS), "question_samples": options.question_samples}
-            result.settings["temperature"] = llm.engine.defaults.temperature
+            samples = QUESTION_SAMPLES if options.question_samples is None else options.question_samples
+            result.settings |= {"questions": len(QUESTIONS), "question_samples": samples}
+            result.settings["sampling"] = {name: getattr(llm.engine.defaults, name) for name in SAMPLING}
             result.notes.append(_OF_QUESTIONS)
-            result.measurements += ask_questions(
-                llm, self.depths, options.question_samples or 0, partial(self._tell, "asking")
-            )
+            result.measurements += ask_questions(llm, self.depths, samples, partial(self._tell, "asking"))
         if not options.tasks:
             return
         result.settings |= {"limit": options.limit, "lm_eval_max_length": max_length(options, llm)}

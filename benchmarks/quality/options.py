@@ -12,6 +12,7 @@ from sleb.layer_map.layer_map import LayerMap
 from sleb.options import check_values, option, option_of
 
 SCHEMES = ("sleb", "lm-eval")
+QUESTION_SAMPLES = 20
 _TEXTS, _ANSWERS, _TASKS = "Text", "Answers", "lm-eval"
 
 
@@ -49,9 +50,9 @@ class EvalOptions:
     questions: bool = option(False, "Ask twenty plain questions with known answers.", group=_ANSWERS)
     question_samples: int | None = option(
         None,
-        "Ask each so many times at the default temperature too.",
-        unset="greedily alone",
-        minimum=1,
+        "Ask each so many times with the model's sampling defaults too; 0: greedily alone.",
+        unset=str(QUESTION_SAMPLES),
+        minimum=0,
         group=_ANSWERS,
     )
     tasks: Sequence[str] = option(

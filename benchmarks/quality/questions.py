@@ -68,14 +68,13 @@ def ask_questions(
     num_samples: int,
     on_progress: Callable[[int, int, int], None] = lambda depth, done, total: None,
 ) -> Iterator[Measurement]:
-    """How many answers are right at each depth: greedy ones, then the mean of `num_samples` as a server samples them.
+    """How many answers are right at each depth: greedy ones, then the mean of `num_samples` by the engine's defaults.
 
-    A sample has a seed of its question and its number. The interval takes the questions as a draw of such questions,
-    the samples of one as one: they are not independent. on_progress: the depth, how many tokens there are of at most
-    how many. Raises RequestError.
+    Greedy: with nothing of the generation config, as in `generate_answers`. A sample has a seed of its question and its
+    number. The interval takes the questions as a draw of such questions, the samples of one as one: they are not
+    independent. on_progress: the depth, how many tokens there are of at most how many. Raises RequestError.
     """
     encoded = encode_prompts(llm, list(QUESTIONS))
-    # Nothing of the generation config, as for `generate_answers`; a sample follows the server's defaults.
     greedy = SamplingParams(
         max_tokens=_MAX_TOKENS, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0
     )

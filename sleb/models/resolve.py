@@ -13,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sleb.errors import ConfigError, ModelError
@@ -41,13 +41,14 @@ class ResolvedModel:
     """A model that is on this machine.
 
     `path`: its folder, with config.json. `name`: the last component of MODEL as given, a .gguf's without the
-    ending. `layer_map`: the map that ships with the package, of an alias only.
+    ending. `layer_map`: the map that ships with the package, of an alias only, as is `sampling`: values of a generation
+    config.
     """
 
     path: Path
     name: str
     layer_map: Path | None = None
-    alias: bool = False
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 def resolve_model(model: str, *, progress: bool = True, keep_bits: bool = False) -> ResolvedModel:
@@ -61,7 +62,7 @@ def resolve_model(model: str, *, progress: bool = True, keep_bits: bool = False)
     """
     if (alias := ALIASES.get(model)) is not None:
         folder = fetch_alias(alias, progress=progress, keep_bits=keep_bits)
-        return ResolvedModel(folder, model, alias.shipped_map, alias=True)
+        return ResolvedModel(folder, model, alias.shipped_map, alias.sampling)
     path = _path(model)
     name = path.name or path.resolve().name
     if path.is_dir():

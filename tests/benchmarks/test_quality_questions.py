@@ -86,6 +86,16 @@ def test_answers_do_not_hang_on_the_order_or_the_other_depths(llm, monkeypatch) 
         assert by_question[0] == by_question[1]
 
 
+def test_samples_follow_what_is_served(tiny_model_dir, tiny_chain, monkeypatch) -> None:
+    """With an operator's temperature of 0 each sample is the greedy answer, by plain requests too."""
+    options = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 0.01, "temperature": 0.0}
+    greedy = LLM(str(tiny_model_dir), tiny_chain, (0, 3), **options)
+    seen: dict[str, list[str]] = {}
+    monkeypatch.setattr(questions, "judge", lambda depth, metric, answers: seen.update({metric: answers}))
+    list(ask_questions(greedy, (0,), 2))
+    assert seen["right sampled"] == {question: 2 * texts for question, texts in seen["right"].items()}
+
+
 def test_the_command_writes_them_in_the_one_shape(tiny_model_dir, tiny_chain, tmp_path) -> None:
     import typer
 
@@ -103,6 +113,8 @@ def test_the_command_writes_them_in_the_one_shape(tiny_model_dir, tiny_chain, tm
         "3",
         "--no-generate",
         "--questions",
+        "--question-samples",
+        "0",
         "--json",
         file,
         "--device",
@@ -115,6 +127,9 @@ def test_the_command_writes_them_in_the_one_shape(tiny_model_dir, tiny_chain, tm
     assert [(each.subject, each.metric, each.facts["depth"]) for each in measured] == [
         *(("depth 0", "right", 0), ("depth 3", "right", 3))
     ]
-    assert json.loads(file.read_text())["settings"]["questions"] == 20
+    settings = json.loads(file.read_text())["settings"]
+    assert (settings["questions"], settings["question_samples"]) == (20, 0)
+    off = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert settings["sampling"] == off
     refused = CliRunner().invoke(app, [str(tiny_model_dir), "--question-samples", "3"])
     assert "ask --questions" in str(refused.exception)

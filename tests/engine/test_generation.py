@@ -37,7 +37,9 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(content | values))
 
 
-def defaults(path: Path, own: Any = None, *, by_class: Any = None, **options: Any) -> GenerationDefaults:
+def defaults(
+    path: Path, own: Any = None, *, by_class: Any = None, of_alias: Any = None, **options: Any
+) -> GenerationDefaults:
     if own is not None:
         (path / "generation_config.json").write_text(json.dumps(own))
     config = EngineConfig(path, **options)
@@ -47,7 +49,7 @@ def defaults(path: Path, own: Any = None, *, by_class: Any = None, **options: An
     spec: Any = SimpleNamespace(
         vocab_size=VOCAB, special_token_ids={"eos": () if of_config is None else (of_config,)}
     )
-    return load_defaults(path, config, spec, TextProcessor(path, VOCAB))
+    return load_defaults(path, config, spec, TextProcessor(path, VOCAB), of_alias or {})
 
 
 def values(found: GenerationDefaults) -> dict[str, Any]:
@@ -65,6 +67,20 @@ def test_request_then_flag_then_file_then_off(folder: Path) -> None:
     assert type(defaults(folder).top_k) is int  # 50.0 is 50
     resolved = found.resolve(SamplingParams(top_p=0.5, top_k=-1))
     assert (resolved.temperature, resolved.top_p, resolved.top_k, resolved.min_p) == (0.0, 0.5, -1, 0.1)
+
+
+def test_an_alias_stands_below_the_model_s_own_file(folder: Path, tmp_path: Path) -> None:
+    of_alias = {"temperature": 0.2, "top_p": 0.8}
+    assert values(defaults(folder, of_alias=of_alias)) == OFF | of_alias
+    assert values(defaults(folder, of_alias=of_alias, top_p=1.0)) == OFF | {"temperature": 0.2}
+    assert values(defaults(folder, of_alias=of_alias, generation_config="none")) == OFF
+    assert values(defaults(folder, {"top_p": 0.5}, of_alias=of_alias)) == OFF | {
+        "temperature": 0.2,
+        "top_p": 0.5,
+    }
+    other = tmp_path / "other.json"
+    other.write_text('{"top_k": 7}')
+    assert values(defaults(folder, of_alias=of_alias, generation_config=other)) == OFF | {"top_k": 7}
 
 
 def test_the_operator_s_own_file_or_none(folder: Path, tmp_path: Path) -> None:
@@ -251,7 +267,7 @@ def check_any(folder: Path, content: Any) -> None:
     text: Any = SimpleNamespace(end_token_ids=set)
     logging.disable(logging.WARNING)
     try:
-        found = load_defaults(folder, config, spec, text)
+        found = load_defaults(folder, config, spec, text, {})
     except SlebError as error:
         said = str(error)
     else:

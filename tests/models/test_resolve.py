@@ -138,7 +138,8 @@ def test_the_alias_resolves_to_the_cache_and_brings_its_map(
     shipped.write_text("{}")
     monkeypatch.setattr(fetching, "MAPS", shipped.parent)
     resolved = resolve_model("smollm2", progress=False)
-    assert (resolved.name, resolved.alias, resolved.layer_map) == ("smollm2", True, shipped)
+    assert (resolved.name, resolved.layer_map) == ("smollm2", shipped)
+    assert resolved.sampling == {"temperature": 0.2, "top_p": 0.9}  # as its card advises
     assert is_complete(resolved.path)
 
 
@@ -344,7 +345,7 @@ def test_a_disk_that_refuses_is_an_error_with_a_remedy(code: int, remedy: str, c
 def test_a_gguf_file_is_converted_once_and_found_again_after_a_move(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "Tiny Model.gguf")
     first = resolve_model(str(path), progress=False)
-    assert first.name == "Tiny Model" and first.layer_map is None and not first.alias
+    assert first.name == "Tiny Model" and first.layer_map is None and not first.sampling
     assert (first.path / "config.json").is_file()
     changed = (first.path / MARKER).stat().st_mtime_ns
     moved = path.rename(tmp_path / "moved.gguf")
@@ -394,7 +395,7 @@ def test_folders_are_used_in_place_and_one_gguf_stands_for_its_folder(tmp_path: 
         resolve_model(str(folder))
     (folder / "config.json").write_text("{}")
     used = resolve_model(f"{folder}/")
-    assert (used.path, used.name, used.alias) == (folder, "My-Model", False)
+    assert (used.path, used.name, used.sampling) == (folder, "My-Model", {})
     with pytest.raises(ConfigError, match="--to"):
         fetch_model(str(folder), tmp_path / "elsewhere")
 
