@@ -20,7 +20,7 @@ from sleb.server.browsers import Callers
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.middleware import ApiKeys, Gate
-from sleb.server.routing import OpenRoute, Route, errors
+from sleb.server.routing import Route, errors
 from sleb.version import __version__
 
 logger = logging.getLogger("sleb.server")
@@ -56,13 +56,13 @@ def create_app(context: ServerContext) -> FastAPI:
         HTTPBearer(scheme_name="key", auto_error=False),
         APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False),
     )
-    guarded: dict[str, Any] = (
-        {"dependencies": [Security(scheme) for scheme in schemes], "responses": errors(401)}
-        if context.options.keys
-        else {}
-    )
+    dependencies = [Security(scheme) for scheme in schemes]
     for router in routers:
-        app.include_router(router, **({} if issubclass(router.route_class, OpenRoute) else guarded))
+        kind, guarded = router.route_class, dict[str, Any]()
+        assert issubclass(kind, Route)
+        if context.options.keys and not kind.is_open:
+            guarded = {"dependencies": dependencies, "responses": errors(401, model=kind.error_model)}
+        app.include_router(router, **guarded)
     install_handlers(app)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     docs.install(app, routes)

@@ -1,4 +1,4 @@
-"""Errors as OpenAI clients know them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as OpenAI clients know them: {"error": {"message", "type", "param", "code"}}; a route may have others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from sleb.errors import EngineDeadError, InvalidOutputError, RequestError, SlebError
-from sleb.server.exchange import note_failure
 
 logger = logging.getLogger("sleb.server")
 
@@ -46,10 +45,6 @@ class ApiError(SlebError):
         if len(message) > _MAX_MESSAGE:
             message = message[:_MAX_MESSAGE] + "..."
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
-
-    def response(self) -> Response:
-        note_failure(self.code or str(self.status))
-        return json_response(self.body(), self.status, self.headers)
 
 
 class OverloadedError(ApiError):
@@ -96,10 +91,17 @@ def to_api_error(error: BaseException) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Makes every error of `app` an OpenAI one, also those that the framework raises."""
+    """Makes every error of `app` an answer of the route's, also those that the framework raises.
 
-    async def on_sleb_error(_: Request, error: Exception) -> Response:
-        return to_api_error(error).response()
+    `request.state.tell_error`, an ApiError's answer, is what sleb.server.middleware knows for the path.
+    """
+
+    def tell(request: Request, error: ApiError) -> Response:
+        response: Response = request.state.tell_error(error)
+        return response
+
+    async def on_sleb_error(request: Request, error: Exception) -> Response:
+        return tell(request, to_api_error(error))
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -109,12 +111,13 @@ def install_handlers(app: FastAPI) -> None:
             405: f"{where} is not allowed; this path takes {(error.headers or {}).get('Allow', 'other methods')}",
         }
         message = messages.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return tell(request, ApiError(error.status_code, message, headers=error.headers))
 
-    async def on_validation_error(_: Request, error: Exception) -> Response:
+    async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        return ApiError(400, str(first["msg"]), param=".".join(map(str, first["loc"][1:])) or None).response()
+        param = ".".join(map(str, first["loc"][1:])) or None
+        return tell(request, ApiError(400, str(first["msg"]), param=param))
 
     app.add_exception_handler(SlebError, on_sleb_error)
     app.add_exception_handler(HTTPException, on_http_exception)

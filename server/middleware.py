@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sleb.fields import shown_text
 from sleb.server.browsers import Callers
 from sleb.server.engine_thread.metrics import ServerMetrics
-from sleb.server.errors import ApiError, to_api_error
-from sleb.server.exchange import EXCHANGE, Exchange
+from sleb.server.errors import ApiError, json_response, to_api_error
+from sleb.server.exchange import EXCHANGE, Exchange, note_failure
 from sleb.server.routing import Route
 
 logger = logging.getLogger("sleb.server")
@@ -66,11 +66,17 @@ def request_id(headers: Headers) -> str:
     return given or f"req-{uuid.uuid4().hex}"
 
 
-def clean_path(path: str, routes: Sequence[Route]) -> str:
-    """One slash for several, and none at the end; /v1 before a path that only a route with it has, as llama.cpp's."""
+def find_route(path: str, routes: Sequence[Route]) -> tuple[str, type[Route]]:
+    """The path as a route has it, and the class of that route, `Route` if there is none.
+
+    One slash for several, and none at the end; /v1 before a path that only a route with it has, as llama.cpp's.
+    """
     path = _SLASHES.sub("/", path).rstrip("/") or "/"
-    known = (each for each in (path, f"/v1{path}") if any(route.path_regex.match(each) for route in routes))
-    return next(known, path)
+    for known in (path, f"/v1{path}"):
+        for route in routes:
+            if route.path_regex.match(known):
+                return known, type(route)
+    return path, Route
 
 
 def server_timing(exchange: Exchange, total: float) -> str:
@@ -112,9 +118,15 @@ class Gate:
                 answer["Server-Timing"] = server_timing(exchange, (time.monotonic() - begin) * 1e3)
             await send(message)
 
-        path = clean_path(scope["path"], self._routes)
+        path, route_class = find_route(scope["path"], self._routes)
+
+        def tell_error(error: ApiError) -> Response:
+            note_failure(error.code or str(error.status))
+            body, status = route_class.error_body(error, identifier), route_class.error_status(error)
+            return json_response(body, status, error.headers)
+
         inner = dict(scope, path=path, raw_path=path.encode(), state={**scope.get("state", {})})
-        inner["state"]["request_id"] = identifier
+        inner["state"] |= {"request_id": identifier, "tell_error": tell_error}
         if scope["method"] == "HEAD":  # the server drops the body: it looks at its own copy of the method
             inner["method"] = "GET"
         token = EXCHANGE.set(exchange)
@@ -122,7 +134,7 @@ class Gate:
             self._callers.check(scope["method"], headers)
             self._keys.check(path, headers)
             if scope["method"] == "OPTIONS":
-                await self._options(inner)(inner, receive, send_with_id)
+                await self._options(inner, tell_error)(inner, receive, send_with_id)
             else:
                 await self._app(inner, receive, send_with_id)
         except ClientDisconnect:
@@ -131,7 +143,7 @@ class Gate:
         except Exception as error:
             if status:
                 raise
-            await to_api_error(error).response()(inner, receive, send_with_id)
+            await tell_error(to_api_error(error))(inner, receive, send_with_id)
         finally:
             EXCHANGE.reset(token)
             route = getattr(inner.get("route"), "path", "other")
@@ -158,7 +170,7 @@ class Gate:
             extra={"facts": facts},
         )
 
-    def _options(self, scope: Scope) -> Response:
+    def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:
         """The methods of a path, as a bare OPTIONS asks."""
         methods: set[str] = set()
         for route in self._routes:
@@ -166,6 +178,6 @@ class Gate:
             if match != Match.NONE:
                 methods |= route.methods or set()
         if not methods:
-            return ApiError(404, "this path does not exist; the API begins at /v1").response()
+            return tell_error(ApiError(404, "this path does not exist; the API begins at /v1"))
         methods |= {"OPTIONS", "HEAD"} if "GET" in methods else {"OPTIONS"}
         return Response(status_code=204, headers={"Allow": ", ".join(sorted(methods))})

@@ -13,6 +13,7 @@ from sleb.engine.requests.repetition import REPETITION
 from sleb.server.answer_models import Error
 from sleb.server.body_parser import parse_body
 from sleb.server.context import get_context
+from sleb.server.errors import ApiError
 
 REFERENCE = "#/components/schemas/{model}"
 HEADERS: dict[str, dict[str, Any]] = {
@@ -52,10 +53,27 @@ class Route(APIRoute):
     """A route behind the API key, if there is one.
 
     An endpoint with a second argument, a model of `sleb.server.protocol`, gets the body. FastAPI describes it, but does
-    not read it: our own way knows the limit, and has errors in OpenAI's shape. The answer is a Response, as it is sent.
+    not read it: our own way knows the limit. The answer is a Response, as it is sent.
+
+    Every error of its paths, whoever finds it, is told by `error_body`; a subclass may have another wire format's.
+
+    Attributes:
+        is_open: whether it needs no key.
+        error_model: the type of the body of an error.
     """
 
     is_open = False
+    error_model: Any = Error
+
+    @classmethod
+    def error_body(cls, error: ApiError, request_id: str) -> dict[str, Any]:
+        """The JSON body of an error."""
+        return error.body()
+
+    @classmethod
+    def error_status(cls, error: ApiError) -> int:
+        """Its HTTP status."""
+        return error.status
 
     @property
     def body_model(self) -> Any:
@@ -85,11 +103,11 @@ class OpenRoute(Route):
     is_open = True
 
 
-def errors(*statuses: int) -> Responses:
-    """FastAPI's `responses` of an endpoint that may answer with these errors."""
+def errors(*statuses: int, model: Any = Error) -> Responses:
+    """FastAPI's `responses` of an endpoint that may answer with these errors, whose bodies are of the type `model`."""
     return {
         status: {
-            "model": Error,
+            "model": model,
             "description": _ERROR_TEXTS[status],
             "headers": HEADERS | _ERROR_HEADERS.get(status, {}),
         }
@@ -97,14 +115,21 @@ def errors(*statuses: int) -> Responses:
     }
 
 
-def success(event: Any = None, links: dict[str, Any] | None = None) -> Responses:
-    """The same of a good answer: its headers, what it is good `links` for, the type of an `event` if it may stream."""
+def success(
+    event: Any = None,
+    links: dict[str, Any] | None = None,
+    *,
+    media_type: str = "text/event-stream",
+    stream: str = "events whose data are chunks, and a last one whose data are [DONE]",
+) -> Responses:
+    """The same of a good answer: its headers, what it is good `links` for, the type of an `event` if it may stream.
+
+    media_type, stream: what a stream is, and of what, in words.
+    """
     response: dict[str, Any] = {"headers": HEADERS, "links": links or {}}
     if event is not None:
         response["headers"] = HEADERS | _STOP_HEADER
         schema = TypeAdapter(event).json_schema(ref_template=REFERENCE)
-        response["content"] = {"text/event-stream": {"itemSchema": schema}}
-        response["description"] = (
-            "The answer; with `stream`, events whose data are chunks, and a last one whose data are [DONE]."
-        )
+        response["content"] = {media_type: {"itemSchema": schema}}
+        response["description"] = f"The answer; with `stream`, {stream}."
     return {200: response}
