@@ -96,6 +96,10 @@ class ServerContext:
             code="model_not_found",
         )
 
+    def name_of(self, tier: Tier, asked: str | None) -> str:
+        """What an answer says of its model."""
+        return tier.id
+
 
 def name_tiers(engine: Engine, aliases: tuple[str, ...]) -> dict[str, Tier]:
     """Tiers by id, then by alias: `alias:sleb-k` is depth k, `alias` the full model, or without it the default tier.

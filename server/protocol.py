@@ -33,15 +33,25 @@ from sleb.engine.requests.sampling_params import (
     SamplingParams,
 )
 from sleb.errors import RequestError
+from sleb.server.conversation import Conversation
 from sleb.server.grammar.structured import (
     GRAMMARS,
     AnswerChoices,
     JsonSchema,
     ResponseFormat,
     StructuredOutputs,
+    answer_grammar,
 )
 from sleb.server.message.incoming import MAX_MESSAGES, IncomingMessage
-from sleb.server.message.tools import MAX_TOOLS, AllowedTools, Function, FunctionName, NamedTool, Tool
+from sleb.server.message.tools import (
+    MAX_TOOLS,
+    AllowedTools,
+    Function,
+    FunctionName,
+    NamedTool,
+    Tool,
+    read_tools,
+)
 from sleb.server.peer_fields import SAME_AS, honoured
 
 MAX_PROMPTS = 2048
@@ -99,7 +109,7 @@ def _without_own_names(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _in_range(name: str, text: str | None = None) -> Any:
+def in_range(name: str, text: str | None = None) -> Any:
     """The range of one of the engine's sampling fields, of which `text` says more."""
     if name in COUNT_RANGES:
         least, most = COUNT_RANGES[name]
@@ -204,13 +214,13 @@ class GenerationBody(Body):
     )
 
     model: str | None = None
-    max_tokens: Annotated[int | None, _in_range("max_tokens"), WHOLE] = None
-    min_tokens: Annotated[int | None, _in_range("min_tokens"), WHOLE] = None
-    temperature: Annotated[float | None, _in_range("temperature", "0 is greedy.")] = None
-    top_p: Annotated[float | None, _in_range("top_p")] = None
-    top_k: Annotated[int | None, _in_range("top_k", "0 or -1 is off."), WHOLE] = None
-    min_p: Annotated[float | None, _in_range("min_p")] = None
-    n: Annotated[int | None, _in_range("n", "Answers to each prompt."), WHOLE] = None
+    max_tokens: Annotated[int | None, in_range("max_tokens"), WHOLE] = None
+    min_tokens: Annotated[int | None, in_range("min_tokens"), WHOLE] = None
+    temperature: Annotated[float | None, in_range("temperature", "0 is greedy.")] = None
+    top_p: Annotated[float | None, in_range("top_p")] = None
+    top_k: Annotated[int | None, in_range("top_k", "0 or -1 is off."), WHOLE] = None
+    min_p: Annotated[float | None, in_range("min_p")] = None
+    n: Annotated[int | None, in_range("n", "Answers to each prompt."), WHOLE] = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_TOKEN_IDS), WHOLE_NUMBERS] = (
         None
@@ -221,18 +231,18 @@ class GenerationBody(Body):
         Field(description="How many of a prompt's last tokens to keep; -1: as many as fit."),
         WHOLE,
     ] = None
-    seed: Annotated[int | None, _in_range("seed"), WHOLE] = None
+    seed: Annotated[int | None, in_range("seed"), WHOLE] = None
     logit_bias: LogitBias | None = None
     allowed_token_ids: Annotated[
         list[TokenId] | None, Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS), WHOLE_NUMBERS
     ] = None
     bad_words: Annotated[list[BadWord] | None, Field(max_length=MAX_BAD_WORDS)] = None
-    presence_penalty: Annotated[float | None, _in_range("presence_penalty")] = None
-    frequency_penalty: Annotated[float | None, _in_range("frequency_penalty")] = None
-    repetition_penalty: Annotated[float | None, _in_range("repetition_penalty", "1 is off.")] = None
+    presence_penalty: Annotated[float | None, in_range("presence_penalty")] = None
+    frequency_penalty: Annotated[float | None, in_range("frequency_penalty")] = None
+    repetition_penalty: Annotated[float | None, in_range("repetition_penalty", "1 is off.")] = None
     repetition_detection: RepetitionPatterns | None = None
     prompt_logprobs: Annotated[
-        int | None, _in_range("prompt_logprobs", "As vLLM's; not of a stream."), WHOLE
+        int | None, in_range("prompt_logprobs", "As vLLM's; not of a stream."), WHOLE
     ] = None
     stream: FalseByDefault = False
     stream_options: StreamOptions | None = None
@@ -271,26 +281,28 @@ class GenerationBody(Body):
         if self.stream_options is not None:
             yield from (f"stream_options.{name}" for name in self.stream_options.model_extra or {})
 
-    def sampling_params(self, **special: Any) -> SamplingParams:
-        """The sampling fields; `special` overrides. Raises RequestError for values that exclude each other."""
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+    def sampling(self) -> dict[str, Any]:
+        """The fields of SamplingParams that were given."""
+        given: dict[str, Any] = {
+            name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None
+        }
         if self.repetition_detection is not None:
             given["repetition_detection"] = RepetitionDetection(**self.repetition_detection.model_dump())
         if self.logit_bias is not None:
             given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
-        return SamplingParams(**(given | special))
+        return given
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int | None, _in_range("max_tokens", "Wins over max_tokens."), WHOLE] = (
+    max_completion_tokens: Annotated[int | None, in_range("max_tokens", "Wins over max_tokens."), WHOLE] = (
         None
     )
     logprobs: FalseByDefault = False
     top_logprobs: Annotated[
-        int | None, _in_range("logprobs", "More than 0 needs logprobs to be true."), WHOLE
+        int | None, in_range("logprobs", "More than 0 needs logprobs to be true."), WHOLE
     ] = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
@@ -313,6 +325,26 @@ class ChatBody(GenerationBody):
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         _check_one_end(self)
 
+    def conversation(self) -> Conversation:
+        """What is asked for. Raises RequestError for tools and grammars that are malformed or exclude each other."""
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return Conversation(
+            messages=self.messages,
+            model=self.model,
+            stream=self.stream,
+            sampling=self.sampling() | {"max_tokens": max_tokens},
+            tools=read_tools(self),
+            answer=answer_grammar(self),
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=self.bad_words,
+            template_variables=self.chat_template_kwargs or {},
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=self.continue_final_message,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            num_prompt_logprobs=self.prompt_logprobs,
+        )
+
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
@@ -320,11 +352,11 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[Any, described_as(Prompts)]
     echo: FalseByDefault = False
     add_special_tokens: TrueByDefault = True
-    logprobs: Annotated[int | None, _in_range("logprobs"), WHOLE] = None
+    logprobs: Annotated[int | None, in_range("logprobs"), WHOLE] = None
     suffix: Annotated[str | None, described_as(Annotated[str, Field(max_length=0)] | None)] = Field(
         None, description="Not supported."
     )
-    best_of: Annotated[int | None, _in_range("n", "None other than n is supported."), WHOLE] = None
+    best_of: Annotated[int | None, in_range("n", "None other than n is supported."), WHOLE] = None
 
     def check(self) -> None:
         super().check()

@@ -47,7 +47,7 @@ class Prompt:
 class Generation:
     """All answers that one HTTP request asked for: choice number = prompt number × n + sample number.
 
-    `start`, then `pieces` once, then `close` in any case.
+    `start`, then `pieces` once, then `close` in any case. `model` is what the answer says of its model.
     """
 
     def __init__(
@@ -57,8 +57,10 @@ class Generation:
         tier: Tier,
         prompts: Sequence[Prompt],
         params: SamplingParams,
+        model: str | None = None,
     ) -> None:
         self.tier = tier
+        self.model = tier.id if model is None else model
         self.prompts = prompts
         self.request_id = request_id
         self.created = int(time.time())
@@ -79,8 +81,8 @@ class Generation:
 
     @staticmethod
     def new_id(prefix: str) -> str:
-        """An id for an answer, such as "chatcmpl-…"."""
-        return f"{prefix}-{uuid.uuid4().hex}"
+        """An id for an answer, such as "chatcmpl-…": `prefix` and 32 hexadecimal digits."""
+        return f"{prefix}{uuid.uuid4().hex}"
 
     @property
     def num_choices(self) -> int:

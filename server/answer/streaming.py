@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -12,9 +11,6 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
-
-from sleb.server.errors import to_api_error
-from sleb.server.exchange import note_failure
 
 T = TypeVar("T")
 
@@ -27,26 +23,15 @@ def event(content: Any) -> bytes:
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
-async def event_stream(
-    batches: AsyncIterator[list[dict[str, Any]]], keep_alive_seconds: float
-) -> AsyncIterator[bytes]:
-    """The bytes of a stream of chunks, each batch in one write; a comment after silence; errors; [DONE]."""
-    last_write = time.monotonic()
-    try:
-        async for batch in batches:
-            now = time.monotonic()
-            if batch:
-                yield b"".join(map(event, batch))
-            elif now - last_write >= keep_alive_seconds * 0.99:  # a timer may be early by a tick of the clock
-                yield KEEP_ALIVE
-            else:
-                continue
-            last_write = now
-    except Exception as error:
-        answer = to_api_error(error)
-        note_failure(answer.code or str(answer.status))
-        yield event(answer.body())
-    yield DONE
+def named_event(content: dict[str, Any]) -> bytes:
+    """One event that says its type twice, as OpenAI's Responses and Anthropic's Messages have it."""
+    name: str = content["type"]
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(content) + b"\n\n"
+
+
+def line(content: Any) -> bytes:
+    """One line of NDJSON."""
+    return orjson.dumps(content) + b"\n"
 
 
 class EventStreamResponse(StreamingResponse):
@@ -56,10 +41,9 @@ class EventStreamResponse(StreamingResponse):
     time: hence the callback.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(self, content: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
-        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, content: AsyncIterator[bytes], media_type: str, on_close: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(content, headers=headers, media_type=media_type)
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,162 +1,207 @@
-"""From the engine's increments to answers, streamed or whole: one path, of which the whole answer is a fold.
+"""From the engine's increments to an answer in some wire format, streamed or whole: one path.
 
-Generation.pieces ─► AnswerWriter.pieces ─┬─► stream: chunks, each piece on its own
-                                          └─► whole:  pieces of a choice joined, then written once
+Generation.pieces ─► AnswerWriter ─┬─► stream: events, each piece on its own
+                                   └─► whole:  pieces of a choice joined, then written once
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request, Response
 
-from sleb.engine.outputs import StepOutput
+from sleb.engine.outputs import StepOutput, TokenLogprobs
 from sleb.engine.requests.repetition import REPETITION
 from sleb.server.answer.generation import Generation
-from sleb.server.answer.logprobs import prompt_logprobs
-from sleb.server.answer.streaming import EventStreamResponse, event_stream, until_disconnect
+from sleb.server.answer.streaming import EventStreamResponse, event, until_disconnect
 from sleb.server.context import ServerContext
-from sleb.server.errors import json_response
+from sleb.server.errors import ApiError, json_response, to_api_error
+from sleb.server.exchange import note_failure
+from sleb.server.message.parser import MessageParser
 from sleb.server.message.reasoning import Delta
-from sleb.server.protocol import GenerationBody, StreamOptions
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
-    """A part of one choice: text, the tokens behind it and, on the last one, why it ended."""
+    """A part of one choice: text, the tokens behind it and, on the last one, why it ended.
+
+    Attributes:
+        deltas: the text's parts, if the answer is read as a message.
+        logprobs: of token_ids, if they were asked for. prompt_logprobs: likewise, on the first piece.
+        finish_reason: the engine's word. stop_reason: the stop string or token that ended it, or REPETITION.
+        num_calls: calls of tools that have begun so far.
+        usage: up to this piece, if the writer tells it with each.
+    """
 
     choice: int
     text: str = ""
-    deltas: list[Delta] = field(default_factory=list)  # of a chat: the text's parts
+    deltas: list[Delta] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[str, list[Any] | None] | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     is_first: bool = False
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    prompt_logprobs: list[dict[str, Any] | None] | None = None  # on the first one, if it was asked for
-    usage: dict[str, Any] | None = None  # up to this piece, if the stream tells it
+    num_calls: int = 0
+    usage: dict[str, Any] | None = None
 
     def append(self, other: Piece) -> None:
         """Joins a later piece of the same choice to this one."""
         self.text += other.text
         self.deltas += other.deltas
         self.token_ids += other.token_ids
+        if other.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += other.logprobs
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
-        if self.logprobs is None:
-            self.logprobs = other.logprobs
-        elif other.logprobs is not None:
-            for name, values in other.logprobs.items():
-                own = self.logprobs[name]
-                if own is not None and values is not None:
-                    own += values
+        self.num_calls, self.usage = other.num_calls, other.usage
 
 
 class AnswerWriter(ABC):
-    """Writes the answer to one request; subclasses know the shape of its choices."""
+    """Writes the answer to one request; a subclass is a wire format.
 
-    id_prefix: str
-    object_name: str
-    chunk_object_name: str
-    choices_have_prompt_logprobs = False  # each, rather than the answer as a whole
+    Attributes:
+        media_type: of a stream.
+        end: what a stream ends with, also after an error.
+        silence: what is sent when nothing else was for a while; None: nothing.
+        folds: whether a stream is joined too, so that its `closing` may tell the whole answer by `finished`.
+        tells_usage: whether each piece has its `usage`.
+        folded: the pieces of each choice so far, joined; empty for a stream that is not.
+    """
 
-    def __init__(self, context: ServerContext, generation: Generation, body: GenerationBody) -> None:
+    media_type = "text/event-stream"
+    end = b""
+    silence: bytes | None = None
+    folds = False
+    tells_usage = False
+
+    def __init__(
+        self,
+        context: ServerContext,
+        generation: Generation,
+        stream: bool,
+        make_parser: Callable[[], MessageParser] | None = None,
+    ) -> None:
         self.context = context
         self.generation = generation
-        self.body = body
-        self._options = body.stream_options or StreamOptions()
-        self._started: set[int] = set()
-        self._envelope: dict[str, Any] = {
-            "id": generation.new_id(self.id_prefix),
-            "object": self.chunk_object_name if body.stream else self.object_name,
-            "created": generation.created,
-            "model": generation.tier.id,
-            "system_fingerprint": f"fp_{generation.tier.digest[:12]}",
-        }
+        self.stream = stream
+        self.folded: dict[int, Piece] = {}
+        self._make_parser = make_parser
+        self._parsers: dict[int, MessageParser | None] = {}
+        self._whole: dict[str, Any] | None = None
+
+    def opening(self) -> list[Any]:
+        """Events before the first token, which are sent at once."""
+        return []
 
     @abstractmethod
-    def read(self, choice: int, output: StepOutput, is_first: bool) -> Piece:
-        """An increment as a piece."""
+    def events(self, piece: Piece) -> list[Any]:
+        """The events by which a stream tells a piece."""
+
+    def closing(self) -> list[Any]:
+        """Events after the last piece."""
+        return []
+
+    def encode(self, event_: Any) -> bytes:
+        """An event as it is sent."""
+        return event(event_)
+
+    def failure(self, error: ApiError) -> bytes:
+        """An error inside of a stream, as it is sent; `end` follows."""
+        return self.encode(error.body())
 
     @abstractmethod
-    def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:
-        """The `choices` entries by which a stream tells a piece, one a chunk; the last one tells the end."""
+    def whole(self, pieces: dict[int, Piece]) -> dict[str, Any]:
+        """The whole answer: of each choice all its pieces, joined."""
 
-    @abstractmethod
-    def content(self, piece: Piece) -> dict[str, Any]:
-        """What a choice of a whole answer says, as a field."""
+    def on_end(self, whole: dict[str, Any]) -> None:  # noqa: B027 - a hook
+        """Called once with the whole answer, where there is one."""
 
-    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
-        choice = {
-            "index": piece.choice,
-            **self.content(piece),
-            "logprobs": piece.logprobs,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if self.body.return_token_ids:
-            choice["prompt_token_ids"] = self.generation.prompt_of(piece.choice).token_ids
-            choice["token_ids"] = piece.token_ids
-        if self.choices_have_prompt_logprobs and piece.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = piece.prompt_logprobs
-        return choice
+    def finished(self) -> dict[str, Any]:
+        """The whole answer, when the last piece is there."""
+        if self._whole is None:
+            self._whole = self.whole(self.folded)
+            self.on_end(self._whole)
+        return self._whole
 
     async def answer(self, request: Request) -> Response:
         """Starts the generation and answers, as a stream or whole; aborts when the client leaves."""
         try:
             await until_disconnect(request, self.generation.start())
-            if self.body.stream:
-                events = event_stream(self._chunks(), self.context.options.keep_alive_seconds)
-                return EventStreamResponse(events, self.generation.close)
-            whole = await until_disconnect(request, self._whole())
+            if self.stream:
+                return EventStreamResponse(self._stream(), self.media_type, self.generation.close)
+            await until_disconnect(request, self._fold())
+            whole = self.finished()
         except BaseException:
             self.generation.close()
             raise
         self.generation.close()
-        loops = any(choice["stop_reason"] == REPETITION for choice in whole["choices"])
+        loops = any(piece.stop_reason == REPETITION for piece in self.folded.values())
         return json_response(whole, headers={"X-Stop-Reason": REPETITION} if loops else None)
 
     def _read(self, choice: int, output: StepOutput) -> Piece:
-        piece = self.read(choice, output, choice not in self._started)
-        if self.body.prompt_logprobs is not None and piece.is_first:
-            texts = self.context.token_texts
-            piece.prompt_logprobs = prompt_logprobs(
-                output.prompt_logprobs or (), self.body.prompt_logprobs, texts
-            )
-        self._started.add(choice)
-        if self._options.continuous_usage_stats:
+        """An increment as a piece."""
+        piece = Piece(
+            choice,
+            output.new_text,
+            token_ids=output.new_token_ids,
+            logprobs=output.new_logprobs,
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+        )
+        if choice not in self._parsers:
+            piece.is_first, piece.prompt_logprobs = True, output.prompt_logprobs
+            self._parsers[choice] = None if self._make_parser is None else self._make_parser()
+        parser = self._parsers[choice]
+        if parser is not None:
+            piece.deltas = parser.push(output.new_text, output.finish_reason)
+            piece.num_calls = parser.num_calls
+        if self.tells_usage:
             piece.usage = self.generation.usage()
         return piece
 
-    async def _whole(self) -> dict[str, Any]:
-        choices: dict[int, Piece] = {}
+    async def _fold(self) -> None:
         async for pieces in self.generation.pieces(self._read):
-            for piece in pieces:
-                if piece.choice in choices:
-                    choices[piece.choice].append(piece)
+            self._join(pieces)
+
+    def _join(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            if piece.choice in self.folded:
+                self.folded[piece.choice].append(piece)
+            else:
+                own = Piece(piece.choice, is_first=True, prompt_logprobs=piece.prompt_logprobs)
+                own.append(piece)
+                self.folded[piece.choice] = own
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        """The bytes of a stream, what came together in one write; what is sent in silence; errors; the end."""
+        # A timer may be early by a tick of the clock.
+        patience = self.context.options.keep_alive_seconds * 0.99
+        last_write = time.monotonic()
+        try:
+            if opening := self.opening():
+                yield b"".join(map(self.encode, opening))
+            async for pieces in self.generation.pieces(self._read):
+                if self.folds:
+                    self._join(pieces)
+                events = [each for piece in pieces for each in self.events(piece)]
+                if self.generation.finished:
+                    events += self.closing()
+                now = time.monotonic()
+                if events:
+                    yield b"".join(map(self.encode, events))
+                elif self.silence is not None and now - last_write >= patience:
+                    yield self.silence
                 else:
-                    choices[piece.choice] = piece
-        written = [self._whole_choice(choices[choice]) for choice in sorted(choices)]
-        whole = self._envelope | {"choices": written, "usage": self.generation.usage()}
-        if self.body.prompt_logprobs is not None and not self.choices_have_prompt_logprobs:
-            whole["prompt_logprobs"] = choices[0].prompt_logprobs
-        return whole | {"timings": self.generation.timings(), "metrics": self.generation.metrics()}
-
-    async def _chunks(self) -> AsyncIterator[list[dict[str, Any]]]:
-        """Lists of chunks; an empty list is silence, or increments that make nothing visible yet."""
-        async for pieces in self.generation.pieces(self._read):
-            chunks = [self._chunk(choice, piece) for piece in pieces for choice in self.chunk_choices(piece)]
-            if self.generation.finished:
-                if self._options.include_usage:
-                    chunks.append(self._envelope | {"choices": [], "usage": self.generation.usage()})
-                chunks[-1]["timings"] = self.generation.timings()
-                chunks[-1]["metrics"] = self.generation.metrics()
-            yield chunks
-
-    def _chunk(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:
-        chunk = self._envelope | {"choices": [choice]}
-        if self._options.include_usage or piece.usage is not None:
-            chunk["usage"] = piece.usage
-        return chunk
+                    continue
+                last_write = now
+        except Exception as error:
+            answer = to_api_error(error)
+            note_failure(answer.code or str(answer.status))
+            yield self.failure(answer)
+        if self.end:
+            yield self.end

@@ -8,13 +8,15 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import Json
 from typing_extensions import TypedDict
 
-from sleb.engine.outputs import StepOutput, TokenLogprobs
+from sleb.engine.outputs import TokenLogprobs
 from sleb.engine.requests.detokenizer import NUM_CONTEXT_TOKENS
+from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import RequestError
+from sleb.server.answer.choices_writer import ChoicesWriter
 from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.answer.logprobs import completion_logprobs
 from sleb.server.answer.token_text import TextOffsets
-from sleb.server.answer.writer import AnswerWriter, Piece
+from sleb.server.answer.writer import Piece
 from sleb.server.answer_models import Answer, Choice, Error, FinishReason, PromptLogprobs, Usage
 from sleb.server.context import ServerContext, get_context
 from sleb.server.grammar.structured import answer_grammar
@@ -79,21 +81,24 @@ async def create_completion(
     context = get_context(request)
     context.engine.check()
     tier = context.tier(body.model)
-    special: dict[str, Any] = {"logprobs": body.logprobs}
+    fields = body.sampling() | {"logprobs": body.logprobs}
     asked = [
         number
         for number in (body.prompt_logprobs, body.logprobs if body.echo else None)
         if number is not None
     ]
-    special["prompt_logprobs"] = max(asked, default=None)
-    special["grammar"] = await grammar_source(context.engine.engine, body, answer_grammar(body))
-    params = body.sampling_params(**special)
+    fields["prompt_logprobs"] = max(asked, default=None)
+    fields["grammar"] = await grammar_source(
+        context.engine.engine, body.allowed_token_ids, body.bad_words, answer_grammar(body)
+    )
+    params = SamplingParams(**fields)
     prompts = await _encode(context, body, request.state.num_bytes)
     prompts = [
         prompt.cut(body.truncate_prompt_tokens, params.max_tokens, context.engine.engine.max_model_len)
         for prompt in prompts
     ]
-    generation = Generation(context, request.state.request_id, tier, prompts, params)
+    model = context.name_of(tier, body.model)
+    generation = Generation(context, request.state.request_id, tier, prompts, params, model)
     return await CompletionWriter(context, generation, body).answer(request)
 
 
@@ -136,10 +141,10 @@ async def _encode(context: ServerContext, body: CompletionBody, num_bytes: int) 
     return await run(work, num_bytes)
 
 
-class CompletionWriter(AnswerWriter):
+class CompletionWriter(ChoicesWriter):
     """Choices with text; `echo` puts the prompt before it."""
 
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     object_name = "text_completion"
     chunk_object_name = "text_completion"
     choices_have_prompt_logprobs = True
@@ -149,32 +154,24 @@ class CompletionWriter(AnswerWriter):
         super().__init__(context, generation, body)
         self._offsets: dict[int, TextOffsets] = {}
 
-    def read(self, choice: int, output: StepOutput, is_first: bool) -> Piece:
-        if is_first:
-            self._offsets[choice] = self._begin_offsets(choice)
-        token_ids = list(output.new_token_ids)
-        shown_ids, text, offsets = token_ids, output.new_text, []
-        logprobs: list[TokenLogprobs | None] = list(output.new_logprobs or [])
-        if is_first and self.body.echo:
-            prompt = self.generation.prompt_of(choice)
-            prompt_text = self._prompt_text(prompt)
-            shown_ids, text = prompt.token_ids + token_ids, prompt_text + text
-            logprobs = list(output.prompt_logprobs or [None] * len(prompt.token_ids)) + logprobs
-            if self.body.logprobs is not None:
-                offsets = self._offsets[choice].align(prompt.token_ids, prompt_text)
-        piece = Piece(
-            choice=choice,
-            text=text,
-            token_ids=token_ids,
-            is_first=is_first,
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-        )
-        if self.body.logprobs is not None:
-            offsets += self._offsets[choice].push(token_ids)
-            texts = self.context.token_texts
-            piece.logprobs = completion_logprobs(shown_ids, logprobs, self.body.logprobs, texts, offsets)
-        return piece
+    def _shown(self, piece: Piece) -> tuple[str, dict[str, list[Any] | None] | None]:
+        """The text of a piece and its log-probabilities, with those of the prompt if it is told too."""
+        prompt_ids, text, prompt_text = list[int](), piece.text, ""
+        logprobs: list[TokenLogprobs | None] = list(piece.logprobs or [])
+        if piece.is_first and self.body.echo:
+            prompt = self.generation.prompt_of(piece.choice)
+            prompt_ids, prompt_text = prompt.token_ids, self._prompt_text(prompt)
+            text = prompt_text + text
+            logprobs = list(piece.prompt_logprobs or [None] * len(prompt_ids)) + logprobs
+        if self.body.logprobs is None:
+            return text, None
+        if piece.is_first:
+            self._offsets[piece.choice] = self._begin_offsets(piece.choice)
+        places = self._offsets[piece.choice]
+        offsets = places.align(prompt_ids, prompt_text) if prompt_ids else []
+        offsets += places.push(piece.token_ids)
+        shown_ids, texts = prompt_ids + piece.token_ids, self.context.token_texts
+        return text, completion_logprobs(shown_ids, logprobs, self.body.logprobs, texts, offsets)
 
     def _prompt_text(self, prompt: Prompt) -> str:
         tokenizer = self.context.engine.engine.tokenizer
@@ -191,9 +188,9 @@ class CompletionWriter(AnswerWriter):
         empty = {"index": piece.choice, "text": "", "logprobs": None, "finish_reason": None}
         choices: list[dict[str, Any]] = []
         with_ids = self.body.return_token_ids
-        has_logprobs = piece.logprobs is not None and bool(piece.logprobs["tokens"])
-        if piece.text or has_logprobs or with_ids:
-            choices.append(empty | {"text": piece.text, "logprobs": piece.logprobs})
+        text, logprobs = self._shown(piece)
+        if text or (logprobs is not None and logprobs["tokens"]) or with_ids:
+            choices.append(empty | {"text": text, "logprobs": logprobs})
             if with_ids:
                 choices[-1]["token_ids"] = piece.token_ids
             if with_ids and piece.is_first:
@@ -203,4 +200,5 @@ class CompletionWriter(AnswerWriter):
         return choices
 
     def content(self, piece: Piece) -> dict[str, Any]:
-        return {"text": piece.text}
+        text, logprobs = self._shown(piece)
+        return {"text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sleb.engine.engine import Engine
     from sleb.engine.requests.grammar import Grammar, GrammarSource, Mask
     from sleb.server.grammar.grammar_spec import GrammarSpec
-    from sleb.server.protocol import GenerationBody
 
 _BITS = 32  # tokens a word of a mask
 
@@ -63,13 +62,17 @@ class _State:
 
 
 async def grammar_source(
-    engine: Engine, body: GenerationBody, spec: GrammarSpec | None
+    engine: Engine,
+    allowed_token_ids: Sequence[int] | None,
+    bad_words: Sequence[str] | None,
+    spec: GrammarSpec | None,
 ) -> GrammarSource | None:
     """What an answer must follow: the grammar `spec`, or the request's rules about tokens.
 
     Raises RequestError for more than one of them, for ids that the model does not have, and as the compiler does.
     """
-    given = [name for name in ("allowed_token_ids", "bad_words") if getattr(body, name)]
+    rules = {"allowed_token_ids": allowed_token_ids, "bad_words": bad_words}
+    given = [name for name, rule in rules.items() if rule]
     asked = given + ([spec.param] if spec is not None else [])
     if len(asked) > 1:
         raise RequestError(f"{asked[0]} and {asked[1]} exclude each other; leave one out", param=asked[0])
@@ -78,14 +81,14 @@ async def grammar_source(
     if not given:
         return None
     vocab_size = engine.spec.vocab_size
-    for token_id in body.allowed_token_ids or ():
+    for token_id in allowed_token_ids or ():
         if token_id >= vocab_size:
             raise RequestError(
                 f"{token_id} in allowed_token_ids is not a token id; ids go from 0 to {vocab_size - 1}",
                 param="allowed_token_ids",
             )
-    banned = [tokens for word in body.bad_words or () for tokens in _as_tokens(engine, word)]
-    return TokenRules(vocab_size, body.allowed_token_ids, banned)
+    banned = [tokens for word in bad_words or () for tokens in _as_tokens(engine, word)]
+    return TokenRules(vocab_size, allowed_token_ids, banned)
 
 
 def _as_tokens(engine: Engine, word: str) -> list[list[int]]:

@@ -178,28 +178,47 @@ def read_tools(body: ChatBody) -> ToolUse | None:
 
     Raises RequestError for two tools of one name, and for a choice that is none of them.
     """
-    tools = _as_tools([tool.function for tool in body.tools or ()], "tools")
-    functions = _as_tools(body.functions or (), "functions")
-    if tools and functions:
+    if body.tools and body.functions:
         raise RequestError("tools and functions exclude each other; leave one out", param="functions")
-    named_tool: str | FunctionName | None = None
+    choice: str | FunctionName | None = None
+    allowed: list[str] | None = None
     if isinstance(body.tool_choice, AllowedTools):
-        named_tool, tools = body.tool_choice.allowed_tools.mode, _allowed(body.tool_choice, tools)
+        choice = body.tool_choice.allowed_tools.mode
+        allowed = [tool.function.name for tool in body.tool_choice.allowed_tools.tools]
     elif isinstance(body.tool_choice, NamedTool):
-        named_tool = body.tool_choice.function
+        choice = body.tool_choice.function
     else:
-        named_tool = body.tool_choice
-    choices = [
-        _check_choice(named_tool, tools, "tool_choice", "tools"),
-        _check_choice(body.function_call, functions, "function_call", "functions"),
-    ]
-    legacy = bool(functions)
-    choice, named = choices[legacy]
-    if not (tools or functions) or (choice == "none" and not named):
+        choice = body.tool_choice
+    functions = [tool.function for tool in body.tools or ()]
+    use = make_tool_use(functions, choice, body.parallel_tool_calls is not False, allowed=allowed)
+    return make_tool_use(body.functions or (), body.function_call, False, legacy=True) or use
+
+
+def make_tool_use(
+    functions: Sequence[Function],
+    choice: str | FunctionName | None,
+    parallel: bool,
+    *,
+    allowed: Sequence[str] | None = None,
+    legacy: bool = False,
+) -> ToolUse | None:
+    """What a request says about tools; None if there are none to be called.
+
+    choice: none, auto (also None), required, or the name of the one to call. allowed: those of them that may be
+    called, None: all; the model is shown no others.
+
+    Raises RequestError for two functions of one name, and for a choice that is none of them.
+    """
+    choice_field, field = ("function_call", "functions") if legacy else ("tool_choice", "tools")
+    tools = _as_tools(functions, field)
+    if allowed is not None:
+        for name in allowed:
+            _check_choice(FunctionName(name=name), tools, choice_field, field)
+        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
+    chosen, named = _check_choice(choice, tools, choice_field, field)
+    if not tools or (chosen == "none" and not named):
         return None
-    return ToolUse(
-        tools or functions, choice, named, body.parallel_tool_calls is not False and not legacy, legacy
-    )
+    return ToolUse(tools, chosen, named, parallel, legacy)
 
 
 def _as_tools(functions: Sequence[Function], field: str) -> list[dict[str, Any]]:
@@ -208,14 +227,6 @@ def _as_tools(functions: Sequence[Function], field: str) -> list[dict[str, Any]]
     if twice is not None:
         raise RequestError(f"two {field} are named '{twice}'", param=field)
     return [{"type": "function", "function": function.given} for function in functions]
-
-
-def _allowed(choice: AllowedTools, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the tools that may be called; the model is shown no others."""
-    for allowed in choice.allowed_tools.tools:
-        _check_choice(allowed.function, tools, "tool_choice", "tools")
-    names = {allowed.function.name for allowed in choice.allowed_tools.tools}
-    return [tool for tool in tools if tool["function"]["name"] in names]
 
 
 def _check_choice(
