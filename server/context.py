@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from sleb.engine.encoding import longest_token
-from sleb.errors import ConfigError, RequestError
+from sleb.errors import RequestError
 from sleb.server.answer.token_text import TokenTexts
 from sleb.server.body_reader import BodyReader
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import shorten
+from sleb.server.names import name_tiers
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _BYTES_PER_TOKEN = 16  # escapes of JSON included
 class ServerContext:
     """The engine, the options and what is remembered between requests.
 
-    names: every name that a request may give, in the order in which they are listed: ids, then aliases.
+    names: every name that a request may give, in the order in which they are listed: see `name_tiers`.
     max_characters: of a prompt; a longer one cannot fit the context, whatever its tokens are.
     """
 
@@ -50,7 +51,7 @@ class ServerContext:
     def create(cls, engine: Engine, options: ServeOptions, max_num_seqs: int) -> ServerContext:
         """A context for an engine that computes `max_num_seqs` requests at once; its thread is not started.
 
-        Raises ConfigError for an alias that another tier has already.
+        Raises ConfigError for a name of a depth that is not served, or that another tier has already.
         """
         behind_loop = AsyncEngine(engine, max_num_seqs + options.max_queue)
         unknown_fields: Counter[str] = Counter()
@@ -62,7 +63,7 @@ class ServerContext:
             engine=behind_loop,
             options=options,
             token_texts=TokenTexts(engine.tokenizer),
-            names=name_tiers(engine, options.served_model_names),
+            names=name_tiers(engine, options.names),
             metrics=ServerMetrics(behind_loop, unknown_fields),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=engine.max_model_len * longest_token(engine.tokenizer),
@@ -97,29 +98,8 @@ class ServerContext:
         )
 
     def name_of(self, tier: Tier, asked: str | None) -> str:
-        """What an answer says of its model."""
-        return tier.id
-
-
-def name_tiers(engine: Engine, aliases: tuple[str, ...]) -> dict[str, Tier]:
-    """Tiers by id, then by alias: `alias:sleb-k` is depth k, `alias` the full model, or without it the default tier.
-
-    Raises ConfigError for an alias by which another tier is known.
-    """
-    names = {tier.id: tier for tier in engine.tiers}
-    full = next((tier for tier in engine.tiers if tier.depth == 0), engine.default_tier)
-    for alias in aliases:
-        deeper = {f"{alias}:sleb-{tier.depth}": tier for tier in engine.tiers if tier.depth}
-        for name, tier in {alias: full, **deeper}.items():
-            known = {each.lower(): other for each, other in names.items()}.get(name.lower())
-            if known is None:
-                names[name] = tier
-            elif known != tier:
-                raise ConfigError(
-                    f"--served-model-name '{alias}' would name depth {tier.depth} {name}, which is depth "
-                    f"{known.depth} already; choose another name"
-                )
-    return names
+        """What an answer of `tier` says of its model: what was asked, as it was written, else the tier's id."""
+        return tier.id if asked is None else asked
 
 
 def get_context(request: Request) -> ServerContext:

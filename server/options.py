@@ -11,9 +11,9 @@ from sleb.errors import ConfigError
 from sleb.options import check_values, option
 from sleb.server.bench_result import BenchResult
 from sleb.server.logs import FORMATS, LEVELS
+from sleb.server.names import ServedName
 
 _MAX_KEYS_FILE = 2**20  # bytes
-_MAX_ALIAS = 200  # characters
 _DAY = 86400
 _ADDRESS, _NAMES, _LIMITS, _LOG = "Address and access", "What is told of the model", "Limits", "Start and log"
 
@@ -56,10 +56,10 @@ class ServeOptions:
     )
     served_model_names: tuple[str, ...] = option(
         (),
-        "Another name of the model; repeatable. Depth k is then NAME:sleb-k too.",
+        "Another name of the model, and NAME:sleb-k of its depth k, or with a depth of that alone; repeatable.",
         unset="none",
         flags=("--served-model-name",),
-        metavar="NAME",
+        metavar="NAME[=DEPTH]",
         group=_NAMES,
     )
     bench_results: tuple[Path, ...] = option(
@@ -115,13 +115,16 @@ class ServeOptions:
     def check(self) -> None:
         """Raises ConfigError for the first option with a value that is not allowed, or a file that cannot be read."""
         check_values(self)
-        for alias in self.served_model_names:
-            check_alias(alias)
-        _ = self.keys, self.origins, self.results
+        _ = self.names, self.keys, self.origins, self.results
 
     @property
     def max_body_bytes(self) -> int | None:
         return None if self.max_body_mb is None else int(self.max_body_mb * 2**20)
+
+    @cached_property
+    def names(self) -> tuple[ServedName, ...]:
+        """The content of served_model_names. Raises ConfigError."""
+        return tuple(map(ServedName.parse, self.served_model_names))
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -170,11 +173,3 @@ def check_origin(origin: str) -> str:
             f"--cors-origin '{origin}' is no origin; write it like https://example.org, or * for all"
         )
     return f"{parts.scheme}://{parts.netloc}".lower()
-
-
-def check_alias(alias: str) -> None:
-    """Raises ConfigError for a name that a request could not give."""
-    if not 0 < len(alias) <= _MAX_ALIAS or not alias.isprintable() or any(map(str.isspace, alias)):
-        raise ConfigError(
-            f"--served-model-name {alias[:80]!r} is no name; use up to {_MAX_ALIAS} characters without spaces"
-        )

@@ -65,7 +65,7 @@ class ModelList(TypedDict):
     ),
 )
 async def list_models(request: Request) -> Response:
-    """All tiers, in the order asked, then the same under their other names."""
+    """All tiers, first the one that answers where no model is named, then the same under their other names."""
     context = get_context(request)
     models = [model_card(context, tier, name) for name, tier in context.names.items()]
     return json_response({"object": "list", "data": models})

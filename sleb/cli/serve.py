@@ -13,6 +13,7 @@ from sleb.engine.config import EngineConfig
 from sleb.engine.requests.tier import make_tiers
 from sleb.layer_map.layer_map import LayerMap
 from sleb.models.resolve import shipped_map
+from sleb.server.names import check_depths
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def serve(model: Model, engine: EngineConfig, options: ServeOptions) -> None:
     from sleb.server.logs import unblock_stderr
 
     unblock_stderr()
-    _check_tiers(engine)
+    check_depths(options.names, _tiers(engine))
     from sleb.server.run import bind_socket
     from sleb.server.run import serve as run_server
 
@@ -37,12 +38,15 @@ def serve(model: Model, engine: EngineConfig, options: ServeOptions) -> None:
         raise typer.Exit(code)
 
 
-def _check_tiers(config: EngineConfig) -> None:
-    """A bad map, or a depth that it lacks, before torch, which takes seconds to import. Raises as the engine does."""
+def _tiers(config: EngineConfig) -> list[int]:
+    """The depths that will be served: a bad map, or a depth that it lacks, is told before torch, which takes seconds to
+    import. Raises as the engine does."""
     chosen = shipped_map(str(config.model)) if config.layer_map is None else config.layer_map
-    if chosen is not None and chosen != "none":
-        layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
-        make_tiers(layer_map, "", config.tiers, shipped=False)
+    if chosen is None or chosen == "none":
+        return list(config.tiers or (0,))
+    layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
+    tiers = make_tiers(layer_map, "", config.tiers, shipped=config.layer_map is None)
+    return [tier.depth for tier in tiers]
 
 
 def _load_engine(config: EngineConfig) -> Engine:

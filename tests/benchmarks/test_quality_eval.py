@@ -30,7 +30,7 @@ from sleb.errors import ConfigError, LayerMapError, RequestError, SlebError
 from sleb.layer_map.layer_map import LayerMap, shipped_maps
 from sleb.server.api.models import model_card
 from sleb.server.bench_result import BenchResult
-from sleb.server.context import name_tiers
+from sleb.server.names import name_tiers
 
 TEXT = "The sea is everything. It covers seven tenths of the globe; its breath is pure and life-giving. " * 4
 

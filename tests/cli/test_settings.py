@@ -13,7 +13,8 @@ from sleb.cli import main
 from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
 from sleb.server import run
-from sleb.server.options import ServeOptions, check_alias, check_origin, read_keys
+from sleb.server.names import ServedName
+from sleb.server.options import ServeOptions, check_origin, read_keys
 
 
 @pytest.fixture
@@ -215,7 +216,22 @@ def test_what_is_no_origin(origin):
 @pytest.mark.parametrize("alias", ["", "a b", "a\n", "\x00", "x" * 201])
 def test_what_is_no_alias(alias):
     with pytest.raises(ConfigError, match="is no name"):
-        check_alias(alias)
+        ServedName.parse(alias)
+
+
+@pytest.mark.parametrize("text", ["a=", "a=b", "a=-1", "a=1.5", "a=²", "a=1234567", "=x"])
+def test_a_name_of_what_is_no_depth(text):
+    with pytest.raises(ConfigError, match="gives no depth"):
+        ServedName.parse(text)
+
+
+def test_a_name_of_a_depth_that_is_not_served_is_told_before_the_model_is_looked_for(run_serve, capsys):
+    assert run_serve("owner/m", "--served-model-name", "a=3")
+    assert "served depths: 0;" in " ".join(capsys.readouterr().err.split())
+    assert run_serve("smollm2", "--served-model-name", "a=4", SLEB_TIERS="0,3")
+    assert "served depths: 0, 3;" in " ".join(capsys.readouterr().err.split())
+    options, _ = run_serve("smollm2", "--served-model-name", "a=3")
+    assert options.names == (ServedName("a", 3),)
 
 
 def test_variables_of_others_do_not_matter(run_serve):

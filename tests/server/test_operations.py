@@ -181,7 +181,7 @@ def test_aliases_name_every_tier(serve_engine, fake_engine):
     server = serve_engine(fake_engine, served_model_names=("GPT-4", "other"))
     client = server.client()
     assert [model.id for model in client.models.list()] == [
-        *("fake", "fake:sleb-1", "fake:sleb-2"),
+        *("fake:sleb-1", "fake", "fake:sleb-2"),  # the default tier first
         *("GPT-4", "GPT-4:sleb-1", "GPT-4:sleb-2"),
         *("other", "other:sleb-1", "other:sleb-2"),
     ]
@@ -197,12 +197,42 @@ def test_an_alias_without_the_full_model_is_the_default_tier(serve_engine, fake_
     fake_engine.tiers = fake_engine.tiers[1:]
     server = serve_engine(fake_engine, served_model_names=("gpt-4", "fake"))
     for name in ("gpt-4", "fake"):
-        assert server.complete("a", model=name).json()["model"] == "fake:sleb-1"
+        assert server.complete("a", model=name).json()["model"] == name
+        assert fake_engine.seen[-1][2] == 1
 
 
 def test_an_alias_that_another_tier_has(serve_engine, fake_engine):
-    with pytest.raises(ConfigError, match="choose another name"):
-        serve_engine(fake_engine, served_model_names=("fake:sleb-2",))
+    for names in (("fake:sleb-2",), ("FAKE=1",), ("a=1", "a=2"), ("a=1", "A")):
+        with pytest.raises(ConfigError, match="choose another name"):
+            serve_engine(fake_engine, served_model_names=names)
+
+
+def test_a_name_of_one_depth(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, served_model_names=("Fast=2", "gpt=4=0", "Fast=2"))
+    listed = [card["id"] for card in server.http.get("/v1/models").json()["data"]]
+    assert listed == ["fake:sleb-1", "fake", "fake:sleb-2", "Fast", "gpt=4"]
+    for name, depth in [("Fast", 2), ("gpt=4", 0)]:
+        assert server.complete("a", model=name).json()["model"] == name
+        assert fake_engine.seen[-1][2] == depth
+    assert server.complete("a", model="Fast:sleb-1").status_code == 404
+
+
+def test_a_name_of_a_depth_that_is_not_served(serve_engine, fake_engine):
+    with pytest.raises(ConfigError, match=r"Fast=3 names a depth .* served depths: 0, 1, 2; choose one"):
+        serve_engine(fake_engine, served_model_names=("Fast=3",))
+
+
+def test_an_answer_names_the_model_as_it_was_asked_for(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, served_model_names=("GPT-4",))
+    for name in ("gpt-4", "GPT-4:SLEB-2", "Fake:sleb-2"):
+        assert server.chat("ab", model=name).json()["model"] == name
+        assert server.complete("ab", model=name).json()["model"] == name
+        events = server.chat("ab", model=name, stream=True).text.strip().split("\n\n")
+        assert {json.loads(event.removeprefix("data: "))["model"] for event in events[:-1]} == {name}
+    first = server.http.get("/v1/models").json()["data"][0]["id"]
+    assert server.chat("ab").json()["model"] == first  # what a request without a model gets is listed first
+    metrics = server.http.get("/metrics").text
+    assert "GPT" not in metrics and "gpt" not in metrics
 
 
 # Results of benchmarks.
@@ -258,8 +288,8 @@ def test_perplexities_come_from_a_result_too(serve_engine, fake_engine, load_res
     assert perplexity["dataset"] == "another text" and perplexity["others"][0] == measured
     object.__setattr__(fake_engine.layer_map, "held_out", ())
     cards = server.http.get("/v1/models").json()["data"]
-    assert cards[1]["pruning"]["perplexity"] is None
-    assert "calibration text alone (some text)" in cards[1]["pruning"]["perplexity_unknown"]
+    assert cards[0]["pruning"]["perplexity"] is None
+    assert "calibration text alone (some text)" in cards[0]["pruning"]["perplexity_unknown"]
     perplexity = cards[2]["pruning"]["perplexity"]
     assert perplexity.pop("others")[0]["dataset"] == "some text"
     assert perplexity == measured

@@ -183,8 +183,11 @@ def test_command_line_serves_and_its_curl_line_works(start_process, tiny_model_d
         1,
     )
     with openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == TIERS[:2]
-        assert client.models.list().data[1].pruning["blocks_kept"] == 4
+        assert [model.id for model in client.models.list()] == [
+            TIERS[1],
+            TIERS[0],
+        ]  # the recommended depth first
+        assert client.models.list().data[0].pruning["blocks_kept"] == 4
         options = {"include_usage": True}
         chunks = list(
             client.chat.completions.create(

@@ -54,7 +54,7 @@ def test_completions(client):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["fake", "fake:sleb-1", "fake:sleb-2"]
+    assert [model.id for model in client.models.list()] == ["fake:sleb-1", "fake", "fake:sleb-2"]
     assert client.models.retrieve("fake:sleb-1").owned_by == "sleb"
 
 

@@ -1,0 +1,80 @@
+"""The names by which requests call a served depth: the tiers' ids, and those that an operator gives."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sleb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sleb.engine.engine import Engine
+    from sleb.engine.requests.tier import Tier
+
+_MAX_NAME = 200  # characters
+
+
+@dataclass(frozen=True)
+class ServedName:
+    """One --served-model-name: NAME=DEPTH calls that depth; NAME alone the full model, and NAME:sleb-k depth k."""
+
+    name: str
+    depth: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ServedName:
+        """Raises ConfigError for a name that a request could not give, or a depth that is no number."""
+        name, equals, depth = text.rpartition("=")
+        if not equals:
+            name = text
+        elif not (depth.isascii() and depth.isdecimal() and len(depth) <= 6):
+            raise ConfigError(
+                f"--served-model-name {text[:80]!r} gives no depth behind '='; write NAME=3 for depth 3, or NAME alone"
+            )
+        if not 0 < len(name) <= _MAX_NAME or not name.isprintable() or any(map(str.isspace, name)):
+            raise ConfigError(
+                f"--served-model-name {text[:80]!r} is no name; use up to {_MAX_NAME} characters without spaces"
+            )
+        return cls(name, int(depth) if equals else None)
+
+
+def check_depths(names: Sequence[ServedName], depths: Collection[int]) -> None:
+    """Raises ConfigError for a name of a depth that is not among those served."""
+    for each in names:
+        if each.depth is not None and each.depth not in depths:
+            served = ", ".join(map(str, depths))
+            raise ConfigError(
+                f"--served-model-name {each.name}={each.depth} names a depth that is not served; served depths: "
+                f"{served}; choose one of them, or add it to --tiers"
+            )
+
+
+def name_tiers(engine: Engine, names: Sequence[ServedName]) -> dict[str, Tier]:
+    """Tiers by every name, in the order in which they are listed: ids first, and of those the default tier's.
+
+    Whoever takes the first of the list (the chat page, `sleb chat`, many clients) so gets what a request without a
+    model gets. A name without a depth is the full model, or where that is not served the default tier.
+
+    Raises ConfigError for a depth that is not served, and for a name by which another tier is known.
+    """
+    check_depths(names, [tier.depth for tier in engine.tiers])
+    default = engine.default_tier
+    by_depth = {tier.depth: tier for tier in engine.tiers}
+    found = {tier.id: tier for tier in sorted(engine.tiers, key=lambda tier: tier != default)}
+    for each in names:
+        if each.depth is not None:
+            called = {each.name: by_depth[each.depth]}
+        else:
+            called = {each.name: by_depth.get(0, default)}
+            called |= {f"{each.name}:sleb-{tier.depth}": tier for tier in engine.tiers if tier.depth}
+        for name, tier in called.items():  # requests may give it in any case
+            known = next((tier for other, tier in found.items() if other.lower() == name.lower()), None)
+            if known is None:
+                found[name] = tier
+            elif known != tier:
+                raise ConfigError(
+                    f"--served-model-name '{each.name}' would name depth {tier.depth} {name}, which is depth "
+                    f"{known.depth} already; choose another name"
+                )
+    return found
