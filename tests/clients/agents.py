@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-sys.path.pop(0)
+sys.path[0] += "/common"  # and so not this file, which has the package's name
 
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, Runner, set_tracing_disabled
 from openai import AsyncOpenAI

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-# This file has the name of the package: the folder of the script must not come first.
-sys.path.pop(0)
+sys.path[0] += "/common"  # and so not this file, which has the package's name
 
 import openai
+from plain import QUESTION, chat
 from pydantic import BaseModel
 
 client = openai.OpenAI(base_url=sys.argv[1], api_key="none", max_retries=0)
 model = sys.argv[2]
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES = [{"role": "user", "content": QUESTION}]
 
 
 class Capital(BaseModel):
@@ -23,7 +23,8 @@ class Capital(BaseModel):
 def main() -> None:
     assert model in [each.id for each in client.models.list()]
     whole = client.chat.completions.create(model=model, messages=MESSAGES, temperature=0, max_tokens=24)
-    assert whole.choices[0].message.content and whole.usage.completion_tokens <= 24
+    assert whole.choices[0].message.content == chat(sys.argv[1], model, max_tokens=24)
+    assert 0 < whole.usage.completion_tokens <= 24
     stream = client.chat.completions.create(
         model=model, messages=MESSAGES, temperature=0, max_tokens=24, stream=True,
         stream_options={"include_usage": True},
