@@ -80,6 +80,7 @@ class Engine:
         self.spec = resolve_spec(resolved.path)
         self.model_name = resolved.name.lower()
         self.layer_map, shipped = load_layer_map(config.layer_map, resolved, self.spec)
+        self.shipped_results = resolved.results if shipped else ()
         self.tiers = make_tiers(self.layer_map, self.model_name, config.tiers, shipped)
         recommended = [tier for tier in self.tiers if tier.depth == self.layer_map.depth]
         self.default_tier = (recommended or list(self.tiers))[0]

@@ -1,13 +1,13 @@
-"""Measured speedups and perplexities that /v1/models tells: from result files, and from the layer map itself."""
+"""What /v1/models tells as measured: from result files, the operator's and the package's, and from the layer map."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 _TESTS = ("decode", "generate", "prompt")
 _GENERATED = "self"  # by the model, another text with every seed
 _OTHER_SPLITS = {"wikitext2", "c4"}  # `sleb eval` takes other splits of these than a search
-
+_QUESTIONS: dict[str, Literal["right", "right_sampled"]] = {
+    "right": "right",
+    "right sampled": "right_sampled",
+}  # metrics of `sleb eval --questions`
 
 _MEASURE = "`sleb prune --held-out FILE`, or a result of `sleb eval --text FILE --json` as --bench-result"
 
@@ -33,6 +36,20 @@ class Perplexity(TypedDict):
     pruned: float
     dataset: str
     held_out: bool
+
+
+class Questions(TypedDict):
+    """How many of `of` plain questions with known answers are answered rightly: greedily, and the mean of `samples`.
+
+    sampling: the values that the samples were drawn with. command: what measured it.
+    """
+
+    of: int
+    right: float | None
+    right_sampled: float | None
+    samples: int
+    sampling: dict[str, float]
+    command: str
 
 
 def perplexities(layer_map: LayerMap, results: Sequence[BenchResult], depth: int) -> list[Perplexity]:
@@ -67,7 +84,8 @@ def why_unknown(told: Sequence[Perplexity]) -> str | None:
 class BenchResult:
     """A result file of `sleb bench throughput` or `sleb eval`: rows with `depth`, and `speedup` or `perplexity`.
 
-    rows: dictionaries, each with an integer `depth`. removed: the units that the deepest of them lacks.
+    rows: dictionaries, each with an integer `depth`. removed: the units that the deepest of them lacks. questions: by
+    depth.
     """
 
     path: str
@@ -78,6 +96,7 @@ class BenchResult:
     device: str | None
     dtype: str | None
     dataset: str | None
+    questions: Mapping[int, Questions]
 
     @classmethod
     def load(cls, path: str) -> BenchResult:
@@ -102,9 +121,10 @@ class BenchResult:
                 device=environment.get("gpu") or environment.get("cpu") or environment.get("device"),
                 dtype=environment.get("dtype"),
                 dataset=settings.get("dataset"),
+                questions=_questions(content),
             )
             valid = all(type(row["depth"]) is int for row in rows)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             valid = False
         if not valid:
             raise ConfigError(
@@ -164,3 +184,24 @@ class BenchResult:
             return None
         held_out = not calibration & (set(self.dataset.split("+")) - _OTHER_SPLITS)
         return {"dense": found[0], "pruned": found[depth], "dataset": self.dataset, "held_out": held_out}
+
+
+def _questions(content: dict[str, Any]) -> dict[int, Questions]:
+    """What the rows of `sleb eval --questions` say, by depth. Raises KeyError, TypeError or ValueError for others."""
+    settings, found = content.get("settings", {}), dict[int, Questions]()
+    for row in content["rows"]:
+        name = _QUESTIONS.get(row.get("metric", ""))
+        if name is not None:
+            told = found.setdefault(
+                row["depth"],
+                {
+                    "of": int(settings["questions"]),
+                    "right": None,
+                    "right_sampled": None,
+                    "samples": int(settings.get("question_samples") or 0),
+                    "sampling": {each: float(value) for each, value in settings.get("sampling", {}).items()},
+                    "command": str(content["environment"]["command"]),
+                },
+            )
+            told[name] = float(row["value"])
+    return found

@@ -12,6 +12,7 @@ from fastapi import Request
 from sleb.engine.encoding import longest_token
 from sleb.errors import RequestError
 from sleb.server.answer.token_text import TokenTexts
+from sleb.server.bench_result import BenchResult
 from sleb.server.body_reader import BodyReader
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.engine_thread.metrics import ServerMetrics
@@ -33,6 +34,7 @@ class ServerContext:
 
     names: every name that a request may give, in the order in which they are listed: see `name_tiers`.
     max_characters: of a prompt; a longer one cannot fit the context, whatever its tokens are.
+    results: what was measured of the model, the operator's files first.
     """
 
     engine: AsyncEngine
@@ -42,6 +44,7 @@ class ServerContext:
     metrics: ServerMetrics
     bodies: BodyReader
     max_characters: int
+    results: tuple[BenchResult, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     unknown_fields: Counter[str] = field(default_factory=Counter)
     warm: bool = True
@@ -67,6 +70,7 @@ class ServerContext:
             metrics=ServerMetrics(behind_loop, unknown_fields),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=engine.max_model_len * longest_token(engine.tokenizer),
+            results=(*options.results, *map(BenchResult.load, map(str, engine.shipped_results))),
             unknown_fields=unknown_fields,
             warm=not options.warm_up,
         )

@@ -163,7 +163,7 @@ def serve(
         can_chat = warm_up(engine)
         teller.say(f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
         context = ServerContext.create(engine, options, engine_config.max_num_seqs)
-        for result in options.results:
+        for result in context.results:
             result.check(engine)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import re
 import shlex
 import subprocess
@@ -17,6 +18,9 @@ import typer
 import sleb
 from sleb import cli
 from sleb.benchmarks.old import load
+from sleb.benchmarks.quality.questions import QUESTIONS
+from sleb.layer_map.layer_map import LayerMap, shipped_maps
+from sleb.models.aliases import ALIASES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -174,6 +178,26 @@ def test_the_figures_of_the_table_are_measured() -> None:
             assert figure is not None and ratio is not None
             decimals = len(figure[0].partition(".")[2])
             assert figure[0] == f"{ratio.estimate:.{decimals}f}", f"{label}, {engine}: {ratio.estimate}"
+
+
+def test_the_first_example_is_one_that_is_answered_rightly() -> None:
+    """By the tier that answers without a model's name, with the sampling that is served: see tests/server/test_demo.py."""
+    found = re.search(r"-d '(\{.*?\})'", README, re.DOTALL)
+    assert found is not None
+    body = json.loads(found[1])
+    assert body.keys() == {"model", "messages", "max_tokens"} and body["model"] == "smollm2"
+    assert LayerMap.load(shipped_maps()["smollm2-135m-instruct"]).depth == 0
+    [message] = body["messages"]
+    result = load(ROOT / "benchmarks/results/2026-11-30-questions-smollm2-demo.json")
+    [sampled] = [each for each in result.measurements if each.metric == "right sampled"]
+    served = result.settings["sampling"]
+    assert sampled.facts["depth"] == 0 and served == {**served, **ALIASES["smollm2"].sampling}
+    missed = [row["question"] for row in sampled.facts["wrong"]]
+    page = (ROOT / "server/page/app.js").read_text("utf-8")
+    suggested = json.loads(re.findall(r"^const EXAMPLES = (\[.*?\]);", page, re.MULTILINE | re.DOTALL)[0])
+    for question in (message["content"], *suggested):
+        assert question in QUESTIONS and question not in missed
+    assert f"{result.settings['question_samples']} of 100" in README
 
 
 def test_the_tables_of_the_benchmarks_page_are_those_of_the_results() -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import APIRouter, Request, Response
 from typing_extensions import TypedDict
 
+from sleb.engine.generation import SAMPLING
 from sleb.server.answer_models import Count
-from sleb.server.bench_result import Perplexity, perplexities, why_unknown
+from sleb.server.bench_result import Perplexity, Questions, perplexities, why_unknown
 from sleb.server.context import ServerContext, get_context
 from sleb.server.errors import json_response
 from sleb.server.routing import Route, errors, success
@@ -37,10 +38,11 @@ class Pruning(TypedDict):
     perplexity: HeldOutPerplexity | None
     perplexity_unknown: str | None
     speedup: dict[str, Any] | None
+    questions: Questions | None
 
 
 class Model(TypedDict):
-    """`root` is the unpruned model, `parent` the same for a pruned tier, else null."""
+    """`root` is the unpruned model, `parent` the same for a pruned tier, else null. sampling: for requests without."""
 
     id: str
     object: Literal["model"]
@@ -49,6 +51,7 @@ class Model(TypedDict):
     root: str
     parent: str | None
     max_model_len: Count
+    sampling: dict[str, float]
     pruning: Pruning
 
 
@@ -87,7 +90,7 @@ async def get_model(request: Request, model_id: str) -> Response:
 
 def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
     """What the API tells of a tier."""
-    engine, results = context.engine.engine, context.options.results
+    engine, results = context.engine.engine, context.results
     speedup = next((found for each in results if (found := each.speedup(tier.depth))), None)
     told = perplexities(engine.layer_map, results, tier.depth)
     unknown = why_unknown(told)
@@ -102,6 +105,7 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
         "root": engine.model_name,
         "parent": engine.model_name if tier.depth else None,
         "max_model_len": engine.max_model_len,
+        "sampling": {field: getattr(engine.defaults, field) for field in SAMPLING},
         "pruning": {
             "depth": tier.depth,
             "num_blocks": engine.layer_map.num_blocks,
@@ -112,5 +116,8 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
             "perplexity": perplexity,
             "perplexity_unknown": unknown,
             "speedup": speedup,
+            "questions": next(
+                (each.questions[tier.depth] for each in results if tier.depth in each.questions), None
+            ),
         },
     }

@@ -5,13 +5,15 @@ import { $, announce, el, icon, toast } from "./dom.js";
 import { LivePanel } from "./metrics.js";
 import { fillAnswer, messagesFor, newAnswer } from "./run.js";
 import { askForKey, bindSettings, bindTheme, Drawers } from "./settings.js";
-import { exportAll, renderSidebar, titleOf } from "./sidebar.js";
+import { renderSidebar, titleOf } from "./sidebar.js";
 import * as store from "./store.js";
-import { blocksText, blockStrip, chooseTier } from "./tiers.js";
+import { blocksText, blockStrip, chooseTier, questionsSource, shareText } from "./tiers.js";
+import { exportAll, importFile } from "./transfer.js";
 import { TurnView } from "./view.js";
 
 const SAVE_MS = 1000; // between two savings of a stream
-const EXAMPLES = ["What is the capital of France?", "Explain how a rainbow forms.", "Write a short poem about the sea."];
+// Of the twenty of `sleb eval --questions`; the full SmolLM2 answers each rightly.
+const EXAMPLES = ["What is the capital of Japan?", "Who wrote Romeo and Juliet?", "What is the largest ocean on Earth?"];
 
 const settings = {};
 const choices = store.loadChoices();
@@ -39,6 +41,8 @@ async function loadTiers() {
     showBanner(error.message);
     return undefined;
   }
+  if (tiers.length) useModel(tiers[0]);
+  $("docs-link").hidden = store.getKey() !== ""; // a link bears no key
   const ids = tiers.map((tier) => tier.id);
   choices.models = choices.models.filter((id) => ids.includes(id));
   choices.models[0] ??= ids[0];
@@ -105,7 +109,8 @@ function renderChat() {
 
 function renderEmpty() {
   $("empty-tiers").replaceChildren(...tiers.map((tier) => el("li", {}, el("span", { class: "name", text: tier.id }),
-    blockStrip(tier), el("span", { class: "muted", text: blocksText(tier) }))));
+    blockStrip(tier), el("span", { class: "muted", text: [blocksText(tier), shareText(tier)].filter(Boolean).join(", ") }))));
+  $("empty-source").textContent = questionsSource(tiers);
   $("examples").replaceChildren(...EXAMPLES.map((text) => el("button", { type: "button", class: "button", text,
     onclick: () => send(text) })));
 }
@@ -208,6 +213,19 @@ function save(saved) {
   }
 }
 
+async function importChosen() {
+  const [file] = $("import-file").files;
+  if (!file) return;
+  try {
+    const { added, known } = await importFile(file);
+    if (added.length) openChat(added[0]);
+    toast(`${added.length} imported${known ? `, ${known} here already` : ""}.`);
+  } catch (error) {
+    toast(`Nothing was imported. ${error.message}.`);
+  }
+  $("import-file").value = ""; // the same file may be chosen again
+}
+
 function stop() {
   running.get(chat.id)?.controller.abort();
 }
@@ -265,6 +283,8 @@ function bind() {
   });
   for (const button of document.querySelectorAll(".new-chat")) button.addEventListener("click", startChat);
   $("export-all").addEventListener("click", exportAll);
+  $("import").addEventListener("click", () => $("import-file").click());
+  $("import-file").addEventListener("change", importChosen);
   $("change-key").addEventListener("click", async () => {
     if (await askForKey()) loadTiers();
   });
@@ -275,7 +295,7 @@ function bind() {
   }));
 }
 
-bindSettings(settings);
+const useModel = bindSettings(settings);
 bindTheme(() => live.repaint());
 bind();
 if (!drawers.isNarrow) drawers.set("menu", true, false);

@@ -5,24 +5,34 @@ import { DEFAULTS, getKey, keyIsKept, loadSettings, saveSettings, setKey, setThe
 
 const fields = () => document.querySelectorAll("[data-setting]");
 
-/** Fills the fields, and keeps what is typed into `settings`. */
+/** Fills the fields, and keeps what is typed into `settings`; returns what changes the model that they are kept for. */
 export function bindSettings(settings) {
+  let model = "";
   const show = () => {
     for (const field of fields()) field.value = settings[field.dataset.setting];
   };
   for (const field of fields()) {
     field.addEventListener("input", () => {
       settings[field.dataset.setting] = field.value;
-      saveSettings(settings);
+      saveSettings(model, settings);
     });
   }
   $("reset").addEventListener("click", () => {
     Object.assign(settings, DEFAULTS);
-    saveSettings(settings);
+    saveSettings(model, settings);
     show();
   });
-  Object.assign(settings, loadSettings());
+  Object.assign(settings, loadSettings(model));
   show();
+  return (tier) => {
+    model = tier.root ?? "";
+    Object.assign(settings, loadSettings(model));
+    show();
+    for (const [name, value] of Object.entries(tier.sampling ?? {})) {
+      const field = document.querySelector(`[data-setting="${name}"]`);
+      if (field) field.placeholder = name === "top_k" && value < 1 ? "all, the server's choice" : `${value}, the server's choice`;
+    }
+  };
 }
 
 /** Asks for the API key; the promise gives whether one was entered. */

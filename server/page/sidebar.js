@@ -1,7 +1,8 @@
 // The list of conversations: choose, rename, delete (with a way back), export.
 
-import { $, el, iconButton, saveFile, toast } from "./dom.js";
-import { deleteChat, listChats, storedChat } from "./store.js";
+import { $, el, iconButton, toast } from "./dom.js";
+import { deleteChat, listChats } from "./store.js";
+import { exportChat } from "./transfer.js";
 
 export const titleOf = (chat) => chat.title || "New conversation";
 
@@ -13,17 +14,13 @@ export function renderSidebar(actions) {
   $("export-all").disabled = chats.length === 0;
 }
 
-export function exportAll() {
-  saveFile("sleb-conversations.json", JSON.stringify(listChats().filter((chat) => chat.turns), null, 2));
-}
-
 function row(chat, actions) {
   const current = chat.id === actions.opened();
   const open = el("button", { type: "button", class: "chat-title", text: titleOf(chat), title: titleOf(chat),
     disabled: !chat.turns, "aria-current": current ? "true" : null, onclick: () => actions.open(chat.id) });
   const item = el("li", { class: current ? "current" : "" }, open, el("span", { class: "actions" },
     chat.turns ? iconButton("edit", `Rename: ${titleOf(chat)}`, () => rename(chat, item, actions)) : null,
-    iconButton("save", `Export: ${titleOf(chat)}`, () => saveFile(`sleb-${chat.id}.json`, storedChat(chat.id))),
+    iconButton("save", `Export: ${titleOf(chat)}`, () => exportChat(chat.id)),
     iconButton("delete", `Delete: ${titleOf(chat)}`, () => remove(chat, actions))));
   return item;
 }

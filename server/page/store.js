@@ -43,16 +43,42 @@ const isText = (value) => typeof value === "string";
 const isNumber = (value) => value === null || value === undefined || typeof value === "number";
 const isStats = (stats) => ["rate", "firstMs", "tokens", "promptTokens", "promptRate"].every((name) => isNumber(stats?.[name]));
 const isAnswer = (answer) => [answer?.model, answer?.content, answer?.reasoning].every(isText) && isStats(answer.stats);
-const isTurn = (turn) => isText(turn?.text) && Array.isArray(turn.answers) && turn.answers.every(isAnswer);
+const isTurn = (turn) => isText(turn?.text) && Array.isArray(turn.answers) && turn.answers.length > 0
+  && turn.answers.every(isAnswer);
+const numberOr = (value, otherwise) => (Number.isFinite(value) ? value : otherwise);
+const STATES = ["done", "stopped", "error"]; // one that runs was stopped: the page was closed on it
+const STATS = ["firstMs", "tokens", "rate", "promptTokens", "cachedTokens", "promptRate"];
+
+function readAnswer({ model, seed, content, reasoning, state, error, stats }) {
+  return {
+    model, seed: numberOr(seed, null), content, reasoning,
+    state: STATES.includes(state) ? state : "stopped",
+    error: isText(error) ? error : null,
+    stats: Number.isFinite(stats?.tokens) ? {
+      ...Object.fromEntries(STATS.map((name) => [name, numberOr(stats[name], null)])),
+      exact: Boolean(stats.exact),
+      finish: isText(stats.finish) ? stats.finish : null,
+    } : null,
+  };
+}
+
+/** A conversation of any JSON value: its known fields alone; null if it could not be shown. */
+export function readChat(value) {
+  if (!Array.isArray(value?.turns) || !value.turns.every(isTurn)) return null;
+  const made = newChat();
+  return {
+    id: isText(value.id) && /^[a-z0-9]{1,40}$/.test(value.id) ? value.id : made.id,
+    title: isText(value.title) ? value.title.slice(0, 120) : "",
+    created: numberOr(value.created, made.created),
+    updated: numberOr(value.updated, made.updated),
+    turns: value.turns.map(({ text, answers }) => ({ text, answers: answers.slice(0, 2).map(readAnswer) })),
+  };
+}
 
 /** A conversation as it was stored; null if there is none that could be shown. */
 export function loadChat(id) {
-  const chat = read(local, CHAT + id);
-  if (!Array.isArray(chat?.turns) || !chat.turns.every(isTurn)) return null;
-  for (const answer of chat.turns.flatMap((turn) => turn.answers)) {
-    if (answer.state === "running") answer.state = "stopped"; // the page was closed on it
-  }
-  return chat;
+  const chat = readChat(read(local, CHAT + id));
+  return chat && { ...chat, id };
 }
 
 /** All conversations, the latest first; one that cannot be shown has no turns. */
@@ -104,13 +130,17 @@ export const DEFAULTS = Object.freeze({
   temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", system: "",
 });
 
-/** Sampling settings as the fields hold them; an empty one is left to the server. */
-export function loadSettings() {
-  return { ...DEFAULTS, ...read(local, `${PREFIX}settings`) };
+const settingsKey = (model) => `${PREFIX}settings${model && `.${model}`}`;
+
+/** Settings for a model as the fields hold them, those from before it was known ("") else; an empty one is left to the server. */
+export function loadSettings(model) {
+  const stored = read(local, settingsKey(model)) ?? read(local, settingsKey(""));
+  const texts = Object.entries(stored ?? {}).filter(([name, value]) => name in DEFAULTS && isText(value));
+  return { ...DEFAULTS, ...Object.fromEntries(texts) };
 }
 
-export function saveSettings(settings) {
-  local.setItem(`${PREFIX}settings`, JSON.stringify(settings));
+export function saveSettings(model, settings) {
+  local.setItem(settingsKey(model), JSON.stringify(settings));
 }
 
 /** What is chosen outside the sampling settings: models, compare, order, differences, panel. */

@@ -2,6 +2,29 @@
 
 import { $, el } from "./dom.js";
 
+/** The share of the twenty questions answered rightly, sampled as the model is served if that was measured; or null. */
+function share(tier) {
+  const asked = tier?.pruning?.questions;
+  const right = asked?.right_sampled ?? asked?.right;
+  return typeof right === "number" ? right / asked.of : null;
+}
+
+/** "76 % right", or nothing where it was not measured. */
+export function shareText(tier) {
+  const known = share(tier);
+  return known === null ? "" : `${Math.round(100 * known)} % right`;
+}
+
+/** What the shares are of. */
+export function questionsSource(tiers) {
+  const asked = tiers.map((tier) => tier.pruning?.questions).find(Boolean);
+  if (!asked) return "";
+  const { temperature, top_p: topP } = asked.sampling;
+  const how = asked.right_sampled === null ? "greedily"
+    : `${asked.samples} times each${temperature === undefined ? "" : ` at temperature ${temperature}, top p ${topP}`}`;
+  return `Right: of ${asked.of} plain questions, asked ${how}.`;
+}
+
 /** "30" or "30 of 36 blocks", as far as it is known. */
 export function blocksText(tier) {
   const pruning = tier?.pruning;
@@ -50,6 +73,7 @@ function facts(tier) {
   const { pruning, max_model_len: context } = tier;
   if (!pruning) return [];
   const list = [["Depth", String(pruning.depth)], ["Blocks", `${pruning.blocks_kept} of ${pruning.num_blocks}`]];
+  if (share(tier) !== null) list.push(["Questions", shareText(tier), pruning.questions.command]);
   if (pruning.weight_bytes) list.push(["Weights", bytesText(pruning.weight_bytes)]);
   if (pruning.perplexity) {
     list.push(["Perplexity", pruning.perplexity.pruned.toPrecision(3)]);
@@ -76,7 +100,7 @@ function sources(tiers) {
     const on = speedup.device ? ` on ${speedup.device}` : "";
     parts.push(`Speed against the full model, measured${on} (${speedup.test}, batch ${speedup.batch}).`);
   }
-  return parts.join(" ");
+  return [questionsSource(tiers), ...parts].filter(Boolean).join(" ");
 }
 
 /** The radio button, strip and facts of a tier. */

@@ -55,6 +55,12 @@ class Alias:
         path = MAPS / f"{self.layer_map}.json"
         return path if path.is_file() else None
 
+    @property
+    def shipped_results(self) -> tuple[Path, ...]:
+        """What was measured of that map: result files of `sleb eval`."""
+        path = MAPS / "results" / f"{self.layer_map}.json"
+        return (path,) if path.is_file() else ()
+
 
 _GEMMA_PARTS = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",

@@ -41,13 +41,14 @@ class ResolvedModel:
     """A model that is on this machine.
 
     `path`: its folder, with config.json. `name`: the last component of MODEL as given, a .gguf's without the
-    ending. `layer_map`: the map that ships with the package, of an alias only, as is `sampling`: values of a generation
-    config.
+    ending. Of an alias only: `layer_map`, the map that ships with the package, `results`, files of what was measured of
+    it, and `sampling`, values of a generation config.
     """
 
     path: Path
     name: str
     layer_map: Path | None = None
+    results: tuple[Path, ...] = ()
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,7 +63,7 @@ def resolve_model(model: str, *, progress: bool = True, keep_bits: bool = False)
     """
     if (alias := ALIASES.get(model)) is not None:
         folder = fetch_alias(alias, progress=progress, keep_bits=keep_bits)
-        return ResolvedModel(folder, model, alias.shipped_map, alias.sampling)
+        return ResolvedModel(folder, model, alias.shipped_map, alias.shipped_results, alias.sampling)
     path = _path(model)
     name = path.name or path.resolve().name
     if path.is_dir():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sleb.engine.engine import EngineStats
+from sleb.engine.generation import GenerationDefaults
 from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.tier import Tier
@@ -62,6 +63,8 @@ class FakeEngine:
         self.tiers = tuple(self._make_tier(depth) for depth in (0, 1, 2))
         self.default_tier = self.tiers[1]
         self.model_name = "fake"
+        self.shipped_results = ()
+        self.defaults = GenerationDefaults()
         self.max_model_len = max_model_len
         self.tokenizer = make_tokenizer()
         self.text = SimpleNamespace(named_tokens={}, chat_template=None)

@@ -26,6 +26,8 @@ import pytest
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
 from sleb.errors import ConfigError
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.aliases import ALIASES
 from sleb.server.api import health
 from sleb.server.bench_result import BenchResult
 from sleb.server.errors import OverloadedError
@@ -305,6 +307,47 @@ def test_a_result_on_the_calibration_text_is_no_figure_to_go_by(serve_engine, fa
         pruning = server.http.get("/v1/models/fake:sleb-2").json()["pruning"]
         assert (pruning["perplexity"] is not None) == is_told
         assert (pruning["perplexity_unknown"] is None) == is_told
+
+
+def test_answers_to_questions_come_from_a_result_and_ship_with_a_map(serve_engine, fake_engine, load_result):
+    rows = [
+        {"depth": 2, "metric": "right", "value": 9.0},
+        {"depth": 2, "metric": "right sampled", "value": 7.5},
+        {"depth": 0, "metric": "right", "value": 18.0},
+    ]
+    asked = {"questions": 20, "question_samples": 4, "sampling": {"temperature": 0.5}}
+    environment = {"command": "sleb eval fake --questions"}
+    path = load_result(result(rows=rows, settings=asked, environment=environment)).path
+    fake_engine.shipped_results = (Path(path),)
+    cards = serve_engine(fake_engine).http.get("/v1/models").json()["data"]
+    told = [card["pruning"]["questions"] for card in cards]
+    same = {"of": 20, "samples": 4, "sampling": {"temperature": 0.5}, "command": environment["command"]}
+    assert told[1:] == [None, same | {"right": 9.0, "right_sampled": 7.5}]
+    assert told[0] == same | {"right": 18.0, "right_sampled": None}
+    for settings in ({}, {"questions": "many"}, asked | {"sampling": {"temperature": "hot"}}):
+        with pytest.raises(ConfigError, match="is no result"):
+            load_result(result(rows=rows, settings=settings, environment=environment))
+    fake_engine.shipped_results = ()
+    operators = serve_engine(fake_engine, bench_results=(load_result(result()).path,))
+    assert operators.http.get("/v1/models/fake").json()["pruning"]["questions"] is None
+
+
+@pytest.mark.parametrize(
+    "alias", [each for each in ALIASES.values() if each.shipped_results], ids=lambda alias: alias.name
+)
+def test_shipped_results_are_those_of_the_repository_and_fit_the_map(alias):
+    [path] = alias.shipped_results
+    newest = max(RESULTS.glob(f"*-questions-{alias.name}.json"))
+    measured = json.loads(newest.read_text())
+    for row in measured["rows"]:
+        del row["wrong"]
+    assert json.loads(path.read_text()) == measured
+    layer_map = LayerMap.load(alias.shipped_map)
+    settings = measured["settings"]
+    assert settings["model"]["removed"] == [str(unit) for unit in layer_map.removed]
+    assert settings["model"]["fingerprint"] == layer_map.fingerprint
+    assert settings["sampling"] == {**settings["sampling"], **alias.sampling}
+    assert set(BenchResult.load(str(path)).questions) == set(range(layer_map.max_depth + 1))
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*throughput*.json")), ids=lambda path: path.stem)

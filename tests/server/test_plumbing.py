@@ -31,6 +31,7 @@ def test_models_tell_what_was_removed(server):
         "root": "fake",
         "parent": "fake",
         "max_model_len": 256,
+        "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
         "pruning": {
             "depth": 2,
             "num_blocks": 6,
@@ -54,6 +55,7 @@ def test_models_tell_what_was_removed(server):
             },
             "perplexity_unknown": None,
             "speedup": None,
+            "questions": None,
         },
     }
     assert answer["data"][0]["parent"] is None
