@@ -181,7 +181,7 @@ def test_the_figures_of_the_table_are_measured() -> None:
 
 
 def test_the_first_example_is_one_that_is_answered_rightly() -> None:
-    """By the tier that answers without a model's name, with the sampling that is served: see tests/server/test_demo.py."""
+    """By the tier that answers without a model's name, with the sampling that is served."""
     found = re.search(r"-d '(\{.*?\})'", README, re.DOTALL)
     assert found is not None
     body = json.loads(found[1])

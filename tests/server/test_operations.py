@@ -332,10 +332,8 @@ def test_answers_to_questions_come_from_a_result_and_ship_with_a_map(serve_engin
     assert operators.http.get("/v1/models/fake").json()["pruning"]["questions"] is None
 
 
-@pytest.mark.parametrize(
-    "alias", [each for each in ALIASES.values() if each.shipped_results], ids=lambda alias: alias.name
-)
-def test_shipped_results_are_those_of_the_repository_and_fit_the_map(alias):
+def test_shipped_results_are_those_of_the_repository_and_fit_the_map():
+    alias = ALIASES["smollm2"]
     [path] = alias.shipped_results
     newest = max(RESULTS.glob(f"*-questions-{alias.name}.json"))
     measured = json.loads(newest.read_text())

@@ -6,6 +6,7 @@ Needs Chromium (`apt-get install chromium`) and `pip install playwright`; `playw
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 
@@ -276,6 +277,158 @@ def test_tiers_are_told_apart_before_one_is_chosen(server, open_page):
     chosen.wait_for()
     page.reload()
     chosen.wait_for()
+
+
+QUESTIONS = {
+    "of": 20,
+    "right": 9.0,
+    "right_sampled": 7.9,
+    "samples": 20,
+    "sampling": {"temperature": 0.2, "top_p": 0.9},
+    "command": "sleb eval tiny --questions",
+}
+
+
+def test_the_share_of_questions_is_shown_of_each_tier_that_was_asked(server, open_page):
+    page = open_page(server.url)
+    page.locator("#tier-a .name").wait_for()
+    assert page.inner_text("#empty-source") == ""
+    cards = json.loads(server.http.get("/v1/models").text)["data"]
+    cards[0]["pruning"]["questions"] = QUESTIONS
+    cards[1]["pruning"]["questions"] = QUESTIONS | {"right_sampled": None}
+    cards[0]["sampling"] |= {"temperature": 0.2}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": cards}))
+    page.reload()
+    page.locator("#tier-a .name").wait_for()
+    shown = page.locator("#empty-tiers li").all_inner_texts()
+    assert ["40 % right" in shown[0], "45 % right" in shown[1], "right" in shown[2]] == [True, True, False]
+    source = "Right: of 20 plain questions, asked 20 times each at temperature 0.2, top p 0.9."
+    assert page.inner_text("#empty-source") == source
+    page.click("#tier-a")
+    assert "40 % right" in page.locator(".tier-card").nth(0).inner_text()
+    assert source in page.inner_text("#tier-source")
+    page.keyboard.press("Escape")
+    page.click("#open-settings")
+    assert page.get_attribute("[data-setting=temperature]", "placeholder") == "0.2, the server's choice"
+
+
+def test_settings_are_kept_for_each_model(server, open_page):
+    page = open_page(server.url)
+    page.locator("#tier-a .name").wait_for()
+    page.click("#open-settings")
+    page.fill("[data-setting=temperature]", "0.7")
+    page.fill("[data-setting=seed]", "11")
+    cards = json.loads(server.http.get("/v1/models").text)["data"]
+    page.reload()
+    page.locator("#tier-a .name").wait_for()
+    assert page.input_value("[data-setting=temperature]") == "0.7"
+    others = [card | {"root": "another"} for card in cards]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": others}))
+    page.reload()
+    page.locator("#tier-a .name").wait_for()
+    assert [page.input_value(f"[data-setting={name}]") for name in ("temperature", "seed")] == ["0", ""]
+    page.unroute("**/v1/models")
+    page.reload()
+    page.locator("#tier-a .name").wait_for()
+    assert [page.input_value(f"[data-setting={name}]") for name in ("temperature", "seed")] == ["0.7", "11"]
+
+
+def import_file(page, content):
+    """Chooses a file of that content; what the page says of it."""
+    raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+    file = {"name": "conversations.json", "mimeType": "application/json", "buffer": raw}
+    page.set_input_files("#import-file", file)
+    page.locator("#toast:has-text('mported')").wait_for()
+    said = page.inner_text("#toast")
+    page.evaluate("document.getElementById('toast').hidden = true")
+    return said
+
+
+def stored_chats(page):
+    return page.evaluate(
+        "Object.entries(localStorage).filter(([key]) => key.startsWith('sleb.chat.')).sort()"
+        ".map(([key, text]) => [key, JSON.parse(text)])"
+    )
+
+
+def test_what_was_exported_is_imported_elsewhere_and_once(server, open_page):
+    page = open_page(server.url)
+    send(page, "first")
+    wait_done(page)
+    page.locator("#sidebar .new-chat").click()
+    send(page, "second")
+    wait_done(page)
+    with page.expect_download() as download:
+        page.click("#export-all")
+    exported = download.value.path().read_bytes()
+    before = stored_chats(page)
+    assert import_file(page, exported) == "0 imported, 2 here already."
+    assert stored_chats(page) == before
+    other = open_page(server.url)
+    other.locator("#tier-a .name").wait_for()
+    assert import_file(other, exported) == "2 imported."
+    assert stored_chats(other) == before
+    assert sorted(other.locator("#chats .chat-title").all_inner_texts()) == ["first", "second"]
+    assert other.locator(".bubble").count() == 1  # one of them is open
+    # One of them alone, changed meanwhile: it comes beside the one that is here.
+    chat = json.loads(exported)[0]
+    chat["turns"][0]["text"] = "changed"
+    assert import_file(other, chat) == "1 imported."
+    now = stored_chats(other)
+    assert len(now) == 3 and [each for each in now if each in before] == before
+
+
+def test_a_bad_file_brings_nothing_and_loses_nothing(server, open_page):
+    good = {"id": "good", "title": "Good", "created": 1, "updated": 2, "turns": [turn("fine")]}
+    page = open_page(server.url)
+    add_chat(page, turn("here"))
+    before = stored_chats(page)
+    bad_turns = (
+        [{}],
+        [turn(1)],
+        [turn("a") | {"answers": []}],
+        [turn("a", stats={"rate": "fast"})],
+        "x",
+        None,
+    )
+    for content, why in (
+        (b"{", "is no JSON"),
+        (b"\xff\xfe", "is no JSON"),
+        (b"", "is no JSON"),
+        ([], "holds 0 conversations"),
+        ([good] * 1001, "holds 1001 conversations"),
+        ("text", "number 1 is no conversation"),
+        (None, "number 1 is no conversation"),
+        *(([good, good | {"turns": turns}], "number 2 is no conversation") for turns in bad_turns),
+        (b" " * (20 * 2**20 + 1), "larger than 20 MiB"),
+        ([good, good | {"id": "large", "turns": [turn("x" * 6_000_000)]}], "no room"),
+    ):
+        said = import_file(page, content)
+        assert said.startswith("Nothing was imported.") and why in said, said
+        assert stored_chats(page) == before, why
+    # Fields that are not known, and an id that is none, are left behind.
+    odd = good | {"id": "../x", "html": "<b>", "turns": [turn("a", state="running", error={}, more=1)]}
+    assert import_file(page, odd) == "1 imported."
+    [(key, kept)] = [each for each in stored_chats(page) if each not in before]
+    assert re.fullmatch(r"sleb\.chat\.[a-z0-9]+", key) and "html" not in kept
+    [answer] = kept["turns"][0]["answers"]
+    assert (answer["state"], answer["error"], "more" in answer) == ("stopped", None, False)
+
+
+def test_the_api_description_is_linked_where_a_link_can_show_it(server, serve_engine, fake_engine, open_page):
+    page = open_page(server.url)
+    page.locator("#tier-a .name").wait_for()
+    page.expected = {404}  # /favicon.ico
+    page.click("#docs-link")
+    page.locator("h2:has-text('Endpoints')").wait_for()
+    guarded = serve_engine(fake_engine, api_keys=("secret",))
+    page = open_page(guarded.url)
+    page.expected = {401}
+    page.locator("#key-dialog").wait_for()
+    page.fill("#key", "secret")
+    page.keyboard.press("Enter")
+    page.locator("#tier-a .name:has-text('fake')").wait_for()
+    assert not page.locator("#docs-link").is_visible()
 
 
 def test_answer_again_and_edit_replace_the_last_turn(server, open_page):
