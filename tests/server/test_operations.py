@@ -320,10 +320,13 @@ def test_answers_to_questions_come_from_a_result_and_ship_with_a_map(serve_engin
     path = load_result(result(rows=rows, settings=asked, environment=environment)).path
     fake_engine.shipped_results = (Path(path),)
     cards = serve_engine(fake_engine).http.get("/v1/models").json()["data"]
-    told = [card["pruning"]["questions"] for card in cards]
+    told = {card["id"]: card["pruning"]["questions"] for card in cards}
     same = {"of": 20, "samples": 4, "sampling": {"temperature": 0.5}, "command": environment["command"]}
-    assert told[1:] == [None, same | {"right": 9.0, "right_sampled": 7.5}]
-    assert told[0] == same | {"right": 18.0, "right_sampled": None}
+    assert told == {
+        "fake": same | {"right": 18.0, "right_sampled": None},
+        "fake:sleb-1": None,
+        "fake:sleb-2": same | {"right": 9.0, "right_sampled": 7.5},
+    }
     for settings in ({}, {"questions": "many"}, asked | {"sampling": {"temperature": "hot"}}):
         with pytest.raises(ConfigError, match="is no result"):
             load_result(result(rows=rows, settings=settings, environment=environment))
