@@ -257,10 +257,11 @@ def _complete_model(incomplete: str) -> list[str]:
     return [name for name in ALIASES if name.startswith(incomplete)]
 
 
-def _model_argument(check: Callable[..., str | None]) -> Any:
+def _model_argument(check: Callable[..., str | None], default: str = "") -> Any:
     return typer.Argument(
         metavar="MODEL",
-        help=f"Folder, hub id (owner/name), .gguf file, {' or '.join(ALIASES)}.",
+        help=f"Folder, hub id (owner/name), .gguf file, {' or '.join(ALIASES)}."
+        + (f" [dim]\\[{default}][/dim]" if default else ""),
         callback=check,
         autocompletion=_complete_model,
         show_default=False,
@@ -270,6 +271,9 @@ def _model_argument(check: Callable[..., str | None]) -> Any:
 _MODEL = _model_argument(_check_model)
 Model = Annotated[str, _MODEL]
 """MODEL, the same in every command that takes one; a name that can be none is refused at once."""
+DEMO = "smollm2"
+DemoModel = Annotated[str, _model_argument(_check_model, f"{DEMO}, the demo")]
+"""MODEL where one need not be named: DEMO then, as the parameter's default."""
 AnyModel = Annotated[str, _model_argument(_check_any_model)]
 """MODEL, of an architecture that need not be one of the engine's."""
 OptionalModel = Annotated[str | None, _MODEL]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sleb.cli.options import Model
+from sleb.cli.options import DEMO, DemoModel
 from sleb.cli.settings import with_settings
 from sleb.engine.config import EngineConfig
 from sleb.engine.requests.tier import make_tiers
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 
 @with_settings("serve")
-def serve(model: Model, engine: EngineConfig, options: ServeOptions) -> None:
-    """Serve a model, at one depth or several, behind an OpenAI-compatible API."""
+def serve(model: DemoModel = DEMO, *, engine: EngineConfig, options: ServeOptions) -> None:
+    """Serve a model, at one depth or several, behind an OpenAI-compatible API.
+
+    With no arguments: the demo, SmolLM2-135M-Instruct with its own map at depths 0, 3 and 6; the first time it is
+    fetched, under a progress bar.
+    """
     from sleb.server.logs import unblock_stderr
 
     unblock_stderr()

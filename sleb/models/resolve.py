@@ -152,7 +152,8 @@ def fetch_alias(
             from sleb.terminal import tell
 
             tell(f"{alias.title}: its use is under {alias.licence}")
-        gguf = fetch_gguf(alias, scratch, download)
+        with _bar(f"Downloading {alias.title}", progress) as report:
+            gguf = fetch_gguf(alias, scratch, download, report)
         with _bar(f"Converting {alias.title}", progress) as report:
             _convert_file(gguf, target, report, keep_bits)
 

@@ -68,6 +68,15 @@ def test_each_source_goes_before_the_next(run_serve, write):
     assert config.prefix_caching
 
 
+def test_without_arguments_it_is_the_demo(run_serve, write):
+    """The alias, its shipped map and that map's tiers; a model of the environment or the file still goes first."""
+    _, config = run_serve()
+    assert (config.model, config.layer_map, config.tiers) == ("smollm2", None, None)
+    file = write('[serve]\nmodel = "owner/from-file"\n')
+    assert run_serve("--config-file", file)[1].model == "owner/from-file"
+    assert run_serve(SLEB_MODEL="owner/from-env")[1].model == "owner/from-env"
+
+
 def test_the_file_itself_may_be_named_in_the_environment(run_serve, write):
     file = write('[serve]\nmodel = "owner/m"\nhost = "0.0.0.0"\n')
     assert run_serve(SLEB_CONFIG_FILE=str(file))[0].host == "0.0.0.0"

