@@ -25,10 +25,8 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
 serve: install
-	@echo "==> fetching SmolLM2 (at once when it is already here)"
-	@$(BIN)/python -m sleb fetch smollm2
-	@echo "==> serving; stop with Ctrl-C"
-	@exec $(BIN)/python -m sleb serve smollm2 --host $(HOST) --port $(PORT) $(ARGS)
+	@echo "==> fetching SmolLM2 (at once when it is already here) and serving it; stop with Ctrl-C"
+	@exec $(BIN)/python -m sleb serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: install-dev
 	@echo "==> running the tests"

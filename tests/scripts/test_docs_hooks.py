@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
+from pathlib import Path
 
-from sleb.cli.reference import options_page
 from sleb.engine.config import EngineConfig
 from sleb.pruning.options import PruneOptions
 from sleb.server.options import ServeOptions
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from docs_hooks import options_page  # noqa: E402
 
 
 def test_every_option_has_a_row_with_its_help() -> None:
