@@ -10,7 +10,6 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
-
 from rich.markup import render
 
 from sleb.cli import COMMANDS, load_command

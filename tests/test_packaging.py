@@ -9,10 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -22,6 +25,7 @@ from sleb.kernels.cpu.build import LIBRARY_NAME, find_compiler, has_key, source_
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_AS = {"pyyaml": "yaml"}  # packages whose module has another name
+OF_OTHERS = {"jinja2", "uvloop"}  # transformers' chat templates and uvicorn take them, and ask for neither
 LINKED = ("engine", "kernels", "server", "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -81,8 +85,9 @@ def build(source: Path, kind: str, destination: Path, **variables: str) -> Path:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build needs, so that nothing is built in the tree and no stale build is picked up."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, copy)
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
     for name in ("sleb", *LINKED):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
@@ -124,7 +129,21 @@ def test_wheel_holds_the_package_through_the_links(wheel_files: set[str]) -> Non
 def test_wheel_has_one_top_level_name(wheel_files: set[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_files}
     assert tops == {"sleb", f"sleb-{_version()}.dist-info"}
-    assert not [name for name in wheel_files if "results/" in name or name.startswith("sleb/tests")]
+    ours = (
+        "cli",
+        "client",
+        "configs",
+        "doctor",
+        "formats",
+        "layer_map",
+        "maps",
+        "models",
+        "pruning",
+        *LINKED,
+    )
+    folders = {name.split("/")[1] for name in wheel_files if name.count("/") > 1 and name.startswith("sleb/")}
+    assert folders == set(ours)
+    assert not [name for name in wheel_files if "results/" in name or "/tests/" in name or "test_" in name]
 
 
 def test_source_distribution_builds_the_same_wheel(
@@ -132,6 +151,11 @@ def test_source_distribution_builds_the_same_wheel(
 ) -> None:
     shutil.unpack_archive(build(checkout, "sdist", tmp_path / "sdist"), tmp_path)
     [unpacked] = tmp_path.glob("sleb-*")
+    tops = {path.name for path in unpacked.iterdir()} - {"sleb.egg-info", "setup.cfg", "PKG-INFO"}
+    assert tops == {
+        *("sleb", "pyproject.toml", "setup.py", "MANIFEST.in", "constraints.txt"),
+        *("README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md"),
+    }
     with zipfile.ZipFile(build(unpacked, "wheel", tmp_path / "wheel")) as archive:
         assert set(archive.namelist()) == wheel_files
 
@@ -168,6 +192,85 @@ def test_editable_install_compiles_beside_the_sources(small_checkout: Path, tmp_
     assert has_key(folder / LIBRARY_NAME, source_key(folder))
 
 
+def test_an_installed_wheel_serves_from_its_own_files(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own, which borrows the dependencies of this one but not its sleb."""
+    python = make_environment(tmp_path / "venv")
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--quiet", "--find-links", wheel.parent, "sleb"], check=True, timeout=120)
+    folder = python.parent.parent / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    folder.joinpath("borrowed.pth").write_text(sysconfig.get_path("purelib"))
+
+    def run(*words: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run(str(python.with_name("sleb")), "--version") == f"sleb {_version()}\n"
+    program = "import sleb; from sleb.models.resolve import shipped_map; print(sleb.__file__, shipped_map('smollm2'))"
+    for name in run(str(python), "-c", program).split():
+        assert Path(name).is_relative_to(folder)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_pip_install_sleb_then_sleb_serve(tmp_path: Path) -> None:
+    """What README says, from the wheel that scripts/build makes, with the versions of constraints.txt."""
+    dist, environment = tmp_path / "dist", tmp_path / "venv"
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLEB_", "PYTHONPATH"))
+    }
+    built = subprocess.run(
+        [sys.executable, ROOT / "scripts/build", "--output", dist], capture_output=True, text=True, env=plain
+    )
+    if "No matching distribution found for build" in built.stderr:
+        pytest.skip("no package index answers")
+    assert built.returncode == 0, built.stderr
+    [wheel] = dist.glob("*.whl")
+    assert re.search(r"-py3-none-manylinux_2_\d+_x86_64\.whl$", wheel.name)
+    venv.create(environment, with_pip=True)
+    pip = [environment / "bin/pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "--find-links", dist, "sleb"], check=True, env=plain, timeout=900)
+    settings = {"SLEB_PORT": "0", "SLEB_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"}
+    with subprocess.Popen(
+        [environment / "bin/sleb", "serve"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=plain | settings,
+        cwd=tmp_path,
+    ) as server:
+        try:
+            said = ""
+            for line in server.stderr or ():
+                said += line
+                if found := re.search(r"Serving at (http://\S+)/v1", line):
+                    break
+            else:
+                pytest.fail(said)
+            assert "compiling" not in said and "C kernels" in said
+            models = httpx.get(f"{found[1]}/v1/models").json()["data"]
+            assert {model["id"] for model in models} >= {"smollm2:sleb-3", "smollm2:sleb-6"}
+            body = {
+                "messages": [{"role": "user", "content": "What is the capital of France?"}],
+                "temperature": 0,
+            }
+            answer = httpx.post(f"{found[1]}/v1/chat/completions", json=body | {"max_tokens": 32}, timeout=60)
+            assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+            assert "<!doctype html>" in httpx.get(found[1]).text.lower()
+            server.terminate()
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
+
+
+def make_environment(folder: Path) -> Path:
+    """An environment without a package; its Python."""
+    venv.create(folder, symlinks=True)
+    return folder / "bin" / "python"
+
+
 def _version() -> str:
     source = (ROOT / "sleb/version.py").read_text("utf-8")
     found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
@@ -184,6 +287,18 @@ def test_every_import_is_a_declared_dependency() -> None:
             for path in (Path(parent, file) for file in files if file.endswith(".py")):
                 unknown = _third_parties(path) - declared
                 assert not unknown, f"{path}: add {', '.join(unknown)} to pyproject.toml and run scripts/pin"
+
+
+def test_every_dependency_is_imported() -> None:
+    used = {
+        name
+        for folder in ("sleb", *LINKED)
+        for path in (ROOT / folder).resolve().rglob("*.py")
+        for name in _third_parties(path)
+    }
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        name = IMPORTED_AS.get(requirement.name, requirement.name.replace("-", "_"))
+        assert name in used | OF_OTHERS, f"nothing imports {requirement.name}"
 
 
 def _third_parties(path: Path) -> set[str]:

@@ -106,7 +106,8 @@ def test_the_readme_names_every_command() -> None:
 
 def test_flags_in_the_text_exist() -> None:
     """A flag belongs to some command, or to a tool that is named with it."""
-    known = {"--no-build-isolation", "--install-completion"}  # of pip and of every command that typer makes
+    known = {"--extra-index-url", "--no-build-isolation"}  # of pip
+    known |= {"--install-completion"}  # of every command that typer makes
     for name in cli.COMMANDS:
         command = cli.load_command(name)
         below = getattr(command, "commands", {"": command})

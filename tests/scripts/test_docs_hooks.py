@@ -12,7 +12,7 @@ from sleb.server.options import ServeOptions
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from docs_hooks import options_page  # noqa: E402
+from docs_hooks import options_page
 
 
 def test_every_option_has_a_row_with_its_help() -> None:

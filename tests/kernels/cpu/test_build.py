@@ -335,3 +335,11 @@ def test_the_kernels_compile(compiler: str, tmp_path: Path) -> None:
     compile_library(library, [compiler])
     assert build.has_key(library, source_key())
     assert loaded_key(library) == source_key()
+
+
+@needs_compiler
+def test_the_library_asks_for_no_newer_glibc_than_torch_does() -> None:
+    library = build.find_library()
+    assert library is not None
+    versions = {tuple(map(int, each)) for each in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
+    assert versions and max(versions) <= (2, 28)
