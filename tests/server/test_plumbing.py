@@ -19,7 +19,7 @@ from sleb.server.logs import curl_line
 def test_models_tell_what_was_removed(server):
     answer = server.http.get("/v1/models").json()
     assert answer["object"] == "list"
-    assert [card["id"] for card in answer["data"]] == ["fake", "fake:sleb-1", "fake:sleb-2"]
+    assert [card["id"] for card in answer["data"]] == ["fake:sleb-1", "fake", "fake:sleb-2"]
     card = server.http.get("/v1/models/fake:sleb-2").json()
     assert card == answer["data"][2]
     created = card.pop("created")
@@ -58,7 +58,7 @@ def test_models_tell_what_was_removed(server):
             "questions": None,
         },
     }
-    assert answer["data"][0]["parent"] is None
+    assert [card["parent"] for card in answer["data"]] == ["fake", None, "fake"]
 
 
 def test_a_perplexity_of_the_calibration_text_is_not_told_alone(serve_engine, fake_engine):
