@@ -1,4 +1,4 @@
-"""An endpoint is one module: its routes, its models, and whether it needs a key."""
+"""An endpoint is one module: its routes, its models, whether it needs a key, and how its errors are told."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing_extensions import TypedDict
 
 from sleb.server.errors import json_response
 from sleb.server.protocol import Body
-from sleb.server.routing import {route}, errors, success
+from sleb.server.routing import OpenRoute, Route, errors, success
 
+{more}
 router = APIRouter(route_class={route})
 
 
@@ -35,13 +36,30 @@ async def double(request: Request, body: ToyBody) -> Response:
     return json_response({{"twice": 2 * body.number}})
 '''
 
+OWN_ROUTE = """
+class Told(TypedDict):
+    told: str
+
+
+class OwnRoute(Route):
+    error_model = Told
+
+    @classmethod
+    def error_body(cls, error, request_id):
+        return {"told": f"{error}", "request": request_id}
+
+    @classmethod
+    def error_status(cls, error):
+        return 422 if error.status == 400 else error.status
+"""
+
 
 @pytest.fixture
 def toy_server(serve_engine, fake_engine, tmp_path, monkeypatch):
-    """toy_server(route) -> a server with a key, which has the module."""
+    """toy_server(route, more) -> a server with a key, which has the module, `more` of it before the router."""
 
-    def start(route):
-        (tmp_path / "toy.py").write_text(SOURCE.format(route=route))
+    def start(route, more=""):
+        (tmp_path / "toy.py").write_text(SOURCE.format(route=route, more=more))
         monkeypatch.setattr(api, "__path__", [*api.__path__, str(tmp_path)])
         return serve_engine(fake_engine, api_keys=("key",))
 
@@ -88,3 +106,29 @@ def test_its_errors_are_the_usual_ones(toy_server):
         assert response.status_code in (400, 413)
         jsonschema.validate(response.json(), schemas["Error"] | {"components": {"schemas": schemas}})
         assert response.json()["error"]["message"].startswith(message)
+
+
+def test_a_route_may_tell_every_error_of_its_path_in_a_shape_of_its_own(toy_server):
+    server = toy_server("OwnRoute", OWN_ROUTE)
+    key = {"Authorization": "Bearer key", "X-Request-Id": "mine"}
+    post = server.http.post
+    refused = [
+        (post("/toy", headers={"X-Request-Id": "mine"}, json={"number": 1}), 401),
+        (post("/toy", headers=key | {"Host": "evil.example"}, json={"number": 1}), 403),
+        (post("/toy/", headers=key, json={}), 422),  # as the path is read
+        (post("/toy", headers=key, content=b"{"), 422),
+        (post("/toy", headers=key, content=b"x" * (33 * 2**20)), 413),
+        (post("/toy", headers=key | {"Content-Encoding": "gzip"}, content=b"x"), 415),
+        (server.http.get("/toy", headers=key), 405),
+    ]
+    for response, status in refused:
+        assert response.status_code == status, response.text
+        assert response.json().keys() == {"told", "request"}
+        assert response.json()["request"] == response.headers["x-request-id"] == "mine"
+    assert refused[0][0].headers["www-authenticate"] == "Bearer"
+    for response in (post("/toys", headers=key, json={}), server.chat("", max_tokens=-5)):
+        assert response.json()["error"].keys() == {"message", "type", "param", "code"}  # nobody else's
+    server.http.headers.update(key)
+    operation = server.http.get("/openapi.json").json()["paths"]["/toy"]["post"]
+    told = operation["responses"]["401"]["content"]["application/json"]["schema"]
+    assert told == {"$ref": "#/components/schemas/Told"}
