@@ -25,14 +25,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
 
-def _load_fake_engine():
-    spec = importlib.util.spec_from_file_location("sleb_tests_fake_engine", FAKE_ENGINE)
-    module = importlib.util.module_from_spec(spec)
+def _load(path):
+    spec = importlib.util.spec_from_file_location(f"sleb_tests_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-fake = _load_fake_engine()
+fake = _load(FAKE_ENGINE)
+wire_formats = _load(FAKE_ENGINE.with_name("wire_formats.py"))
 
 
 class RunningServer:
@@ -119,6 +120,12 @@ def serve_engine() -> Iterator:
     for server in servers:
         server.engine.hold.set() if hasattr(server.engine, "hold") else None
         server.close()
+
+
+@pytest.fixture(scope="session")
+def wire():
+    """The wire formats as a client knows them."""
+    return wire_formats
 
 
 @pytest.fixture(scope="session")

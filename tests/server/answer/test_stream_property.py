@@ -103,31 +103,84 @@ def streamer(start_server, make_fake_engine):
     server.close()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=cases(), route=st.sampled_from(["chat", "completions"]))
-@example(case=("a€b", ["€"], [b"a\xe2", b"\x82", b"\xacb"]), route="chat")
+FORMATS = ("chat.completions", "completions")
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TOOLS = (
+    {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    {"name": "sum", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+)
+
+
+@settings(SETTINGS, max_examples=150)
+@given(case=cases(), route=st.sampled_from(FORMATS))
+@example(case=("a€b", ["€"], [b"a\xe2", b"\x82", b"\xacb"]), route="chat.completions")
 @example(case=("aab", ["ab", "aac"], [b"aa", b"b"]), route="completions")
-def test_streamed_and_whole_answers_are_the_same_bytes(streamer, case, route):
+def test_streamed_and_whole_answers_are_the_same_bytes(streamer, wire, case, route):
     text, stops, pieces = case
     streamer.engine.tokenizer, ids = tokenizer_of(pieces)
     streamer.engine.answer = ids
     assert streamer.engine.tokenizer.decode(ids) == text
-    body = {"max_tokens": len(ids), "stop": stops or None, "return_token_ids": True}
-    send = streamer.chat if route == "chat" else streamer.complete
-    whole = send("x", **body).json()["choices"][0]
-    lines = send("x", **body, stream=True).content.split(b"\n")
-    assert lines[-3:] == [b"data: [DONE]", b"", b""]
-    chunks = [json.loads(line[6:]) for line in lines[:-3] if line.startswith(b"data: ")]
-    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
-    if route == "chat":
-        content, deltas = (
-            whole["message"]["content"],
-            [each["delta"].get("content") or "" for each in choices],
-        )
-    else:
-        content, deltas = whole["text"], [each["text"] for each in choices]
+    format_ = wire.FORMATS[route]
+    question = wire.Question("x", len(ids), tuple(stops))
+    if route in ("chat.completions", "completions"):
+        question = question.but(more={"return_token_ids": True})
+    whole, streamed = (format_.ask(streamer, question, stream) for stream in (False, True))
+    assert streamed == whole
     wanted, stopped_by = expected(pieces, stops)
-    assert content == "".join(deltas) == wanted
-    assert choices[-1]["finish_reason"] == whole["finish_reason"]
-    assert choices[-1]["stop_reason"] == whole["stop_reason"] == stopped_by
-    assert [token for each in choices for token in each.get("token_ids") or []] == whole["token_ids"]
+    assert whole.text == wanted
+    assert whole.thoughts == ""
+    assert whole.calls == []
+    assert whole.finish == "stop"
+    assert whole.stopped_by == (stopped_by if format_.tells_stop else None)
+    assert whole.num_prompt == 1
+    if whole.token_ids is not None:
+        assert whole.token_ids == ids[: whole.num_output]
+
+
+@st.composite
+def messages(draw):
+    """An answer with thoughts, text and calls, good ones and broken ones, and where it is cut into tokens."""
+    words = st.one_of(st.sampled_from([*PIECES, "{", "}", '"', "<", "</"]), st.text("ab {}<>", max_size=5))
+    text = st.lists(words, max_size=5).map("".join)
+    value = st.one_of(
+        st.integers(-9, 99), st.sampled_from(["Köln", "a}b", "\n", ""]), st.none(), st.booleans()
+    )
+    arguments = st.dictionaries(st.sampled_from(["city", "a", "ü"]), value, max_size=3)
+    call = st.builds(
+        lambda name, arguments: (
+            f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments, ensure_ascii=False)}}}\n</tool_call>'
+        ),
+        st.sampled_from(["weather", "sum"]),
+        arguments,
+    )
+    broken = call.flatmap(lambda text: st.integers(1, len(text)).map(lambda end: text[:end]))
+    thought = text.map(lambda words: f"<think>{words}</think>")
+    answer = draw(st.one_of(thought, st.just(""), st.just("<think>\nopen")))
+    answer += "".join(draw(st.lists(st.one_of(text, call, call, broken), max_size=4)))
+    data = (answer or "x").encode()
+    cuts = sorted(draw(st.sets(st.integers(1, len(data)), max_size=12)) - {len(data)})
+    return [data[start:end] for start, end in itertools.pairwise([0, *cuts, len(data)])]
+
+
+@settings(SETTINGS, max_examples=120)
+@given(
+    pieces=messages(),
+    route=st.sampled_from([each for each in FORMATS if each != "completions"]),
+    length=st.booleans(),
+)
+def test_streamed_messages_are_the_whole_ones(streamer, wire, pieces, route, length):
+    streamer.engine.tokenizer, ids = tokenizer_of(pieces)
+    streamer.engine.answer, streamer.engine.chat_template = ids, "<think>"
+    tools = () if route == "ollama generate" else TOOLS
+    question = wire.Question("x", len(ids) - 1 if length and len(ids) > 1 else len(ids), tools=tools)
+    format_ = wire.FORMATS[route]
+    try:
+        whole, streamed = (format_.ask(streamer, question, stream) for stream in (False, True))
+        assert streamed == whole
+        assert "<think>" not in whole.thoughts
+        chat = wire.FORMATS["chat.completions"].ask(streamer, question, False)
+    finally:
+        streamer.engine.chat_template = None
+    assert (whole.text, whole.thoughts) == (chat.text, chat.thoughts)
+    assert [name for name, _ in whole.calls] == [name for name, _ in chat.calls]
+    assert (whole.num_prompt, whole.num_output) == (chat.num_prompt, chat.num_output)
