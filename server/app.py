@@ -73,7 +73,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=context.options.origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("X-Request-Id", "Server-Timing", "X-Stop-Reason", "Retry-After"),
         )

@@ -19,6 +19,7 @@ from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import shorten
 from sleb.server.names import name_tiers
 from sleb.server.options import ServeOptions
+from sleb.server.responses.store import ResponseStore
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
@@ -33,6 +34,7 @@ class ServerContext:
     """The engine, the options and what is remembered between requests.
 
     names: every name that a request may give, in the order in which they are listed: see `name_tiers`.
+    responses: what /v1/responses keeps.
     max_characters: of a prompt; a longer one cannot fit the context, whatever its tokens are.
     results: what was measured of the model, the operator's files first.
     """
@@ -44,6 +46,7 @@ class ServerContext:
     metrics: ServerMetrics
     bodies: BodyReader
     max_characters: int
+    responses: ResponseStore
     results: tuple[BenchResult, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     unknown_fields: Counter[str] = field(default_factory=Counter)
@@ -70,6 +73,7 @@ class ServerContext:
             metrics=ServerMetrics(behind_loop, unknown_fields),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=engine.max_model_len * longest_token(engine.tokenizer),
+            responses=ResponseStore(int(options.response_store_mb * 2**20), options.response_store_seconds),
             results=(*options.results, *map(BenchResult.load, map(str, engine.shipped_results))),
             unknown_fields=unknown_fields,
             warm=not options.warm_up,

@@ -70,7 +70,10 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 
 def shorten(value: object, limit: int = 100) -> str:
     """repr of `value`, cut to `limit` characters: inputs are repeated in errors and logs only so far."""
-    shown = repr(value[: limit * 2] if isinstance(value, str | bytes | list) else value)
+    try:
+        shown = repr(value[: limit * 2] if isinstance(value, str | bytes | list) else value)
+    except RecursionError:
+        shown = "a deeply nested value"
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 

@@ -39,21 +39,22 @@ class ApiKeys:
         self._digests = [_digest(key.encode()) for key in keys]
         self._open_routes = open_routes
 
-    def check(self, path: str, headers: Headers) -> None:
-        """Raises ApiError 401 unless the path is open or the request bears a key."""
+    def check(self, path: str, headers: Headers) -> bytes:
+        """The digest of the key that the request bears; empty where none is needed. Raises ApiError 401."""
         if not self._digests or any(route.path_regex.match(path) for route in self._open_routes):
-            return
+            return b""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         bearer = token if scheme.lower() == "bearer" else ""
         given = [_digest(key.strip().encode("latin-1")) for key in (bearer, headers.get("x-api-key", ""))]
-        matches = [hmac.compare_digest(key, digest) for key in given for digest in self._digests]
-        if not any(matches):
+        matches = [key for key in given for digest in self._digests if hmac.compare_digest(key, digest)]
+        if not matches:
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return matches[0]
 
 
 def _digest(key: bytes) -> bytes:
@@ -132,7 +133,7 @@ class Gate:
         token = EXCHANGE.set(exchange)
         try:
             self._callers.check(scope["method"], headers)
-            self._keys.check(path, headers)
+            inner["state"]["key"] = self._keys.check(path, headers)
             if scope["method"] == "OPTIONS":
                 await self._options(inner, tell_error)(inner, receive, send_with_id)
             else:
@@ -173,9 +174,11 @@ class Gate:
     def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:
         """The methods of a path, as a bare OPTIONS asks."""
         methods: set[str] = set()
+        first: str | None = None  # of the paths that match, some with a parameter, that which answers
         for route in self._routes:
             match, _ = route.matches(scope)
-            if match != Match.NONE:
+            if match != Match.NONE and first in (None, route.path):
+                first = route.path
                 methods |= route.methods or set()
         if not methods:
             return tell_error(ApiError(404, "this path does not exist; the API begins at /v1"))

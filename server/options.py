@@ -103,6 +103,12 @@ class ServeOptions:
         maximum=_DAY,
         group=_LIMITS,
     )
+    response_store_mb: float = option(
+        64.0, "MiB of answers that /v1/responses keeps; 0: none.", minimum=0, maximum=2**20, group=_LIMITS
+    )
+    response_store_seconds: float = option(
+        86400.0, "Seconds for which it keeps an answer.", minimum=0.1, maximum=365 * _DAY, group=_LIMITS
+    )
     drain_timeout: float = option(
         30.0, "Seconds to finish open requests on SIGTERM.", minimum=0, maximum=_DAY, group=_LIMITS
     )

@@ -184,7 +184,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: FalseByDefault = False
 
 
-def _describe_other_names(schema: dict[str, Any]) -> None:
+def describe_other_names(schema: dict[str, Any]) -> None:
     for name, others in SAME_AS.items():
         schema["properties"] |= {
             other: {"description": f"The same as {name}."} | schema["properties"][name] for other in others
@@ -210,7 +210,7 @@ class GenerationBody(Body):
         alias_generator=AliasGenerator(
             validation_alias=lambda name: AliasChoices(name, *SAME_AS.get(name, ()))
         ),
-        json_schema_extra=_describe_other_names,
+        json_schema_extra=describe_other_names,
     )
 
     model: str | None = None

@@ -76,6 +76,7 @@ class Generation:
         self._token_times: dict[str, float] = {}  # by the engine's request id
         self._timer: asyncio.TimerHandle | None = None
         self._outcome = "disconnected"
+        self.cancelled = False
         self._failed = False
         self._closed = False
 
@@ -90,8 +91,8 @@ class Generation:
 
     @property
     def finished(self) -> bool:
-        """Whether every choice has its last piece."""
-        return self._num_finished == self.num_choices
+        """Whether nothing more comes: every choice has its last piece, or the request was cancelled."""
+        return self.cancelled or self._num_finished == self.num_choices
 
     def prompt_of(self, choice: int) -> Prompt:
         return self.prompts[choice // self._params.n]
@@ -142,9 +143,12 @@ class Generation:
         """
         assert self._answers is not None
         try:
-            while not self.finished:
+            ended = False
+            while not ended:
                 batch = await self._answers.next(self._context.options.keep_alive_seconds)
-                yield [self._record(choice, output, read) for choice, output in batch]
+                pieces = [self._record(choice, output, read) for choice, output in batch]
+                ended = self.finished  # as whoever takes the pieces sees it
+                yield pieces
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -185,6 +189,14 @@ class Generation:
     def _span(self) -> Span:
         return Span.of([output.timings for output in self._last.values()], self._arrival, self._last_time)
 
+    def cancel(self) -> None:
+        """Ends the request with what there is, as if it had been finished."""
+        if not self.finished and not self._closed:
+            self.cancelled, self._outcome = True, "cancelled"
+            if self._answers is not None:
+                self._metrics.num_aborted += len(self._answers.unfinished)
+                self._answers.close()
+
     def close(self) -> None:
         """Aborts what is unfinished and logs the request; may be called again."""
         if self._closed:
@@ -208,7 +220,7 @@ class Generation:
             each for output in self._last.values() if (each := output.timings.first_token) is not None
         ]
         first = f"{(min(first_tokens) - self._arrival) * 1e3:.0f} ms" if first_tokens else "none"
-        reasons = sorted({output.finish_reason or "" for output in self._last.values()})
+        reasons = sorted({output.finish_reason or self._outcome for output in self._last.values()})
         facts = {
             "request": self.request_id,
             "model": self.tier.id,
@@ -217,7 +229,7 @@ class Generation:
             "generated_tokens": usage["completion_tokens"],
             "first_token_ms": round((min(first_tokens) - self._arrival) * 1e3, 3) if first_tokens else None,
             "tokens_per_second": round(self.timings()["predicted_per_second"], 3),
-            "reason": "+".join(reasons) if self.finished else self._outcome,
+            "reason": ("+".join(reasons) or self._outcome) if self.finished else self._outcome,
         }
         logger.info(
             "request %(request)s: model %(model)s, prompt %(prompt_tokens)d tokens (%(cached_tokens)d cached), "

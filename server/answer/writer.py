@@ -133,18 +133,22 @@ class AnswerWriter(ABC):
         try:
             await until_disconnect(request, self.generation.start())
             if self.stream:
-                return EventStreamResponse(self._stream(), self.media_type, self.generation.close)
+                return EventStreamResponse(self._stream(), self.media_type, self.close)
             await until_disconnect(request, self._fold())
             whole = self.finished()
         except BaseException:
-            self.generation.close()
+            self.close()
             raise
-        self.generation.close()
+        self.close()
         loops = any(piece.stop_reason == REPETITION for piece in self.folded.values())
         return json_response(whole, headers={"X-Stop-Reason": REPETITION} if loops else None)
 
-    def _read(self, choice: int, output: StepOutput) -> Piece:
-        """An increment as a piece."""
+    def close(self) -> None:
+        """Called when nothing more is told, for whatever reason; may be called again."""
+        self.generation.close()
+
+    def read(self, choice: int, output: StepOutput) -> Piece:
+        """An increment as a piece; called once for each, in order."""
         piece = Piece(
             choice,
             output.new_text,
@@ -165,7 +169,7 @@ class AnswerWriter(ABC):
         return piece
 
     async def _fold(self) -> None:
-        async for pieces in self.generation.pieces(self._read):
+        async for pieces in self.generation.pieces(self.read):
             self._join(pieces)
 
     def _join(self, pieces: list[Piece]) -> None:
@@ -185,7 +189,7 @@ class AnswerWriter(ABC):
         try:
             if opening := self.opening():
                 yield b"".join(map(self.encode, opening))
-            async for pieces in self.generation.pieces(self._read):
+            async for pieces in self.generation.pieces(self.read):
                 if self.folds:
                     self._join(pieces)
                 events = [each for piece in pieces for each in self.events(piece)]

@@ -88,3 +88,4 @@ class Answers:
         """Aborts what is unfinished; may be called again."""
         self._abort(self)
         self._unfinished.clear()
+        self._wake.set()

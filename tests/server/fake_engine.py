@@ -71,6 +71,7 @@ class FakeEngine:
         self.chat_template = None
         self.spec = SimpleNamespace(vocab_size=self.tokenizer.get_vocab_size())
         self.eos_token_ids = frozenset()
+        self.defaults = GenerationDefaults()
         self.max_running = 4
         self.delay = 0.0
         self.hold = threading.Event()

@@ -153,7 +153,7 @@ def test_echoed_input_is_bounded(server):
 def test_model_not_found_lists_what_exists(server):
     error = error_of(server.complete("a", model="gpt-9"), 404)
     assert error["code"] == "model_not_found"
-    assert "fake, fake:sleb-1, fake:sleb-2" in error["message"]
+    assert "fake:sleb-1, fake, fake:sleb-2" in error["message"]
     assert error_of(server.http.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from sleb import LLM, SamplingParams
 
-FORMATS = ("chat.completions", "completions")
-CHATS = FORMATS[:1]
-CHOOSING = ("chat.completions",)
+FORMATS = ("chat.completions", "completions", "responses")
+CHATS = ("chat.completions", "responses")
+CHOOSING = ("chat.completions", "responses")
 GREEDY = {"temperature": 0, "ignore_eos": True}
 ENGINE = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 0.01}
 # What a random model writes is short only if something ends it.

@@ -247,7 +247,9 @@ def _responses_stream(data: bytes) -> Told:
     for event in events[2:-1]:
         what = event["type"].removeprefix("response.")
         if what == "error":
-            raise StreamError(events[-1], Told())
+            assert event is events[-2]
+            assert events[-1]["type"] == "response.failed"
+            raise StreamError(events[-1]["response"], Told())
         assert event["output_index"] == len(items) - (what != "output_item.added")
         if what == "output_item.added":
             assert kind is None
@@ -285,11 +287,8 @@ def _responses_stream(data: bytes) -> Told:
                 if kind == "function_call":
                     items[-1] = items[-1] | {"arguments": text}
                 kind = None
-    last = events[-1]
-    if last["type"] == "response.failed":
-        raise StreamError(last["response"], Told())
-    response = last["response"]
-    assert last["type"] == f"response.{response['status']}"
+    response = events[-1]["response"]
+    assert events[-1]["type"] == f"response.{response['status']}"
     assert response["output"] == items
     assert response["id"] == events[0]["response"]["id"]
     return _responses_whole(response)

@@ -103,7 +103,7 @@ def streamer(start_server, make_fake_engine):
     server.close()
 
 
-FORMATS = ("chat.completions", "completions")
+FORMATS = ("chat.completions", "completions", "responses")
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOOLS = (
     {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},

@@ -30,6 +30,38 @@ RULES_OF_TOKENS = ("allowed_token_ids", "bad_words")
 LIMITS = ("max_tokens", "max_completion_tokens", "n_predict", "num_predict", "max_new_tokens")
 
 
+def as_chat(body):
+    """The fields of a request for a Response that are as a chat's, but for their shape, as a chat has them."""
+    tools = [{"function": tool} for tool in body.get("tools") or [] if tool["type"] == "function"]
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice["type"] == "function":
+        choice = {"function": choice}
+    elif isinstance(choice, dict):
+        choice = {
+            "function": {"name": next(iter({each["name"] for each in choice["tools"]} - names(tools)), None)}
+        }
+    return body | {
+        "tools": tools,
+        "tool_choice": choice,
+        "response_format": (body.get("text") or {}).get("format"),
+    }
+
+
+def names(tools):
+    return {tool["function"]["name"] for tool in tools}
+
+
+def item_types(body):
+    items = body.get("input")
+    return [each.get("type") for each in items] if isinstance(items, list) else []
+
+
+def refers(body):
+    """An item_reference may do without its type."""
+    items = body["input"]
+    return any("id" in each and each.get("type") in (None, "item_reference") for each in items)
+
+
 def names_of(body, field):
     given = body.get(field) or []
     return [each["function"]["name"] if field == "tools" else each["name"] for each in given]
@@ -41,7 +73,7 @@ def has_grammar(body):
 
 def has_empty_prompt(body):
     """An empty text makes no token; a conversation makes some, but with the fake engine's empty template none."""
-    return "messages" in body or "" in (body["prompt"], *body["prompt"])
+    return "messages" in body or "input" in body or "" in (body["prompt"], *body["prompt"])
 
 
 def names_unknown_tool(body):
@@ -70,7 +102,9 @@ RULES = [
     (r"the prompt has \d+ tokens( or more)?, but the context holds", lambda body: True),
     (r"the text has more than \d+ tokens", lambda body: True),
     (r"the prompt is empty", has_empty_prompt),
-    (r"the chat template refuses the messages", lambda body: "messages" in body),
+    (r"the chat template refuses the messages", lambda body: "messages" in body or "input" in body),
+    (r"input\[\d+\]\.id is .*, which is no item that is kept", refers),
+    (r"no function_call stands before", lambda body: "function_call_output" in item_types(body)),
     (r"min_tokens is \d+; it must be at most max_tokens", asks_for_too_few),
     (r"best_of other than n is", lambda body: body["best_of"] != (body.get("n") or body.get("n_cmpl") or 1)),
     (r"\S+ and \S+ are the same field", lambda body: True),
@@ -93,7 +127,8 @@ RULES = [
     (r"bad_words has .*, which makes no token", lambda body: not all(map(str.strip, body["bad_words"]))),
     (r"structured_outputs and structured_outputs exclude", lambda body: len(body["structured_outputs"]) > 1),
     (
-        rf"({'|'.join(GRAMMARS)}|tools) (cannot be used|is not valid JSON|is .*; it must be a JSON schema)",
+        rf"({'|'.join(GRAMMARS)}|text.format.schema|tools) "
+        r"(cannot be used|is not valid JSON|is .*; it must be a JSON schema)",
         has_grammar,
     ),
 ]
@@ -105,7 +140,8 @@ def filter_failure(context, failure, case, response):
     if not isinstance(failure, RejectedPositiveData) or failure.status_code != 400:
         return True
     message = response.json()["error"]["message"]
-    return not any(re.match(pattern, message) and applies(case.body) for pattern, applies in RULES)
+    body = as_chat(case.body) if case.path.startswith("/v1/responses") else case.body
+    return not any(re.match(pattern, message) and applies(body) for pattern, applies in RULES)
 
 
 if os.environ.get("SLEB_SCHEMATHESIS_STREAM"):
@@ -113,6 +149,8 @@ if os.environ.get("SLEB_SCHEMATHESIS_STREAM"):
     @schemathesis.hook
     def before_call(context, case, **options):
         """Every request that may ask for a stream does: few that are generated would."""
-        may_stream = case.path in ("/v1/chat/completions", "/v1/completions") and isinstance(case.body, dict)
+        may_stream = case.path in ("/v1/chat/completions", "/v1/completions", "/v1/responses") and isinstance(
+            case.body, dict
+        )
         if may_stream and case.body.get("stream") in (None, False):
             case.body = case.body | {"stream": True}
