@@ -19,7 +19,8 @@ from sleb.server.api import docs, health
 from sleb.server.browsers import Callers
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
-from sleb.server.middleware import ApiKeys, Gate
+from sleb.server.keys import ApiKeys
+from sleb.server.middleware import Gate
 from sleb.server.routing import Route, errors
 from sleb.version import __version__
 

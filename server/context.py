@@ -70,7 +70,12 @@ class ServerContext:
             options=options,
             token_texts=TokenTexts(engine.tokenizer),
             names=name_tiers(engine, options.names),
-            metrics=ServerMetrics(behind_loop, unknown_fields),
+            metrics=ServerMetrics(
+                behind_loop,
+                unknown_fields,
+                options.metrics_prefix,
+                [key.name for key in options.keys if key.name],
+            ),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=engine.max_model_len * longest_token(engine.tokenizer),
             responses=ResponseStore(int(options.response_store_mb * 2**20), options.response_store_seconds),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -16,49 +13,17 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sleb.fields import shown_text
 from sleb.server.browsers import Callers
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import ApiError, json_response, to_api_error
 from sleb.server.exchange import EXCHANGE, Exchange, note_failure
+from sleb.server.keys import ApiKeys
+from sleb.server.request_log import CLIENT_GONE, log_request
 from sleb.server.routing import Route
-
-logger = logging.getLogger("sleb.server")
 
 _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
-_CLIENT_GONE = 499
-_MAX_PATH = 200  # characters of it in the log
 _SLASHES = re.compile(r"/{2,}")
-
-
-class ApiKeys:
-    """Keys as digests, compared in constant time; without any key everybody may pass."""
-
-    def __init__(self, keys: Iterable[str], open_routes: Sequence[Route]) -> None:
-        self._digests = [_digest(key.encode()) for key in keys]
-        self._open_routes = open_routes
-
-    def check(self, path: str, headers: Headers) -> bytes:
-        """The digest of the key that the request bears; empty where none is needed. Raises ApiError 401."""
-        if not self._digests or any(route.path_regex.match(path) for route in self._open_routes):
-            return b""
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        bearer = token if scheme.lower() == "bearer" else ""
-        given = [_digest(key.strip().encode("latin-1")) for key in (bearer, headers.get("x-api-key", ""))]
-        matches = [key for key in given for digest in self._digests if hmac.compare_digest(key, digest)]
-        if not matches:
-            raise ApiError(
-                401,
-                "the API key is missing or wrong; send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return matches[0]
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def request_id(headers: Headers) -> str:
@@ -133,43 +98,26 @@ class Gate:
         token = EXCHANGE.set(exchange)
         try:
             self._callers.check(scope["method"], headers)
-            inner["state"]["key"] = self._keys.check(path, headers)
+            key = self._keys.check(path, headers)
+            exchange.key, inner["state"]["key"] = key.name, key.digest
             if scope["method"] == "OPTIONS":
                 await self._options(inner, tell_error)(inner, receive, send_with_id)
             else:
                 await self._app(inner, receive, send_with_id)
         except ClientDisconnect:
             if not status:  # nobody reads this; without it the server would log a missing answer
-                await Response(status_code=_CLIENT_GONE)(inner, receive, send_with_id)
+                await Response(status_code=CLIENT_GONE)(inner, receive, send_with_id)
         except Exception as error:
             if status:
                 raise
             await tell_error(to_api_error(error))(inner, receive, send_with_id)
         finally:
             EXCHANGE.reset(token)
-            route = getattr(inner.get("route"), "path", "other")
-            is_open = getattr(inner.get("route"), "is_open", False)  # what a probe asks every second
-            if status >= 400 and status != _CLIENT_GONE and not is_open:
-                self._log_refusal(scope, status, exchange, identifier)
-            self._metrics.count_exchange(exchange, scope["method"], route, status or _CLIENT_GONE)
-
-    @staticmethod
-    def _log_refusal(scope: Scope, status: int, exchange: Exchange, identifier: str) -> None:
-        client = scope.get("client")
-        facts = {
-            "request": identifier,
-            "method": scope["method"],
-            "path": shown_text(scope["path"][:_MAX_PATH]),
-            "status": status,
-            "code": None if exchange.failure == str(status) else exchange.failure,
-            "client": client[0] if client else "unknown",
-        }
-        code = " %(code)s" if facts["code"] else ""
-        logger.warning(
-            f"refused %(method)s %(path)s from %(client)s: %(status)d{code}, request %(request)s",
-            facts,
-            extra={"facts": facts},
-        )
+            route, is_open = inner.get("route"), getattr(inner.get("route"), "is_open", False)
+            status, seconds = status or CLIENT_GONE, time.monotonic() - begin
+            # An open path is asked by probes every second.
+            log_request(scope, identifier, status, seconds, exchange, quiet=is_open)
+            self._metrics.count_exchange(exchange, scope["method"], getattr(route, "path", "other"), status)
 
     def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:
         """The methods of a path, as a bare OPTIONS asks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +11,12 @@ from urllib.parse import urlsplit
 from sleb.errors import ConfigError
 from sleb.options import check_values, option
 from sleb.server.bench_result import BenchResult
+from sleb.server.keys import Key, make_keys
 from sleb.server.logs import FORMATS, LEVELS
 from sleb.server.names import ServedName
 
-_MAX_KEYS_FILE = 2**20  # bytes
 _DAY = 86400
+_PREFIX = re.compile("[a-zA-Z_][a-zA-Z0-9_]{0,63}")
 _ADDRESS, _NAMES, _LIMITS, _LOG = "Address and access", "What is told of the model", "Limits", "Start and log"
 
 
@@ -36,8 +38,12 @@ class ServeOptions:
         flags=("--api-key",),
         group=_ADDRESS,
     )
-    api_key_file: Path | None = option(
-        None, "File with a key a line, beside those of --api-key.", unset="none", group=_ADDRESS
+    api_key_files: tuple[Path, ...] = option(
+        (),
+        "File with a key a line, KEY or NAME: KEY, beside --api-key; repeatable. Log and metrics tell the name.",
+        unset="none",
+        flags=("--api-key-file",),
+        group=_ADDRESS,
     )
     cors_origins: tuple[str, ...] = option(
         (),
@@ -115,12 +121,23 @@ class ServeOptions:
     warm_up: bool = option(True, "Let every tier answer once before /ready says so.", group=_LOG)
     log_format: str = option("text", "Of the log on standard error.", choices=FORMATS, group=_LOG)
     log_level: str = option("info", "From which level on lines are written.", choices=LEVELS, group=_LOG)
+    metrics_prefix: str = option(
+        "sleb",
+        "What the names in /metrics begin with, before a colon; vllm for dashboards of vLLM.",
+        metavar="NAME",
+        group=_LOG,
+    )
     keep_alive_seconds: float = 15.0
     log_interval: float = 10.0
 
     def check(self) -> None:
         """Raises ConfigError for the first option with a value that is not allowed, or a file that cannot be read."""
         check_values(self)
+        if not _PREFIX.fullmatch(self.metrics_prefix):
+            raise ConfigError(
+                f"--metrics-prefix {self.metrics_prefix[:80]!r} begins no name of Prometheus; use up to 64 letters, "
+                "digits and underscores, and no digit first"
+            )
         _ = self.names, self.keys, self.origins, self.results
 
     @property
@@ -133,12 +150,9 @@ class ServeOptions:
         return tuple(map(ServedName.parse, self.served_model_names))
 
     @cached_property
-    def keys(self) -> tuple[str, ...]:
-        """The keys of api_keys and of the file. Raises ConfigError for an empty one."""
-        keys = (*self.api_keys, *(() if self.api_key_file is None else read_keys(self.api_key_file)))
-        if any(not key.strip() for key in keys):
-            raise ConfigError("--api-key is empty; give a key, or leave the flag out")
-        return keys
+    def keys(self) -> tuple[Key, ...]:
+        """The keys of api_keys and of the files. Raises ConfigError."""
+        return make_keys(self.api_keys, self.api_key_files)
 
     @cached_property
     def origins(self) -> tuple[str, ...]:
@@ -149,24 +163,6 @@ class ServeOptions:
     def results(self) -> tuple[BenchResult, ...]:
         """The content of bench_results. Raises ConfigError."""
         return tuple(map(BenchResult.load, map(str, self.bench_results)))
-
-
-def read_keys(path: Path) -> list[str]:
-    """API keys from a file, one a line; empty lines and lines that begin with # do not count. Raises ConfigError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MAX_KEYS_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--api-key-file {path} is not text in UTF-8") from None
-    if len(text) > _MAX_KEYS_FILE:
-        raise ConfigError(f"--api-key-file {path} is larger than 1 MiB; name a file with a key a line")
-    lines = map(str.strip, text.splitlines())
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"--api-key-file {path} holds no key; write one a line")
-    return keys
 
 
 def check_origin(origin: str) -> str:

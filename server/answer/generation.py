@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,8 +20,6 @@ from sleb.server.exchange import EXCHANGE
 
 if TYPE_CHECKING:
     from sleb.engine.requests.tier import Tier
-
-logger = logging.getLogger("sleb.server")
 
 T = TypeVar("T")
 
@@ -198,7 +195,7 @@ class Generation:
                 self._answers.close()
 
     def close(self) -> None:
-        """Aborts what is unfinished and logs the request; may be called again."""
+        """Aborts what is unfinished and tells the exchange what was made; may be called again."""
         if self._closed:
             return
         self._closed = True
@@ -209,20 +206,20 @@ class Generation:
         if not self._failed:
             self._metrics.num_aborted += len(self._answers.unfinished)
         exchange = EXCHANGE.get()
-        if exchange is not None and self.finished:
-            exchange.phases = phases(self._span(), self._arrival)
+        if exchange is not None:
+            exchange.answer = self._facts()
+            if self.finished:
+                exchange.phases = phases(self._span(), self._arrival)
         self._answers.close()
-        self._log()
 
-    def _log(self) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """What the log tells of all answers."""
         usage = self.usage()
         first_tokens = [
             each for output in self._last.values() if (each := output.timings.first_token) is not None
         ]
-        first = f"{(min(first_tokens) - self._arrival) * 1e3:.0f} ms" if first_tokens else "none"
         reasons = sorted({output.finish_reason or self._outcome for output in self._last.values()})
-        facts = {
-            "request": self.request_id,
+        return {
             "model": self.tier.id,
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
@@ -231,9 +228,3 @@ class Generation:
             "tokens_per_second": round(self.timings()["predicted_per_second"], 3),
             "reason": ("+".join(reasons) or self._outcome) if self.finished else self._outcome,
         }
-        logger.info(
-            "request %(request)s: model %(model)s, prompt %(prompt_tokens)d tokens (%(cached_tokens)d cached), "
-            f"generated %(generated_tokens)d, first token {first}, %(tokens_per_second).1f tokens/s, %(reason)s",
-            facts,
-            extra={"facts": facts},
-        )

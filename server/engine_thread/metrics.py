@@ -1,4 +1,4 @@
-"""Counters and histograms of one server, under vLLM's names with the prefix `sleb:`.
+"""Counters and histograms of one server, under vLLM's names with a prefix of ours, or whichever is asked for.
 
 All of it belongs to the event loop, so that counting takes no lock: a token costs one search in a short list.
 """
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sleb.engine.requests.tier import Tier
     from sleb.server.engine_thread.async_engine import AsyncEngine
 
-PREFIX = "sleb:"
 # Upper bounds in seconds, those of vLLM (vllm/v1/metrics/loggers.py).
 FIRST_TOKEN_BOUNDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -77,8 +76,16 @@ _HISTOGRAMS = {
     "queue": (("request_queue_time_seconds",), "Seconds from a request's arrival to its first step."),
     "prefill": (("request_prefill_time_seconds",), "Seconds from a request's first step to its first token."),
     "decode": (("request_decode_time_seconds",), "Seconds from a request's first token to its last."),
+    "inference": (
+        ("request_inference_time_seconds",),
+        "Seconds from a request's first step to its last token.",
+    ),
     "prompt_length": (("request_prompt_tokens",), "Tokens of a prompt."),
-    "output_length": (("request_generation_tokens",), "Tokens of an answer."),
+    # The second is vLLM's of the longest answer to a request, which is the same for a request for one.
+    "output_length": (
+        ("request_generation_tokens", "request_max_num_generation_tokens"),
+        "Tokens of an answer.",
+    ),
 }
 _COUNTERS = {
     "num_prompt_tokens": ("prompt_tokens", "Tokens of prompts, cached ones included."),
@@ -104,6 +111,7 @@ class TierMetrics:
         self.queue = Histogram(REQUEST_BOUNDS)
         self.prefill = Histogram(REQUEST_BOUNDS)
         self.decode = Histogram(REQUEST_BOUNDS)
+        self.inference = Histogram(REQUEST_BOUNDS)
         self.prompt_length = Histogram(lengths)
         self.output_length = Histogram(lengths)
         self.num_prompt_tokens = self.num_output_tokens = 0
@@ -141,6 +149,7 @@ class TierMetrics:
         first = timings.finished if timings.first_token is None else timings.first_token
         self.prefill.observe(first - timings.first_scheduled)
         self.decode.observe(timings.finished - first)
+        self.inference.observe(timings.finished - timings.first_scheduled)
         if num_tokens > 1:
             self.mean_token.observe((timings.finished - first) / (num_tokens - 1))
 
@@ -149,10 +158,21 @@ class ServerMetrics(Collector):
     """All series of a server, in a registry of its own.
 
     The cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
+
+    Args:
+        prefix: of every name, before a colon. keys: the names of API keys, for each of which is counted.
     """
 
-    def __init__(self, engine: AsyncEngine, unknown_fields: Counter[str]) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        unknown_fields: Counter[str],
+        prefix: str = "sleb",
+        keys: Iterable[str] = (),
+    ) -> None:
         model = engine.engine
+        self._prefix = f"{prefix}:"
+        self._keys = {name: [0, 0, 0] for name in keys}  # requests, tokens of prompts, tokens generated
         self._engine = engine
         self._unknown_fields = unknown_fields
         self._model_name = model.model_name
@@ -172,33 +192,47 @@ class ServerMetrics(Collector):
         self._http[method if method in _METHODS else "other", path, str(status)] += 1
         if exchange.failure is not None:
             self._failures[exchange.failure] += 1
+        counts = self._keys.get(exchange.key or "")
+        if counts is not None:
+            counts[0] += 1
+            counts[1] += exchange.answer.get("prompt_tokens", 0)
+            counts[2] += exchange.answer.get("generated_tokens", 0)
 
     def collect(self) -> Iterator[Metric]:
         yield from self._collect_engine()
         for name, (series, text) in _HISTOGRAMS.items():
             for each in series:
-                family = HistogramMetricFamily(PREFIX + each, text, labels=("model_name",))
+                family = HistogramMetricFamily(self._prefix + each, text, labels=("model_name",))
                 for tier, metrics in self._tiers.items():
                     histogram: Histogram = getattr(metrics, name)
                     family.add_metric((tier,), histogram.buckets(), histogram.sum)
                 yield family
         for name, (each, text) in _COUNTERS.items():
             values = (((tier,), getattr(metrics, name)) for tier, metrics in self._tiers.items())
-            yield _counter(each, text, ("model_name",), values)
+            yield self._counter(each, text, ("model_name",), values)
         finished = (
             ((tier, reason), count)
             for tier, metrics in self._tiers.items()
             for reason, count in metrics.num_finished.items()
         )
-        yield _counter(
+        yield self._counter(
             "request_success", "Answers that were finished.", ("model_name", "finished_reason"), finished
         )
         failures = (((code,), count) for code, count in self._failures.items())
-        yield _counter("request_failure", "Requests answered with an error.", ("code",), failures)
+        yield self._counter("request_failure", "Requests answered with an error.", ("code",), failures)
         text = "HTTP requests that are over."
-        yield _counter("http_requests", text, ("method", "path", "status"), self._http.items())
+        yield self._counter("http_requests", text, ("method", "path", "status"), self._http.items())
         text = "Request fields that this server does not know, every time that one came."
-        yield _counter("unknown_request_fields", text, (), [((), self._unknown_fields.total())])
+        yield self._counter("unknown_request_fields", text, (), [((), self._unknown_fields.total())])
+        words = {
+            "requests": "HTTP requests",
+            "prompt_tokens": "Tokens of prompts",
+            "generation_tokens": "Tokens generated",
+        }
+        for number, kind in enumerate(words if self._keys else ()):
+            text = f"{words[kind]} for whoever bore the API key of that name."
+            by_name = [((name,), counts[number]) for name, counts in self._keys.items()]
+            yield self._counter(f"api_key_{kind}", text, ("key",), by_name)
 
     def _collect_engine(self) -> Iterator[Metric]:
         stats, model = self._engine.stats, (self._model_name,)
@@ -207,25 +241,24 @@ class ServerMetrics(Collector):
             ("num_requests_waiting", "Requests that wait to be computed.", stats.waiting),
         )
         for name, text, counts in states:
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=("model_name",))
+            gauge = GaugeMetricFamily(self._prefix + name, text, labels=("model_name",))
             for tier, depth in self._depths.items():
                 gauge.add_metric((tier,), counts.get(depth, 0))
             yield gauge
         text = "Share of the KV cache that is in use; 1 is all of it."
-        gauge = GaugeMetricFamily(PREFIX + "kv_cache_usage_perc", text, labels=("model_name",))
+        gauge = GaugeMetricFamily(self._prefix + "kv_cache_usage_perc", text, labels=("model_name",))
         gauge.add_metric(model, stats.kv_cache_usage)
         yield gauge
         text = "Requests that lost their pages and were computed again."
-        yield _counter("num_preemptions", text, ("model_name",), [(model, stats.num_preemptions)])
+        yield self._counter("num_preemptions", text, ("model_name",), [(model, stats.num_preemptions)])
 
-
-def _counter(
-    name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
-    for label_values, value in values:
-        family.add_metric(label_values, value)
-    return family
+    def _counter(
+        self, name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]
+    ) -> CounterMetricFamily:
+        family = CounterMetricFamily(self._prefix + name, text, labels=labels)
+        for label_values, value in values:
+            family.add_metric(label_values, value)
+        return family
 
 
 def _one_two_five(largest: int) -> tuple[float, ...]:

@@ -6,11 +6,11 @@ import { $ } from "./dom.js";
 const INTERVAL_MS = 2000;
 const SPAN_SECONDS = 300;
 
-/** Prometheus text: name -> [{labels, value}]. */
+/** Prometheus text: name, without the prefix that the server was told -> [{labels, value}]. */
 export function parseMetrics(text) {
   const metrics = new Map();
   for (const line of text.split("\n")) {
-    const found = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)/.exec(line);
+    const found = /^(?:\w+:)?([A-Za-z_]\w*)(?:\{(.*)\})?\s+(\S+)/.exec(line);
     if (!found) continue;
     const labels = {};
     for (const [, key, value] of (found[2] ?? "").matchAll(/(\w+)="((?:\\.|[^"\\])*)"/g)) {
@@ -120,8 +120,8 @@ export class LivePanel {
     const time = Date.now();
     const now = {
       time,
-      prompt: sum(metrics, "sleb:prompt_tokens_total"),
-      generation: sum(metrics, "sleb:generation_tokens_total"),
+      prompt: sum(metrics, "prompt_tokens_total"),
+      generation: sum(metrics, "generation_tokens_total"),
     };
     if (this.last) {
       const seconds = (time - this.last.time) / 1000;
@@ -130,9 +130,9 @@ export class LivePanel {
     }
     this.last = now;
     this.samples = this.samples.filter((sample) => time - sample.time <= SPAN_SECONDS * 1000);
-    const usage = Math.max(0, ...values(metrics, "sleb:kv_cache_usage_perc"));
-    $("live-running").textContent = sum(metrics, "sleb:num_requests_running");
-    $("live-waiting").textContent = sum(metrics, "sleb:num_requests_waiting");
+    const usage = Math.max(0, ...values(metrics, "kv_cache_usage_perc"));
+    $("live-running").textContent = sum(metrics, "num_requests_running");
+    $("live-waiting").textContent = sum(metrics, "num_requests_waiting");
     $("live-kv").textContent = `${(usage * 100).toFixed(1)} %`;
     $("live-kv-bar").value = usage;
     $("live-values").hidden = false;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import sys
 import tomllib
@@ -13,8 +14,9 @@ from sleb.cli import main
 from sleb.engine.config import EngineConfig
 from sleb.errors import ConfigError
 from sleb.server import run
+from sleb.server.keys import make_keys
 from sleb.server.names import ServedName
-from sleb.server.options import ServeOptions, check_origin, read_keys
+from sleb.server.options import ServeOptions, check_origin
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_every_kind_of_option_from_the_environment(run_serve):
         SLEB_CORS_ORIGIN="https://A.example *",
         SLEB_MAX_BODY_MB="0.5",
     )
-    assert options.keys == ("one", "two")
+    assert options.keys == make_keys(("one", "two"), ())
     assert config.overlap is False
     assert options.warm_up is False
     assert options.request_timeout == 2.5
@@ -113,7 +115,7 @@ def test_every_kind_of_option_from_a_file(run_serve, write):
         'cpu_affinity = "0-1"\nserved_model_name = "other"\nkv_cache_memory = 0.5\n'
     )
     options, config = run_serve("owner/m", "--config-file", file)
-    assert options.keys == ("one", "two")
+    assert options.keys == make_keys(("one", "two"), ())
     assert config.overlap is True
     assert options.request_timeout == 2.0
     assert config.tiers == (0, 3)
@@ -199,21 +201,53 @@ def test_what_a_variable_may_not_hold_is_one_line(run_serve, capsys, variable, v
     assert error.count("\n") == 1
 
 
-def test_keys_from_flags_and_from_a_file_add_up(run_serve, write):
-    file = write("# first line\n  one \n\ntwo\n", "keys")
-    options, _ = run_serve("owner/m", "--api-key", "zero", "--api-key-file", file)
-    assert options.keys == ("zero", "one", "two")
+def test_keys_from_flags_and_from_files_add_up(run_serve, write):
+    first, second = (
+        write("# first line\n  one \n\ntwo\n", "first"),
+        write("alice: sk:a=\nbob:\t b \n", "second"),
+    )
+    options, _ = run_serve("owner/m", "--api-key", "zero", "--api-key-file", first, "--api-key-file", second)
+    digests = [hashlib.sha256(key).digest() for key in (b"zero", b"one", b"two", b"sk:a=", b"b")]
+    assert [key.digest for key in options.keys] == digests
+    assert [key.name for key in options.keys] == [None, None, None, "alice", "bob"]
+    options, _ = run_serve("owner/m", "--config-file", write(f'[serve]\napi_key_file = "{first}"'))
+    assert options.keys == make_keys(["one", "two"], ())
     options, _ = run_serve("owner/m", "--api-key", "flag", SLEB_API_KEY="environment")
-    assert options.keys == ("flag",)
+    assert options.keys == make_keys(["flag"], ())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no key"), (b"# only\n", "holds no key"), (b"\xff", "UTF-8"), (b"a" * 2**21, "larger")],
+    [
+        (b"", "holds no key"),
+        (b"# only\n", "holds no key"),
+        (b"\xff", "UTF-8"),
+        (b"a" * 2**21, "larger"),
+        (b"ok\n\nb\xc3\xb6se: S3CRET\n", "line 3 gives a name that cannot be one"),
+        (b": S3CRET", "line 1 gives a name"),
+        (b"x" * 65 + b": S3CRET", "line 1 gives a name"),
+        (b"alice:", "line 1 has no key behind the name alice"),
+        (b"alice: one\nalice: S3CRET", "line 2 is another key of the name alice, which .*line 1 has"),
+        (b"alice: S3CRET\nbob: S3CRET", "line 2 is the key that .*line 1 has under another name"),
+        (b"S3CRET\nbob: S3CRET", "line 2 is the key that .*line 1 has under another name"),
+        (b"\n".join(b"n%d: %d" % (n, n) for n in range(1001)), "names 1001 keys; at most 1000"),
+    ],
 )
-def test_files_without_keys(write, content, message):
-    with pytest.raises(ConfigError, match=message):
-        read_keys(str(write(content, "keys")))
+def test_files_without_keys(write, tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        make_keys((), [write(content, "keys")])
+    assert "S3CRET" not in str(refused.value).replace(str(tmp_path), "")
+
+
+def test_a_key_that_comes_twice_counts_once(write):
+    file = write("alice: one\ntwo\nalice: one\n", "keys")
+    assert [key.name for key in make_keys(["two", "two"], [file, file])] == [None, "alice"]
+
+
+@pytest.mark.parametrize("prefix", ["", "1a", "a:b", "ä", "a b", "a" * 65])
+def test_what_begins_no_metric(run_serve, capsys, prefix):
+    assert run_serve("owner/m", "--metrics-prefix", prefix) == 2
+    assert "begins no name of Prometheus" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("origin", ["", "x", "ftp://a", "https://", "https://a/path", "https://a?b", "null"])

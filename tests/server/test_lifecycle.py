@@ -34,7 +34,10 @@ def test_sigterm_drains_an_open_stream(start_process, fake_engine_script):
     assert sum('"text":"x"' in line for line in [first, *rest]) == 20
     assert server.wait() == 0
     assert "curl http://127.0.0.1:" in server.output
-    assert re.search(r"request \S+: model fake:sleb-1, prompt 50 tokens .*, length", server.output)
+    assert re.search(
+        r"request \S+: POST /v1/completions 200 .*, model fake:sleb-1, prompt 50 tokens .*, length",
+        server.output,
+    )
     assert "Traceback" not in server.output
 
 

@@ -138,7 +138,9 @@ def test_a_whole_answer_that_takes_too_long(serve_engine, fake_engine, caplog):
     assert error["code"] == "timeout"
     assert "0.2 seconds" in error["message"]
     server.wait_idle()
-    assert re.search(r"request \S+: model fake:sleb-1, .*, timeout$", caplog.text, re.MULTILINE)
+    assert re.search(
+        r"request \S+: POST /v1/completions 504 timeout in .*, timeout$", caplog.text, re.MULTILINE
+    )
     assert server.complete("ab").status_code == 200
     time.sleep(0.25)
     assert server.complete("ab").status_code == 200
@@ -575,6 +577,97 @@ def test_a_server_whose_reader_has_gone_goes_on(fake_engine_script):
         assert process.wait(20) == 0
 
 
+@pytest.fixture
+def lines(caplog, wait_until):
+    """lines(count) -> that many lines of the log, which are written after their answers, with round times."""
+    caplog.set_level("DEBUG", logger="sleb.server")
+
+    def read(count):
+        wait_until(lambda: len(caplog.records) >= count)
+        texts = [f"{each.levelname} {each.getMessage()}" for each in caplog.records]
+        caplog.clear()
+        return [re.sub(r"(\d+|[\d.]+) (?=ms|tokens/s)", "N ", text) for text in texts]
+
+    return read
+
+
+def test_every_request_is_a_line_with_its_status(serve_engine, fake_engine, lines, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("alice: secret-a\nplain\n")
+    server = serve_engine(fake_engine, api_key_files=(file,))
+    lines(0)
+    for path, key, more in [
+        ("/v1/models?x=hidden", "secret-a", {}),
+        ("/v1/models", "plain", {"X-Request-Id": "mine"}),
+        ("/v1/models", "wrong", {}),
+        ("/health", None, {}),
+        ("/page/none.js", None, {}),
+    ]:
+        bearer = {} if key is None else {"Authorization": f"Bearer {key}"}
+        server.http.get(path, headers={"X-Request-Id": "r"} | bearer | more)
+    assert lines(5) == [
+        "INFO request r: GET /v1/models 200 in N ms, from 127.0.0.1, key alice",
+        "INFO request mine: GET /v1/models 200 in N ms, from 127.0.0.1",
+        "WARNING request r: GET /v1/models 401 invalid_api_key in N ms, from 127.0.0.1",
+        "DEBUG request r: GET /health 200 in N ms, from 127.0.0.1",
+        "DEBUG request r: GET /page/none.js 404 in N ms, from 127.0.0.1",
+    ]
+    server.http.headers = {"x-api-key": "secret-a", "X-Request-Id": "r"}
+    for stream in (False, True):
+        server.complete("abc", stream=stream)
+    answer = "model fake:sleb-1, prompt 3 tokens (0 cached), generated 3, first token N ms, N tokens/s, stop"
+    assert (
+        lines(2)
+        == [f"INFO request r: POST /v1/completions 200 in N ms, from 127.0.0.1, key alice, {answer}"] * 2
+    )
+    server.complete("abc", temperature=-1)
+    assert lines(1) == ["WARNING request r: POST /v1/completions 400 in N ms, from 127.0.0.1, key alice"]
+    metrics = server.http.get("/metrics").text
+    for kind, count in (("requests", 4), ("prompt_tokens", 6), ("generation_tokens", 6)):
+        assert f'sleb:api_key_{kind}_total{{key="alice"}} {count}.0\n' in metrics
+    assert "secret" not in metrics and 'key="plain"' not in metrics
+
+
+def test_a_stream_that_ends_in_an_error_is_a_warning(serve_engine, fake_engine, lines):
+    server = serve_engine(fake_engine, request_timeout=0.1)
+    fake_engine.delay = 0.02
+    lines(0)
+    server.complete("x" * 200, stream=True)
+    [line] = lines(1)
+    assert line.startswith("WARNING ") and "completions 200 timeout in" in line and line.endswith(", timeout")
+
+
+def test_a_proxys_word_for_the_client_forges_no_line(server, lines):
+    lines(0)
+    forwarded = b"1.2.3.4\x9b2J" + b"x" * 99
+    server.http.get("/v1/models", headers={b"X-Forwarded-For": forwarded, b"X-Request-Id": b"r"})
+    assert lines(1) == ["INFO request r: GET /v1/models 200 in N ms, from " + "1.2.3.4\\x9b2J".ljust(67, "x")]
+
+
+# Metrics under another name.
+
+
+def test_metrics_may_have_the_names_of_vllm(serve_engine, fake_engine):
+    """Those that its example dashboard asks for; there is no cache in the memory of the CPU, and no swapping, here."""
+    server = serve_engine(fake_engine, metrics_prefix="vllm")
+    server.complete("abc")
+    metrics = server.http.get("/metrics").text
+    assert "sleb:" not in metrics
+    names = set(re.findall(r"^([\w:]+)", metrics, re.MULTILINE))
+    for histogram in (
+        *("e2e_request_latency_seconds", "time_to_first_token_seconds", "inter_token_latency_seconds"),
+        *("time_per_output_token_seconds", "request_prompt_tokens", "request_generation_tokens"),
+        *("request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"),
+        *("request_max_num_generation_tokens", "request_inference_time_seconds"),
+    ):
+        assert {f"vllm:{histogram}_{each}" for each in ("bucket", "sum", "count")} <= names
+    for name in (
+        *("prompt_tokens_total", "generation_tokens_total", "request_success_total"),
+        *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+    ):
+        assert f"vllm:{name}" in names
+
+
 def test_json_logs_of_a_whole_run(start_process, tiny_model_dir):
     flags = ["--port", 0, "--threads", 1, "--log-format", "json", "--kv-cache-memory", 0.01]
     process = start_process("-m", "sleb", "serve", tiny_model_dir, *flags)
@@ -589,6 +682,9 @@ def test_json_logs_of_a_whole_run(start_process, tiny_model_dir):
     assert serving["url"] == process.url
     request = next(each for each in contents if each.get("request") == "mine")
     assert (request["prompt_tokens"], request["generated_tokens"], request["reason"]) == (3, 2, "length")
+    assert (request["method"], request["path"], request["status"]) == ("POST", "/v1/completions", 200)
+    assert request["ms"] > request["first_token_ms"] and request["client"] == "127.0.0.1"
+    assert [each["path"] for each in contents if "path" in each] == ["/v1/completions"]  # not /health
     assert request["first_token_ms"] > 0
 
 
