@@ -17,7 +17,7 @@ from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, su
 router = APIRouter(route_class=Route)
 
 _EXAMPLE = {
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "messages": [{"role": "user", "content": "What is the capital of Japan?"}],
     "max_tokens": 64,
 }
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import cache
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from markdown_it import MarkdownIt
 from pydantic import TypeAdapter
 
 from sleb.server.context import ServerContext
@@ -20,23 +25,35 @@ from sleb.server.routing import REFERENCE, Route
 router = APIRouter(route_class=Route, include_in_schema=False)
 
 _SUMMARY = (
-    "An OpenAI-compatible server for every depth of a pruned model. Errors have one shape, "
-    '{"error": {"message", "type", "param", "code"}}. Every answer has the headers X-Request-Id and Server-Timing.'
+    "A server for every depth of a pruned model, for OpenAI's clients. An error has the shape of its wire format, "
+    'OpenAI\'s is `{"error": {"message", "type", "param", "code"}}`. Every answer has the headers `X-Request-Id` and '
+    "`Server-Timing`."
 )
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 0 auto; padding: 1.5rem; }
+body { max-width: 60rem; margin: 0 auto; padding: 1.5rem; overflow-wrap: anywhere; }
 h2 { margin-top: 2.5rem; }
 details { border: 1px solid #8886; border-radius: 6px; margin: .5rem 0; padding: .4rem .8rem; }
 summary { cursor: pointer; }
 code, pre { font: .875rem/1.4 ui-monospace, monospace; }
-pre { overflow-x: auto; }
+pre { overflow-x: auto; padding: .6rem .8rem; border-radius: 6px; background: #8882; }
+:not(pre) > code { padding: .1em .3em; border-radius: 4px; background: #8882; }
+summary code { background: none; }
+h4 { margin: 1rem 0 .3rem; }
+p { margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; }
-td, th { border-top: 1px solid #8884; padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
-.method { display: inline-block; font-weight: 600; min-width: 3.5rem; }
+tr { border-top: 1px solid #8884; }
+td, th { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }
+td:first-child { white-space: nowrap; }
+.method { display: inline-block; font-weight: 600; min-width: 4rem; }
+@media (max-width: 40rem) {
+  body { padding: 1rem; }
+  td { display: block; padding: .1rem 0; }
+}
 """
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _LARGE = 2**53
+_PARAMETER = re.compile(r"\{(\w+)\}")
 _HEADERS = {
     "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -72,6 +89,9 @@ def _complete(document: dict[str, Any], context: ServerContext) -> None:
     schemas = document["components"]["schemas"]
     for methods in document["paths"].values():
         for operation in methods.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "model_id":
+                    parameter["example"] = next(iter(context.names))
             responses = operation["responses"]
             responses.pop("422", None)  # FastAPI's own, which `errors.install_handlers` replaces
             stream = responses.get("200", {}).get("content", {}).get("text/event-stream")
@@ -101,14 +121,25 @@ async def openapi_json(request: Request) -> Response:
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """The description for people."""
-    return Response(render(request.app.openapi()), media_type="text/html", headers=_HEADERS)
+    page = render(request.app.openapi(), str(request.base_url).rstrip("/"))
+    return Response(page, media_type="text/html", headers=_HEADERS)
 
 
-def render(document: dict[str, Any]) -> str:
-    """An OpenAPI document as one page of HTML; it may hold any text."""
+@cache
+def _markdown() -> MarkdownIt:
+    """CommonMark with tables, but what would be HTML or an image is shown as it is written."""
+    options = {"html": False, "xhtmlOut": False}
+    return MarkdownIt("commonmark", options).enable("table").disable("image")
+
+
+def render(document: dict[str, Any], url: str) -> str:
+    """An OpenAPI document as one page of HTML; it may hold any text, in its descriptions Markdown.
+
+    url: the server's, for the examples.
+    """
     info = document["info"]
     operations = "".join(
-        _operation(path, method, operation)
+        _operation(path, method, operation, url)
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     )
@@ -121,18 +152,21 @@ def render(document: dict[str, Any]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(info['title'])} API</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{escape(info.get('description', ''))}</p>"
+        f"<h1>{escape(info['title'])} {escape(info['version'])}</h1>{_markdown().render(info.get('description', ''))}"
         '<p><a href="openapi.json">openapi.json</a></p>'
         f"<h2>Endpoints</h2>{operations}<h2>Schemas</h2>{schemas}</body></html>"
     )
 
 
-def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
-    parts = [f"<p>{escape(operation.get('description') or operation.get('summary', ''))}</p>"]
-    if "requestBody" in operation:
-        parts.append(f"<h4>Body</h4><p>{_content(operation['requestBody']['content'])}</p>")
+def _operation(path: str, method: str, operation: dict[str, Any], url: str) -> str:
+    parts = [_markdown().render(operation.get("description") or operation.get("summary", ""))]
+    content = operation.get("requestBody", {}).get("content", {})
+    if content:
+        parts.append(f"<h4>Body</h4><p>{_content(content)}</p>")
+    commands = [_curl(method, url + path, operation, body) for body in _examples(content)]
+    parts += ["<h4>Example</h4>", *(f"<pre><code>{escape(command)}</code></pre>" for command in commands)]
     rows = "".join(
-        f"<tr><td>{escape(status)}</td><td>{escape(answer['description'])}</td>"
+        f"<tr><td>{escape(status)}</td><td>{_markdown().renderInline(answer['description'])}</td>"
         f"<td>{_content(answer.get('content', {}))}</td></tr>"
         for status, answer in operation["responses"].items()
     )
@@ -143,6 +177,41 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
     )
 
 
+def _examples(content: dict[str, Any]) -> Iterator[Any]:
+    """The bodies of an operation's examples; None where it takes no body."""
+    if not content:
+        yield None
+    for described in content.values():
+        yield from (example["value"] for example in described.get("examples", {}).values())
+
+
+def _curl(method: str, url: str, operation: dict[str, Any], body: Any) -> str:
+    """A command that makes the request. What only the reader knows is a variable of the shell."""
+    command = "curl -N" if isinstance(body, dict) and body.get("stream") else "curl"
+    if method != ("get" if body is None else "post"):
+        command += f" -X {method.upper()}"
+    command += " "
+    known = {each["name"]: each["example"] for each in operation.get("parameters", ()) if "example" in each}
+    for index, piece in enumerate(_PARAMETER.split(url)):
+        if index % 2 == 0:
+            command += shlex.quote(piece) if piece else ""
+        else:
+            command += shlex.quote(quote(known[piece], safe="/:")) if piece in known else f"${piece.upper()}"
+    if operation.get("security"):
+        command += ' \\\n  -H "Authorization: Bearer $API_KEY"'
+    if body is not None:
+        command += f" \\\n  -H 'Content-Type: application/json' \\\n  -d {shlex.quote(_json(body))}"
+    return command
+
+
+def _json(body: Any) -> str:
+    """A body with a line a field, if it has several."""
+    if not isinstance(body, dict) or len(body) < 2:
+        return json.dumps(body, ensure_ascii=False)
+    lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
 def _content(content: dict[str, Any]) -> str:
     return "<br>".join(
         f"{_type(described.get('schema') or described.get('itemSchema', {}))} ({escape(media_type)})"
@@ -151,11 +220,11 @@ def _content(content: dict[str, Any]) -> str:
 
 
 def _schema(schema: dict[str, Any]) -> str:
-    text = f"<p>{escape(schema['description'])}</p>" if "description" in schema else ""
+    text: str = _markdown().render(schema.get("description", ""))
     required = schema.get("required", [])
     rows = "".join(
         f"<tr><td><code>{escape(name)}</code>{' *' if name in required else ''}</td><td>{_type(each)}</td>"
-        f"<td>{escape(each.get('description', ''))}</td></tr>"
+        f"<td>{_markdown().renderInline(each.get('description', ''))}</td></tr>"
         for name, each in schema.get("properties", {}).items()
     )
     return text + (f"<table>{rows}</table>" if rows else f"<p>{_type(schema)}</p>")

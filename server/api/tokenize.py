@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(route_class=Route)
 
-_QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+_QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}
 _TOKENS = {"tokens": [3, 1, 2]}
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 

@@ -31,7 +31,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-TIERS = ["tiny-llama", "tiny-llama:sleb-3", "tiny-llama:sleb-5"]
+TIERS = ["tiny-llama:sleb-3", "tiny-llama", "tiny-llama:sleb-5"]  # the default first
 # Greedy, so that nothing depends on luck; short, unless a test wants to stop it.
 SETTINGS = {"temperature": "0", "max_tokens": "24"}
 WATCH = """
@@ -187,7 +187,7 @@ def test_an_answer_streams_and_is_there_after_a_reload(server, engine, open_page
 @pytest.mark.parametrize("how", ["button", "escape", "close"])
 def test_stop_frees_the_engine(server, engine, open_page, wait_until, how):
     page = open_page(server.url, settings={"max_tokens": ""})
-    engine.delay = 0.02
+    engine.delay = 0.5  # the answer ends by itself after some tokens
     send(page)
     wait_until(lambda: engine.num_running == 1)
     page.locator(".stats:has-text('token')").wait_for()
@@ -224,15 +224,16 @@ def test_compare_asks_two_tiers_with_one_seed_at_once(server, engine, open_page,
     page.on("request", lambda request: bodies.append(request.post_data_json) if request.post_data else None)
     page.locator("#tier-a .name").wait_for()
     page.click("#compare")
-    page.click("#tier-b")
-    page.check(f"input[value='{TIERS[2]}']")
-    page.click("#tier-dialog button[value=use]")
+    for side, tier in (("a", TIERS[1]), ("b", TIERS[2])):
+        page.click(f"#tier-{side}")
+        page.check(f"input[value='{tier}']")
+        page.click("#tier-dialog button[value=use]")
     engine.delay = 0.02
     send(page)
     wait_until(lambda: engine.num_running == 2)
     engine.delay = 0
     wait_done(page)
-    assert [body["model"] for body in bodies] == [TIERS[0], TIERS[2]]
+    assert [body["model"] for body in bodies] == TIERS[1:]
     assert bodies[0]["seed"] == bodies[1]["seed"] >= 0
     assert {body["temperature"] for body in bodies} == {1}
     before = answers(page)
@@ -253,7 +254,7 @@ def test_tiers_are_told_apart_before_one_is_chosen(server, open_page):
     page = open_page(server.url)
     page.locator("#tier-a .name").wait_for()
     cards = json.loads(server.http.get("/v1/models").text)["data"]
-    cards[1]["pruning"] |= {
+    cards[0]["pruning"] |= {
         "perplexity": {"dense": 20.04, "pruned": 31.72, "dataset": "some text"},
         "speedup": {"value": 1.375, "test": "decode", "batch": 1, "device": "a card"},
     }
@@ -263,10 +264,10 @@ def test_tiers_are_told_apart_before_one_is_chosen(server, open_page):
     page.locator("#tier-a .name").wait_for()
     page.click("#tier-a")
     assert page.locator(".tier-card").count() == len(cards)
-    shown = page.locator(".tier-card").nth(1).inner_text().replace("\n", " ")
+    shown = page.locator(".tier-card").nth(0).inner_text().replace("\n", " ")
     for each in ("Depth 3", "Blocks 4 of 6", "Weights", "Perplexity 31.7", "Speed 1.38 times"):
         assert each in shown
-    assert "not known" in page.locator(".tier-card").nth(0).inner_text()
+    assert "not known" in page.locator(".tier-card").nth(1).inner_text()
     source = page.inner_text("#tier-source")
     assert "on some text" in source
     assert "the full model has 20.0" in source
@@ -775,3 +776,21 @@ def test_nothing_is_wider_than_a_phone(server, open_page, width):
     assert page.evaluate(sideways) == []
     page.keyboard.press("Escape")
     page.expected = {404}
+
+
+def test_the_description_of_the_api_opens_where_a_link_leads_and_fits_a_phone(server, open_page):
+    page = open_page(f"{server.url}/docs", width=390)
+    page.expected = {404}  # /favicon.ico
+    colours = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours.append(page.evaluate("getComputedStyle(document.documentElement).color"))
+    assert colours[0] != colours[1]
+    page.locator("summary:has-text('/v1/chat/completions')").click()
+    page.locator("a[href='#ChatBody']").click()
+    page.locator("#ChatBody code:text-is('max_completion_tokens')").wait_for()  # shown, so opened
+    for summary in page.locator("details:not([open]) > summary").all()[::-1]:
+        summary.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    style = "getComputedStyle(document.querySelector('h2')).marginTop"
+    assert page.evaluate(style) == "40px"  # its own style, which the policy names by its hash
