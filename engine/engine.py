@@ -27,6 +27,7 @@ from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams, is_integer
 from sleb.engine.requests.stopping import append_token
 from sleb.engine.requests.tier import Tier, find_tier, make_tiers
+from sleb.engine.response_template import AnswerTemplate
 from sleb.engine.runner import Runner, SampledStep
 from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler
@@ -233,6 +234,11 @@ class Engine:
     def chat_template_for(self, with_tools: bool) -> str | None:
         """The chat template of conversations with or without tools; None if the model has none."""
         return self.text.chat_template_for(with_tools)
+
+    @property
+    def response_template(self) -> AnswerTemplate | None:
+        """How the checkpoint has its answers read; None if it does not say."""
+        return self.text.response_template
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""

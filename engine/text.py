@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sleb.engine.chat_template import ChatTemplates
 from sleb.engine.encoding import MAX_TOKENS, encode_text
+from sleb.engine.response_template import AnswerTemplate, read_response_template
 from sleb.errors import ConfigError, ModelError, RequestError
 from sleb.fields import read_bytes, shown_path
 from sleb.models.tokenizer import is_panic, load_tokenizer
@@ -42,6 +43,10 @@ class TextProcessor:
         self.named_tokens = loaded.named_tokens
         self.window_start = loaded.window_start
         templates, source = loaded.templates, shown_path(path)
+        self.response_template: AnswerTemplate | None = None  # of the folder's own chat template
+        if chat_template is None and loaded.response_template is not None:
+            config = shown_path(path / "tokenizer_config.json")
+            self.response_template = read_response_template(loaded.response_template, str(config))
         if chat_template is not None:
             templates, source = {"default": _read_template(Path(chat_template))}, shown_path(chat_template)
         self._templates = ChatTemplates(templates, source, self.named_tokens)

@@ -13,6 +13,8 @@ from sleb.options import check_values, option
 from sleb.server.bench_result import BenchResult
 from sleb.server.keys import Key, make_keys
 from sleb.server.logs import FORMATS, LEVELS
+from sleb.server.message.tool_formats import AUTO
+from sleb.server.message.tool_formats import NAMES as TOOL_FORMATS
 from sleb.server.names import ServedName
 
 _DAY = 86400
@@ -66,6 +68,13 @@ class ServeOptions:
         unset="none",
         flags=("--served-model-name",),
         metavar="NAME[=DEPTH]",
+        group=_NAMES,
+    )
+    tool_format: str = option(
+        AUTO,
+        "How the model writes calls of tools: auto reads it off the chat template, or the checkpoint's own response "
+        "template.",
+        choices=(AUTO, *TOOL_FORMATS),
         group=_NAMES,
     )
     bench_results: tuple[Path, ...] = option(

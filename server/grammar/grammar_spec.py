@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["json", "regex", "lark", "any"]
+Kind = Literal["json", "arguments", "regex", "lark", "any"]
 
 
 @dataclass(frozen=True)
 class Part:
     """A named grammar: a JSON schema as text, a regular expression, a grammar in llguidance's dialect of Lark, or in
-    any notation that is known (GBNF too)."""
+    any notation that is known (GBNF too).
+
+    "arguments" of a call are a JSON schema too; a model may write them with the spaces that it was shown.
+    """
 
     name: str
     kind: Kind

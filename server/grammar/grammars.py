@@ -121,7 +121,7 @@ class GrammarCompiler:
                 f"{spec.param} is too large: {length} characters, of at most {MAX_GRAMMAR_LENGTH}",
                 param=spec.param,
             )
-        num_objects = sum(part.text.count("{") for part in spec.parts if part.kind == "json")
+        num_objects = sum(part.text.count("{") for part in spec.parts if part.kind in ("json", "arguments"))
         if num_objects > MAX_SCHEMA_OBJECTS:
             raise RequestError(
                 f"{spec.param} is too large: {num_objects} objects in JSON schemas, of at most {MAX_SCHEMA_OBJECTS}",

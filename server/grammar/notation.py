@@ -53,8 +53,13 @@ def as_llguidance(matcher: Any, part: Part) -> dict[str, Any]:
     matcher: the class `llguidance.LLMatcher`.
     """
     try:
-        if part.kind == "json":  # a small model could spend all its tokens on white space
-            options = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+        if part.kind in ("json", "arguments"):  # a small model could spend all its tokens on white space
+            space = " ?" if part.kind == "arguments" else ""
+            options = {
+                "whitespace_flexible": False,
+                "item_separator": f",{space}",
+                "key_separator": f":{space}",
+            }
             schema = orjson.dumps(_held(orjson.loads(part.text))).decode()
             made = matcher.grammar_from_json_schema(schema, overrides=options)
         elif part.kind == "regex":

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
 from sleb.server.message.tool_parser import ToolParser
 
 
-class MessageParser:
+class MessageParser(Protocol):
+    """What makes messages of answers' texts, whatever the model's way to write them is."""
+
+    @property
+    def num_calls(self) -> int: ...
+
+    def push(self, text: str, finish_reason: str | None) -> list[Delta]:
+        """What `text` makes certain; all of the rest if the answer ends with it, for the engine's `finish_reason`."""
+
+
+class MarkedParser:
     """The text of one answer as a message: reasoning first, then content and calls. Each parser may be absent."""
 
     def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:

@@ -26,9 +26,17 @@ def special_token_id(text: str, tokenizer: Tokenizer | None) -> int | None:
     return token_id if added is not None and added.special else None
 
 
-def thought_rules(tokenizer: Tokenizer | None) -> str:
+def text_up_to(
+    rule: str, mark: str, tokenizer: Tokenizer | None, pattern: str = r"/(.|\n)*/"
+) -> tuple[str, list[str]]:
+    """An expression of Lark for any text and `mark` behind it, and the rules that it takes."""
+    end = literal(mark, tokenizer)
+    if special_token_id(mark, tokenizer) is None:  # a lexer would take plain text to have no end
+        return rule, [f"{rule}[suffix={end}]: {pattern}"]
+    return f"{rule} {end}", [f"{rule}: {pattern}"]
+
+
+def thought_rules(tokenizer: Tokenizer | None, end: str = END_THINK) -> str:
     """Rules of Lark for thoughts up to their end, as `before`; then up to two line ends."""
-    end = literal(END_THINK, tokenizer)
-    if special_token_id(END_THINK, tokenizer) is None:  # a lexer would take plain text to have no end
-        return f"before: thoughts gap\nthoughts[suffix={end}]: /(.|\\n)*/\ngap: /\\n{{0,2}}/"
-    return f"before: thoughts {end} gap\nthoughts: /(.|\\n)*/\ngap: /\\n{{0,2}}/"
+    thoughts, rules = text_up_to("thoughts", end, tokenizer)
+    return "\n".join([f"before: {thoughts} gap", *rules, r"gap: /\n{0,2}/"])

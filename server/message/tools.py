@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import orjson
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
-from sleb.server.grammar.grammar_spec import GrammarSpec, Part
-from sleb.server.grammar.structured import schema_text
-from sleb.server.message.special_tokens import literal
-from sleb.server.message.tool_parser import END_TOOL_CALL, MARKS, PYTHON_TAG, TOOL_CALL, TOOL_CALLS
+from sleb.server.grammar.grammar_spec import GrammarSpec
+from sleb.server.message.call_grammar import call_grammar
+from sleb.server.message.tool_formats import ToolFormat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,9 +20,7 @@ if TYPE_CHECKING:
     from sleb.server.protocol import ChatBody
 
 MAX_TOOLS = 256
-MAX_CALLS = 32  # in an answer that must call
 NAME_PATTERN = "[a-zA-Z0-9_.-]{1,64}"
-_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 class Parameters(BaseModel):
@@ -81,41 +76,6 @@ class AllowedTools(BaseModel):
 
 
 @dataclass(frozen=True)
-class CallFormat:
-    """How a model writes a call: `begin`, an object with the name and the arguments under `key`, `end`.
-
-    opening and closing stand around all calls.
-    """
-
-    begin: str
-    key: str
-    end: str
-    separator: str
-    opening: str = ""
-    closing: str = ""
-
-
-HERMES = CallFormat(f"{TOOL_CALL}\n", "arguments", f"\n{END_TOOL_CALL}", "\n")
-LLAMA = CallFormat("", "parameters", "", ";")
-MISTRAL = CallFormat("", "arguments", "", ", ", f"{TOOL_CALLS} [", "]")
-PLAIN = CallFormat("", "arguments", "", ";")
-
-
-def call_format(template: str | None) -> CallFormat:
-    """The format that a chat template shows, Hermes's if it knows no tools (`offer_in_text` explains that one)."""
-    if not knows_tools(template) or TOOL_CALL in (template or ""):
-        return HERMES
-    if TOOL_CALLS in (template or ""):
-        return MISTRAL
-    return LLAMA if PYTHON_TAG in template or '"parameters"' in template else PLAIN  # type: ignore[operator]
-
-
-def knows_tools(template: str | None) -> bool:
-    """Whether a chat template shows tools to the model."""
-    return re.search(r"\btools\b", template or "") is not None
-
-
-@dataclass(frozen=True)
 class ToolUse:
     """Tools that the model may or must call.
 
@@ -145,32 +105,12 @@ class ToolUse:
     def must_call(self) -> bool:
         return self.named or self.choice == "required"
 
-    def grammar(self, form: CallFormat, tokenizer: Tokenizer | None) -> GrammarSpec:
+    def grammar(self, form: ToolFormat, tokenizer: Tokenizer | None) -> GrammarSpec:
         """One call or more, of the named tool or of any."""
-        callable_ = [
-            tool["function"]
-            for tool in self.tools
-            if not self.named or tool["function"]["name"] == self.choice
-        ]
-        rules = []
-        parts = []
-        for number, function in enumerate(callable_):
-            head = orjson.dumps(f'{{"name": "{function["name"]}", "{form.key}": ').decode()
-            rules.append(f'tool{number}: {head} @arguments{number} "}}"')
-            parts.append(Part(f"arguments{number}", "json", _arguments_schema(function)))
-        begin, end, opening, closing = (
-            _expression(text, tokenizer) for text in (form.begin, form.end, form.opening, form.closing)
-        )
-        more = (
-            ""
-            if self.named or not self.parallel
-            else f" ({_expression(form.separator, tokenizer)} call){{0,{MAX_CALLS - 1}}}"
-        )
-        which = " | ".join(f"tool{number}" for number in range(len(callable_)))
-        main = "\n".join(
-            [f"start: {opening} call{more} {closing}", f"call: {begin} body {end}", f"body: {which}", *rules]
-        )
-        return GrammarSpec((Part("calls", "lark", main), *parts), "tools")
+        functions = [tool["function"] for tool in self.tools]
+        if self.named:
+            functions = [function for function in functions if function["name"] == self.choice]
+        return call_grammar(form, functions, tokenizer, several=self.parallel and not self.named)
 
 
 def read_tools(body: ChatBody) -> ToolUse | None:
@@ -247,17 +187,3 @@ def _check_choice(
             param=field,
         )
     return name, True
-
-
-def _arguments_schema(function: dict[str, Any]) -> str:
-    """The schema of a call's arguments; keys that it does not list are not made up."""
-    schema: dict[str, Any] = {"type": "object"} | (function.get("parameters") or _NO_PARAMETERS)
-    if "properties" in schema:
-        schema = {"additionalProperties": False} | schema
-    return schema_text(schema, "tools")
-
-
-def _expression(text: str, tokenizer: Tokenizer | None) -> str:
-    """`text` as an expression of Lark, in which marks that are special tokens stand for themselves."""
-    pieces = re.split(f"({'|'.join(map(re.escape, MARKS))})", text)
-    return " ".join(literal(piece, tokenizer) for piece in pieces if piece)

@@ -34,12 +34,14 @@ class LoadedTokenizer:
 
     templates: chat templates by name, "default" among them. window_start: the token that every window of a text begins
     with, wherever it is cut from: see `Family.needs_bos`. None: windows are the text's tokens alone.
+    response_template: transformers' way to read an answer, as tokenizer_config.json has it; nothing of it is checked.
     """
 
     tokenizer: Tokenizer | None = None
     named_tokens: dict[str, str] = field(default_factory=dict)
     templates: dict[str, str] = field(default_factory=dict)
     window_start: int | None = None
+    response_template: Any = None
 
 
 def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer:
@@ -63,7 +65,10 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
         fast = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, use_fast=True)
         tokenizer = _cleaned(fast.backend_tokenizer, path, vocab_size)
         named = {str(name): str(token) for name, token in fast.special_tokens_map.items()}
-        template = fast.chat_template
+        template, answers = (
+            fast.chat_template,
+            getattr(fast, "response_template", None),
+        )  # older ones have none
         ids = tokenizer.encode(_PROBE).ids
         tokenizer.decode(ids)
         start = (
@@ -91,7 +96,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
             "tokenizer_config.json, or take them from the model's own repository"
         ) from error
     templates = template if isinstance(template, dict) else {"default": template} if template else {}
-    return LoadedTokenizer(tokenizer, named, templates, start)
+    return LoadedTokenizer(tokenizer, named, templates, start, answers)
 
 
 def is_panic(error: BaseException) -> bool:

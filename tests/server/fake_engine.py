@@ -68,7 +68,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.tokenizer = make_tokenizer()
         self.text = SimpleNamespace(named_tokens={}, chat_template=None)
-        self.chat_template = None
+        self.chat_template = self.response_template = None
         self.spec = SimpleNamespace(vocab_size=self.tokenizer.get_vocab_size())
         self.eos_token_ids = frozenset()
         self.defaults = GenerationDefaults()

@@ -21,13 +21,14 @@ from sleb.errors import RequestError
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.grammars import GrammarCompiler
 from sleb.server.message.incoming import normalise_messages
-from sleb.server.message.parser import MessageParser
+from sleb.server.message.parser import MarkedParser
 from sleb.server.message.reasoning import Delta, ReasoningParser, join_deltas
 from sleb.server.message.special_tokens import literal, special_token_id, thought_rules
-from sleb.server.message.tool_parser import MARKS, ToolParser
+from sleb.server.message.tool_formats import HERMES, LLAMA, MISTRAL_LIST, PLAIN, choose
+from sleb.server.message.tool_parser import CallMarks, ToolParser
 from sleb.server.message.tool_prompt import offer_in_text
-from sleb.server.message.tools import HERMES, LLAMA, MISTRAL, PLAIN, call_format
 
+MARKS = tuple(sorted(set(CallMarks.of(HERMES).texts) - CallMarks.of(HERMES).kept, key=len, reverse=True))
 NAMES = ("weather", "sum")
 SCHEMAS = {"sum": {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}}
 WEATHER = {
@@ -60,7 +61,7 @@ TOOLS = [WEATHER, SUM, NOW]
 
 def parse(text, cuts=(), *, reasoning=None, live=False, single=False, reason="stop"):
     """What any pieces of `text` give, joined; each call as (name, arguments)."""
-    parser = MessageParser(
+    parser = MarkedParser(
         None if reasoning is None else ReasoningParser(reasoning),
         ToolParser(NAMES, SCHEMAS, live=live, single=single),
     )
@@ -155,19 +156,6 @@ def test_calls_that_models_write(text, content, calls, step):
     [
         ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', '{"name": "other", "arguments": {}}'),
         ('<tool_call>{"name": "sum", "arguments": [1]}</tool_call>', '{"name": "sum", "arguments": [1]}'),
-        (
-            '<tool_call>{"name": "sum", "arguments": {"a": }}</tool_call>',
-            '{"name": "sum", "arguments": {"a": }}',
-        ),
-        (
-            '<tool_call>{"name": "sum", "arguments": {"a": NaN}}</tool_call>',
-            '{"name": "sum", "arguments": {"a": NaN}}',
-        ),
-        ('<tool_call>{"name": "sum", "arguments": {"a": 1}', '{"name": "sum", "arguments": {"a": 1}'),
-        (
-            'Now <tool_call>{"name": "sum", "arguments": {"a": 1</tool_call> and more',
-            'Now{"name": "sum", "arguments": {"a": 1 and more',
-        ),
         ("So:\n<tool_call>\nsum(1)\n</tool_call>", "So:\nsum(1)"),
         ("<tool_call>", ""),
         ("a </tool_call> b", "a b"),
@@ -185,6 +173,32 @@ def test_calls_that_models_write(text, content, calls, step):
 def test_a_broken_call_is_content_without_its_marks(text, content, step):
     wanted = [Delta("content", content)] if content else []
     assert parse(text, range(0, len(text), step)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "content"),
+    [
+        ('<tool_call>{"name": "sum", "arguments": {"a": }}</tool_call>', '{"a": }', ""),
+        ('<tool_call>{"name": "sum", "arguments": {"a": NaN}}</tool_call>', '{"a": NaN}', ""),
+        ('<tool_call>{"name": "sum", "arguments": {"a": 1}', '{"a": 1}', ""),
+        (
+            'Now <tool_call>{"name": "sum", "arguments": {"a": 1</tool_call> and more',
+            '{"a": 1',
+            "Now and more",
+        ),
+        ('[TOOL_CALLS]sum[ARGS]{"a": <b>}', '{"a": ', "<b>}"),
+        ("<function=sum><parameter=a>1</parameter> or so", '{"a": 1}', " or so"),
+        ("<function=sum><parameter=b>x\ny", '{"b": "x\\ny', ""),
+        ('<|python_tag|>[sum(a=1), sum(a="x', '{"a": 1}{"a": ', ""),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 4, 10_000])
+def test_a_call_that_breaks_when_its_tool_is_known_has_the_arguments_that_came(
+    text, arguments, content, step
+):
+    deltas = parse(text, range(0, len(text), step))
+    assert "".join(delta.text for delta in deltas if delta.kind == "arguments") == arguments
+    assert "".join(delta.text for delta in deltas if delta.kind == "content") == content
 
 
 @pytest.mark.parametrize(
@@ -256,8 +270,10 @@ def test_a_third_call_that_is_cut(server):
 
 
 def test_a_call_behind_a_broken_one_is_found():
-    broken = '{"name": "sum", "arguments": {'
+    broken = '{"arguments": {}, "name": "su'
     assert told(parse("<tool_call>" + broken + HERMES_CALL)) == ("", broken, [("weather", ARGUMENTS)])
+    first, _, second, _ = parse('<tool_call>{"name": "sum", "arguments": {' + HERMES_CALL)[:4]
+    assert (first, second.text) == (Delta("call", "sum"), "weather")
 
 
 def test_single_drops_later_calls_and_nothing_else():
@@ -567,11 +583,11 @@ def test_messages_of_calls_become_what_templates_take():
 
 
 def test_the_format_is_the_templates():
-    assert call_format("{% if tools %}<tool_call>{% endif %}") is HERMES
-    assert call_format("{{ tools }}<|python_tag|>") is LLAMA
-    assert call_format("{{ tools }}[TOOL_CALLS]") is MISTRAL
-    assert call_format("{{ tools }}") is PLAIN
-    assert call_format(None) is call_format("{{ messages }}") is HERMES
+    assert choose("{% if tools %}<tool_call>{% endif %}") is HERMES
+    assert choose("{{ tools }}<|python_tag|>") is LLAMA
+    assert choose("{{ tools }}[TOOL_CALLS]") is MISTRAL_LIST
+    assert choose("{{ tools }}") is PLAIN
+    assert choose(None) is choose("{{ messages }}") is HERMES
 
 
 def test_marks_that_are_special_tokens(byte_tokenizer):
@@ -595,7 +611,7 @@ TEMPLATE = (
 MODELS = {
     "hermes": ("<tool_call>", ""),
     "llama": ("<|python_tag|>", ""),
-    "mistral": ("[TOOL_CALLS]", ""),
+    "glm": ("", ""),  # which --tool-format names
     "thinking": ("<tool_call>", " <think>\n"),
     "none": None,
 }
@@ -621,7 +637,8 @@ def real(request, tiny_model_dir, tiny_chain, start_server, tmp_path_factory):
         device="cpu",
         kv_cache_memory=0.02,
     )
-    running = start_server(Engine(engine_config), max_num_seqs=8)
+    options = {"tool_format": "glm"} if request.param == "glm" else {}
+    running = start_server(Engine(engine_config), max_num_seqs=8, **options)
     yield request.param, running
     running.wait_idle()
     running.engine.check_integrity()
