@@ -69,7 +69,9 @@ def create_app(context: ServerContext) -> FastAPI:
     docs.install(app, routes)
     keys = ApiKeys(context.options.keys, [route for route in routes if route.is_open])
     callers = Callers(context.options.host, context.options.allowed_hosts, context.options.origins)
-    app.add_middleware(Gate, callers=callers, keys=keys, routes=routes, metrics=context.metrics)
+    app.add_middleware(
+        Gate, callers=callers, keys=keys, routes=routes, metrics=context.metrics, root=context.options.root
+    )
     if context.options.origins:  # outermost: a browser asks first, without the key
         app.add_middleware(
             CORSMiddleware,

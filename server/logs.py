@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import sys
 import threading
 from collections import deque
@@ -190,11 +191,11 @@ class Teller:
         engine = context.engine.engine
         if self._console is None:
             tiers = [tier.id for tier in engine.tiers]
-            self.say(f"Serving at {url}/v1", url=url, models=tiers, max_model_len=engine.max_model_len)
+            self.say(f"Serving at {api_url(url)}", url=url, models=tiers, max_model_len=engine.max_model_len)
             return
         self._print(self._table(context))
         self._print(
-            f"Serving at {url}/v1 (context {engine.max_model_len} tokens). Ctrl-C drains and stops. Try it:\n"
+            f"Serving at {api_url(url)} (context {engine.max_model_len} tokens). Ctrl-C drains and stops. Try it:\n"
         )
         needs_key = bool(context.options.keys)
         self._print(curl_line(url, engine.default_tier.id, can_chat, needs_key) + "\n")
@@ -219,6 +220,11 @@ class Teller:
         self._console.print(content, markup=False, soft_wrap=isinstance(content, str))
 
 
+def api_url(url: str) -> str:
+    """What clients are told; a Unix socket as nginx writes it."""
+    return f"http://{url}:/v1" if url.startswith("unix:") else f"{url}/v1"
+
+
 def curl_line(url: str, model: str, can_chat: bool, needs_key: bool) -> str:
     """A command that works as it stands; a key is taken from the shell's SLEB_API_KEY, not shown."""
     path, prompt = "completions", '"prompt": "The sea is"'
@@ -229,4 +235,6 @@ def curl_line(url: str, model: str, can_chat: bool, needs_key: bool) -> str:
         )
     body = f'{{"model": {json.dumps(model)}, {prompt}, "max_tokens": 64, "temperature": 0}}'
     key = ' -H "Authorization: Bearer $SLEB_API_KEY"' if needs_key else ""
+    if url.startswith("unix:"):
+        url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} http://localhost"
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'"

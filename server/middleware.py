@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,7 +51,11 @@ def server_timing(exchange: Exchange, total: float) -> str:
 
 
 class Gate:
-    """ASGI middleware around the routes; plain rather than BaseHTTPMiddleware, which delays disconnects."""
+    """ASGI middleware around the routes; plain rather than BaseHTTPMiddleware, which delays disconnects.
+
+    Args:
+        root: the path below which a proxy serves all of this, empty for none; requests may have it or not.
+    """
 
     def __init__(
         self,
@@ -60,8 +64,10 @@ class Gate:
         keys: ApiKeys,
         routes: Sequence[Route],
         metrics: ServerMetrics,
+        root: str = "",
     ) -> None:
         self._app = app
+        self._root = root
         self._callers = callers
         self._keys = keys
         self._routes = routes
@@ -84,7 +90,9 @@ class Gate:
                 answer["Server-Timing"] = server_timing(exchange, (time.monotonic() - begin) * 1e3)
             await send(message)
 
-        path, route_class = find_route(scope["path"], self._routes)
+        whole = _SLASHES.sub("/", scope["path"])
+        is_below = bool(self._root) and f"{whole}/".startswith(f"{self._root}/")
+        path, route_class = find_route(whole[len(self._root) :] if is_below else whole, self._routes)
 
         def tell_error(error: ApiError) -> Response:
             note_failure(error.code or str(error.status))
@@ -100,7 +108,11 @@ class Gate:
             self._callers.check(scope["method"], headers)
             key = self._keys.check(path, headers)
             exchange.key, inner["state"]["key"] = key.name, key.digest
-            if scope["method"] == "OPTIONS":
+            if (
+                is_below and whole == self._root and inner["method"] == "GET"
+            ):  # where relative links would be wrong
+                await RedirectResponse(f"{self._root}/")(inner, receive, send_with_id)
+            elif scope["method"] == "OPTIONS":
                 await self._options(inner, tell_error)(inner, receive, send_with_id)
             else:
                 await self._app(inner, receive, send_with_id)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import ssl
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sleb.errors import ConfigError
+from sleb.fields import shown_text
 from sleb.options import check_values, option
 from sleb.server.bench_result import BenchResult
 from sleb.server.keys import Key, make_keys
@@ -16,10 +18,15 @@ from sleb.server.logs import FORMATS, LEVELS
 from sleb.server.message.tool_formats import AUTO
 from sleb.server.message.tool_formats import NAMES as TOOL_FORMATS
 from sleb.server.names import ServedName
+from sleb.server.tls import server_context
 
 _DAY = 86400
 _PREFIX = re.compile("[a-zA-Z_][a-zA-Z0-9_]{0,63}")
-_ADDRESS, _NAMES, _LIMITS, _LOG = "Address and access", "What is told of the model", "Limits", "Start and log"
+_ROOT = re.compile(r"(/[A-Za-z0-9_.~-]+)*/?")
+_ADDRESS, _TLS, _NAMES, _LIMITS, _LOG = (
+    *("Address and access", "TLS"),
+    *("What is told of the model", "Limits", "Start and log"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,16 @@ class ServeOptions:
 
     host: str = option("127.0.0.1", "Address to listen on.", group=_ADDRESS)
     port: int = option(8000, "Port; 0 for any free one.", minimum=0, maximum=65535, group=_ADDRESS)
+    uds: Path | None = option(
+        None, "Unix socket to listen on, in place of host and port.", unset="none", group=_ADDRESS
+    )
+    root_path: str | None = option(
+        None,
+        "Path that a proxy serves all of this below, such as /llm, whether it takes it off or not.",
+        unset="none",
+        metavar="PATH",
+        group=_ADDRESS,
+    )
     api_keys: tuple[str, ...] = option(
         (),
         "A key that opens the API; repeatable. Other users see flags: prefer SLEB_API_KEY or a file.",
@@ -61,6 +78,27 @@ class ServeOptions:
         flags=("--allowed-host",),
         metavar="NAME",
         group=_ADDRESS,
+    )
+    ssl_certfile: Path | None = option(
+        None,
+        "Certificate in PEM, with those up to a root behind it: serve https.",
+        unset="http",
+        group=_TLS,
+    )
+    ssl_keyfile: Path | None = option(
+        None, "The certificate's key in PEM.", unset="in the file of the certificate", group=_TLS
+    )
+    ssl_keyfile_password: str | None = option(
+        None,
+        "Of an encrypted key. Other users see flags: prefer SLEB_SSL_KEYFILE_PASSWORD.",
+        unset="none",
+        group=_TLS,
+    )
+    ssl_ca_certs: Path | None = option(
+        None,
+        "Certificates in PEM, of which one must have signed that of a client.",
+        unset="clients show none",
+        group=_TLS,
     )
     served_model_names: tuple[str, ...] = option(
         (),
@@ -144,14 +182,35 @@ class ServeOptions:
         check_values(self)
         if not _PREFIX.fullmatch(self.metrics_prefix):
             raise ConfigError(
-                f"--metrics-prefix {self.metrics_prefix[:80]!r} begins no name of Prometheus; use up to 64 letters, "
-                "digits and underscores, and no digit first"
+                f"--metrics-prefix {shown_text(self.metrics_prefix[:80])!r} begins no name of Prometheus; "
+                "use up to 64 letters, digits and underscores, and no digit first"
             )
-        _ = self.names, self.keys, self.origins, self.results
+        if not _ROOT.fullmatch(self.root_path or ""):
+            raise ConfigError(
+                f"--root-path {shown_text(str(self.root_path)[:80])!r} is no path; write it like /llm, of letters, "
+                "digits, - _ . and ~"
+            )
+        _ = self.ssl_context, self.names, self.keys, self.origins, self.results
+
+    @property
+    def root(self) -> str:
+        """root_path, without a slash at its end."""
+        return (self.root_path or "").rstrip("/")
 
     @property
     def max_body_bytes(self) -> int | None:
         return None if self.max_body_mb is None else int(self.max_body_mb * 2**20)
+
+    @cached_property
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """Of the --ssl options; None without a certificate. Raises ConfigError."""
+        if self.ssl_certfile is not None:
+            return server_context(
+                self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password, self.ssl_ca_certs
+            )
+        if self.ssl_keyfile or self.ssl_keyfile_password or self.ssl_ca_certs:
+            raise ConfigError("--ssl-certfile is missing; the other --ssl options need it")
+        return None
 
     @cached_property
     def names(self) -> tuple[ServedName, ...]:

@@ -23,6 +23,7 @@ from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.errors import ShuttingDownError
 from sleb.server.logs import Teller, configure, drain_stderr
 from sleb.server.options import ServeOptions
+from sleb.server.unix_socket import UnixSocket
 from sleb.server.wire import BoundedProtocol, WireLimits
 
 if TYPE_CHECKING:
@@ -108,10 +109,21 @@ def make_server(context: ServerContext) -> Server:
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,
+        # Whoever can write into a folder of this machine is believed who the client is, as 127.0.0.1 is.
+        forwarded_allow_ips="*" if options.uds else None,
         timeout_keep_alive=_SECONDS_IDLE,
         timeout_graceful_shutdown=int(_SECONDS_TO_FLUSH),
     )
+    config.load()
+    config.ssl = (
+        options.ssl_context
+    )  # uvicorn's own would ask for passwords, and come after the model is loaded
     return Server(config, context.engine, options.drain_timeout)
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """Where `options` say that clients come, bound, not listening yet. Raises ConfigError when that cannot be had."""
+    return UnixSocket(options.uds) if options.uds else bind_socket(options.host, options.port)
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -168,7 +180,10 @@ def serve(
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again
         server = make_server(context)
-        server.on_started = lambda: teller.introduce(context, base_url(sock), can_chat)
+        url = base_url(sock, is_secure=options.ssl_context is not None)
+        server.on_started = lambda: teller.introduce(context, url, can_chat)
+        if isinstance(sock, UnixSocket):
+            sock.check()
         try:
             server.run(sockets=[sock])
         except OSError as error:
@@ -198,8 +213,11 @@ def warm_up(engine: Engine) -> bool:
     return True
 
 
-def base_url(sock: socket.socket) -> str:
-    """How a client on this machine reaches a bound socket."""
+def base_url(sock: socket.socket, *, is_secure: bool = False) -> str:
+    """How a client on this machine reaches a bound socket; of a Unix socket `unix:` and its path."""
+    if isinstance(sock, UnixSocket):
+        return f"unix:{sock.path}"
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_secure else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

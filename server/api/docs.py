@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from markdown_it import MarkdownIt
 from pydantic import TypeAdapter
 
-from sleb.server.context import ServerContext
+from sleb.server.context import ServerContext, get_context
 from sleb.server.routing import REFERENCE, Route
 
 router = APIRouter(route_class=Route, include_in_schema=False)
@@ -70,6 +70,7 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
                 version=app.version,
                 description=_SUMMARY,
                 routes=app.routes,
+                servers=[{"url": root}] if (root := app.state.context.options.root) else None,
                 separate_input_output_schemas=False,
             )
             for route in routes:
@@ -121,7 +122,8 @@ async def openapi_json(request: Request) -> Response:
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """The description for people."""
-    page = render(request.app.openapi(), str(request.base_url).rstrip("/"))
+    url = str(request.base_url).rstrip("/") + get_context(request).options.root
+    page = render(request.app.openapi(), url)
     return Response(page, media_type="text/html", headers=_HEADERS)
 
 

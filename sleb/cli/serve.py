@@ -31,10 +31,10 @@ def serve(model: DemoModel = DEMO, *, engine: EngineConfig, options: ServeOption
 
     unblock_stderr()
     check_depths(options.names, _tiers(engine))
-    from sleb.server.run import bind_socket
+    from sleb.server.run import listen
     from sleb.server.run import serve as run_server
 
-    sock = bind_socket(options.host, options.port)  # before torch, which takes seconds to import
+    sock = listen(options)  # before torch, which takes seconds to import
     code = run_server(
         sock, engine, options, make_engine=_load_engine if options.log_format == "text" else None
     )

@@ -19,7 +19,7 @@ import pytest
 
 from sleb.server.context import ServerContext
 from sleb.server.options import ServeOptions
-from sleb.server.run import base_url, bind_socket, make_server
+from sleb.server.run import base_url, listen, make_server
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
@@ -44,7 +44,7 @@ class RunningServer:
         self.context = ServerContext.create(
             engine, ServeOptions(**{"port": 0, "warm_up": False, **options}), max_num_seqs
         )
-        self.socket = bind_socket("127.0.0.1", 0)
+        self.socket = listen(self.context.options)
         self.url = base_url(self.socket)
         self.port = self.socket.getsockname()[1]
         self.server = make_server(self.context)

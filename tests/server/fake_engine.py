@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -258,13 +259,14 @@ def _fake_logprobs(token, num_top):
 
 def main():
     from sleb.server.options import ServeOptions
-    from sleb.server.run import bind_socket, serve
+    from sleb.server.run import listen, serve
 
     parser = argparse.ArgumentParser()
     parser.add_argument("port", type=int)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--fail-after", type=int)
     parser.add_argument("--drain-timeout", type=float, default=10.0)
+    parser.add_argument("--uds", type=Path)
     arguments = parser.parse_args()
 
     def make_engine(config):
@@ -272,9 +274,11 @@ def main():
         engine.delay, engine.fail_after = arguments.delay, arguments.fail_after
         return engine
 
-    options = ServeOptions(port=arguments.port, warm_up=False, drain_timeout=arguments.drain_timeout)
+    options = ServeOptions(
+        port=arguments.port, uds=arguments.uds, warm_up=False, drain_timeout=arguments.drain_timeout
+    )
     config = SimpleNamespace(model="fake", max_num_seqs=4)
-    sys.exit(serve(bind_socket("127.0.0.1", arguments.port), config, options, make_engine=make_engine))
+    sys.exit(serve(listen(options), config, options, make_engine=make_engine))
 
 
 if __name__ == "__main__":
