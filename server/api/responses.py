@@ -21,7 +21,19 @@ from sleb.server.responses.truncation import shortened
 from sleb.server.responses.writer import ResponseWriter
 from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
 
-router = APIRouter(route_class=Route)
+
+class ResponsesRoute(Route):
+    """A conversation that is too long is the request's `input`, which has neither `messages` nor a prompt."""
+
+    @classmethod
+    def error_body(cls, error: ApiError, request_id: str) -> dict[str, Any]:
+        body = super().error_body(error, request_id)
+        if body["error"]["code"] == "context_length_exceeded":
+            body["error"]["param"] = "input"
+        return body
+
+
+router = APIRouter(route_class=ResponsesRoute)
 
 _PATH = "/v1/responses"
 _EXAMPLES: dict[str, Any] = {
@@ -184,6 +196,8 @@ async def _converse(
     request.state.num_bytes += sum(map(len, earlier))
     tools = body.tool_use()
     messages = to_messages([*before, *items], body.instructions)
+    if not messages:
+        raise RequestError("'input' has no message: send what the user says", param="input")
     conversation = body.to_conversation(messages, tools, engine.chat_template_for(tools is not None))
     if body.truncation == "auto":
         return await shortened(request, conversation)
