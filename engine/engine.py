@@ -273,6 +273,15 @@ class Engine:
         """What computes, with which weights, in one line."""
         return self.runner.description
 
+    @property
+    def weights_name(self) -> str:
+        """The formats of the weights, in words."""
+        return self.runner.weights_name
+
+    def num_parameters(self, depth: int) -> int:
+        """Of all weights that a request at `depth` uses, whatever their format; patches left out."""
+        return self.runner.num_parameters(depth)
+
     def weight_bytes(self, depth: int) -> int:
         """Bytes of the weights that a request at `depth` uses."""
         return self.runner.weight_bytes(depth)

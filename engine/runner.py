@@ -18,7 +18,7 @@ from sleb.engine.execute.sampler import PendingLogprobs, SampledBatch, SampledTo
 from sleb.engine.execute.step_arrays import NEVER, StepArrays
 from sleb.engine.execute.transfer import to_device
 from sleb.engine.memory import refusal_told
-from sleb.engine.model.allocation import all_sublayers
+from sleb.engine.model.allocation import all_sublayers, allocate
 from sleb.engine.model.architecture import DecoderSpec
 from sleb.engine.model.loader import load_weights
 from sleb.engine.model.resolve import (
@@ -113,7 +113,7 @@ class Runner:
         )
         # A head that is stored with values of its own is none that the config ties.
         self.spec = spec = replace(spec, tied_embeddings=weights.head.weight is weights.embed)
-        self._weights_name = config.weights if weight_format else " and ".join(formats_of(weights))
+        self.weights_name = config.weights if weight_format else " and ".join(formats_of(weights))
         self._weight_sizes = _weight_sizes(weights)
         self._expert_bytes = {
             block: num_bytes([part.up, part.down]) for block, part in weights.mlp.items() if part.experts
@@ -138,7 +138,12 @@ class Runner:
         """What computes, with which weights, and why nothing faster, in one line."""
         lacking = "C" if self.device.type == "cpu" else "Triton"
         reason = f" (no {lacking} kernels: {self._why_slower})" if self._why_slower else ""
-        return f"{self.executor.description}, {self._weights_name} weights{reason}"
+        return f"{self.executor.description}, {self.weights_name} weights{reason}"
+
+    def num_parameters(self, depth: int) -> int:
+        """Of all weights that a request at `depth` uses, whatever their format; patches left out."""
+        weights, _ = allocate(self.spec, self.kept_sublayers(depth), torch.float32, torch.device("meta"))
+        return num_bytes(weights) // torch.float32.itemsize
 
     def weight_bytes(self, depth: int) -> int:
         """Bytes of all weights that a request at `depth` uses: patches, embedding and head too (once, if tied)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ logger = logging.getLogger("sleb.server")
 
 _MAX_FIELDS_NAMED = 1000  # unknown field names that are remembered
 _MAX_NAMED_AT_ONCE = 16
+_MAX_NAME = 64  # characters of a name that an error repeats
 _OTHER_FIELDS = ""  # where those past that are counted
 
 Model = TypeVar("Model", bound="Body")
@@ -43,13 +45,13 @@ def parse_body(
     try:
         body = model.model_validate(content)
     except ValidationError as error:
-        raise _type_error(error) from None
+        raise _type_error(error, content) from None
     _count_unknown_fields(body, unknown_fields)
     body.check()
     return body
 
 
-def _type_error(error: ValidationError) -> RequestError:
+def _type_error(error: ValidationError, content: dict[str, Any]) -> RequestError:
     """The first bad field, an object in a list by its number; the reasons of all members of a union are one message."""
     found = error.errors(include_url=False, include_context=False)
     field = found[0]["loc"][0]
@@ -59,10 +61,25 @@ def _type_error(error: ValidationError) -> RequestError:
     value, place, kind = same[0]["input"], same[0]["loc"], same[0]["type"]
     is_object = len(place) > 1 and isinstance(place[1], int) and (len(place) > 2 or kind == "model_type")
     name = f"{field}[{place[1]}]" if is_object else str(field)
-    inside = [str(each) for each in place[2:] if is_object and kind != "missing"]
+    path = _path(content, place)
+    in_object = len(path) > 1 and isinstance(path[1], str)
+    inside = [str(each)[:_MAX_NAME] for each in (path[1:] if in_object else path[2:] if is_object else ())]
+    if kind == "missing" and not in_object:
+        inside = []
     reasons = " or ".join(dict.fromkeys(map(_reason, same)))
     shown = "" if isinstance(value, list | dict) else f" {shorten(value)}"
     return RequestError(f"bad value{shown} for '{'.'.join([name, *inside])}': {reasons[:300]}", param=name)
+
+
+def _path(content: Any, place: Sequence[int | str]) -> list[int | str]:
+    """The place of an error without pydantic's names for the members of a union."""
+    path: list[int | str] = []
+    for each in place:
+        is_there = each in content if isinstance(content, dict) else isinstance(content, list)
+        if is_there and (isinstance(content, dict) or isinstance(each, int)):
+            content = content[each]
+            path.append(each)
+    return path
 
 
 def _reason(error: ErrorDetails) -> str:

@@ -87,6 +87,7 @@ class Gate:
                 status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["X-Request-Id"] = identifier
+                answer["Request-Id"] = identifier  # as Anthropic's clients look for it
                 answer["Server-Timing"] = server_timing(exchange, (time.monotonic() - begin) * 1e3)
             await send(message)
 

@@ -169,6 +169,7 @@ _OF_PENALTIES: dict[str, tuple[Any, ...]] = {
 _HARMLESS = {
     "OpenAI's own": "metadata store service_tier prompt_cache_key prompt_cache_retention safety_identifier verbosity "
     "reasoning_effort prediction client_metadata",
+    "Anthropic's own": "cache_control container diagnostics inference_geo speed user_profile_id",
     "means something only beside one that is refused": "mirostat_tau mirostat_eta xtc_threshold dynatemp_exponent "
     "dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers adaptive_decay post_sampling_probs "
     "preserved_tokens",

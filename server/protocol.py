@@ -6,7 +6,7 @@ then means nothing (`tools: []`); fields unknown to it are named in the log.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -70,6 +70,8 @@ _SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams)) - {
     "prompt_logprobs",
     "repetition_detection",  # a record of the engine's
 }
+# Fields of chat completions that other formats pass over.
+_CHANGES_NOTHING = frozenset({"model", "stream", "stream_options", "user", "draft", "depth"})
 
 
 def described_as(type_: Any) -> BeforeValidator:
@@ -185,10 +187,12 @@ class StreamOptions(BaseModel):
 
 
 def describe_other_names(schema: dict[str, Any]) -> None:
+    properties, required = schema["properties"], schema.get("required", [])
     for name, others in SAME_AS.items():
-        schema["properties"] |= {
-            other: {"description": f"The same as {name}."} | schema["properties"][name] for other in others
-        }
+        if name in properties and name not in required:  # what is required goes by its own name
+            properties |= {
+                other: {"description": f"The same as {name}."} | properties[name] for other in others
+            }
 
 
 class RepetitionPatterns(BaseModel):
@@ -203,8 +207,8 @@ class RepetitionPatterns(BaseModel):
     min_count: Annotated[int, Field(ge=0, le=MAX_COUNT, description="Times in a row, 2 or more."), WHOLE] = 0
 
 
-class GenerationBody(Body):
-    """Fields that chat and plain completions share. Those of other servers: see `sleb.server.peer_fields`."""
+class SamplingBody(Body):
+    """How an answer is sampled and where it ends, in every format. Other servers' names: `sleb.server.peer_fields`."""
 
     model_config = ConfigDict(
         alias_generator=AliasGenerator(
@@ -213,41 +217,74 @@ class GenerationBody(Body):
         json_schema_extra=describe_other_names,
     )
 
-    model: str | None = None
     max_tokens: Annotated[int | None, in_range("max_tokens"), WHOLE] = None
     min_tokens: Annotated[int | None, in_range("min_tokens"), WHOLE] = None
     temperature: Annotated[float | None, in_range("temperature", "0 is greedy.")] = None
     top_p: Annotated[float | None, in_range("top_p")] = None
     top_k: Annotated[int | None, in_range("top_k", "0 or -1 is off."), WHOLE] = None
     min_p: Annotated[float | None, in_range("min_p")] = None
-    n: Annotated[int | None, in_range("n", "Answers to each prompt."), WHOLE] = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    include_stop_str_in_output: FalseByDefault = False
+    seed: Annotated[int | None, in_range("seed"), WHOLE] = None
+    presence_penalty: Annotated[float | None, in_range("presence_penalty")] = None
+    frequency_penalty: Annotated[float | None, in_range("frequency_penalty")] = None
+    repetition_penalty: Annotated[float | None, in_range("repetition_penalty", "1 is off.")] = None
+    repetition_detection: RepetitionPatterns | None = None
+    ignore_eos: FalseByDefault = False
+    skip_special_tokens: TrueByDefault = True
+
+    @classmethod
+    def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        return honoured(fields, cls.model_fields)
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields of SamplingParams that were given."""
+        given: dict[str, Any] = {
+            name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None
+        }
+        if self.repetition_detection is not None:
+            given["repetition_detection"] = RepetitionDetection(**self.repetition_detection.model_dump())
+        return given
+
+
+def refuse_of_chat(fields: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises RequestError for a field that chat completions honour and a format with the fields `known` does not."""
+    others = {*ChatBody.model_fields, "n_cmpl"} - {*known, *_CHANGES_NOTHING}
+    for name in fields.keys() & others:
+        if fields[name] not in (None, False, "", [], {}) and (name, fields[name]) not in (
+            ("n", 1),
+            ("n_cmpl", 1),
+        ):
+            raise RequestError(
+                f"{name} is not a field of this format; leave it out, or send it to /v1/chat/completions",
+                param=name,
+                code="unsupported",
+            )
+
+
+class GenerationBody(SamplingBody):
+    """Fields that chat and plain completions share."""
+
+    model: str | None = None
+    n: Annotated[int | None, in_range("n", "Answers to each prompt."), WHOLE] = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_TOKEN_IDS), WHOLE_NUMBERS] = (
         None
     )
-    include_stop_str_in_output: FalseByDefault = False
+    logit_bias: LogitBias | None = None
     truncate_prompt_tokens: Annotated[
         Literal[-1] | Annotated[int, Field(ge=1)] | None,
         Field(description="How many of a prompt's last tokens to keep; -1: as many as fit."),
         WHOLE,
     ] = None
-    seed: Annotated[int | None, in_range("seed"), WHOLE] = None
-    logit_bias: LogitBias | None = None
     allowed_token_ids: Annotated[
         list[TokenId] | None, Field(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS), WHOLE_NUMBERS
     ] = None
     bad_words: Annotated[list[BadWord] | None, Field(max_length=MAX_BAD_WORDS)] = None
-    presence_penalty: Annotated[float | None, in_range("presence_penalty")] = None
-    frequency_penalty: Annotated[float | None, in_range("frequency_penalty")] = None
-    repetition_penalty: Annotated[float | None, in_range("repetition_penalty", "1 is off.")] = None
-    repetition_detection: RepetitionPatterns | None = None
     prompt_logprobs: Annotated[
         int | None, in_range("prompt_logprobs", "As vLLM's; not of a stream."), WHOLE
     ] = None
     stream: FalseByDefault = False
     stream_options: StreamOptions | None = None
-    ignore_eos: FalseByDefault = False
-    skip_special_tokens: TrueByDefault = True
     return_token_ids: FalseByDefault = False
     user: str | None = None
     response_format: Annotated[dict[str, Any] | None, described_as(ResponseFormat | None)] = None
@@ -266,10 +303,6 @@ class GenerationBody(Body):
     draft: Annotated[Literal["off"] | None, Field(description="Nothing is drafted in any case.")] = None
     depth: Annotated[Literal["fixed"] | None, Field(description="That of `model`, in any case.")] = None
 
-    @classmethod
-    def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        return honoured(fields, cls.model_fields)
-
     def check(self) -> None:
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError(
@@ -282,12 +315,7 @@ class GenerationBody(Body):
             yield from (f"stream_options.{name}" for name in self.stream_options.model_extra or {})
 
     def sampling(self) -> dict[str, Any]:
-        """The fields of SamplingParams that were given."""
-        given: dict[str, Any] = {
-            name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None
-        }
-        if self.repetition_detection is not None:
-            given["repetition_detection"] = RepetitionDetection(**self.repetition_detection.model_dump())
+        given = super().sampling()
         if self.logit_bias is not None:
             given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
         return given

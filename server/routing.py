@@ -29,9 +29,11 @@ _STOP_HEADER: dict[str, dict[str, Any]] = {
         "schema": {"const": REPETITION},
     }
 }
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 _ERROR_HEADERS: dict[int, dict[str, dict[str, Any]]] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
-    503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}},
+    503: _RETRY_AFTER,
+    529: _RETRY_AFTER,
 }
 _ERROR_TEXTS = {
     400: "A field is wrong (`param` names it), or the prompt does not fit (`context_length_exceeded`).",
@@ -41,6 +43,7 @@ _ERROR_TEXTS = {
     500: "The engine could not finish this answer.",
     501: "Not what this server does: `unsupported`.",
     503: "`overloaded`, `warming_up`, `shutting_down` or `engine_dead`; Retry-After says when to come back.",
+    529: "`overloaded_error`: the queue is full; Retry-After says when to come back.",
     504: "The request took longer than the server allows: `timeout`.",
 }
 GENERATION_ERRORS = (400, 404, 413, 500, 503, 504)

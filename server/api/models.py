@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -42,11 +43,19 @@ class Pruning(TypedDict):
 
 
 class Model(TypedDict):
-    """`root` is the unpruned model, `parent` the same for a pruned tier, else null. sampling: for requests without."""
+    """`root` is the unpruned model, `parent` the same for a pruned tier, else null. sampling: for requests without.
+
+    type, display_name, created_at, lifecycle and max_input_tokens are Anthropic's.
+    """
 
     id: str
     object: Literal["model"]
     created: Count
+    type: Literal["model"]
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: Count
     owned_by: str
     root: str
     parent: str | None
@@ -56,8 +65,13 @@ class Model(TypedDict):
 
 
 class ModelList(TypedDict):
+    """has_more, first_id and last_id are Anthropic's."""
+
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 @router.get(
@@ -71,7 +85,8 @@ async def list_models(request: Request) -> Response:
     """All tiers, first the one that answers where no model is named, then the same under their other names."""
     context = get_context(request)
     models = [model_card(context, tier, name) for name, tier in context.names.items()]
-    return json_response({"object": "list", "data": models})
+    ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]}
+    return json_response({"object": "list", "data": models, "has_more": False} | ends)
 
 
 @router.get(
@@ -101,6 +116,11 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
         "id": name,
         "object": "model",
         "created": context.created,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": engine.max_model_len,
         "owned_by": "sleb",
         "root": engine.model_name,
         "parent": engine.model_name if tier.depth else None,

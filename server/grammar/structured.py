@@ -85,6 +85,11 @@ def answer_grammar(body: GenerationBody) -> GrammarSpec | None:
     return found[0] if found else None
 
 
+def json_grammar(schema: Any, param: str) -> GrammarSpec:
+    """The grammar of answers that fit a JSON schema; None: any object. Raises RequestError as `schema_text`."""
+    return _spec("json", schema_text(_ANY_OBJECT if schema is None else schema, param), param)
+
+
 def schema_text(schema: Any, param: str) -> str:
     """A JSON schema as text. Raises RequestError for what is no JSON object, or is nested too deeply."""
     if isinstance(schema, str):

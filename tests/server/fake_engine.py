@@ -70,7 +70,14 @@ class FakeEngine:
         self.tokenizer = make_tokenizer()
         self.text = SimpleNamespace(named_tokens={}, chat_template=None)
         self.chat_template = self.response_template = None
-        self.spec = SimpleNamespace(vocab_size=self.tokenizer.get_vocab_size())
+        self.spec = SimpleNamespace(
+            vocab_size=self.tokenizer.get_vocab_size(),
+            architecture="FakeForCausalLM",
+            hidden_size=8,
+            num_heads=2,
+            num_kv_heads=1,
+        )
+        self.weights_name = "bfloat16"
         self.eos_token_ids = frozenset()
         self.defaults = GenerationDefaults()
         self.max_running = 4
@@ -133,6 +140,9 @@ class FakeEngine:
 
     def weight_bytes(self, depth):
         return 1000 * (NUM_BLOCKS - depth)
+
+    def num_parameters(self, depth):
+        return 500 * (NUM_BLOCKS - depth)
 
     def kv_bytes_per_token(self, depth):
         return 10 * (NUM_BLOCKS - depth)

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models
 
 from sleb.engine.encoding import encode_text
 from sleb.errors import RequestError
+from sleb.server.api.messages import MessagesBody
+from sleb.server.api.ollama import OllamaChatBody, OllamaGenerateBody
 from sleb.server.body_parser import parse_body
 from sleb.server.json_input import MAX_OBJECTS, MAX_STRINGS, MAX_VALUES, load_json
 from sleb.server.protocol import (
@@ -59,6 +61,9 @@ BODIES = {
     CompletionBody: {"prompt": "x"},
     TokenizeBody: {"prompt": "x"},
     DetokenizeBody: {"tokens": [1]},
+    MessagesBody: {"max_tokens": 1, "messages": [{"role": "user", "content": "x"}]},
+    OllamaChatBody: {"messages": [{"role": "user", "content": "x"}]},
+    OllamaGenerateBody: {"prompt": "x"},
 }
 LISTS = {
     "lists": [[]] * 9000,
@@ -75,7 +80,7 @@ def test_no_field_has_thousands_of_errors(model, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "sleb.server.body_parser._type_error",
-        lambda error: seen.append(error.error_count()) or RequestError(""),
+        lambda error, content: seen.append(error.error_count()) or RequestError(""),
     )
     for field in [*model.model_fields, "unheard_of"]:
         for value in LISTS.values():

@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
@@ -24,9 +25,14 @@ def test_models_tell_what_was_removed(server):
     assert card == answer["data"][2]
     created = card.pop("created")
     assert isinstance(created, int)
+    assert datetime.fromisoformat(card.pop("created_at")).timestamp() == created
     assert card == {
         "id": "fake:sleb-2",
         "object": "model",
+        "type": "model",
+        "display_name": "fake:sleb-2",
+        "lifecycle": "active",
+        "max_input_tokens": 256,
         "owned_by": "sleb",
         "root": "fake",
         "parent": "fake",

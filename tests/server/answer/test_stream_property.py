@@ -103,7 +103,7 @@ def streamer(start_server, make_fake_engine):
     server.close()
 
 
-FORMATS = ("chat.completions", "completions", "responses")
+FORMATS = ("chat.completions", "completions", "responses", "messages", "ollama chat", "ollama generate")
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOOLS = (
     {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
@@ -115,6 +115,8 @@ TOOLS = (
 @given(case=cases(), route=st.sampled_from(FORMATS))
 @example(case=("a€b", ["€"], [b"a\xe2", b"\x82", b"\xacb"]), route="chat.completions")
 @example(case=("aab", ["ab", "aac"], [b"aa", b"b"]), route="completions")
+@example(case=("aab", ["ab", "aac"], [b"aa", b"b"]), route="messages")
+@example(case=("a€b", ["€"], [b"a\xe2", b"\x82", b"\xacb"]), route="ollama generate")
 def test_streamed_and_whole_answers_are_the_same_bytes(streamer, wire, case, route):
     text, stops, pieces = case
     streamer.engine.tokenizer, ids = tokenizer_of(pieces)

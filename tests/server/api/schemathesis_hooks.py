@@ -24,8 +24,18 @@ GRAMMARS = (
     "grammar",
     "ebnf",
     "format",
+    "output_config",
+    "output_format",
 )
 TOOLS = ("tools", "functions")
+STREAMS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/api/chat",
+    "/api/generate",
+)
 RULES_OF_TOKENS = ("allowed_token_ids", "bad_words")
 LIMITS = ("max_tokens", "max_completion_tokens", "n_predict", "num_predict", "max_new_tokens")
 
@@ -63,8 +73,15 @@ def refers(body):
 
 
 def names_of(body, field):
-    given = body.get(field) or []
-    return [each["function"]["name"] if field == "tools" else each["name"] for each in given]
+    """Of the tools of any format, but for those of Anthropic's own, which are passed over."""
+    given = [each for each in body.get(field) or [] if each.get("type") in (None, "function", "custom")]
+    return [each.get("function", each)["name"] for each in given]
+
+
+def forced_tool(body):
+    """The name that a choice must find among the tools; None if it names none."""
+    choice = body.get("tool_choice")
+    return choice.get("function", choice).get("name") if isinstance(choice, dict) else None
 
 
 def has_grammar(body):
@@ -76,10 +93,16 @@ def has_empty_prompt(body):
     return "messages" in body or "input" in body or "" in (body["prompt"], *body["prompt"])
 
 
+def options_of(body):
+    """Ollama's options are fields of the request."""
+    return body | (body.get("options") or {})
+
+
 def names_unknown_tool(body):
-    tool, function = body.get("tool_choice"), body.get("function_call")
-    unknown = isinstance(tool, dict) and tool["function"]["name"] not in names_of(body, "tools")
-    return unknown or (isinstance(function, dict) and function["name"] not in names_of(body, "functions"))
+    tool, function = forced_tool(body), body.get("function_call")
+    return (tool is not None and tool not in names_of(body, "tools")) or (
+        isinstance(function, dict) and function["name"] not in names_of(body, "functions")
+    )
 
 
 def has_same_names(body):
@@ -87,13 +110,16 @@ def has_same_names(body):
 
 
 def asks_for_too_few(body):
-    limits = [body[name] for name in LIMITS if body.get(name) not in (None, -1)]
+    body = options_of(body)
+    limits = [body[name] for name in LIMITS if body.get(name) not in (None, -1, -2)]
     wanted = max(body.get(name) or 0 for name in ("min_tokens", "min_new_tokens"))
     return any(limit < wanted for limit in [*limits, *([16] if "prompt" in body else [])])
 
 
 def forces_what_is_not_there(body):
-    forced = body.get("tool_choice") not in (None, "none", "auto") and not body.get("tools")
+    choice = body.get("tool_choice")
+    kind = choice.get("type", "function") if isinstance(choice, dict) else choice
+    forced = kind not in (None, "none", "auto") and not names_of(body, "tools")
     return forced or (body.get("function_call") not in (None, "none", "auto") and not body.get("functions"))
 
 
@@ -102,7 +128,8 @@ RULES = [
     (r"the prompt has \d+ tokens( or more)?, but the context holds", lambda body: True),
     (r"the text has more than \d+ tokens", lambda body: True),
     (r"the prompt is empty", has_empty_prompt),
-    (r"the chat template refuses the messages", lambda body: "messages" in body or "input" in body),
+    (r"there are 0 messages", lambda body: {each["role"] for each in body["messages"]} == {"assistant"}),
+    (r"the chat template refuses the messages", lambda body: {"messages", "input", "system"} & body.keys()),
     (r"input\[\d+\]\.id is .*, which is no item that is kept", refers),
     (r"'input' has no message", lambda body: set(item_types(body)) == {"reasoning"}),
     (r"no function_call stands before", lambda body: "function_call_output" in item_types(body)),
@@ -113,7 +140,7 @@ RULES = [
     (r"(tool_choice|function_call) names .*, which is none of the", names_unknown_tool),
     (r"(tool_choice|function_call) is .*, but there are no", forces_what_is_not_there),
     (r"tools and functions exclude each other", lambda body: body["tools"] and body["functions"]),
-    (r"repetition_detection has patterns", lambda body: body["repetition_detection"]),
+    (r"repetition_detection has patterns", lambda body: options_of(body)["repetition_detection"]),
     (r"prompt_logprobs are not of a stream", lambda body: body["stream"]),
     (r"top_logprobs needs logprobs", lambda body: body["top_logprobs"] and not body.get("logprobs")),
     (
@@ -121,6 +148,8 @@ RULES = [
         lambda body: body["continue_final_message"] and body["add_generation_prompt"],
     ),
     (r"\d+ in logit_bias is not a token id", lambda body: body["logit_bias"]),
+    (r".* does not support thinking", lambda body: body["think"] not in (None, False)),
+    (r"a raw prompt has no template", lambda body: body["raw"] and body["system"]),
     (
         r"\S+ and \S+ exclude each other",
         lambda body: sum(body.get(name) is not None for name in (*GRAMMARS, *RULES_OF_TOKENS, *TOOLS)) > 1,
@@ -140,7 +169,8 @@ def filter_failure(context, failure, case, response):
     """False drops a failure."""
     if not isinstance(failure, RejectedPositiveData) or failure.status_code != 400:
         return True
-    message = response.json()["error"]["message"]
+    error = response.json()["error"]
+    message = error if isinstance(error, str) else error["message"]
     body = as_chat(case.body) if case.path.startswith("/v1/responses") else case.body
     return not any(re.match(pattern, message) and applies(body) for pattern, applies in RULES)
 
@@ -158,7 +188,7 @@ def before_call(context, case, **options):
         body = {name: value for name, value in body.items() if name != "previous_response_id"}
         if body.get("input") in (None, "", []):  # it may be missing beside that
             body["input"] = "x"
-    may_stream = case.path in ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-    if os.environ.get("SLEB_SCHEMATHESIS_STREAM") and may_stream and body.get("stream") in (None, False):
+    may_stream = os.environ.get("SLEB_SCHEMATHESIS_STREAM") and case.path in STREAMS
+    if may_stream and body.get("stream") in (None, False):
         body = body | {"stream": True}
     case.body = body
