@@ -12,7 +12,7 @@ from sleb.server.message.parser import MarkedParser, MessageParser
 from sleb.server.message.reasoning import ReasoningMarks, ReasoningParser, reasoning_marks
 from sleb.server.message.response_template import TemplateParser
 from sleb.server.message.special_tokens import special_token_id, thought_rules
-from sleb.server.message.tool_formats import AUTO, GPT_OSS, ToolFormat, choose
+from sleb.server.message.tool_formats import AUTO, GPT_OSS, ToolFormat, choose, knows_tools
 from sleb.server.message.tool_parser import CallMarks, ToolParser
 from sleb.server.message.tools import ToolUse
 
@@ -86,7 +86,8 @@ class AnswerReading:
 
     @property
     def _marks(self) -> CallMarks:
-        return CallMarks.of(self.form, alone=self.tool_format != AUTO)
+        # A template that knows no tools has them explained in Hermes's format, which models then write.
+        return CallMarks.of(self.form, alone=self.tool_format != AUTO and knows_tools(self.template))
 
     def grammar(self) -> GrammarSpec | None:
         """That of the calls, if there must be some, or of the answer, which may also be calls; after any thoughts."""

@@ -8,14 +8,16 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils.chat_parsing.response_parser import parse_response
 
 from sleb.engine.response_template import read_response_template
 from sleb.engine.text import TextProcessor
 from sleb.errors import ModelError
+from sleb.server.message.reading import AnswerReading
 from sleb.server.message.reasoning import join_deltas
 from sleb.server.message.response_template import TemplateParser
+from sleb.server.message.tools import ToolUse
 
+parse_response = pytest.importorskip("transformers.utils.chat_parsing.response_parser").parse_response
 NUMBERS = {"properties": {"a": {"type": "integer"}, "text": {"type": "string"}}}
 SCHEMAS = {"sum": NUMBERS, "now": None}
 TOOLS = [{"type": "function", "function": {"name": n, "parameters": p or {}}} for n, p in SCHEMAS.items()]
@@ -174,6 +176,35 @@ def test_arguments_of_an_object_come_as_they_are_written():
     assert sum(map(bool, pieces)) >= 50
 
 
+def test_it_reads_answers_unless_a_format_is_named_or_kept_by_a_grammar():
+    own = read_response_template(OBJECTS, "x")
+    text = '<call>{"name": "now", "arguments": {}}</call>'
+    for tool_format, choice, num_calls in (
+        ("auto", "auto", 1),
+        ("hermes", "auto", 0),
+        ("auto", "required", 0),
+    ):
+        use = ToolUse(TOOLS, choice, False, True, False)
+        reading = AnswerReading("{{ tools }}<tool_call>", own, None, use, None, tool_format, "assistant:")
+        assert len(told(reading.make_parser().push(text, "stop"))[2]) == num_calls
+
+
+def with_template(model_dir, tmp_path, template):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_checkpoints_template_belongs_to_its_chat_template(tiny_model_dir, tmp_path):
+    folder = with_template(tiny_model_dir, tmp_path, OBJECTS)
+    own = TextProcessor(folder).response_template
+    assert own is not None and own.fields.keys() == OBJECTS["fields"].keys()
+    (tmp_path / "other.jinja").write_text("{{ messages }}")
+    assert TextProcessor(folder, chat_template=tmp_path / "other.jinja").response_template is None
+    assert TextProcessor(tiny_model_dir).response_template is None
+
+
 def test_a_pattern_that_takes_for_ever_makes_the_rest_content(caplog):
     slow = json.loads(json.dumps(OBJECTS))
     slow["fields"]["content"] = {"close_pattern": "(b|bb)+c"}
@@ -197,9 +228,7 @@ def test_a_pattern_that_takes_for_ever_makes_the_rest_content(caplog):
 def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(
     template, reason, tiny_model_dir, tmp_path
 ):
-    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"response_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    folder = with_template(tiny_model_dir, tmp_path, template)
     with pytest.raises(ModelError, match=r"response_template in .*tokenizer_config\.json") as refused:
         TextProcessor(folder, None)
     assert reason in str(refused.value) and "--tool-format" in str(refused.value)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -219,6 +220,25 @@ def test_what_follows_the_grammar_at_random_is_calls(name):
             assert isinstance(arguments.get("sure", True), bool)
         else:
             assert (called, arguments) == ("now", {})
+
+
+BROKEN = st.sampled_from(
+    ["", " ", "\n", '"', "'", "{", "}", "(", ")", ",", "x", "now", "C", "true", "3", "<", "]"]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(TEMPLATES)), st.data())
+def test_what_the_grammar_takes_of_a_changed_text_is_a_call_that_fits_the_schema(name, data):
+    text = written(name, CALLS[:1]).strip()
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 12)))
+    changed = text[:start] + data.draw(BROKEN) + text[end:]
+    state = matcher(name)
+    if state.try_consume_tokens(list(changed.encode())) == len(changed.encode()) and state.is_accepting():
+        content, [(called, arguments)] = told(parse(name, changed, live=True))
+        assert not content and called == "get_weather"
+        jsonschema.validate(arguments, PLACE)
 
 
 SYMBOLS = [
