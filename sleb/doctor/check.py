@@ -18,7 +18,8 @@ class Check:
     Attributes:
         group: such as "streaming".
         name: the function's name, in words.
-        required: whether OpenAI's clients rely on it; else only sleb promises it.
+        required: whether the clients of that format rely on it; else only sleb promises it.
+        further: whether it is of a further wire format, which a server may lack.
         expected: what the docstring expects, up to its "Source:".
         source: where that comes from.
     """
@@ -26,29 +27,35 @@ class Check:
     group: str
     name: str
     required: bool
+    further: bool
     expected: str
     source: str
     run: CheckFunction = field(repr=False)
 
 
 class Group:
-    """Collects the checks of a module in the order of their definition."""
+    """Collects the checks of a module in the order of their definition.
 
-    def __init__(self, name: str) -> None:
+    further: whether they are of a wire format beside OpenAI's chat and completions.
+    """
+
+    def __init__(self, name: str, *, further: bool = False) -> None:
         self.name = name
+        self.further = further
         self.checks: list[Check] = []
 
     def required(self, function: CheckFunction) -> CheckFunction:
-        """Decorator: OpenAI's clients rely on this."""
+        """Decorator: clients rely on this."""
         return self._add(function, required=True)
 
     def sleb_only(self, function: CheckFunction) -> CheckFunction:
-        """Decorator: part of sleb's contract, and often of vLLM's or llama.cpp's, but not of OpenAI's description."""
+        """Decorator: of sleb's contract, and often of vLLM's or llama.cpp's, but not of what defines the format."""
         return self._add(function, required=False)
 
     def _add(self, function: CheckFunction, *, required: bool) -> CheckFunction:
         expected, mark, source = " ".join(cleandoc(function.__doc__ or "").split()).partition(" Source: ")
         assert mark, f"{function.__name__} does not say where it comes from"
         name = function.__name__.replace("_", " ")
-        self.checks.append(Check(self.name, name, required, expected, source.rstrip("."), function))
+        check = Check(self.name, name, required, self.further, expected, source.rstrip("."), function)
+        self.checks.append(check)
         return function

@@ -32,8 +32,9 @@ class Result:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the server lacks something that is required."""
-        return self.check.required and self.outcome in (Outcome.FAIL, Outcome.MISSING)
+        """Whether it lacks something required; a further wire format may be missing, but not be wrong."""
+        lacks = self.outcome is Outcome.MISSING and not self.check.further
+        return self.check.required and (lacks or self.outcome is Outcome.FAIL)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Examination:
                 "group": each.check.group,
                 "name": each.check.name,
                 "required": each.check.required,
+                "further": each.check.further,
                 "outcome": each.outcome,
                 "reason": each.reason or None,
                 "seconds": round(each.seconds, 4),

@@ -127,9 +127,9 @@ class Target:
             skip(f"the model's greedy answer is only {shown(text)}")
         return text
 
-    def stop_string(self) -> str:
-        """A few characters from the middle of `sample`, whole ones that no tokenizer rewrites."""
-        text = self.sample
+    def stop_string(self, text: str | None = None) -> str:
+        """A few characters from the middle of `text`, whole ones that no tokenizer rewrites. None: of `sample`."""
+        text = self.sample if text is None else text
         pairs = [text[start : start + 2] for start in range(len(text) // 3, len(text) - 1)]
         fit = [each for each in pairs if each.isprintable() and "\ufffd" not in each and " " not in each]
         if not fit:
@@ -175,6 +175,19 @@ def read_stream(response: httpx.Response) -> Stream:
             stream.chunks.append(chunk)
     expect(stream.chunks, "the stream holds no chunk")
     return stream
+
+
+def read_events(response: httpx.Response) -> list[tuple[str, Json]]:
+    """The events of a stream with their names; ends the check if there are none, or one is an error."""
+    if response.status_code != 200:
+        ok(response)
+    kind = response.headers.get("content-type", "of no type")
+    expect("text/event-stream" in kind, f"the content type is {kind}")
+    events = [(event.event, json.loads(event.data)) for event in EventSource(response).iter_sse()]
+    expect(events, "the stream holds no event")
+    for name, event in events:
+        expect(name != "error", f"an error in the stream: {shown(json.dumps(event))}")
+    return events
 
 
 def shown(value: object) -> str:

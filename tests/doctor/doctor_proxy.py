@@ -72,7 +72,7 @@ class Proxy:
         self.num_tokens = 0
         self._upstream = upstream
         self._client = httpx.AsyncClient(timeout=30)
-        methods = ["GET", "POST", "HEAD", "OPTIONS"]
+        methods = ["GET", "POST", "DELETE", "HEAD", "OPTIONS"]
         app = Starlette(routes=[Route("/{path:path}", self._handle, methods=methods)])
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 
 from sleb.client.connection import open_client
 from sleb.doctor.outcome import Outcome
-from sleb.doctor.run import choose_checks, run_check
+from sleb.doctor.run import choose_checks, examine, run_check
 from sleb.doctor.target import Target
 from sleb.engine.config import EngineConfig
 from sleb.engine.engine import Engine
@@ -29,9 +30,9 @@ from sleb.server.options import ServeOptions
 from sleb.server.run import base_url, bind_socket, make_server
 
 
-def _load_proxy() -> Any:
+def _load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(
-        "sleb_tests_proxy", Path(__file__).with_name("doctor_proxy.py")
+        f"sleb_tests_{name}", Path(__file__).with_name(f"{name}.py")
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,7 +41,7 @@ def _load_proxy() -> Any:
     return module
 
 
-proxies = _load_proxy()
+proxies = _load("doctor_proxy")
 Call, Reply, Fault, Proxy = proxies.Call, proxies.Reply, proxies.Fault, proxies.Proxy
 Before = Callable[[Any], Any]
 After = Callable[[Any, Any], None]
@@ -700,15 +701,32 @@ FAULTS = [
 ]
 
 
+FORMAT_FAULTS = _load("format_faults").make(Fault, Reply)
+
+
 @pytest.fixture(scope="module")
 def proxy(tiny_model_dir: Any, tiny_chain: Any) -> Iterator[Proxy]:
+    yield from _run_proxy(tiny_model_dir, tiny_chain)
+
+
+@pytest.fixture(scope="module")
+def wide_proxy(tiny_model_dir: Any, tiny_chain: Any, tmp_path_factory: Any) -> Iterator[Proxy]:
+    """Before a server whose context holds tools, a byte a token, so that all answers are its own."""
+    folder = tmp_path_factory.mktemp("wide") / "tiny-llama"
+    shutil.copytree(tiny_model_dir, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 1300}))
+    yield from _run_proxy(folder, tiny_chain)
+
+
+def _run_proxy(folder: Path, chain: Any) -> Iterator[Proxy]:
     config = EngineConfig(
-        model=str(tiny_model_dir),
-        layer_map=tiny_chain,
+        model=str(folder),
+        layer_map=chain,
         tiers=(0, 3),
         dtype="float32",
         device="cpu",
-        kv_cache_memory=0.01,
+        kv_cache_memory=0.03,
     )
     context = ServerContext.create(Engine(config), ServeOptions(port=0, warm_up=False), 64)
     sock = bind_socket("127.0.0.1", 0)
@@ -735,6 +753,13 @@ def target(proxy: Proxy) -> Iterator[Target]:
         yield Target(http, "tiny-llama", "right")
 
 
+@pytest.fixture
+def wide_target(wide_proxy: Proxy) -> Iterator[Target]:
+    wide_proxy.fault = None
+    with open_client(wide_proxy.url, "right", 30) as http:
+        yield Target(http, "tiny-llama", "right")
+
+
 @pytest.mark.parametrize("name", [*SKIPPED, *(name for name in CHECKS if name.split(":")[0] in STAND_IN)])
 def test_a_check_passes_on_a_right_server(name: str, target: Target) -> None:
     assert run_check(CHECKS[name], target) == (Outcome.PASS, "")
@@ -746,15 +771,40 @@ def test_a_wrong_server_is_caught(
 ) -> None:
     monkeypatch.setattr("sleb.doctor.checks.operation._ABORT_SECONDS", 0.3)
     proxy.fault = fault
+    _expect_caught(fault, target)
+
+
+@pytest.mark.parametrize("fault", FORMAT_FAULTS, ids=[fault.name for fault in FORMAT_FAULTS])
+def test_a_wrong_further_format_is_caught(fault: Fault, wide_proxy: Proxy, wide_target: Target) -> None:
+    wide_proxy.fault = fault
+    _expect_caught(fault, wide_target)
+
+
+@pytest.mark.parametrize("name", [name for name, check in CHECKS.items() if check.further])
+def test_a_further_format_passes_on_a_right_server(name: str, wide_target: Target) -> None:
+    assert run_check(CHECKS[name], wide_target) == (Outcome.PASS, "")
+
+
+def test_a_further_format_may_be_missing(wide_proxy: Proxy, wide_target: Target) -> None:
+    wide_proxy.fault = Fault("chat alone", (), before=lambda call: Reply.error(404))
+    further = [check for check in CHECKS.values() if check.further]
+    for strict in (False, True):
+        examination = examine(wide_target, further, strict=strict)
+        assert {each.outcome for each in examination.results} <= {Outcome.MISSING, Outcome.DIFFERS}
+        assert bool(examination.problems) == strict
+
+
+def _expect_caught(fault: Fault, target: Target) -> None:
     for name in fault.checks:
         check = CHECKS[name]
         outcome, reason = run_check(check, target)
-        wanted = Outcome.FAIL if check.required else Outcome.DIFFERS
-        assert outcome in (wanted, Outcome.MISSING), f"{name}: {outcome} {reason}"
+        wanted = [Outcome.FAIL if check.required else Outcome.DIFFERS]
+        wanted += [] if check.further else [Outcome.MISSING]  # which would fail nothing
+        assert outcome in wanted, f"{name}: {outcome} {reason}"
         assert reason
 
 
 def test_every_check_can_fail() -> None:
-    caught = {name for fault in FAULTS for name in fault.checks}
+    caught = {name for fault in (*FAULTS, *FORMAT_FAULTS) for name in fault.checks}
     assert caught <= set(CHECKS)
     assert set(CHECKS) - caught == set()

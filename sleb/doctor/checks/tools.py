@@ -30,7 +30,8 @@ TOOLS = [_tool("get_weather", "The weather in a city."), _tool("get_time", "The 
 _OPTIONS: Json = {"tools": TOOLS, "temperature": 0, "max_tokens": 200}
 
 
-def _expect_call(name: str, arguments: str, names: tuple[str, ...] = ("get_weather", "get_time")) -> None:
+def expect_call(name: str, arguments: str, names: tuple[str, ...] = ("get_weather", "get_time")) -> None:
+    """Ends the check as failed unless it is a call of one of the functions, with arguments by PARAMETERS."""
     expect(name in names, f"the function is {shown(name)}")
     try:
         value = json.loads(arguments)
@@ -54,7 +55,7 @@ def a_required_call_is_made(target: Target) -> None:
     for call in _calls(answer):
         expect(call["type"] == "function", f"type is {shown(call['type'])}")
         expect(isinstance(call["id"], str) and call["id"], f"id is {shown(call['id'])}")
-        _expect_call(call["function"]["name"], call["function"]["arguments"])
+        expect_call(call["function"]["name"], call["function"]["arguments"])
     reason = answer["choices"][0]["finish_reason"]
     expect(reason in ("tool_calls", "stop"), f"finish_reason is {shown(reason)}")
 
@@ -65,7 +66,7 @@ def a_named_call_is_made(target: Target) -> None:
     for name in ("get_time", "get_weather"):
         choice = {"type": "function", "function": {"name": name}}
         [call, *_] = _calls(target.chat(QUESTION, tool_choice=choice, **_OPTIONS))
-        _expect_call(call["function"]["name"], call["function"]["arguments"], (name,))
+        expect_call(call["function"]["name"], call["function"]["arguments"], (name,))
 
 
 @GROUP.required
@@ -107,7 +108,7 @@ def a_call_streams(target: Target) -> None:
     expect(own[0].get("id") and own[0]["function"].get("name"), f"the first delta is {shown(own[0])}")
     names = [delta["function"]["name"] for delta in own if (delta.get("function") or {}).get("name")]
     expect(len(names) == 1, f"the name comes {len(names)} times")
-    _expect_call(names[0], "".join((d.get("function") or {}).get("arguments") or "" for d in own))
+    expect_call(names[0], "".join((d.get("function") or {}).get("arguments") or "" for d in own))
     expect(stream.finish_reasons() in (["tool_calls"], ["stop"]), f"it ends by {stream.finish_reasons()}")
 
 
