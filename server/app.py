@@ -13,14 +13,15 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Security
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
-from sleb.server import api
+from sleb.server import api, traces
 from sleb.server.api import docs, health
 from sleb.server.browsers import Callers
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
 from sleb.server.keys import ApiKeys
-from sleb.server.middleware import Gate
+from sleb.server.middleware import Gate, find_route
 from sleb.server.routing import Route, errors
 from sleb.version import __version__
 
@@ -41,6 +42,14 @@ def create_app(context: ServerContext) -> FastAPI:
             task.cancel()
         await context.engine.stop()
 
+    routers = find_routers()
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
+    root = context.options.root
+
+    def is_open(scope: Scope) -> bool:
+        """Whether a request is for probes or the page's files."""
+        return find_route(scope["path"], routes, root)[1].is_open
+
     # FastAPI's own pages come from a CDN, which a server without a network does not have: see sleb.server.api.docs.
     app = FastAPI(
         title="sleb",
@@ -50,9 +59,9 @@ def create_app(context: ServerContext) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        **traces.settings(leaves_out=is_open),
     )
     app.state.context = context
-    routers = find_routers()
     schemes = (  # described only: see ApiKeys
         HTTPBearer(scheme_name="key", auto_error=False),
         APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False),
@@ -65,13 +74,10 @@ def create_app(context: ServerContext) -> FastAPI:
             guarded = {"dependencies": dependencies, "responses": errors(401, model=kind.error_model)}
         app.include_router(router, **guarded)
     install_handlers(app)
-    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     docs.install(app, routes)
     keys = ApiKeys(context.options.keys, [route for route in routes if route.is_open])
     callers = Callers(context.options.host, context.options.allowed_hosts, context.options.origins)
-    app.add_middleware(
-        Gate, callers=callers, keys=keys, routes=routes, metrics=context.metrics, root=context.options.root
-    )
+    app.add_middleware(Gate, callers=callers, keys=keys, routes=routes, metrics=context.metrics, root=root)
     if context.options.origins:  # outermost: a browser asks first, without the key
         app.add_middleware(
             CORSMiddleware,

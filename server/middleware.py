@@ -13,6 +13,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sleb.server import traces
 from sleb.server.browsers import Callers
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import ApiError, json_response, to_api_error
@@ -32,12 +33,16 @@ def request_id(headers: Headers) -> str:
     return given or f"req-{uuid.uuid4().hex}"
 
 
-def find_route(path: str, routes: Sequence[Route]) -> tuple[str, type[Route]]:
+def find_route(path: str, routes: Sequence[Route], root: str = "") -> tuple[str, type[Route]]:
     """The path as a route has it, and the class of that route, `Route` if there is none.
 
-    One slash for several, and none at the end; /v1 before a path that only a route with it has, as llama.cpp's.
+    Without `root`, below which a proxy may serve all of this; one slash for several, and none at the end; /v1 before a
+    path that only a route with it has, as llama.cpp's.
     """
-    path = _SLASHES.sub("/", path).rstrip("/") or "/"
+    path = _SLASHES.sub("/", path)
+    if root and f"{path}/".startswith(f"{root}/"):
+        path = path[len(root) :]
+    path = path.rstrip("/") or "/"
     for known in (path, f"/v1{path}"):
         for route in routes:
             if route.path_regex.match(known):
@@ -79,7 +84,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         identifier = request_id(headers)
-        status, begin, exchange = 0, time.monotonic(), Exchange()
+        status, begin, exchange, span = 0, time.monotonic(), Exchange(), traces.current_span()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -89,11 +94,11 @@ class Gate:
                 answer["X-Request-Id"] = identifier
                 answer["Request-Id"] = identifier  # as Anthropic's clients look for it
                 answer["Server-Timing"] = server_timing(exchange, (time.monotonic() - begin) * 1e3)
+            elif not message.get("more_body"):
+                traces.describe(span, identifier, exchange)  # with its last byte a span ends
             await send(message)
 
-        whole = _SLASHES.sub("/", scope["path"])
-        is_below = bool(self._root) and f"{whole}/".startswith(f"{self._root}/")
-        path, route_class = find_route(whole[len(self._root) :] if is_below else whole, self._routes)
+        path, route_class = find_route(scope["path"], self._routes, self._root)
 
         def tell_error(error: ApiError) -> Response:
             note_failure(error.code or str(error.status))
@@ -109,9 +114,7 @@ class Gate:
             self._callers.check(scope["method"], headers)
             key = self._keys.check(path, headers)
             exchange.key, inner["state"]["key"] = key.name, key.digest
-            if (
-                is_below and whole == self._root and inner["method"] == "GET"
-            ):  # where relative links would be wrong
+            if scope["path"] == self._root and inner["method"] == "GET":  # links of the page would go wrong
                 await RedirectResponse(f"{self._root}/")(inner, receive, send_with_id)
             elif scope["method"] == "OPTIONS":
                 await self._options(inner, tell_error)(inner, receive, send_with_id)
@@ -128,8 +131,11 @@ class Gate:
             EXCHANGE.reset(token)
             route, is_open = inner.get("route"), getattr(inner.get("route"), "is_open", False)
             status, seconds = status or CLIENT_GONE, time.monotonic() - begin
+            traces.describe(span, identifier, exchange)
             # An open path is asked by probes every second.
-            log_request(scope, identifier, status, seconds, exchange, quiet=is_open)
+            log_request(
+                scope, identifier, status, seconds, exchange, trace=traces.trace_id(span), quiet=is_open
+            )
             self._metrics.count_exchange(exchange, scope["method"], getattr(route, "path", "other"), status)
 
     def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:

@@ -16,11 +16,19 @@ _MAX_PATH, _MAX_CLIENT = 200, 64  # characters
 
 
 def log_request(
-    scope: Scope, identifier: str, status: int, seconds: float, exchange: Exchange, *, quiet: bool
+    scope: Scope,
+    identifier: str,
+    status: int,
+    seconds: float,
+    exchange: Exchange,
+    *,
+    trace: str | None,
+    quiet: bool,
 ) -> None:
     """Writes the line of a request that is over.
 
-    quiet: it is of interest to whoever looks for faults of this server only. Neither the query nor a key is told.
+    trace: the id of its OpenTelemetry trace. quiet: it is of interest to whoever looks for faults of this server only.
+    Neither the query nor a key is told.
     """
     client = scope.get("client")
     facts = {
@@ -32,12 +40,14 @@ def log_request(
         "ms": round(seconds * 1e3, 3),
         "client": shown_text(client[0][:_MAX_CLIENT]) if client else "unknown",  # a proxy may have told it
         "key": exchange.key,
+        "trace": trace,
         **exchange.answer,
     }
     text = "request %(request)s: %(method)s %(path)s %(status)d"
     text += " %(code)s" if facts["code"] else ""
     text += " in %(ms).0f ms, from %(client)s"
     text += ", key %(key)s" if facts["key"] else ""
+    text += ", trace %(trace)s" if trace else ""
     if exchange.answer:
         text += (
             ", model %(model)s, prompt %(prompt_tokens)d tokens (%(cached_tokens)d cached), generated "

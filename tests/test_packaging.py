@@ -24,7 +24,8 @@ from packaging.utils import canonicalize_name
 from sleb.kernels.cpu.build import LIBRARY_NAME, find_compiler, has_key, source_key, unsupported
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED_AS = {"markdown-it-py": "markdown_it", "pyyaml": "yaml"}  # packages whose module has another name
+# Packages whose module has another name.
+IMPORTED_AS = {"pyyaml": "yaml", "markdown-it-py": "markdown_it", "opentelemetry-sdk": "opentelemetry"}
 OF_OTHERS = {"jinja2", "uvloop"}  # transformers' chat templates and uvicorn take them, and ask for neither
 LINKED = ("engine", "kernels", "server", "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

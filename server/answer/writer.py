@@ -209,3 +209,4 @@ class AnswerWriter(ABC):
             yield self.failure(answer)
         if self.end:
             yield self.end
+        self.close()  # before the message that ends the response: with that a trace's span ends

@@ -151,9 +151,12 @@ def fake_engine_script():
 class Process:
     """A server in a process of its own, started and ready."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, environment):
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [sys.executable, *map(str, command)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT | environment,
         )
         self.lines = []
         self.url = None
@@ -188,8 +191,8 @@ class Process:
 def start_process():
     processes = []
 
-    def start(*command):
-        processes.append(Process(*command))
+    def start(*command, environment=()):
+        processes.append(Process(*command, environment=dict(environment)))
         return processes[-1]
 
     yield start
