@@ -1,4 +1,4 @@
-"""`sleb serve`: an OpenAI-compatible server for every depth of a pruned model."""
+"""`sleb serve`: a server for every depth of a pruned model, by the APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @with_settings("serve")
 def serve(model: DemoModel = DEMO, *, engine: EngineConfig, options: ServeOptions) -> None:
-    """Serve a model, at one depth or several, behind an OpenAI-compatible API.
+    """Serve a model, at one depth or several, by the APIs of OpenAI, Anthropic and Ollama.
 
     With no arguments: the demo, SmolLM2-135M-Instruct with its own map at depths 0, 3 and 6; the first time it is
     fetched, under a progress bar.
