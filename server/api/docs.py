@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -10,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from functools import cache
 from html import escape
+from threading import Lock
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +27,7 @@ from sleb.server.routing import REFERENCE, Route
 router = APIRouter(route_class=Route, include_in_schema=False)
 
 _SUMMARY = (
-    "A server for every depth of a pruned model, for OpenAI's clients. An error has the shape of its wire format, "
+    "A server for every depth of a pruned model, for clients of OpenAI, Anthropic and Ollama. An error has the shape of its wire format, "
     'OpenAI\'s is `{"error": {"message", "type", "param", "code"}}`. Every answer has the headers `X-Request-Id` and '
     "`Server-Timing`."
 )
@@ -63,26 +65,31 @@ _HEADERS = {
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
     """Makes `app.openapi`, which /openapi.json answers, FastAPI's description with what only this server knows."""
 
+    building = Lock()
+
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=_SUMMARY,
-                routes=app.routes,
-                servers=[{"url": root}] if (root := app.state.context.options.root) else None,
-                separate_input_output_schemas=False,
-            )
-            for route in routes:
-                if (
-                    route.body_model is not None
-                ):  # as pydantic says it: FastAPI makes floats of integer bounds
-                    _place(TypeAdapter(route.body_model).json_schema(ref_template=REFERENCE), document)
-            _complete(document, app.state.context)
-            app.openapi_schema = document
-        return app.openapi_schema
+        with building:
+            if app.openapi_schema is None:
+                app.openapi_schema = _describe(app, routes)
+            return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe(app: FastAPI, routes: Sequence[Route]) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=_SUMMARY,
+        routes=app.routes,
+        servers=[{"url": root}] if (root := app.state.context.options.root) else None,
+        separate_input_output_schemas=False,
+    )
+    for route in routes:
+        if route.body_model is not None:  # as pydantic says it: FastAPI makes floats of integer bounds
+            _place(TypeAdapter(route.body_model).json_schema(ref_template=REFERENCE), document)
+    _complete(document, app.state.context)
+    return document
 
 
 def _complete(document: dict[str, Any], context: ServerContext) -> None:
@@ -116,15 +123,20 @@ def _place(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
 @router.get("/openapi.json")
 async def openapi_json(request: Request) -> Response:
     """The description for programs."""
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(await _document(request))
 
 
 @router.get("/docs")
 async def docs(request: Request) -> Response:
     """The description for people."""
     url = str(request.base_url).rstrip("/") + get_context(request).options.root
-    page = render(request.app.openapi(), url)
+    page = render(await _document(request), url)
     return Response(page, media_type="text/html", headers=_HEADERS)
+
+
+async def _document(request: Request) -> dict[str, Any]:
+    """Made in a thread, since the first time takes a second, for which the streams of others would wait."""
+    return await asyncio.to_thread(request.app.openapi)
 
 
 @cache

@@ -152,7 +152,7 @@ const sidebarActions = {
 
 function send(text) {
   if (!text.trim() || running.has(chat.id)) return;
-  if (!chat.turns.length) chat.title = text.trim().replace(/\s+/g, " ").slice(0, 60);
+  if (!chat.turns.length) chat.title = text.trim().replace(/\s+/g, " ").slice(0, 120);
   const turn = { text, answers: [] };
   chat.turns.push(turn);
   stuck = true;

@@ -8,16 +8,15 @@ import { blocksText, blockStrip } from "./tiers.js";
 const MAX_COMPARED = 100_000; // characters
 const FRAME_MS = 60; // between two renderings of a stream, longer where rendering itself is slow
 
-/** "41.3 tokens/s · first token 0.12 s · 128 tokens" */
-export function statsText(answer) {
-  const { stats } = answer;
-  if (!stats) return "";
+/** "41.3 tokens/s", "first token 0.12 s", "128 tokens" */
+function statsParts({ stats }) {
+  if (!stats) return [];
   const parts = [];
   if (stats.rate) parts.push(`${stats.rate.toFixed(1)} tokens/s`);
   if (stats.firstMs !== null) parts.push(`first token ${(stats.firstMs / 1000).toFixed(2)} s`);
   parts.push(`${stats.exact ? "" : "about "}${stats.tokens} ${stats.tokens === 1 ? "token" : "tokens"}`);
   if (stats.finish === "length") parts.push("length limit reached");
-  return parts.join(" · ");
+  return parts;
 }
 
 function detailsText({ stats, seed }) {
@@ -79,7 +78,9 @@ export class AnswerView {
     this.thinking.classList.toggle("live", running && !answer.content);
     await Promise.all([showMarkdown(this.thought, answer.reasoning), this.renderBody()]);
     this.renderNotice();
-    this.stats.textContent = statsText(answer);
+    const parts = statsParts(answer); // each breaks from the next at a line's end, not within
+    this.stats.replaceChildren(...parts.flatMap((part, index) =>
+      [el("span", { text: index < parts.length - 1 ? `${part} ·` : part }), " "]));
     this.stats.title = detailsText(answer);
     this.lastMs = performance.now() - begin;
     this.isRendering = false;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 import json
 import os
@@ -10,10 +9,7 @@ import re
 import subprocess
 from html.parser import HTMLParser
 
-import httpx
-
 from sleb.server.api.docs import render
-from sleb.server.app import create_app
 
 
 class Page(HTMLParser):
@@ -143,13 +139,8 @@ def test_docs_of_a_document_with_markup_in_it():
     assert json.loads(sent) == {evil: evil}
 
 
-def test_examples_and_links_stay_below_the_path_of_a_proxy(server):
-    transport = httpx.ASGITransport(create_app(server.context), root_path="/below")
-
-    async def load():
-        async with httpx.AsyncClient(transport=transport, base_url=server.url) as client:
-            return (await client.get("/below/docs")).text
-
-    page = asyncio.run(load())
+def test_examples_and_links_stay_below_the_path_of_a_proxy(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, root_path="/below")
+    page = server.http.get("/docs").text
     assert f"curl {server.url}/below/v1/models" in page
     assert not [link for link in Page(page).links if link.startswith("/")]
