@@ -22,22 +22,27 @@ class TokenSpans:
         self._data = bytearray()
         self._ends: list[int] = []  # of each token in the data
         self._place = 0  # up to where texts have been found
+        self._new = 0  # where the tokens of the last `add` begin
         self._next = 0  # the first token that made none of them
 
     def add(self, token_ids: Sequence[int]) -> None:
         """Takes the next tokens."""
+        self._new = len(self._data)
         for token_id in token_ids:
             self._data += self._texts.utf8(token_id)
             self._ends.append(len(self._data))
 
-    def take(self, text: str) -> range:
+    def take(self, text: str, opens: bool) -> range:
         """The numbers of the tokens that made the next text, without those of an earlier one.
 
-        Texts come in their order, with marks between. Where the bytes are not found (those of a broken character are
-        not), it is all tokens that are left.
+        Texts come in their order. Between them are marks and calls, which may hold the same letters: a text that
+        `opens` an item is looked for first in the newest tokens, behind those. Where the bytes are not found (those of
+        a broken character are not), it is all tokens that are left.
         """
         wanted = text.encode()
-        begin = self._data.find(wanted, self._place)
+        begin = self._data.rfind(wanted, max(self._place, self._new)) if opens else -1
+        if begin < 0:
+            begin = self._data.find(wanted, self._place)
         end = begin + len(wanted) if begin >= 0 else len(self._data)
         begin = max(begin, self._place)
         first = self._next
@@ -115,14 +120,15 @@ class OutputBuilder:
         return events
 
     def _continue(self, delta: Delta) -> Event:
+        opens = not self._pieces
         self._pieces.append(delta.text)
         if delta.kind == "arguments":
             return self._of_item("response.function_call_arguments.delta", delta=delta.text)
         if delta.kind == "reasoning":
-            self.num_reasoning_tokens += len(self._spans.take(delta.text))
+            self.num_reasoning_tokens += len(self._spans.take(delta.text, opens))
             return self._of_part("response.reasoning_text.delta", delta=delta.text)
         entries: list[Any] = []
-        made = self._spans.take(delta.text)
+        made = self._spans.take(delta.text, opens)
         if self._num_top is not None:
             tokens = self._logprobs[made.start : made.stop]
             entries = chat_logprobs(tokens, self._num_top, self._texts)["content"] or []
