@@ -18,6 +18,7 @@ from sleb.server.errors import ApiError
 from sleb.server.message.reasoning import Delta
 
 SIGNATURE = "unsigned"  # clients feed only thoughts back that have one; nobody here checks it
+NO_THREADS = "thread_unsupported_request"  # at which Anthropic's clients send the whole conversation instead
 _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -130,9 +131,15 @@ class Ping(TypedDict):
     type: Literal["ping"]
 
 
+class ErrorDetails(TypedDict):
+    error_code: str
+    unsupported: list[str]
+
+
 class ErrorObject(TypedDict):
     type: str
     message: str
+    details: NotRequired[ErrorDetails]
 
 
 class MessagesError(TypedDict):
@@ -158,12 +165,10 @@ def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
         kind = "overloaded_error"
     else:
         kind = _ERROR_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    told = error.body()["error"]
-    return {
-        "type": "error",
-        "error": {"type": kind, "message": told["message"]},
-        "request_id": request_id,
-    }
+    told = {"type": kind, "message": error.body()["error"]["message"]}
+    if error.code == NO_THREADS:
+        told["details"] = {"error_code": error.code, "unsupported": [error.param]}
+    return {"type": "error", "error": told, "request_id": request_id}
 
 
 class MessagesWriter(AnswerWriter):

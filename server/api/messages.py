@@ -11,8 +11,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from sleb.errors import RequestError
 from sleb.server.answer.converse import begin, count_tokens
 from sleb.server.answer.messages_writer import (
+    NO_THREADS,
     MessagesAnswer,
     MessagesError,
     MessagesEvent,
@@ -259,6 +261,12 @@ class CountTokensBody(SamplingBody):
     @classmethod
     def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
         refuse_of_chat(fields, cls.model_fields)
+        if fields.get("thread") is not None:  # whose next turn would bring new messages alone
+            raise RequestError(
+                "threads are not kept here; send every message with each request, and no 'thread'",
+                param="thread",
+                code=NO_THREADS,
+            )
         return super().prepare(fields)
 
     def unknown_names(self) -> Iterator[str]:

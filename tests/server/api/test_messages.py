@@ -414,6 +414,29 @@ def test_headers_and_queries_of_the_clients(ask):
         assert response.headers["request-id"] == response.headers["x-request-id"]
 
 
+def test_a_runner_of_tools_goes_on_without_threads(messages, ask, rendered):
+    """Its client asks for a thread, that its second turn may bring new messages alone."""
+    response = ask("hello", thread={"type": "create"})
+    assert response.status_code == 400
+    details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    assert response.json()["error"]["details"] == details
+
+    @anthropic.beta_tool
+    def weather(city: str, days: int) -> str:
+        """The weather in a city."""
+        return f"{city}: rain for {days} days"
+
+    messages.engine.answer = messages.engine.encode(CALL)
+    client = anthropic.Anthropic(base_url=messages.url, api_key="none", max_retries=0)
+    runner = client.beta.messages.tool_runner(
+        model="fake", max_tokens=400, max_iterations=2, tools=[weather], messages=[turn("user", "hello")]
+    )
+    assert [answer.stop_reason for answer in runner] == ["tool_use", "tool_use"]
+    first, second = (conversation for conversation, _ in rendered)
+    assert second[: len(first)] == first and [each["role"] for each in second[1:]] == ["assistant", "tool"]
+    assert second[-1]["content"] == "Osl\u00f6: rain for 2 days"
+
+
 def test_what_changes_no_answer_is_taken(messages, ask, rendered):
     server_tool = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
     response = ask(
