@@ -1,4 +1,4 @@
-"""Haystack's OpenAI generators: an answer, its stream, a required tool call and its result, a schema, errors."""
+"""Haystack's generators for chat completions and Responses: answers, streams, tools, a schema, errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 sys.path[0] += "/common"  # and so not this file, which has the package's name
 
 import openai
-from haystack.components.generators.chat import OpenAIChatGenerator
+from haystack.components.generators.chat import OpenAIChatGenerator, OpenAIResponsesChatGenerator
 from haystack.dataclasses import ChatMessage
 from haystack.tools import create_tool_from_function
 from haystack.utils import Secret
@@ -57,6 +57,7 @@ def check(kind: type, greedy: dict[str, object]) -> None:
 
 
 check(OpenAIChatGenerator, {"temperature": 0, "max_tokens": 200})
+check(OpenAIResponsesChatGenerator, {"temperature": 0, "max_output_tokens": 200})
 [typed] = OpenAIChatGenerator(
     api_key=Secret.from_token("none"), api_base_url=url, model=model,
     generation_kwargs={"temperature": 0, "max_tokens": 200, "response_format": Capital},

@@ -1,4 +1,4 @@
-"""promptfoo: an evaluation of two depths over chat completions, with assertions on text and on JSON by a schema."""
+"""promptfoo: evaluations over chat completions (of two depths), Responses and messages; text, and JSON by a schema."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ schema = {
 PROMPT = "What is the capital of {{country}}?"
 common = {"apiBaseUrl": url, "apiKey": "none", "temperature": 0, "max_tokens": 120}
 form = {"type": "json_schema", "json_schema": {"name": "capital", "strict": True, "schema": schema}}
-PREFIXES = {"chat": "openai:chat:"}
+anthropic = {"apiBaseUrl": url.removesuffix("/v1"), "apiKey": "none", "temperature": 0, "max_tokens": 120}
 
 
 def evaluate(providers: list[dict[str, object]], check: dict[str, object]) -> list[dict[str, object]]:
@@ -52,13 +52,18 @@ def evaluate(providers: list[dict[str, object]], check: dict[str, object]) -> li
     return results
 
 
-plain = [{"id": PREFIXES["chat"] + tier, "label": f"chat {tier}", "config": common} for tier in tiers]
+limit = {"max_output_tokens": 120}
+plain = [
+    *({"id": f"openai:chat:{tier}", "label": f"chat {tier}", "config": common} for tier in tiers),
+    {"id": f"openai:responses:{model}", "label": f"responses {model}", "config": common | limit},
+    {"id": f"anthropic:messages:{model}", "label": f"messages {model}", "config": anthropic},
+]
 for result in evaluate(plain, {"type": "regex", "value": r"\w+"}):
     name = result["provider"]["label"].split()[1]
     assert result["response"]["output"] == chat(
         url, name, PROMPT.replace("{{country}}", result["vars"]["country"])
     )
     assert result["response"]["tokenUsage"]["completion"] > 0, result["response"]
-typed = [{"id": PREFIXES["chat"] + model, "config": common | {"response_format": form}}]
+typed = [{"id": f"openai:chat:{model}", "config": common | {"response_format": form}}]
 evaluate(typed, {"type": "is-json", "value": schema})
 print("promptfoo ok")
