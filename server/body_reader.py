@@ -61,10 +61,15 @@ class BodyReader:
             chunks.append(chunk)
             self._under_way[limit] = num_bytes
             self._num_bytes += len(chunk)
-            limit.reschedule(begin + self._timeout + num_bytes / _LEAST_RATE)
+            self._reschedule(limit, begin + self._timeout + num_bytes / _LEAST_RATE)
             if self._num_bytes > _NUM_AT_ONCE * self.max_bytes:
-                next(iter(self._under_way)).reschedule(begin)
+                self._reschedule(next(iter(self._under_way)), begin)
         return b"".join(chunks)
+
+    @staticmethod
+    def _reschedule(limit: asyncio.Timeout, when: float) -> None:
+        if not limit.expired():  # else its task ends when its turn comes
+            limit.reschedule(when)
 
     def _too_large(self) -> ApiError:
         return ApiError(

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from sleb.server.body_reader import BodyReader
 from sleb.server.wire import BoundedProtocol, WireLimits
 
 BODY = b'{"prompt": "abc", "max_tokens": 1}'
@@ -187,6 +188,32 @@ def test_the_oldest_of_too_many_half_bodies_gives_way(serve_engine, fake_engine)
     finally:
         for client in clients:
             client.close()
+
+
+class HalfRequest:
+    """A request whose body stops half-way, `delay` turns of the event loop after the others'."""
+
+    def __init__(self, delay):
+        self.headers = {}
+        self._delay = delay
+
+    async def stream(self):
+        for _ in range(self._delay):
+            await asyncio.sleep(0)
+        yield b"x" * 10_000
+        await asyncio.Event().wait()
+
+
+def test_a_half_body_that_gives_way_is_told_so_once():
+    """Others come between its being told and its end."""
+
+    async def read_all():
+        reader = BodyReader(10_100, 0.2)
+        return await asyncio.gather(
+            *(reader.read(HalfRequest(delay)) for delay in range(60)), return_exceptions=True
+        )
+
+    assert {getattr(each, "status", each) for each in asyncio.run(read_all())} == {408}
 
 
 class Transport:
