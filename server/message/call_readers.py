@@ -226,11 +226,15 @@ class TaggedReader(CallReader):
 
 
 class PythonReader(CallReader):
-    """`name(key=value, …)` from behind the bracket on; values are literals of Python or of JSON."""
+    """`name(key=value, …)` from behind the bracket on; values are literals of Python or of JSON.
 
-    def __init__(self, name: str) -> None:
+    Templates of Llama leave the quotes of texts out, or put other values in them too: `schema` tells which is meant.
+    """
+
+    def __init__(self, name: str, schema: Any) -> None:
         super().__init__(name)
         self.name = name
+        self._schema = schema
         self._state: Literal["key", "value"] = "key"
         self._buffer = ""
         self._key = ""
@@ -256,7 +260,7 @@ class PythonReader(CallReader):
         elif character in _CLOSE and self._depth:
             self._depth -= 1
         elif character in ",)" and not self._depth:
-            value = python_literal(self._buffer.strip())
+            value = self._value(self._buffer.strip())
             if value is None:
                 self._new += self._buffer
                 return False
@@ -270,6 +274,13 @@ class PythonReader(CallReader):
         # A line end in a string, which Python would have as an escape.
         self._buffer += "\\n" if self._quote and character == "\n" else character
         return None
+
+    def _value(self, text: str) -> str | None:
+        """The JSON of a value; None if it is none."""
+        found, is_word = python_literal(text), is_text(self._schema, self._key)
+        if found is None:
+            return dump(text) if is_word and text and not set(text) & set(_OPEN + _CLOSE + "'\"") else None
+        return found if is_word or not found.startswith('"') else dump(typed(json.loads(found)))
 
     def _step_key(self, character: str) -> bool | None:
         key = self._buffer.strip()

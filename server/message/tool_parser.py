@@ -251,7 +251,7 @@ class ToolParser:
             return False
         if front.endswith("("):
             self._python_list = self._in_list
-            self._read(PythonReader(name), "")
+            self._read(PythonReader(name, self._schemas.get(name)), "")
         else:
             reader = TaggedReader(name, form, self._schemas.get(name))
             self._read(reader, front[-1] if front[-1] in "{<" else "")

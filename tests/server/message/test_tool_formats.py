@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -306,6 +307,23 @@ def test_arguments_stream_behind_a_mark(name):
     parser = make_parser(name)
     pieces = [[delta.text for delta in parser.push(each, None) if delta.kind == "arguments"] for each in text]
     assert sum(map(bool, pieces)) >= (2 if name == "lfm2" else 50)
+
+
+def test_pythonic_calls_as_templates_of_llama_write_them():
+    """Without the quotes of texts (3.2), or with quotes about every value (4)."""
+    bare = "[get_weather(city=New York, unit=C, days=3, sure=True, at=[1]), now()]"
+    quoted = '[get_weather(city="New York", unit="C", days="3", sure="True", at="[1]"), now()]'
+    wanted = [
+        ("get_weather", {"city": "New York", "unit": "C", "days": 3, "sure": True, "at": [1]}),
+        ("now", {}),
+    ]
+    assert told(parse("pythonic", bare)) == told(parse("pythonic", quoted)) == ("", wanted)
+    assert not told(parse("pythonic", "[get_weather(city=f(1))]"))[1]
+
+
+def test_the_documentation_names_every_format():
+    text = (Path(__file__).parents[3] / "docs/serving.md").read_text()
+    assert [name for name in TEMPLATES if f"`{name}`" not in text] == []
 
 
 def test_a_format_that_is_named_reads_no_other():
