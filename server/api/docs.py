@@ -27,7 +27,7 @@ from sleb.server.routing import REFERENCE, Route
 router = APIRouter(route_class=Route, include_in_schema=False)
 
 _SUMMARY = (
-    "A server for every depth of a pruned model, for clients of OpenAI, Anthropic and Ollama. An error has the shape of "
+    "Every depth of a pruned model, for clients of OpenAI, Anthropic and Ollama. An error has the shape of "
     'its wire format, OpenAI\'s is `{"error": {"message", "type", "param", "code"}}`. Every answer has the headers '
     "`X-Request-Id` and `Server-Timing`."
 )
