@@ -231,7 +231,7 @@ def curl_line(url: str, model: str, can_chat: bool, needs_key: bool) -> str:
     if can_chat:
         path, prompt = (
             "chat/completions",
-            '"messages": [{"role": "user", "content": "What is the capital of France?"}]',
+            '"messages": [{"role": "user", "content": "What is the capital of Japan?"}]',
         )
     body = f'{{"model": {json.dumps(model)}, {prompt}, "max_tokens": 64, "temperature": 0}}'
     key = ' -H "Authorization: Bearer $SLEB_API_KEY"' if needs_key else ""
