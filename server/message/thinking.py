@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sleb.server.message.reasoning import reasoning_marks
+
 # Of Qwen 3, SmolLM 3 and GLM; of DeepSeek V3.1 and Granite.
 _SWITCHES = ("enable_thinking", "thinking")
 _EFFORT = "reasoning_effort"  # of gpt-oss
-_MARKS = ("<think>", "<|channel|>analysis")
-_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # what others call those of a template
+# What others call those of a template.
+_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
 
 
 def thinking_variables(template: str | None, think: bool | None, effort: str | None = None) -> dict[str, Any]:
@@ -28,5 +30,4 @@ def thinking_variables(template: str | None, think: bool | None, effort: str | N
 
 def can_think(template: str | None) -> bool:
     """Whether a chat template shows that the model thinks before it answers."""
-    text = template or ""
-    return any(mark in text for mark in _MARKS) or bool(thinking_variables(text, True, "low"))
+    return reasoning_marks(template, None) is not None or bool(thinking_variables(template, True, "low"))

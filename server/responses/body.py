@@ -12,6 +12,7 @@ from sleb.server.conversation import Conversation
 from sleb.server.errors import shorten
 from sleb.server.grammar.grammar_spec import GrammarSpec, Part
 from sleb.server.grammar.structured import answer_grammar, schema_text
+from sleb.server.message.thinking import thinking_variables
 from sleb.server.message.tools import (
     MAX_TOOLS,
     NAME_PATTERN,
@@ -277,7 +278,10 @@ class ResponsesBody(GenerationBody):
             answer=self.answer_grammar(),
             allowed_token_ids=self.allowed_token_ids,
             bad_words=self.bad_words,
-            template_variables=effort_variables(effort, template) | (self.chat_template_kwargs or {}),
+            template_variables=thinking_variables(
+                template, None if effort is None else effort != "none", effort
+            )
+            | (self.chat_template_kwargs or {}),
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             num_logprobs=self.num_logprobs,
         )
@@ -375,15 +379,6 @@ def _text_grammar(text: TextConfig | None) -> GrammarSpec | None:
             param=param,
         )
     return GrammarSpec((Part("answer", "json", schema_text(schema, param)),), param)
-
-
-def effort_variables(effort: Effort | None, template: str | None) -> dict[str, Any]:
-    """reasoning.effort in the words of a chat template: those that it has of enable_thinking and reasoning_effort."""
-    if effort is None or template is None:
-        return {}
-    words = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
-    said = {"enable_thinking": effort != "none", "reasoning_effort": words.get(effort, effort)}
-    return {name: value for name, value in said.items() if name in template}
 
 
 def _unsupported(param: str, what: str, remedy: str) -> None:

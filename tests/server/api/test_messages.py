@@ -455,6 +455,49 @@ def test_what_changes_no_answer_is_taken(messages, ask, rendered):
     assert not {"metadata", "service_tier", "container", "inference_geo", "cache_control"} & unknown.keys()
 
 
+def test_a_request_of_claude_code(messages, ask, rendered):
+    """As version 2.1.332 sends it: max_tokens beyond any context here, a system message in the middle."""
+    assert messages.http.head("/").status_code == 200  # its first request
+    cached = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    tool = WEATHER | {"eager_input_streaming": True} | cached
+    found = events(
+        ask(
+            "hello",
+            f"{PATH}?beta=true",
+            {"anthropic-version": "2023-06-01", "anthropic-beta": "claude-code-20250219,effort-2025-11-24"},
+            max_tokens=32000,
+            stream=True,
+            thinking={"type": "adaptive"},
+            output_config={"effort": "high"},
+            context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            metadata={"user_id": "{}"},
+            temperature=1,
+            tools=[tool],
+            system=[
+                {"type": "text", "text": "Be Claude Code."},
+                {"type": "text", "text": "Be brief."} | cached,
+            ],
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"} | cached],
+                },
+                {"role": "system", "content": "It is Monday."},
+            ],
+        )
+    )
+    check_order(found)
+    assert found[-2]["delta"]["stop_reason"] == "end_turn"
+    ((conversation, options),) = rendered
+    assert [(message["role"], message["content"]) for message in conversation] == [
+        ("system", "Be Claude Code.\nBe brief."),
+        ("user", "a\nb"),
+        ("system", "It is Monday."),
+    ]
+    assert [tool["function"]["name"] for tool in options["tools"]] == ["weather"]
+    assert options["variables"] == {"reasoning_effort": "high"}
+
+
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 SCHEMA = {"type": "json_schema", "schema": {"type": 5}}
 REFUSED = {
