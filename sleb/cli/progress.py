@@ -30,12 +30,14 @@ class Bar:
         transient: bool = True,
         in_background: bool = True,
     ) -> None:
+        console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             *columns,
-            console=console or Console(stderr=True),
+            console=console,
             transient=transient,
             auto_refresh=in_background,
+            disable=transient and not console.is_terminal,  # it would leave an empty line in a log
         )
         self._task: TaskID | None = None
 
