@@ -334,7 +334,7 @@ AUTO = "auto"
 def choose(template: str | None, name: str | None = None) -> ToolFormat:
     """The format called `name`; with none, or "auto", the one that a chat template shows.
 
-    Hermes's if the template knows no tools: `offer_in_text` explains that one. Raises KeyError for an unknown name.
+    Hermes's if the template knows no tools: `offer_in_text` explains that one. A name is one of `NAMES`.
     """
     if name not in (None, AUTO):
         return next(each for each in FORMATS if each.name == name)
