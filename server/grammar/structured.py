@@ -112,7 +112,7 @@ def _response_format(body: GenerationBody) -> GrammarSpec | None:
         return None
     if kind == "json_object":
         schema = given.get("schema")
-        return _spec("json", schema_text(_ANY_OBJECT if schema in (None, {}) else schema, param), param)
+        return json_grammar(None if schema == {} else schema, param)
     if kind != "json_schema":
         raise RequestError(
             f"response_format.type is {shorten(kind)}; it must be 'text', 'json_object' or 'json_schema'",
@@ -121,7 +121,7 @@ def _response_format(body: GenerationBody) -> GrammarSpec | None:
     described = given.get("json_schema")
     if not isinstance(described, dict) or described.get("schema") is None:
         raise RequestError("response_format.json_schema.schema is missing", param=param)
-    return _spec("json", schema_text(described["schema"], param), param)
+    return json_grammar(described["schema"], param)
 
 
 def _single_fields(body: GenerationBody) -> list[GrammarSpec | None]:
@@ -156,7 +156,7 @@ def _of_kind(kind: str, value: Any, param: str) -> GrammarSpec | None:
     if value is None:
         return None
     if kind == "json":
-        return _spec("json", schema_text(value, param), param)
+        return json_grammar(value, param)
     if kind == "choice":
         return _spec("lark", _choice(value, param), param)
     if not isinstance(value, str):

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sleb.errors import RequestError
 from sleb.server.conversation import Conversation
 from sleb.server.errors import shorten
-from sleb.server.grammar.grammar_spec import GrammarSpec, Part
-from sleb.server.grammar.structured import answer_grammar, schema_text
+from sleb.server.grammar.grammar_spec import GrammarSpec
+from sleb.server.grammar.structured import answer_grammar, json_grammar
 from sleb.server.message.thinking import thinking_variables
 from sleb.server.message.tools import (
     MAX_TOOLS,
@@ -366,7 +366,7 @@ def _text_grammar(text: TextConfig | None) -> GrammarSpec | None:
     kind = given.get("type")
     if kind == "text":
         return None
-    schema: Any = {"type": "object"}
+    schema: Any = None
     if kind == "json_schema":
         schema, param = given.get("schema"), "text.format.schema"
         if not isinstance(schema, dict):
@@ -378,7 +378,7 @@ def _text_grammar(text: TextConfig | None) -> GrammarSpec | None:
             f"text.format.type is {shorten(kind)}; it must be 'text', 'json_object' or 'json_schema'",
             param=param,
         )
-    return GrammarSpec((Part("answer", "json", schema_text(schema, param)),), param)
+    return json_grammar(schema, param)
 
 
 def _unsupported(param: str, what: str, remedy: str) -> None:
