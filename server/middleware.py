@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +17,7 @@ from sleb.server.browsers import Callers
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import ApiError, json_response, to_api_error
 from sleb.server.exchange import EXCHANGE, Exchange, note_failure
+from sleb.server.ids import new_id
 from sleb.server.keys import ApiKeys
 from sleb.server.request_log import CLIENT_GONE, log_request
 from sleb.server.routing import Route
@@ -30,7 +30,7 @@ _SLASHES = re.compile(r"/{2,}")
 def request_id(headers: Headers) -> str:
     """The client's X-Request-Id, cut and without characters that could forge a header or a log line, or a new one."""
     given = _NOT_IN_REQUEST_ID.sub("", headers.get("x-request-id", "")[:_MAX_REQUEST_ID])
-    return given or f"req-{uuid.uuid4().hex}"
+    return given or new_id("req-")
 
 
 def find_route(path: str, routes: Sequence[Route], root: str = "") -> tuple[str, type[Route]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from sleb.engine.outputs import TokenLogprobs
@@ -10,6 +9,7 @@ from sleb.server.answer.choices_writer import ChoicesWriter
 from sleb.server.answer.converse import Begun
 from sleb.server.answer.logprobs import chat_logprobs
 from sleb.server.answer.writer import Piece
+from sleb.server.ids import new_id
 from sleb.server.message.reasoning import Delta
 from sleb.server.protocol import ChatBody
 
@@ -67,7 +67,7 @@ class ChatWriter(ChoicesWriter):
         )
         if self._legacy:
             return {"function_call": function}
-        head = {"id": _call_id(), "type": "function"} if delta.kind == "call" else {}
+        head = {"id": new_id("call_", 24), "type": "function"} if delta.kind == "call" else {}
         return {"tool_calls": [{"index": delta.index} | head | {"function": function}]}
 
     def content(self, piece: Piece) -> dict[str, Any]:
@@ -88,14 +88,10 @@ class ChatWriter(ChoicesWriter):
             message["function_call"] = calls[0]
         elif calls:
             message["tool_calls"] = [
-                {"id": _call_id(), "type": "function", "function": call} for call in calls
+                {"id": new_id("call_", 24), "type": "function", "function": call} for call in calls
             ]
         return {
             "message": message,
             "logprobs": self._logprobs(piece.logprobs),
             "finish_reason": self._finish_reason(piece),
         }
-
-
-def _call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"

@@ -11,6 +11,7 @@ from sleb.server.answer.logprobs import prompt_logprobs
 from sleb.server.answer.streaming import DONE, KEEP_ALIVE
 from sleb.server.answer.writer import AnswerWriter, Piece
 from sleb.server.context import ServerContext
+from sleb.server.ids import new_id
 from sleb.server.message.parser import MessageParser
 from sleb.server.protocol import GenerationBody, StreamOptions
 
@@ -38,7 +39,7 @@ class ChoicesWriter(AnswerWriter):
         self.tells_usage = self._options.continuous_usage_stats
         self._last_chunk: dict[str, Any] = {}
         self._envelope: dict[str, Any] = {
-            "id": generation.new_id(self.id_prefix),
+            "id": new_id(self.id_prefix),
             "object": self.chunk_object_name if body.stream else self.object_name,
             "created": generation.created,
             "model": generation.model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,11 +75,6 @@ class Generation:
         self.cancelled = False
         self._failed = False
         self._closed = False
-
-    @staticmethod
-    def new_id(prefix: str) -> str:
-        """An id for an answer, such as "chatcmpl-…": `prefix` and 32 hexadecimal digits."""
-        return f"{prefix}{uuid.uuid4().hex}"
 
     @property
     def num_choices(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -15,6 +14,7 @@ from sleb.server.answer.streaming import named_event
 from sleb.server.answer.writer import AnswerWriter, Piece
 from sleb.server.answer_models import Count, RequestMetrics, Timings
 from sleb.server.errors import ApiError
+from sleb.server.ids import new_id
 from sleb.server.message.reasoning import Delta
 
 SIGNATURE = "unsigned"  # clients feed only thoughts back that have one; nobody here checks it
@@ -194,7 +194,7 @@ class MessagesWriter(AnswerWriter):
 
     def opening(self) -> list[Any]:
         message: dict[str, Any] = {
-            "id": self.generation.new_id("msg_"),
+            "id": new_id("msg_"),
             "type": "message",
             "role": "assistant",
             "model": self.generation.model,
@@ -224,7 +224,7 @@ class MessagesWriter(AnswerWriter):
         if delta.kind == "call":
             block = {
                 "type": "tool_use",
-                "id": f"toolu_{uuid.uuid4().hex[:24]}",
+                "id": new_id("toolu_", 24),
                 "name": delta.text,
                 "input": {},
             }

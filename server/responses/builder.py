@@ -8,8 +8,9 @@ from typing import Any
 from sleb.engine.outputs import TokenLogprobs
 from sleb.server.answer.logprobs import chat_logprobs
 from sleb.server.answer.token_text import TokenTexts
+from sleb.server.ids import new_id
 from sleb.server.message.reasoning import Delta
-from sleb.server.responses.items import Item, new_id
+from sleb.server.responses.items import Item
 
 Event = dict[str, Any]
 
@@ -103,14 +104,14 @@ class OutputBuilder:
         item: Item
         fields: Item
         if kind == "arguments":
-            fields = {"call_id": new_id("call"), "name": name, "arguments": ""}
-            item = {"id": new_id("fc"), "type": "function_call", "status": "in_progress", **fields}
+            fields = {"call_id": new_id("call_"), "name": name, "arguments": ""}
+            item = {"id": new_id("fc_"), "type": "function_call", "status": "in_progress", **fields}
         elif kind == "reasoning":
             fields = {"summary": [], "content": [], "encrypted_content": None}
-            item = {"id": new_id("rs"), "type": "reasoning", "status": "in_progress", **fields}
+            item = {"id": new_id("rs_"), "type": "reasoning", "status": "in_progress", **fields}
         else:
             fields = {"role": "assistant", "content": []}
-            item = {"id": new_id("msg"), "type": "message", "status": "in_progress", **fields}
+            item = {"id": new_id("msg_"), "type": "message", "status": "in_progress", **fields}
         self.output.append(item)
         # Events keep what an item was when they were made.
         events = [self.event("response.output_item.added", output_index=self._index, item=dict(item))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
+from sleb.server.ids import new_id
 from sleb.server.message.incoming import MAX_MESSAGES
 
 MAX_ITEMS = MAX_MESSAGES
@@ -80,11 +80,6 @@ class ReferenceItem(BaseModel):
 InputItem = MessageItem | CallItem | CallOutputItem | ReasoningItem | ReferenceItem
 
 
-def new_id(prefix: str) -> str:
-    """An id, such as "msg_…"."""
-    return f"{prefix}_{uuid.uuid4().hex}"
-
-
 def read_input(given: Any, find: Callable[[str], Item | None]) -> list[Item]:
     """The items of a request's `input`, checked, with ids and statuses.
 
@@ -144,7 +139,7 @@ def _read_item(item: Any, where: str, find: Callable[[str], Item | None]) -> Ite
 def _item(given: Item, prefix: str, kind: str, fields: Item) -> Item:
     identifier, status = given.get("id"), given.get("status")
     return {
-        "id": identifier if isinstance(identifier, str) and identifier else new_id(prefix),
+        "id": identifier if isinstance(identifier, str) and identifier else new_id(f"{prefix}_"),
         "type": kind,
         "status": status if status in ("in_progress", "completed", "incomplete") else "completed",
         **fields,

@@ -11,9 +11,10 @@ from sleb.server.answer.converse import Begun
 from sleb.server.answer.streaming import KEEP_ALIVE, named_event
 from sleb.server.answer.writer import AnswerWriter, Piece
 from sleb.server.errors import ApiError
+from sleb.server.ids import new_id
 from sleb.server.responses.body import ResponsesBody
 from sleb.server.responses.builder import Event, OutputBuilder
-from sleb.server.responses.items import Item, new_id
+from sleb.server.responses.items import Item
 from sleb.server.responses.models import ALWAYS_NULL
 from sleb.server.responses.store import ResponseStore
 
@@ -36,7 +37,7 @@ class ResponseWriter(AnswerWriter):
         earlier: tuple[bytes, ...],
     ) -> None:
         super().__init__(begun.context, begun.generation, body.stream, begun.shape.make_parser)
-        self.id = new_id("resp")
+        self.id = new_id("resp_")
         self.owner = owner
         self._builder = OutputBuilder(begun.context.token_texts, body.num_logprobs)
         self._events: list[Event] = []  # of pieces that are not told yet
