@@ -30,10 +30,10 @@ from sleb.server.message.incoming import MAX_MESSAGES
 from sleb.server.message.thinking import thinking_variables
 from sleb.server.message.tools import (
     MAX_TOOLS,
-    NAME_PATTERN,
     Function,
     FunctionName,
     Parameters,
+    ToolName,
     ToolUse,
     make_tool_use,
 )
@@ -187,7 +187,7 @@ def _object_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 class CustomToolParam(_Part):
     type: Literal["custom"] | None = None
-    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+    name: ToolName
     description: str | None = None
     input_schema: Annotated[dict[str, Any], AfterValidator(_object_schema), described_as(Parameters)]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sleb.server.protocol import ChatBody
 
 MAX_TOOLS = 256
-NAME_PATTERN = "[a-zA-Z0-9_.-]{1,64}"
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class Parameters(BaseModel):
@@ -32,7 +32,7 @@ class Parameters(BaseModel):
 class Function(BaseModel):
     """A function that can be called; `given` is all that was said of it, in its order, as the model shall see it."""
 
-    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+    name: ToolName
     description: str | None = None
     parameters: Parameters | None = None
     _given: dict[str, Any] = PrivateAttr()

@@ -15,10 +15,10 @@ from sleb.server.grammar.structured import answer_grammar, json_grammar
 from sleb.server.message.thinking import thinking_variables
 from sleb.server.message.tools import (
     MAX_TOOLS,
-    NAME_PATTERN,
     Function,
     FunctionName,
     Parameters,
+    ToolName,
     ToolUse,
     make_tool_use,
 )
@@ -48,14 +48,13 @@ Includable = Literal[
 ]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")  # what the model is shown of a tool
-Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 
 
 class FunctionTool(BaseModel):
     """A function that can be called."""
 
     type: Literal["function"]
-    name: Name
+    name: ToolName
     description: str | None = None
     parameters: Parameters | None = None
     strict: bool | None = Field(
