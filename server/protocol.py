@@ -348,7 +348,7 @@ class ChatBody(GenerationBody):
     def check(self) -> None:
         super().check()
         if self.audio is not None or any(modality != "text" for modality in self.modalities or ()):
-            _unsupported("modalities", "audio is", "this model reads and writes text")
+            refuse_unsupported("modalities", "audio is", "this model reads and writes text")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         _check_one_end(self)
@@ -389,9 +389,9 @@ class CompletionBody(GenerationBody):
     def check(self) -> None:
         super().check()
         if self.suffix:
-            _unsupported("suffix", "suffix is", "leave it out")
+            refuse_unsupported("suffix", "suffix is", "leave it out")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            _unsupported("best_of", "best_of other than n is", "leave it out, or set it to n")
+            refuse_unsupported("best_of", "best_of other than n is", "leave it out, or set it to n")
 
 
 def _tokenize_shapes(schema: dict[str, Any]) -> None:
@@ -450,5 +450,6 @@ def _check_one_end(body: ChatBody | TokenizeBody) -> None:
         )
 
 
-def _unsupported(param: str, what: str, remedy: str) -> None:
+def refuse_unsupported(param: str, what: str, remedy: str) -> None:
+    """Raises the RequestError that says so of a field. what: with its verb, "suffix is"."""
     raise RequestError(f"{what} not supported in this version; {remedy}", param=param, code="unsupported")

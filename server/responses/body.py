@@ -32,6 +32,7 @@ from sleb.server.protocol import (
     describe_other_names,
     described_as,
     in_range,
+    refuse_unsupported,
 )
 from sleb.server.responses.items import MAX_ITEMS, InputItem
 
@@ -201,21 +202,21 @@ class ResponsesBody(GenerationBody):
     @classmethod
     def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
         if fields.get("background") is True:
-            _unsupported("background", "background is", "stream the answer, or wait for it")
+            refuse_unsupported("background", "background is", "stream the answer, or wait for it")
         return super().prepare(fields)
 
     def check(self) -> None:
         super().check()
         if self.conversation is not None:
-            _unsupported("conversation", "conversations are", "use previous_response_id")
+            refuse_unsupported("conversation", "conversations are", "use previous_response_id")
         if self.prompt is not None:
-            _unsupported("prompt", "prompts that are kept are", "send input and instructions")
+            refuse_unsupported("prompt", "prompts that are kept are", "send input and instructions")
         if self.moderation is not None:
-            _unsupported("moderation", "moderation is", "leave it out")
+            refuse_unsupported("moderation", "moderation is", "leave it out")
         if self.context_management not in (None, []):
-            _unsupported("context_management", "compaction is", "set truncation to auto")
+            refuse_unsupported("context_management", "compaction is", "set truncation to auto")
         if self.prompt_logprobs is not None:
-            _unsupported("prompt_logprobs", "prompt_logprobs are", "ask /v1/chat/completions")
+            refuse_unsupported("prompt_logprobs", "prompt_logprobs are", "ask /v1/chat/completions")
 
     def unknown_names(self) -> Iterator[str]:
         yield from super().unknown_names()
@@ -378,7 +379,3 @@ def _text_grammar(text: TextConfig | None) -> GrammarSpec | None:
             param=param,
         )
     return json_grammar(schema, param)
-
-
-def _unsupported(param: str, what: str, remedy: str) -> None:
-    raise RequestError(f"{what} not supported in this version; {remedy}", param=param, code="unsupported")
