@@ -262,6 +262,13 @@ def refuse_of_chat(fields: Mapping[str, Any], known: Collection[str]) -> None:
             )
 
 
+def num_alternatives(logprobs: bool, top_logprobs: int | None) -> int | None:
+    """How many are told with each token; None: no log-probabilities. Raises RequestError for some without those."""
+    if top_logprobs and not logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return (top_logprobs or 0) if logprobs else None
+
+
 class GenerationBody(SamplingBody):
     """Fields that chat and plain completions share."""
 
@@ -349,8 +356,7 @@ class ChatBody(GenerationBody):
         super().check()
         if self.audio is not None or any(modality != "text" for modality in self.modalities or ()):
             refuse_unsupported("modalities", "audio is", "this model reads and writes text")
-        if self.top_logprobs and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        num_alternatives(self.logprobs, self.top_logprobs)
         _check_one_end(self)
 
     def conversation(self) -> Conversation:
@@ -369,7 +375,7 @@ class ChatBody(GenerationBody):
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=self.continue_final_message,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
-            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            num_logprobs=num_alternatives(self.logprobs, self.top_logprobs),
             num_prompt_logprobs=self.prompt_logprobs,
         )
 

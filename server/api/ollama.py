@@ -32,6 +32,7 @@ from sleb.server.protocol import (
     SamplingBody,
     TrueByDefault,
     in_range,
+    num_alternatives,
     refuse_of_chat,
 )
 from sleb.server.protocol import (
@@ -154,13 +155,12 @@ class _GenerationFields(RequestBody):
             yield from self.options.unknown_names()
 
     def check(self) -> None:
-        if self.top_logprobs and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+        num_alternatives(self.logprobs, self.top_logprobs)
 
     @property
     def num_top(self) -> int | None:
         """Alternatives told with each token; None: no log-probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return num_alternatives(self.logprobs, self.top_logprobs)
 
     def sampling(self) -> dict[str, Any]:
         """The fields of SamplingParams that were given."""
