@@ -324,10 +324,11 @@ async def _begin_raw(request: Request, body: OllamaGenerateBody, text: str, mode
     """A prompt that no template is put around."""
     context = get_context(request)
     context.engine.check()
-    if body.system:
-        raise RequestError(
-            "a raw prompt has no template, and so no place for system: leave it out", param="system"
-        )
+    for name, value in (("system", body.system), ("think", body.think)):
+        if value:
+            raise RequestError(
+                f"a raw prompt has no template, and so no place for {name}: leave it out", param=name
+            )
     engine, tier = context.engine.engine, context.tier(model)
     sampling = {"max_tokens": None} | body.sampling() | {"logprobs": body.num_top}
     SamplingParams(**sampling)  # a value out of range is told before anything is computed

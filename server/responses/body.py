@@ -32,6 +32,7 @@ from sleb.server.protocol import (
     describe_other_names,
     described_as,
     in_range,
+    refuse_of_chat,
     refuse_unsupported,
 )
 from sleb.server.responses.items import MAX_ITEMS, InputItem
@@ -203,6 +204,7 @@ class ResponsesBody(GenerationBody):
     def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
         if fields.get("background") is True:
             refuse_unsupported("background", "background is", "stream the answer, or wait for it")
+        refuse_of_chat(fields, cls.model_fields)
         return super().prepare(fields)
 
     def check(self) -> None:

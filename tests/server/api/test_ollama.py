@@ -336,6 +336,7 @@ REFUSED = {
     "suffix": ("/api/generate", {"suffix": "x"}, "suffix"),
     "context": ("/api/generate", {"context": [1, 2]}, "context"),
     "system of a raw prompt": ("/api/generate", {"raw": True, "system": "a"}, "system"),
+    "thoughts of a raw prompt": ("/api/generate", {"raw": True, "think": True}, "think"),
     "option": ("/api/chat", {"options": {"mirostat": 2}}, "mirostat"),
     "option out of range": ("/api/chat", {"options": {"temperature": -1}}, "temperature"),
     "options": ("/api/chat", {"options": [1]}, "options"),

@@ -358,6 +358,7 @@ REFUSED = [
     ({"input": "a", "context_management": [{"type": "compaction"}]}, "context_management"),
     ({"input": "a", "n": 2}, "n"),
     ({"input": "a", "messages": [{"role": "user", "content": "x"}]}, "messages"),
+    ({"input": "a", "logprobs": True}, "logprobs"),
     ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
     ({"input": "a", "max_output_tokens": "5"}, "max_output_tokens"),
     ({"input": "a", "include": ["everything"]}, "include"),
