@@ -34,7 +34,7 @@ def request_id(headers: Headers) -> str:
 
 
 def find_route(path: str, routes: Sequence[Route], root: str = "") -> tuple[str, type[Route]]:
-    """The path as a route has it, and the class of that route, `Route` if there is none.
+    """The path as a route has it, and the class of that route; if there is none, the one whose errors tell so.
 
     Without `root`, below which a proxy may serve all of this; one slash for several, and none at the end; /v1 before a
     path that only a route with it has, as llama.cpp's.
@@ -47,7 +47,21 @@ def find_route(path: str, routes: Sequence[Route], root: str = "") -> tuple[str,
         for route in routes:
             if route.path_regex.match(known):
                 return known, type(route)
-    return path, Route
+    return path, _family(path, routes)
+
+
+def _family(path: str, routes: Sequence[Route]) -> type[Route]:
+    """The class of all routes near a path that has none, such as /v1/messages/batches or /api/nothing; else `Route`.
+
+    A client of another format reads errors of its own shape only. Never an open class: nothing there needs no key.
+    """
+    begin = path.split("/", 3)[:3]
+    for above in ("/".join(begin), "/v1" + "/".join(begin[:2]), "/".join(begin[:2])):
+        found = {type(route) for route in routes if f"{route.path}/".startswith(f"{above}/")}
+        if found:
+            [only, *others] = found
+            return Route if others or only.is_open else only
+    return Route
 
 
 def server_timing(exchange: Exchange, total: float) -> str:

@@ -179,6 +179,24 @@ def test_unknown_routes_and_methods(server):
     assert response.headers["allow"] == "POST"
 
 
+def test_an_unknown_path_is_told_as_its_neighbours_tell_errors(server):
+    for path in ("/v1/messages/batches", "/messages/batches", "/v1/messages/batches/msgbatch_1/results"):
+        told = server.http.post(path, json={})
+        assert told.status_code == 404
+        assert told.json()["type"] == "error" and told.json()["error"]["type"] == "not_found_error"
+    for path in ("/api/nothing", "/api/nothing/at/all"):
+        told = server.http.post(path, json={})
+        assert (told.status_code, type(told.json()["error"])) == (404, str)
+    for path in ("/v1/nothing", "/v1/chat/nothing", "/nothing", "/v1", "/apix", "/" + "a/" * 2000):
+        assert "does not exist" in error_of(server.http.get(path), 404)["message"], path
+
+
+def test_an_unknown_path_beside_open_ones_needs_a_key(serve_engine, fake_engine):
+    server = serve_engine(fake_engine, api_keys=("key",))
+    for path in ("/health/nothing", "/v1/health/nothing", "/api/nothing", "/v1/messages/nothing", "/nothing"):
+        assert server.http.get(path).status_code == 401, path
+
+
 def test_body_limit_holds_with_and_without_a_length(serve_engine, fake_engine):
     server = serve_engine(fake_engine, max_body_mb=1000 / 2**20)
     assert error_of(server.complete("x" * 2000), 413)["message"].startswith(
