@@ -96,7 +96,8 @@ def to_api_error(error: BaseException) -> ApiError:
 def install_handlers(app: FastAPI) -> None:
     """Makes every error of `app` an answer of the route's, also those that the framework raises.
 
-    `request.state.tell_error`, an ApiError's answer, is what sleb.server.middleware knows for the path.
+    `request.state.tell_error`, an ApiError's answer, and `allowed`, the methods, are what sleb.server.middleware knows for
+    the path.
     """
 
     def tell(request: Request, error: ApiError) -> Response:
@@ -109,12 +110,13 @@ def install_handlers(app: FastAPI) -> None:
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         where = f"{request.method} {shorten(request.url.path)[1:-1]}"
-        messages = {
-            404: f"{where} does not exist; the API begins at /v1",
-            405: f"{where} is not allowed; this path takes {(error.headers or {}).get('Allow', 'other methods')}",
-        }
-        message = messages.get(error.status_code, str(error.detail))
-        return tell(request, ApiError(error.status_code, message, headers=error.headers))
+        message, headers = str(error.detail), error.headers
+        if error.status_code == 404:
+            message = f"{where} does not exist; the API begins at /v1"
+        elif error.status_code == 405:  # the framework's knows the methods of one route of several
+            headers = {"Allow": request.state.allowed()}
+            message = f"{where} is not allowed; this path takes {headers['Allow']}"
+        return tell(request, ApiError(error.status_code, message, headers=headers))
 
     async def on_validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -121,6 +121,7 @@ class Gate:
 
         inner = dict(scope, path=path, raw_path=path.encode(), state={**scope.get("state", {})})
         inner["state"] |= {"request_id": identifier, "tell_error": tell_error}
+        inner["state"]["allowed"] = lambda: self._methods(inner)
         if scope["method"] == "HEAD":  # the server drops the body: it looks at its own copy of the method
             inner["method"] = "GET"
         token = EXCHANGE.set(exchange)
@@ -152,8 +153,8 @@ class Gate:
             )
             self._metrics.count_exchange(exchange, scope["method"], getattr(route, "path", "other"), status)
 
-    def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:
-        """The methods of a path, as a bare OPTIONS asks."""
+    def _methods(self, scope: Scope) -> str:
+        """The methods of a path, as the header Allow lists them; empty for a path that does not exist."""
         methods: set[str] = set()
         first: str | None = None  # of the paths that match, some with a parameter, that which answers
         for route in self._routes:
@@ -161,7 +162,12 @@ class Gate:
             if match != Match.NONE and first in (None, route.path):
                 first = route.path
                 methods |= route.methods or set()
-        if not methods:
+        if methods:
+            methods |= {"OPTIONS", "HEAD"} if "GET" in methods else {"OPTIONS"}
+        return ", ".join(sorted(methods))
+
+    def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:
+        """What a bare OPTIONS asks."""
+        if not (allowed := self._methods(scope)):
             return tell_error(ApiError(404, "this path does not exist; the API begins at /v1"))
-        methods |= {"OPTIONS", "HEAD"} if "GET" in methods else {"OPTIONS"}
-        return Response(status_code=204, headers={"Allow": ", ".join(sorted(methods))})
+        return Response(status_code=204, headers={"Allow": allowed})

@@ -40,4 +40,4 @@ class GrammarSpec:
     def or_else(self, other: GrammarSpec) -> GrammarSpec:
         """Either this or `other`."""
         either = Part("either", "lark", f"start: @{self.parts[0].name} | @{other.parts[0].name}")
-        return GrammarSpec((either, *self.parts, *other.parts), other.param)
+        return GrammarSpec((either, *self.parts, *other.parts), f"{self.param} or {other.param}")

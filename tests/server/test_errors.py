@@ -176,7 +176,10 @@ def test_unknown_routes_and_methods(server):
     assert "does not exist" in error_of(server.http.get("/v2/models"), 404)["message"]
     response = server.http.get("/v1/chat/completions")
     assert "POST" in error_of(response, 405)["message"]
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "OPTIONS, POST"
+    response = server.http.put("/v1/responses/resp_1")
+    assert "DELETE, GET, HEAD, OPTIONS" in error_of(response, 405)["message"]
+    assert response.headers["allow"] == "DELETE, GET, HEAD, OPTIONS"
 
 
 def test_an_unknown_path_is_told_as_its_neighbours_tell_errors(server):
@@ -289,3 +292,12 @@ def test_bytes_that_are_no_http_do_not_hurt(server):
         sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
         assert sock.recv(100).startswith(b"HTTP/1.1 400")
     assert server.http.get("/health").status_code == 200
+
+
+def test_a_schema_that_cannot_be_used_is_told_with_all_fields_it_may_be_in(server):
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema | {"required": ["a"]}}}
+    said = [{"role": "user", "content": "a"}]
+    body = {"messages": said, "tools": [tool], "response_format": {"type": "json_object"}}
+    told = error_of(server.http.post("/v1/chat/completions", json=body), 400)
+    assert told["message"].startswith("tools or response_format cannot be used: ")
