@@ -96,8 +96,8 @@ def to_api_error(error: BaseException) -> ApiError:
 def install_handlers(app: FastAPI) -> None:
     """Makes every error of `app` an answer of the route's, also those that the framework raises.
 
-    `request.state.tell_error`, an ApiError's answer, and `allowed`, the methods, are what sleb.server.middleware knows for
-    the path.
+    `request.state.tell_error`, an ApiError's answer, and `allowed`, the methods, are what sleb.server.middleware knows
+    of the path.
     """
 
     def tell(request: Request, error: ApiError) -> Response:
