@@ -307,7 +307,7 @@ class TestWhole:
         result.check(engine)
         context = SimpleNamespace(
             engine=SimpleNamespace(engine=engine),
-            options=SimpleNamespace(results=(result,)),
+            results=(result,),
             created=0,
             names=name_tiers(engine, ()),
         )
