@@ -1,7 +1,7 @@
 """What lm_eval.py wrote, against transformers on the same weights in float32: lm_eval_reference.py FILE FOLDER MAP.
 
-FOLDER has the model, MAP says which blocks each depth lacks. Imports neither sleb nor lm-eval, whose rules for
-contexts and windows are written out here.
+FOLDER has the model, MAP says which blocks each depth lacks and what stands in their place. Imports neither sleb nor
+lm-eval, whose rules for contexts and windows are written out here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TOLERANCE = 1e-3
 
 
-class Reference:
-    """A model at one depth; `layers` are all of its blocks."""
+class Patch(torch.nn.Module):
+    """What stands where a run of blocks was: h + W h / rms(h) + b."""
 
-    def __init__(self, model: Any, tokenizer: Any, layers: list[Any], removed: list[int]) -> None:
-        kept = [layer for block, layer in enumerate(layers) if block not in removed]
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.epsilon = weight.float(), bias.float(), epsilon
+
+    def forward(self, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+        mean = hidden.square().mean(-1, keepdim=True)
+        return hidden + hidden * (mean + self.epsilon).rsqrt() @ self.weight.T + self.bias
+
+
+def read_patches(file: Path, depth: int, epsilon: float) -> dict[int, Patch]:
+    """The patches of a depth by the first block that each replaces."""
+    found = {}
+    with safe_open(file, "pt") as tensors:
+        for number, told in enumerate(json.loads(tensors.metadata()["patches"])):
+            if told["first_depth"] <= depth <= (told["last_depth"] or depth):
+                assert (told["form"], told["normed"]) == ("full", True)
+                values = (tensors.get_tensor(f"{number}.{name}") for name in ("weight", "bias"))
+                found[int(told["first"].split(".")[0])] = Patch(*values, epsilon)
+    return found
+
+
+class Reference:
+    """A model at one depth; `layers` are all of its blocks, `patches` what stands where some are removed."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, layers: list[Any], removed: list[int], patches: dict[int, Patch]
+    ) -> None:
+        kept = [
+            patches.get(block, layer)
+            for block, layer in enumerate(layers)
+            if block in patches or block not in removed
+        ]
         for number, layer in enumerate(kept):
-            layer.self_attn.layer_idx = number  # its place in the cache
+            if not isinstance(layer, Patch):
+                layer.self_attn.layer_idx = number  # its place in the cache
         model.model.layers = torch.nn.ModuleList(kept)
         model.config.num_hidden_layers = len(kept)
         self.model, self.tokenizer = model, tokenizer
@@ -111,13 +143,16 @@ def compare(record: dict[str, Any], reference: Reference) -> dict[str, list[floa
 def main() -> None:
     torch.set_num_threads(1)  # more gain little in a small model, and wait for each other on a busy machine
     records = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    folder, order = sys.argv[2], json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))["removed"]
+    folder, map_file = sys.argv[2], Path(sys.argv[3])
+    layer_map = json.loads(map_file.read_text(encoding="utf-8"))
+    order, patch_file = layer_map["removed"], map_file.parent / layer_map["patches"]["file"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = list(model.model.layers)
     failed = False
     for depth in sorted({record["depth"] for record in records}):
-        reference = Reference(model, tokenizer, layers, order[:depth])
+        patches = read_patches(patch_file, depth, model.config.rms_norm_eps)
+        reference = Reference(model, tokenizer, layers, order[:depth], patches)
         for record in (each for each in records if each["depth"] == depth):
             for kind, differences in compare(record, reference).items():
                 worst = max(differences)
