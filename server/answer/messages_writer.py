@@ -9,7 +9,7 @@ from pydantic import Field, Json
 from typing_extensions import TypedDict
 
 from sleb.server.answer.converse import Begun
-from sleb.server.answer.partial_json import read_object
+from sleb.server.answer.partial_json import JsonBeginning, read_object
 from sleb.server.answer.streaming import named_event
 from sleb.server.answer.writer import AnswerWriter, Piece
 from sleb.server.answer_models import Count, RequestMetrics, Timings
@@ -184,6 +184,7 @@ class MessagesWriter(AnswerWriter):
         self._shows_thoughts = shows_thoughts
         self._index = -1
         self._open: str | None = None  # the kind of the block that has begun: content, reasoning or arguments
+        self._arguments = JsonBeginning()  # clients fail on what is no JSON, whatever the model wrote
         self._last = Piece(0)
 
     def encode(self, event_: Any) -> bytes:
@@ -222,6 +223,7 @@ class MessagesWriter(AnswerWriter):
 
     def _of_delta(self, delta: Delta) -> list[Any]:
         if delta.kind == "call":
+            self._arguments = JsonBeginning()
             block = {
                 "type": "tool_use",
                 "id": new_id("toolu_", 24),
@@ -232,8 +234,11 @@ class MessagesWriter(AnswerWriter):
         begun = [] if self._open == delta.kind else self._begin(delta.kind)
         if delta.kind == "reasoning" and not self._shows_thoughts:
             return begun
+        text = self._arguments.push(delta.text) if delta.kind == "arguments" else delta.text
+        if not text:
+            return begun
         kind, field = _PARTS[delta.kind]
-        return [*begun, self._delta({"type": kind, field: delta.text})]
+        return [*begun, self._delta({"type": kind, field: text})]
 
     def _begin(self, kind: str, block: dict[str, Any] | None = None) -> list[Any]:
         ended = self._end()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jiter import from_json
+
 CLIENT_TOOL = "weather"
 
 
@@ -367,7 +369,8 @@ def _messages_stream(data: bytes) -> Told:
             assert open_
             open_ = False
             if blocks[-1]["type"] == "tool_use":
-                blocks[-1]["input"] = json.loads(partial or "{}")
+                # As the SDK reads it: a call that was cut or broke off keeps the fields that are whole.
+                blocks[-1]["input"] = from_json(partial.encode() or b"{}", partial_mode=True)
         else:
             assert open_
             assert event["type"] == "content_block_delta"
