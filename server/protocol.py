@@ -27,6 +27,7 @@ from sleb.engine.chat_template import OWN_NAMES, check_variables
 from sleb.engine.requests.repetition import MAX_COUNT, MAX_PATTERN_SIZE, RepetitionDetection
 from sleb.engine.requests.sampling_params import (
     COUNT_RANGES,
+    MAX_INTEGER,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     NUMBER_RANGES,
@@ -279,7 +280,7 @@ class GenerationBody(SamplingBody):
     )
     logit_bias: LogitBias | None = None
     truncate_prompt_tokens: Annotated[
-        Literal[-1] | Annotated[int, Field(ge=1)] | None,
+        Literal[-1] | Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None,
         Field(description="How many of a prompt's last tokens to keep; -1: as many as fit."),
         WHOLE,
     ] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["json", "arguments", "regex", "lark", "any"]
@@ -27,17 +27,24 @@ class GrammarSpec:
 
     Attributes:
         param: the field of the request that asked for it, for errors.
+        beside: another field that asked for some of the parts.
     """
 
     parts: tuple[Part, ...]
     param: str
+    beside: str | None = None
+
+    @property
+    def fields(self) -> str:
+        """Where a part that cannot be used may be from."""
+        return self.param if self.beside is None else f"{self.beside} or {self.param}"
 
     def after(self, rules: str) -> GrammarSpec:
         """The same after what the rule `before` of `rules` matches, in Lark."""
         whole = Part("whole", "lark", f"start: before @{self.parts[0].name}\n{rules}")
-        return GrammarSpec((whole, *self.parts), self.param)
+        return replace(self, parts=(whole, *self.parts))
 
     def or_else(self, other: GrammarSpec) -> GrammarSpec:
         """Either this or `other`."""
         either = Part("either", "lark", f"start: @{self.parts[0].name} | @{other.parts[0].name}")
-        return GrammarSpec((either, *self.parts, *other.parts), f"{self.param} or {other.param}")
+        return GrammarSpec((either, *self.parts, *other.parts), other.param, self.param)

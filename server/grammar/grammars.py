@@ -149,7 +149,7 @@ class GrammarCompiler:
                 param=spec.param,
             ) from None
         except GrammarError as error:
-            raise RequestError(f"{spec.param} cannot be used: {error}", param=spec.param) from None
+            raise RequestError(f"{spec.fields} cannot be used: {error}", param=spec.param) from None
         finally:
             self._waiting[spec.parts] -= 1
             if not self._waiting[spec.parts]:

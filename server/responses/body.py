@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sleb.engine.requests.sampling_params import MAX_INTEGER
 from sleb.errors import RequestError
 from sleb.server.conversation import Conversation
 from sleb.server.errors import shorten
@@ -162,7 +163,7 @@ class ResponsesBody(GenerationBody):
         None, description="An answer that is kept: its input and its output stand before this input."
     )
     max_output_tokens: Annotated[
-        int | None, Field(ge=1, description="Thoughts count. Wins over max_tokens."), WHOLE
+        int | None, Field(ge=1, le=MAX_INTEGER, description="Thoughts count. Wins over max_tokens."), WHOLE
     ] = None
     tools: Annotated[
         Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)] | None,
@@ -171,7 +172,9 @@ class ResponsesBody(GenerationBody):
     tool_choice: Annotated[Any, described_as(ToolChoice | None)] = None
     parallel_tool_calls: TrueByDefault = True
     max_tool_calls: Annotated[
-        int | None, Field(ge=1, description="Accepted: it is about OpenAI's own tools."), WHOLE
+        int | None,
+        Field(ge=1, le=MAX_INTEGER, description="Accepted: it is about OpenAI's own tools."),
+        WHOLE,
     ] = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None

@@ -123,6 +123,12 @@ def forces_what_is_not_there(body):
     return forced or (body.get("function_call") not in (None, "none", "auto") and not body.get("functions"))
 
 
+def has_rounded(body):
+    """Whether a count that 64 bits hold is written as a number that may be another one, rounded."""
+    values = [*body.values(), *options_of(body).values()]
+    return any(isinstance(each, float) and 2**53 <= abs(each) < 2**64 for each in values)
+
+
 # The beginning of a message, and whether the body breaks the rule that it tells of.
 RULES = [
     (r"the prompt has \d+ tokens( or more)?, but the context holds", lambda body: True),
@@ -136,6 +142,7 @@ RULES = [
     (r"min_tokens is \d+; it must be at most max_tokens", asks_for_too_few),
     (r"best_of other than n is", lambda body: body["best_of"] != (body.get("n") or body.get("n_cmpl") or 1)),
     (r"\S+ and \S+ are the same field", lambda body: True),
+    (r"bad value \S+ for '\S+': it must be an integer of at most 64 bits, in digits", has_rounded),
     (r"two (tools|functions) are named", has_same_names),
     (r"(tool_choice|function_call) names .*, which is none of the", names_unknown_tool),
     (r"(tool_choice|function_call) is .*, but there are no", forces_what_is_not_there),
@@ -149,7 +156,7 @@ RULES = [
     ),
     (r"\d+ in logit_bias is not a token id", lambda body: body["logit_bias"]),
     (r".* does not support thinking", lambda body: body["think"] not in (None, False)),
-    (r"a raw prompt has no template", lambda body: body["raw"] and body["system"]),
+    (r"a raw prompt has no template", lambda body: body["raw"] and (body.get("system") or body.get("think"))),
     (
         r"\S+ and \S+ exclude each other",
         lambda body: sum(body.get(name) is not None for name in (*GRAMMARS, *RULES_OF_TOKENS, *TOOLS)) > 1,
@@ -157,7 +164,7 @@ RULES = [
     (r"bad_words has .*, which makes no token", lambda body: not all(map(str.strip, body["bad_words"]))),
     (r"structured_outputs and structured_outputs exclude", lambda body: len(body["structured_outputs"]) > 1),
     (
-        rf"({'|'.join(GRAMMARS)}|text.format.schema|tools) "
+        rf"(tools or )?({'|'.join(GRAMMARS)}|text.format.schema|tools) "
         r"(cannot be used|is not valid JSON|is .*; it must be a JSON schema)",
         has_grammar,
     ),
