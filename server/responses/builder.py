@@ -183,7 +183,14 @@ class OutputBuilder:
         return len(self.output) - 1
 
     def _of_item(self, kind: str, **fields: Any) -> Event:
-        return self.event(kind, item_id=self.output[-1]["id"], output_index=self._index, **fields)
+        self._number += 1  # once a token, hence without a detour by `event`
+        return {
+            "type": kind,
+            "sequence_number": self._number - 1,
+            "item_id": self.output[-1]["id"],
+            "output_index": len(self.output) - 1,
+            **fields,
+        }
 
     def _of_part(self, kind: str, **fields: Any) -> Event:
         return self._of_item(kind, content_index=0, **fields)
