@@ -37,13 +37,18 @@ from torch import Tensor, nn
 
 from sleb.layer_map.layer_map import LayerMap, Patch, Unit
 
+_TIMES_LONGER = 20
+# The default run finds the same again, so that a red one is the change's own doing; `long` looks for what is new.
 settings.register_profile(
     "sleb",
     deadline=None,
+    derandomize=True,
     max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sleb"))
+settings.register_profile("long", settings.get_profile("sleb"), derandomize=False)
+_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "sleb")
+settings.load_profile(_PROFILE)
 torch.set_num_threads(1)
 
 
@@ -55,6 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
     sanitizer = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(sanitizer)
     config.pluginmanager.register(sanitizer, "sanitizer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The profile `long` multiplies the examples of every property, also of those that say a number of their own."""
+    if _PROFILE == "long":
+        for test in {getattr(item, "function", None) for item in items}:
+            own = getattr(test, "_hypothesis_internal_use_settings", None)  # there is no public name for them
+            if own is not None:
+                longer = settings(own, max_examples=_TIMES_LONGER * own.max_examples)
+                test._hypothesis_internal_use_settings = longer  # type: ignore[union-attr]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
