@@ -26,7 +26,7 @@ from sleb.engine.requests.grammar import Grammar
 from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams, is_integer
 from sleb.engine.requests.stopping import append_token
-from sleb.engine.requests.tier import Tier, find_tier, make_tiers
+from sleb.engine.requests.tier import Tier, choose_default, find_tier, make_tiers
 from sleb.engine.response_template import AnswerTemplate
 from sleb.engine.runner import Runner, SampledStep
 from sleb.engine.schedule.block_manager import BlockManager
@@ -83,8 +83,7 @@ class Engine:
         self.layer_map, shipped = load_layer_map(config.layer_map, resolved, self.spec)
         self.shipped_results = resolved.results if shipped else ()
         self.tiers = make_tiers(self.layer_map, self.model_name, config.tiers, shipped)
-        recommended = [tier for tier in self.tiers if tier.depth == self.layer_map.depth]
-        self.default_tier = (recommended or list(self.tiers))[0]
+        self.default_tier = choose_default(self.tiers, self.layer_map)
         self.text = TextProcessor(resolved.path, self.spec.vocab_size, config.chat_template)
         self.tokenizer = self.text.tokenizer
         self.defaults = load_defaults(resolved.path, config, self.spec, self.text, resolved.sampling)

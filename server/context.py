@@ -69,7 +69,7 @@ class ServerContext:
             engine=behind_loop,
             options=options,
             token_texts=TokenTexts(engine.tokenizer),
-            names=name_tiers(engine, options.names),
+            names=name_tiers(engine.tiers, engine.default_tier, options.names),
             metrics=ServerMetrics(
                 behind_loop,
                 unknown_fields,

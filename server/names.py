@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sleb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sleb.engine.engine import Engine
     from sleb.engine.requests.tier import Tier
 
 _MAX_NAME = 200  # characters
@@ -39,18 +38,7 @@ class ServedName:
         return cls(name, int(depth) if equals else None)
 
 
-def check_depths(names: Sequence[ServedName], depths: Collection[int]) -> None:
-    """Raises ConfigError for a name of a depth that is not among those served."""
-    for each in names:
-        if each.depth is not None and each.depth not in depths:
-            served = ", ".join(map(str, depths))
-            raise ConfigError(
-                f"--served-model-name {each.name}={each.depth} names a depth that is not served; served depths: "
-                f"{served}; choose one of them, or add it to --tiers"
-            )
-
-
-def name_tiers(engine: Engine, names: Sequence[ServedName]) -> dict[str, Tier]:
+def name_tiers(tiers: Sequence[Tier], default: Tier, names: Sequence[ServedName]) -> dict[str, Tier]:
     """Tiers by every name, in the order in which they are listed: ids first, and of those the default tier's.
 
     Whoever takes the first of the list (the chat page, `sleb chat`, many clients) so gets what a request without a
@@ -58,16 +46,21 @@ def name_tiers(engine: Engine, names: Sequence[ServedName]) -> dict[str, Tier]:
 
     Raises ConfigError for a depth that is not served, and for a name by which another tier is known.
     """
-    check_depths(names, [tier.depth for tier in engine.tiers])
-    default = engine.default_tier
-    by_depth = {tier.depth: tier for tier in engine.tiers}
-    found = {tier.id: tier for tier in sorted(engine.tiers, key=lambda tier: tier != default)}
+    by_depth = {tier.depth: tier for tier in tiers}
+    for each in names:
+        if each.depth is not None and each.depth not in by_depth:
+            served = ", ".join(map(str, by_depth))
+            raise ConfigError(
+                f"--served-model-name {each.name}={each.depth} names a depth that is not served; served depths: "
+                f"{served}; choose one of them, or add it to --tiers"
+            )
+    found = {tier.id: tier for tier in sorted(tiers, key=lambda tier: tier != default)}
     for each in names:
         if each.depth is not None:
             called = {each.name: by_depth[each.depth]}
         else:
             called = {each.name: by_depth.get(0, default)}
-            called |= {f"{each.name}:sleb-{tier.depth}": tier for tier in engine.tiers if tier.depth}
+            called |= {f"{each.name}:sleb-{tier.depth}": tier for tier in tiers if tier.depth}
         for name, tier in called.items():  # requests may give it in any case
             known = next((tier for other, tier in found.items() if other.lower() == name.lower()), None)
             if known is None:

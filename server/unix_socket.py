@@ -66,7 +66,10 @@ class UnixSocket(socket.socket):
     def _refusal(self, error: OSError) -> ConfigError:
         where = f"--uds {shown_path(self.path)}"
         if error.errno == errno.EADDRINUSE:
-            return ConfigError(f"{where} is in use; choose another path")
+            with suppress(OSError):
+                if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                    return ConfigError(f"{where} is there already and is no socket; choose another path")
+            return ConfigError(f"{where} is in use by another server; choose another path")
         if error.errno is None:  # Python's own, of a path that does not fit into an address
             return ConfigError(f"{where} is too long; a path of about 100 bytes fits")
         return ConfigError(f"cannot listen on {where}: {error.strerror}")

@@ -44,6 +44,11 @@ def make_tiers(
     return tuple(_make_tier(layer_map, model_name, depth) for depth in depths)
 
 
+def choose_default(tiers: Sequence[Tier], layer_map: LayerMap) -> Tier:
+    """The tier of requests that name none: the recommended depth, or where that is not served the first."""
+    return next((tier for tier in tiers if tier.depth == layer_map.depth), tiers[0])
+
+
 def _make_tier(layer_map: LayerMap, model_name: str, depth: int) -> Tier:
     return Tier(
         id=model_name if depth == 0 else f"{model_name}:sleb-{depth}",

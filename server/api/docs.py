@@ -22,9 +22,9 @@ from markdown_it import MarkdownIt
 from pydantic import TypeAdapter
 
 from sleb.server.context import ServerContext, get_context
-from sleb.server.routing import REFERENCE, Route
+from sleb.server.routing import REFERENCE, OpenRoute, Route
 
-router = APIRouter(route_class=Route, include_in_schema=False)
+router = APIRouter(route_class=OpenRoute, include_in_schema=False)  # a browser's link bears no key
 
 _SUMMARY = (
     "Every depth of a pruned model, for clients of OpenAI, Anthropic and Ollama. An error has the shape of "
@@ -98,7 +98,9 @@ def _complete(document: dict[str, Any], context: ServerContext) -> None:
     for methods in document["paths"].values():
         for operation in methods.values():
             for parameter in operation.get("parameters", ()):
-                if parameter["name"] == "model_id":
+                if (
+                    parameter["name"] == "model_id" and not context.options.keys
+                ):  # else only key holders know it
                     parameter["example"] = next(iter(context.names))
             responses = operation["responses"]
             responses.pop("422", None)  # FastAPI's own, which `errors.install_handlers` replaces

@@ -42,7 +42,6 @@ async function loadTiers() {
     return undefined;
   }
   if (tiers.length) useModel(tiers[0]);
-  $("docs-link").hidden = store.getKey() !== ""; // a link bears no key
   const ids = tiers.map((tier) => tier.id);
   choices.models = choices.models.filter((id) => ids.includes(id));
   choices.models[0] ??= ids[0];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,10 @@ import typer
 from sleb.cli.options import DEMO, DemoModel
 from sleb.cli.settings import with_settings
 from sleb.engine.config import EngineConfig
-from sleb.engine.requests.tier import make_tiers
+from sleb.engine.requests.tier import choose_default, make_tiers
 from sleb.layer_map.layer_map import LayerMap
-from sleb.models.resolve import shipped_map
-from sleb.server.names import check_depths
+from sleb.models.resolve import model_name, shipped_map
+from sleb.server.names import ServedName, name_tiers
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def serve(model: DemoModel = DEMO, *, engine: EngineConfig, options: ServeOption
     from sleb.server.logs import unblock_stderr
 
     unblock_stderr()
-    check_depths(options.names, _tiers(engine))
+    _check_names(engine, options.names)
     from sleb.server.run import listen
     from sleb.server.run import serve as run_server
 
@@ -42,15 +43,18 @@ def serve(model: DemoModel = DEMO, *, engine: EngineConfig, options: ServeOption
         raise typer.Exit(code)
 
 
-def _tiers(config: EngineConfig) -> list[int]:
-    """The depths that will be served: a bad map, or a depth that it lacks, is told before torch, which takes seconds to
-    import. Raises as the engine does."""
-    chosen = shipped_map(str(config.model)) if config.layer_map is None else config.layer_map
+def _check_names(config: EngineConfig, names: Sequence[ServedName]) -> None:
+    """A bad map, a depth that it lacks and a name that cannot be given are told before torch, which takes seconds to
+    import, and the model, which may take minutes to fetch. Raises as the engine and the server do."""
+    model = str(config.model)
+    chosen = shipped_map(model) if config.layer_map is None else config.layer_map
     if chosen is None or chosen == "none":
-        return list(config.tiers or (0,))
-    layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
-    tiers = make_tiers(layer_map, "", config.tiers, shipped=config.layer_map is None)
-    return [tier.depth for tier in tiers]
+        layer_map = LayerMap.dense("", 1, None)
+    else:
+        layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
+    shipped = config.layer_map is None and chosen is not None
+    tiers = make_tiers(layer_map, model_name(model).lower(), config.tiers, shipped)
+    name_tiers(tiers, choose_default(tiers, layer_map), names)
 
 
 def _load_engine(config: EngineConfig) -> Engine:

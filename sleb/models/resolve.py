@@ -64,8 +64,7 @@ def resolve_model(model: str, *, progress: bool = True, keep_bits: bool = False)
     if (alias := ALIASES.get(model)) is not None:
         folder = fetch_alias(alias, progress=progress, keep_bits=keep_bits)
         return ResolvedModel(folder, model, alias.shipped_map, alias.shipped_results, alias.sampling)
-    path = _path(model)
-    name = path.name or path.resolve().name
+    path, name = _path(model), model_name(model)
     if path.is_dir():
         if (path / "config.json").is_file():
             return ResolvedModel(path, name)
@@ -73,8 +72,16 @@ def resolve_model(model: str, *, progress: bool = True, keep_bits: bool = False)
     if path.exists():
         if not _is_gguf(path):
             raise ModelError(f"{model} is a file but not a .gguf one: give a model's folder or a .gguf file")
-        return ResolvedModel(_convert(path, None, progress, keep_bits), path.stem)
+        return ResolvedModel(_convert(path, None, progress, keep_bits), name)
     return ResolvedModel(snapshot(_hub_id(model), progress=progress), name)
+
+
+def model_name(model: str) -> str:
+    """The name that `resolve_model` finds, known before it looks for the model."""
+    path = _path(model)
+    if model in ALIASES or path.is_dir():
+        return path.name or path.resolve().name
+    return path.stem if path.is_file() else path.name
 
 
 def shipped_map(model: str) -> Path | None:

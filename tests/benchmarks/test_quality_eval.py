@@ -309,7 +309,7 @@ class TestWhole:
             engine=SimpleNamespace(engine=engine),
             results=(result,),
             created=0,
-            names=name_tiers(engine, ()),
+            names=name_tiers(engine.tiers, engine.default_tier, ()),
         )
         tier = engine.tier(3)
         assert model_card(context, tier, tier.id)["pruning"]["perplexity"]["dataset"] == "sea.txt"

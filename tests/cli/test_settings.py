@@ -91,7 +91,7 @@ def test_an_empty_variable_counts_as_none(run_serve):
 
 def test_every_kind_of_option_from_the_environment(run_serve):
     options, config = run_serve(
-        "owner/m",
+        "smollm2",
         SLEB_API_KEY="one two",
         SLEB_OVERLAP="no",
         SLEB_WARM_UP="0",
@@ -114,7 +114,7 @@ def test_every_kind_of_option_from_a_file(run_serve, write):
         '[serve]\napi_key = ["one", "two"]\noverlap = true\nrequest-timeout = 2\ntiers = [0, 3]\n'
         'cpu_affinity = "0-1"\nserved_model_name = "other"\nkv_cache_memory = 0.5\n'
     )
-    options, config = run_serve("owner/m", "--config-file", file)
+    options, config = run_serve("smollm2", "--config-file", file)
     assert options.keys == make_keys(("one", "two"), ())
     assert config.overlap is True
     assert options.request_timeout == 2.0
@@ -122,7 +122,7 @@ def test_every_kind_of_option_from_a_file(run_serve, write):
     assert config.cpu_affinity == (0, 1)
     assert options.served_model_names == ("other",)
     assert config.kv_cache_memory == 0.5
-    assert run_serve("owner/m", "--config-file", write("[serve]\ntiers = 3\n"))[1].tiers == (3,)
+    assert run_serve("smollm2", "--config-file", write("[serve]\ntiers = 3\n"))[1].tiers == (3,)
 
 
 def test_a_file_with_every_default_changes_nothing(run_serve, write):
@@ -268,13 +268,29 @@ def test_a_name_of_what_is_no_depth(text):
         ServedName.parse(text)
 
 
-def test_a_name_of_a_depth_that_is_not_served_is_told_before_the_model_is_looked_for(run_serve, capsys):
-    assert run_serve("owner/m", "--served-model-name", "a=3")
-    assert "served depths: 0;" in " ".join(capsys.readouterr().err.split())
-    assert run_serve("smollm2", "--served-model-name", "a=4", SLEB_TIERS="0,3")
-    assert "served depths: 0, 3;" in " ".join(capsys.readouterr().err.split())
-    options, _ = run_serve("smollm2", "--served-model-name", "a=3")
-    assert options.names == (ServedName("a", 3),)
+@pytest.mark.parametrize(
+    ("model", "names", "said"),
+    [
+        ("owner/m", ["a=3"], "served depths: 0;"),
+        ("smollm2", ["a=4"], "served depths: 0, 3;"),
+        ("smollm2", ["a=0", "A=3"], "would name depth 3 A, which is depth 0 already"),
+        ("smollm2", ["a", "a:sleb-3=0"], "a:sleb-3, which is depth 3 already"),
+        ("smollm2", ["SmolLM2=3"], "which is depth 0 already"),
+        ("Owner/Model", ["model:sleb-3=0", "--layer-map=smollm2-135m-instruct"], "which is depth 3 already"),
+    ],
+)
+def test_a_name_that_cannot_be_given_is_told_before_the_model_is_looked_for(
+    run_serve, capsys, model, names, said
+):
+    flags = [each if each.startswith("--") else f"--served-model-name={each}" for each in names]
+    tiers = {} if model == "owner/m" else {"SLEB_TIERS": "0,3"}
+    assert run_serve(model, *flags, **tiers)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_names_that_can_be_given(run_serve):
+    options, _ = run_serve("smollm2", "--served-model-name", "a=3", "--served-model-name", "smollm2=0")
+    assert options.names == (ServedName("a", 3), ServedName("smollm2", 0))
 
 
 def test_variables_of_others_do_not_matter(run_serve):

@@ -235,7 +235,7 @@ def test_keys_guard_all_but_health(serve_engine, fake_engine):
         b"Bearer \xff",
     ]
     for header in wrong:
-        for path in ("/v1/models", "//v1/models", "/version", "/nowhere", "/openapi.json"):
+        for path in ("/v1/models", "//v1/models", "/version", "/nowhere", "/metrics"):
             status, body = get(server, path, header)
             assert status == 401
             assert json.loads(body)["error"]["code"] == "invalid_api_key"

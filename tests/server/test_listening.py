@@ -244,7 +244,12 @@ def test_a_path_that_another_took_meanwhile_stays_its_own(tmp_path):
 
 def test_paths_that_cannot_be_had(tmp_path):
     (tmp_path / "file").write_text("precious")
-    for name, message in [("file", "is in use"), ("none/sock", "No such file"), ("x" * 120, "is too long")]:
+    refused = {
+        "file": "there already and is no socket",
+        "none/sock": "No such file",
+        "x" * 120: "is too long",
+    }
+    for name, message in refused.items():
         with pytest.raises(ConfigError, match=message):
             UnixSocket(tmp_path / name)
     assert (tmp_path / "file").read_text() == "precious"

@@ -91,7 +91,7 @@ def test_every_endpoint_has_examples_and_they_are_commands_that_work(serve_engin
             kept = ""
             if "$RESPONSE_ID" in command:
                 kept = server.post("/v1/responses", input="a").json()["id"]
-            answer, status = run(command, API_KEY="secret", RESPONSE_ID=kept)
+            answer, status = run(command, API_KEY="secret", RESPONSE_ID=kept, MODEL_ID="fake")
             assert answer and status == next(iter(operation["responses"])), f"{command}\n{answer}\n{status}"
 
 

@@ -416,7 +416,7 @@ def test_a_bad_file_brings_nothing_and_loses_nothing(server, open_page):
     assert (answer["state"], answer["error"], "more" in answer) == ("stopped", None, False)
 
 
-def test_the_api_description_is_linked_where_a_link_can_show_it(server, serve_engine, fake_engine, open_page):
+def test_the_api_description_is_linked_with_keys_and_without(server, serve_engine, fake_engine, open_page):
     page = open_page(server.url)
     page.locator("#tier-a .name").wait_for()
     page.expected = {404}  # /favicon.ico
@@ -429,7 +429,9 @@ def test_the_api_description_is_linked_where_a_link_can_show_it(server, serve_en
     page.fill("#key", "secret")
     page.keyboard.press("Enter")
     page.locator("#tier-a .name:has-text('fake')").wait_for()
-    assert not page.locator("#docs-link").is_visible()
+    page.expected = {401, 404}
+    page.click("#docs-link")
+    page.locator("h2:has-text('Endpoints')").wait_for()
 
 
 def test_answer_again_and_edit_replace_the_last_turn(server, open_page):
