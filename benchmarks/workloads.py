@@ -73,9 +73,11 @@ class ThroughputOptions(TurnOptions):
         super().check()
         check_device(self.device)
         if bool(self.model) == (self.config is not None):
+            given = (
+                f"both MODEL '{self.model}' and --config '{self.config}' are" if self.model else "nothing is"
+            )
             raise ConfigError(
-                f"MODEL is '{self.model}' and --config '{self.config or ''}'; give one of them: a model with its "
-                "weights, or a shape to fill with random ones"
+                f"{given} given to measure: give MODEL, as smollm2, or --config, a shape to fill with random weights"
             )
         if self.config is not None and self.load_format not in ("auto", "dummy"):
             raise ConfigError(

@@ -96,8 +96,10 @@ def find_routers() -> list[APIRouter]:
 
 
 async def log_throughput(context: ServerContext) -> None:
-    """A line every `log_interval` seconds in which something was computed."""
+    """A line every `log_interval` seconds in which something was computed, but for the tokens of warming up."""
     engine, interval = context.engine, context.options.log_interval
+    while not context.warm:
+        await asyncio.sleep(min(interval, 0.2))
     before = engine.stats
     while True:
         await asyncio.sleep(interval)

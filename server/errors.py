@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ logger = logging.getLogger("sleb.server")
 
 _MAX_MESSAGE = 2000  # characters; longer messages could only come from an input that they repeat
 _STATUS_OF_CODE = {"model_not_found": 404}
+PATHS = "/docs lists what does"
 
 
 class ApiError(SlebError):
@@ -112,7 +114,11 @@ def install_handlers(app: FastAPI) -> None:
         where = f"{request.method} {shorten(request.url.path)[1:-1]}"
         message, headers = str(error.detail), error.headers
         if error.status_code == 404:
-            message = f"{where} does not exist; the API begins at /v1"
+            message = f"{where} does not exist; {PATHS}"
+            if re.search(
+                "/v1/(v1|api)/", request.url.path
+            ):  # of clients that add their paths to a bare address
+                message = f"{where} does not exist; give this client the server's address without /v1"
         elif error.status_code == 405:  # the framework's knows the methods of one route of several
             headers = {"Allow": request.state.allowed()}
             message = f"{where} is not allowed; this path takes {headers['Allow']}"

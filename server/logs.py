@@ -194,10 +194,15 @@ class Teller:
             self.say(f"Serving at {api_url(url)}", url=url, models=tiers, max_model_len=engine.max_model_len)
             return
         self._print(self._table(context))
-        self._print(
-            f"Serving at {api_url(url)} (context {engine.max_model_len} tokens). Ctrl-C drains and stops. Try it:\n"
-        )
+        others = [f"{name} ({tier.id})" for name, tier in context.names.items() if name != tier.id]
+        if others:
+            self._print(f"Other names: {', '.join(others)}")
         needs_key = bool(context.options.keys)
+        key = ", with a key in SLEB_API_KEY" if needs_key else ""
+        self._print(
+            f"Serving at {api_url(url)} (context {engine.max_model_len} tokens). Ctrl-C drains and stops. "
+            f"Try it{key}:\n"
+        )
         self._print(curl_line(url, engine.default_tier.id, can_chat, needs_key) + "\n")
 
     @staticmethod

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sleb.server import traces
 from sleb.server.browsers import Callers
 from sleb.server.engine_thread.metrics import ServerMetrics
-from sleb.server.errors import ApiError, json_response, to_api_error
+from sleb.server.errors import PATHS, ApiError, json_response, to_api_error
 from sleb.server.exchange import EXCHANGE, Exchange, note_failure
 from sleb.server.ids import new_id
 from sleb.server.keys import ApiKeys
@@ -169,5 +169,5 @@ class Gate:
     def _options(self, scope: Scope, tell_error: Callable[[ApiError], Response]) -> Response:
         """What a bare OPTIONS asks."""
         if not (allowed := self._methods(scope)):
-            return tell_error(ApiError(404, "this path does not exist; the API begins at /v1"))
+            return tell_error(ApiError(404, f"this path does not exist; {PATHS}"))
         return Response(status_code=204, headers={"Allow": allowed})

@@ -227,9 +227,13 @@ def _from_word(name: str, word: str, reader: ValueType, about: Option) -> Any:
 
 
 class OptionsCommand(TyperCommand):
-    """A command whose help writes what can be switched on and off as one flag, --[no-]x, to leave room for words."""
+    """A command whose help writes what can be switched on and off as one flag, --[no-]x, to leave room for words.
+
+    Its paragraphs are as wide as the terminal, however wide they stand in the code.
+    """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(self.help or ""))
         for parameter in self.params:
             off = getattr(parameter, "secondary_opts", ())
             if off == [f"--no-{parameter.opts[0][2:]}"]:

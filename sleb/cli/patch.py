@@ -41,11 +41,11 @@ def patch(
     """
     from sleb.pruning.patch_map import run_patching
 
-    source = Path(layer_map)
+    source, found = Path(layer_map), find_map(layer_map)
     if output is None and not source.is_file():
         raise ConfigError(f"{layer_map} is a shipped map: name the file for the one with patches in --output")
     target = output or source.with_name(f"{source.stem}-patched.json")
-    asked = replace(options, layer_map=find_map(layer_map), output=target)
+    asked = replace(options, layer_map=found, output=target)
     console = Console(stderr=True)
 
     def say(line: str) -> None:

@@ -109,12 +109,10 @@ def print_report(report: PruneReport, output: Path, console: Console) -> None:
     layer_map, num_tokens = report.layer_map, report.num_windows * report.seqlen
     losses = layer_map.losses or ()
     objective = None if layer_map.search is None else layer_map.search.objective
-    kind = "units" if any(unit.part != "block" for unit in layer_map.removed) else "blocks"
-    table = Table(
-        title=Text(
-            f"{layer_map.model}: {layer_map.max_depth} {kind} of {layer_map.num_blocks} blocks removed"
-        )
-    )
+    removed = f"{layer_map.max_depth} of {layer_map.num_blocks} blocks"
+    if any(unit.part != "block" for unit in layer_map.removed):
+        removed = f"{layer_map.max_depth} units of {layer_map.num_blocks} blocks"
+    table = Table(title=Text(f"{layer_map.model}: {removed} removed"))
     margins = dict(zip(range(layer_map.max_depth, 0, -1), reversed(report.result.margins), strict=False))
     with_speed = report.cost_model is not None
     headings = ["depth", "removed", "nats a token", "calibration perplexity", "change", "next best"]

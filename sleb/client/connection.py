@@ -75,6 +75,7 @@ def open_client(url: str, api_key: str | None, seconds: float) -> httpx.Client:
         headers=headers,
         timeout=httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS)),
         trust_env=not is_loopback(url),
+        verify=httpx.create_ssl_context(),  # by SSL_CERT_FILE, for this machine as well
     )
 
 
@@ -85,6 +86,11 @@ def explained(url: str) -> Iterator[None]:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         reason = "it does not answer" if isinstance(error, httpx.TimeoutException) else shorten(str(error))
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            raise ClientError(
+                f"the certificate of {url} is not trusted ({reason}); set SSL_CERT_FILE to the file of whoever signed "
+                "it, or give the address by a name that it has"
+            ) from error
         raise ClientError(
             f"no server at {url} ({reason}); start one, as with `sleb serve smollm2`, or give another address"
         ) from error

@@ -227,7 +227,7 @@ def _is_gguf(path: Path) -> bool:
 
 def _path(model: str) -> Path:
     if not model:
-        raise ModelError(f"no model is named: give a folder, a .gguf file, a hub id (owner/name) or {_NAMES}")
+        raise ModelError(f"no model is named: give a folder, a .gguf file, a hub id (owner/name), {_NAMES}")
     try:
         path = Path(model).expanduser()
         path.exists()
@@ -246,7 +246,7 @@ def _hub_id(model: str) -> str:
         raise ModelError(f"there is no file or folder {model!r}: check the path")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(
-            f"{model!r} is no model: give a folder that exists, a .gguf file, a hub id (owner/name) or {_NAMES}"
+            f"{model!r} is no model: give a folder that exists, a .gguf file, a hub id (owner/name), {_NAMES}"
         )
     return model
 
