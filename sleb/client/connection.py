@@ -88,8 +88,8 @@ def explained(url: str) -> Iterator[None]:
         reason = "it does not answer" if isinstance(error, httpx.TimeoutException) else shorten(str(error))
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             raise ClientError(
-                f"the certificate of {url} is not trusted ({reason}); set SSL_CERT_FILE to the file of whoever signed "
-                "it, or give the address by a name that it has"
+                f"the certificate of {url} is not trusted ({reason}); set SSL_CERT_FILE to a file with the certificate "
+                "that signed it, or give the address by a name that is in it"
             ) from error
         raise ClientError(
             f"no server at {url} ({reason}); start one, as with `sleb serve smollm2`, or give another address"

@@ -52,7 +52,11 @@ def run(monkeypatch, capsys):
 
     @with_options
     def measure(model: Model, engine: Engine, output: Output, depth: int = 3) -> None:
-        """Measure it."""
+        """Measure it.
+
+        A second paragraph, which goes over
+        two lines.
+        """
         got.append((model, engine, output, depth))
 
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -129,7 +133,7 @@ def test_help_fits_80_columns_in_panels_with_choices_and_defaults(run, monkeypat
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     _, captured = run("--help")
     assert max(map(len, captured.out.splitlines())) <= 80
-    assert "─ Weights ─" in captured.out
+    assert "─ Weights ─" in captured.out and "A second paragraph, which goes over two lines." in captured.out
     text = " ".join(captured.out.replace("│", " ").split())
     for part in (
         "--dtype NAME Of activations. (auto, float32) [auto]",

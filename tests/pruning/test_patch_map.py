@@ -189,3 +189,7 @@ def test_what_cannot_be_patched(
 def test_a_shipped_map_needs_a_name_for_the_new_one(tiny_model_dir: Path) -> None:
     result = run(tiny_model_dir, "llama-2-7b")
     assert isinstance(result.exception, ConfigError) and "--output" in str(result.exception)
+
+
+def test_a_map_that_is_not_there_is_no_shipped_one(tiny_model_dir: Path) -> None:
+    assert "does not exist" in str(run(tiny_model_dir, "nope.json").exception)

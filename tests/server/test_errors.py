@@ -182,6 +182,11 @@ def test_unknown_routes_and_methods(server):
     assert response.headers["allow"] == "DELETE, GET, HEAD, OPTIONS"
 
 
+def test_a_base_url_with_v1_too_many_is_told(server):
+    for path in ("/v1/v1/messages", "/v1/api/chat"):  # as the SDKs of Anthropic and Ollama then ask
+        assert "address without /v1" in server.http.post(path, json={}).text
+
+
 def test_an_unknown_path_is_told_as_its_neighbours_tell_errors(server):
     for path in ("/v1/messages/batches", "/messages/batches", "/v1/messages/batches/msgbatch_1/results"):
         told = server.http.post(path, json={})

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from sleb.cli import main
+from sleb.client.connection import ClientError, list_models, open_client
 from sleb.errors import ConfigError
 from sleb.server.options import ServeOptions
 from sleb.server.run import base_url
@@ -72,6 +73,21 @@ def client_context(files, certificate=None):
 def over_tls(server, files, certificate=None):
     context = client_context(files, certificate)
     return httpx.Client(base_url=f"https://127.0.0.1:{server.port}", verify=context, timeout=20)
+
+
+def test_our_clients_believe_the_certificate_that_ssl_cert_file_names(
+    serve_engine, fake_engine, files, monkeypatch
+):
+    server = serve_engine(fake_engine, ssl_certfile=files.both)
+    url = f"https://127.0.0.1:{server.port}/v1"
+    with (
+        pytest.raises(ClientError, match=r"is not trusted .* set SSL_CERT_FILE"),
+        open_client(url, None, 20) as client,
+    ):
+        list_models(client)
+    monkeypatch.setenv("SSL_CERT_FILE", str(files.root))
+    with open_client(url, None, 20) as client:
+        assert list_models(client)[0] == "fake:sleb-1"
 
 
 def test_answers_and_streams_over_tls(serve_engine, fake_engine, files, wait_until):
