@@ -114,10 +114,13 @@ class BlockManager:
             key = (parent, tuple(tokens[start : start + self.page_size]))
             cached = self._by_key.get(key)
             if cached is None:
-                cached = _CachedPage(pages[index], self._next_content)
+                page = pages[index]
+                # A fork's page may have a key under content that was given away since: nothing leads there any more.
+                known = self._forget(page)
+                cached = _CachedPage(page, self._next_content if known is None else known.content)
                 self._next_content += 1
                 self._by_key[key] = cached
-                self._key_of[pages[index]] = key
+                self._key_of[page] = key
             parent = cached.content
             num_registered = index + 1
         return num_registered, parent
@@ -145,7 +148,6 @@ class BlockManager:
         for page, key in self._key_of.items():
             assert self._by_key[key].page == page, f"page {page}: prefix index disagrees"
 
-    def _forget(self, page: int) -> None:
+    def _forget(self, page: int) -> _CachedPage | None:
         key = self._key_of.pop(page, None)
-        if key is not None:
-            del self._by_key[key]
+        return None if key is None else self._by_key.pop(key)

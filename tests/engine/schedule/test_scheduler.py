@@ -271,6 +271,23 @@ def test_a_fork_of_what_has_ended_computes_its_prompt(make_request):
     assert [(row.request, row.num_tokens) for row in world.step().rows] == [(fork, 9)]
 
 
+def test_a_fork_of_pages_whose_beginning_was_found_elsewhere_and_is_gone(make_request):
+    """Two compute the same first page; the one that others find is given away, then a fork names the other's anew."""
+    world = World(make_request, num_pages=6, page_size=2, max_num_seqs=4, budget=50, late=False)
+    world.add([1, 1, 7], TIERS[0], 1)
+    parent = world.add([1, 1, 2, 2, 3], TIERS[0], 6)
+    world.step()
+    world.add([9] * 5, TIERS[0], 1)  # takes all pages that are left
+    world.step()
+    fork = world.add([1, 1, 2, 2, 3], TIERS[0], 1, parent=parent)
+    world.step()
+    assert fork in world.finished
+    world.drain(lambda request: 7, limit=100)
+    again = world.add([1, 1, 2, 2, 3], TIERS[0], 1)
+    world.step()
+    assert again.num_cached_tokens == 4
+
+
 def test_preemption_takes_the_latest_and_nobody_starves(make_request):
     """Three long answers in a cache for little more than one: they finish in order of arrival."""
     world = World(make_request, num_pages=10, page_size=2, max_num_seqs=8, budget=64)
