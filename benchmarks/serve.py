@@ -142,10 +142,12 @@ def _load_in_turns(
 ) -> None:
     """One turn of a server alone, several of two. Raises ServerStallsError, what is complete kept in `result`."""
     seen: dict[tuple[Level, str], list[LoadResult]] = defaultdict(list)
+    num_turns = 6 if options.compare else 1  # 6 are what an interval takes
+    of_turns = f" of {num_turns}" if options.compare else ""
 
     def run(level: Level, name: str, turn: int) -> Sample:
         target, what = targets[name], f"{level}: {name}, " if options.compare else f"{level}: "
-        what += f"turn {turn}" if turn else "warming up"
+        what += f"turn {turn}{of_turns}" if turn else "warming up"
         seed = f"{options.seed} {level} {turn}" if turn else None  # both sides meet the same arrivals
         done = runner.run(target.run(level, what, seed))
         if turn and done.outcomes and (options.compare is None or not (done.interrupted or done.has_stalled)):
@@ -171,7 +173,6 @@ def _load_in_turns(
         )
         for level in options.levels
     ]
-    num_turns = 6 if options.compare else 1  # 6 are what an interval takes
     often = TurnOptions(repetitions=num_turns, max_repetitions=num_turns, seed=options.seed)
     try:
         result.complete = measure_in_turns(cases, often, on_turn=keep).complete

@@ -46,8 +46,9 @@ OnProgress = Callable[[str, int, int], None]
 """What is being done, how much of it is, of how much; of 0 where that is not known."""
 
 _OF_TEXTS = (
-    "same token, KL (dense ‖ depth, in nats), perplexity ×: against depth 0 on the same tokens. Intervals of 95 % by "
-    "batch means over stretches of the text, paired where depths are compared; they speak for text like this one."
+    "same token, KL (dense ‖ depth, in nats), perplexity × (depth 0's over this depth's: below 1 is worse): against "
+    "depth 0 on the same tokens. Intervals of 95 % by batch means over stretches of the text, paired where depths are "
+    "compared; they speak for text like this one."
 )
 _OF_ANSWERS = (
     "looped: the end is one piece said thrice or more. early: below a quarter of the dense tokens, or empty"

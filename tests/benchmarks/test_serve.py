@@ -490,6 +490,7 @@ def test_a_comparison_on_the_command_line(start, tmp_path: Path) -> None:
     arguments = ["--compare", first.url, second.url, "--concurrency", 1, "--num-requests", 2]
     done = run_cli(*arguments, "--json", path)
     assert done.exit_code == 0, done.output
+    assert "1 at once: B, turn 6 of 6" in done.output
     rows = json.loads(path.read_text())["rows"]
     (ratio,) = (row for row in rows if (row["subject"], row["metric"]) == ("B", "tokens/s"))
     assert ratio["ratio"] > 0 and ratio["repetitions"] == 6

@@ -34,7 +34,8 @@ def serve(
 ) -> None:
     """Load an OpenAI-compatible server, and measure throughput and latencies; or compare two.
 
-    Prompts are random words, new in every run, so that no prefix cache helps. Ctrl-C reports what is complete.
+    Prompts are random words, new in every run: a prefix cache has the chat template's beginning alone. Ctrl-C
+    reports what is complete.
     """
     from sleb.benchmarks.serve import describe_client, run_serve
 
