@@ -21,6 +21,7 @@ import typer
 from sleb.cli.options import flag, from_words, make_command
 from sleb.errors import ConfigError
 from sleb.options import Option, ValueType, options_of, value_types
+from sleb.terminal import tell
 
 PREFIX = "SLEB_"
 
@@ -53,6 +54,8 @@ def with_settings(table: str) -> Callable[[Callable[..., None]], Callable[..., N
                 return {}
             file = config_file or os.environ.get(f"{PREFIX}CONFIG_FILE") or None
             values = gather(settings, os.environ, file, table)
+            for line in misspelt(settings, os.environ):
+                tell(line, "yellow")
             plain = {
                 setting.field for setting in settings if not setting.about.help
             }  # which typer alone knows
@@ -107,6 +110,19 @@ def gather(
             words = text.split() if setting.reader.is_list else text.strip()
             values[setting.field] = from_words(where, words, setting.reader, setting.about)
     return values
+
+
+def misspelt(settings: list[Setting], environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable that is none of the settings, but written much like one."""
+    known = [setting.variable for setting in settings]
+    lines = []
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            lines += [
+                f"warning: {name} in the environment is no setting; did you mean {each}?" for each in near
+            ]
+    return lines
 
 
 def read_file(path: str, table: str, settings: list[Setting]) -> dict[str, Any]:

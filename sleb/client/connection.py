@@ -91,14 +91,18 @@ def explained(url: str) -> Iterator[None]:
                 f"the certificate of {url} is not trusted ({reason}); set SSL_CERT_FILE to a file with the certificate "
                 "that signed it, or give the address by a name that is in it"
             ) from error
+        if "WRONG_VERSION_NUMBER" in reason:
+            raise ClientError(f"what is at {url} does not speak https ({reason}); write http://") from error
         raise ClientError(
             f"no server at {url} ({reason}); start one, as with `sleb serve smollm2`, or give another address"
         ) from error
     except httpx.TimeoutException as error:
         raise ClientError(f"{url} has been silent for too long; the server may be busy: try again") from error
     except httpx.HTTPError as error:
+        says_nothing = isinstance(error, httpx.RemoteProtocolError) and url.startswith("http:")
+        remedy = "try again, with https:// if the server has TLS" if says_nothing else "try again"
         raise ClientError(
-            f"the connection to {url} broke off ({shorten(str(error)) or type(error).__name__}); try again"
+            f"the connection to {url} broke off ({shorten(str(error)) or type(error).__name__}); {remedy}"
         ) from error
 
 

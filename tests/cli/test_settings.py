@@ -293,6 +293,15 @@ def test_names_that_can_be_given(run_serve):
     assert options.names == (ServedName("a", 3), ServedName("smollm2", 0))
 
 
+def test_a_variable_like_a_setting_is_told(run_serve, capsys):
+    _, config = run_serve(
+        "smollm2", SLEB_TIER="0,3", SLEB_CACHE="folder", SLEB_PORT_8000_TCP="tcp://10.0.0.1:8000"
+    )
+    assert config.tiers is None
+    said = "warning: SLEB_TIER in the environment is no setting; did you mean SLEB_TIERS?\n"
+    assert capsys.readouterr().err == said
+
+
 def test_variables_of_others_do_not_matter(run_serve):
     plain = run_serve("owner/m")
     assert run_serve("owner/m", SLEB_CACHE="/x", PORT="1", SLEB_NONSENSE="1") == plain

@@ -85,6 +85,9 @@ def test_our_clients_believe_the_certificate_that_ssl_cert_file_names(
         open_client(url, None, 20) as client,
     ):
         list_models(client)
+    plain = url.replace("https", "http")
+    with pytest.raises(ClientError, match="with https:// if"), open_client(plain, None, 20) as client:
+        list_models(client)
     monkeypatch.setenv("SSL_CERT_FILE", str(files.root))
     with open_client(url, None, 20) as client:
         assert list_models(client)[0] == "fake:sleb-1"
