@@ -74,10 +74,12 @@ class ThroughputOptions(TurnOptions):
         check_device(self.device)
         if bool(self.model) == (self.config is not None):
             given = (
-                f"both MODEL '{self.model}' and --config '{self.config}' are" if self.model else "nothing is"
+                f"MODEL is '{self.model}' and --config '{self.config}'"
+                if self.model
+                else "there is no MODEL and no --config"
             )
             raise ConfigError(
-                f"{given} given to measure: give MODEL, as smollm2, or --config, a shape to fill with random weights"
+                f"{given}; give one of them: MODEL, as smollm2, or --config, a shape to fill with random weights"
             )
         if self.config is not None and self.load_format not in ("auto", "dummy"):
             raise ConfigError(

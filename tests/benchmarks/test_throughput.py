@@ -265,8 +265,8 @@ def test_depths_default_to_the_full_model_and_the_recommended_depth(options: Thr
         ({"weights": "int3"}, ConfigError, "int3"),
         ({"device": "abacus"}, ConfigError, "abacus"),
         ({"load_format": "pickle"}, ConfigError, "pickle"),
-        ({"model": ""}, ConfigError, "give one of them: a model with its weights, or a shape"),
-        ({"config": "llama-2-7b"}, ConfigError, "give one of them"),
+        ({"model": ""}, ConfigError, "no MODEL and no --config; give one of them"),
+        ({"config": "llama-2-7b"}, ConfigError, "--config 'llama-2-7b'; give one of them"),
         ({"model": "", "config": "llama-9"}, ConfigError, "shape 'llama-9' does not come with sleb"),
         (
             {"model": "", "config": "llama-2-7b", "load_format": "safetensors"},
