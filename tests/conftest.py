@@ -72,6 +72,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 test._hypothesis_internal_use_settings = longer  # type: ignore[union-attr]
 
 
+@pytest.fixture(scope="module")
+def one_processor() -> Iterator[None]:
+    """Keeps this thread, and those that it starts, on one processor: for pools of C threads.
+
+    They wait for one another some thousand times a test. Where others compute on all processors, as xdist's other
+    workers do, one thread of a pool that is spread over them nearly always waits for its turn.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    usable = os.sched_getaffinity(0)
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(usable)[worker % len(usable)]})
+    yield
+    os.sched_setaffinity(0, usable)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu` only these folders are looked at: machines with a GPU often lack what the others' tests import."""
     others = collection_path.parent == Path(__file__).parent and collection_path.name not in _WITH_GPU_TESTS

@@ -37,7 +37,10 @@ LEVELS = {
     "amx": ("avx512", "avx512bf16", "amx", library.EMULATED),
 }[cpu_features().level]
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI")
+pytestmark = [
+    pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI"),
+    pytest.mark.usefixtures("one_processor"),
+]
 
 
 @pytest.fixture(params=[LEVELS[0], LEVELS[-1]] if LEVELS else [])

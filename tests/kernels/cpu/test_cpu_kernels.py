@@ -25,7 +25,10 @@ LEVELS = {
 STORE, ADD, ACTIVATE = range(3)
 GROUP = 32
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI")
+pytestmark = [
+    pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI"),
+    pytest.mark.usefixtures("one_processor"),
+]
 
 
 @pytest.fixture(scope="module", params=LEVELS)

@@ -29,7 +29,10 @@ EDGE = 1e-8
 HIGHEST_POINT = 1.0 - 2**-53
 INF = math.inf
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI")
+pytestmark = [
+    pytest.mark.skipif(not LEVELS, reason="the C kernels need AVX-512 with VNNI"),
+    pytest.mark.usefixtures("one_processor"),
+]
 
 
 @pytest.fixture(scope="module", params=LEVELS)
