@@ -404,7 +404,7 @@ def test_an_attention_that_cannot_be_had(options, match, tiny_model_dir, make_ll
         make_llm(tiny_model_dir, **options)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-window", "opt"])
+@pytest.mark.parametrize("name", ["llama-gqa", pytest.param("qwen3-window", marks=pytest.mark.slow), "opt"])
 def test_triton_interpreted_equals_the_reference(name, tiny_model, make_llm, patches):
     """Chunked prefill beside decoding, three depths, then decode steps replayed: tokens and log-probabilities.
 
