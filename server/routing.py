@@ -63,15 +63,20 @@ class Route(APIRoute):
     Attributes:
         is_open: whether it needs no key.
         error_model: the type of the body of an error.
+        prompt_field: the field that an error about a prompt which is too long names; None: whichever was checked.
     """
 
     is_open = False
     error_model: Any = Error
+    prompt_field: str | None = None
 
     @classmethod
     def error_body(cls, error: ApiError, request_id: str) -> dict[str, Any]:
         """The JSON body of an error."""
-        return error.body()
+        body = error.body()
+        if cls.prompt_field is not None and body["error"]["code"] == "context_length_exceeded":
+            body["error"]["param"] = cls.prompt_field
+        return body
 
     @classmethod
     def error_status(cls, error: ApiError) -> int:

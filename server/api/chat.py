@@ -14,7 +14,14 @@ from sleb.server.answer_models import Answer, Choice, Count, Error, FinishReason
 from sleb.server.protocol import ChatBody
 from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, success
 
-router = APIRouter(route_class=Route)
+
+class ChatRoute(Route):
+    """Requests of this path have no prompt."""
+
+    prompt_field = "messages"
+
+
+router = APIRouter(route_class=ChatRoute)
 
 _EXAMPLE = {
     "messages": [{"role": "user", "content": "What is the capital of Japan?"}],

@@ -23,14 +23,9 @@ from sleb.server.routing import GENERATION_ERRORS, MODEL_LINK, Route, errors, su
 
 
 class ResponsesRoute(Route):
-    """A conversation that is too long is the request's `input`, which has neither `messages` nor a prompt."""
+    """Requests of these paths have neither `messages` nor a prompt."""
 
-    @classmethod
-    def error_body(cls, error: ApiError, request_id: str) -> dict[str, Any]:
-        body = super().error_body(error, request_id)
-        if body["error"]["code"] == "context_length_exceeded":
-            body["error"]["param"] = "input"
-        return body
+    prompt_field = "input"
 
 
 router = APIRouter(route_class=ResponsesRoute)

@@ -137,6 +137,12 @@ def test_refusals_of_the_engine_arrive(client):
     assert too_long.value.code == "context_length_exceeded"
     assert "600" in str(too_long.value)
     assert "512" in str(too_long.value)
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.chat.completions.create(model=TIERS[0], messages=[{"role": "user", "content": "x" * 600}])
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.responses.create(model=TIERS[0], input="x" * 600, truncation="disabled")
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "input")
     with pytest.raises(openai.BadRequestError) as unknown:
         client.completions.create(model=TIERS[0], prompt=[5, 10**6])
     assert unknown.value.param == "prompt"
