@@ -59,7 +59,13 @@ def mixture(activation="silu", shared_size=0, normalised=True):
 PARTS = {
     "Llama": ({}, {}),
     "Gemma 2": (
-        {"attention_softcap": 3.0, "logit_softcap": 5.0, "embed_scale": 5.5, "norm_shift": 1.0},
+        {
+            "attention_softcap": 3.0,
+            "logit_softcap": 5.0,
+            "embed_scale": 5.5,
+            "norm_shift": 1.0,
+            "windows": (3, None, 3, None),
+        },
         POST,
     ),
     "OLMo 2": ({"qk_norm": "whole"}, NO_PRE),
