@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +58,11 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> LoadedTokenizer
     for file in [path / "chat_template.jinja", *(path / _TEMPLATE_FOLDER).glob("*.jinja")]:
         _check_file(file)
         _check_text(file)
-    _check_config(path / "tokenizer_config.json")
+    settings = _read_settings(path / "tokenizer_config.json")
     from transformers import AutoTokenizer
 
     try:
-        config = _model_config(path)
+        config = _model_config(path, settings)
         fast = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, use_fast=True)
         tokenizer = _cleaned(fast.backend_tokenizer, path, vocab_size)
         named = {str(name): str(token) for name, token in fast.special_tokens_map.items()}
@@ -104,17 +105,24 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def _model_config(path: Path) -> Any:
+def _model_config(path: Path, settings: Mapping[str, Any]) -> Any:
     """What transformers looks at in config.json to choose a tokenizer's class, and nothing that it would check besides:
     it refuses the rotation of Phi-3's own files, say. None: it is to look itself.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     try:
         fields = read_config(path)
-        config = AutoConfig.for_model(family_of(fields).model_type)
+        model_type = family_of(fields).model_type
     except ModelError:
         return None
+    if settings.get("tokenizer_class") and "auto_map" not in settings:
+        config: Any = (
+            PretrainedConfig()
+        )  # nothing asks for its class then, which takes more than a second to import
+        config.model_type = model_type
+    else:
+        config = AutoConfig.for_model(model_type)
     config.name_or_path = str(path)
     config.tokenizer_class = fields.string("tokenizer_class", default=None)
     return config
@@ -146,10 +154,10 @@ def _check_text(path: Path) -> None:
         raise ModelError(f"{shown_path(path)} is no text in UTF-8; it must be a chat template") from None
 
 
-def _check_config(path: Path) -> None:
-    """Raises ModelError for fields of tokenizer_config.json that transformers would stumble over."""
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    """tokenizer_config.json, if it is there. Raises ModelError for fields that transformers would stumble over."""
     if not path.exists():
-        return
+        return {}
     fields = read_json(path)
     for name in ("tokenizer_class", "chat_template_file"):
         fields.string(name, default=None)
@@ -166,6 +174,7 @@ def _check_config(path: Path) -> None:
     for name, value in fields.values.items():
         if name.endswith("_token") and not _is_token(value):
             raise fields.wrong(name, "a token: a string, or an object with its content")
+    return fields.values
 
 
 def _is_template(value: Any) -> bool:

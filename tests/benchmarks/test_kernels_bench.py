@@ -218,7 +218,9 @@ def test_an_interrupted_run_reports_complete_cases(monkeypatch: pytest.MonkeyPat
     assert [each.case for each in result.measurements] == ["add_norm rms 4 × 64", "add_norm layer 4 × 64"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton decides when a kernel is defined, and compiles there")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton decides when a kernel is defined, and compiles there"
+)
 def test_interpreted_kernels_are_marked() -> None:
     pytest.importorskip("triton")
     found = run(ops=("activate",)).measurements
