@@ -117,9 +117,8 @@ def _model_config(path: Path, settings: Mapping[str, Any]) -> Any:
     except ModelError:
         return None
     if settings.get("tokenizer_class") and "auto_map" not in settings:
-        config: Any = (
-            PretrainedConfig()
-        )  # nothing asks for its class then, which takes more than a second to import
+        # Nothing asks for the class of the configuration then, whose import takes more than a second.
+        config: Any = PretrainedConfig()
         config.model_type = model_type
     else:
         config = AutoConfig.for_model(model_type)

@@ -60,7 +60,7 @@ def engine(tiny_model_dir, tiny_chain, tmp_path_factory):
 
 
 def run_schemathesis(server, folder, model, *options, key=None, stream=False, exceptions=""):
-    """Runs all phases and asserts that every check passed; returns the report. exceptions: more of schemathesis.toml."""
+    """Runs all phases and asserts that every check passed; returns the report. exceptions: more of the settings."""
     (folder / "schemathesis.toml").write_text((HERE / "schemathesis.toml").read_text("utf-8") + exceptions)
     command = [sys.executable, "-m", "schemathesis.cli", "--no-color"]
     command += ["--config-file", folder / "schemathesis.toml", "run", f"{server.url}/openapi.json"]
