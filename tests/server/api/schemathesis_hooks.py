@@ -37,7 +37,14 @@ STREAMS = (
     "/api/generate",
 )
 RULES_OF_TOKENS = ("allowed_token_ids", "bad_words")
-LIMITS = ("max_tokens", "max_completion_tokens", "n_predict", "num_predict", "max_new_tokens")
+LIMITS = (
+    "max_tokens",
+    "max_completion_tokens",
+    "n_predict",
+    "num_predict",
+    "max_new_tokens",
+    "max_output_tokens",
+)
 
 
 def as_chat(body):
@@ -78,10 +85,23 @@ def names_of(body, field):
     return [each.get("function", each)["name"] for each in given]
 
 
-def forced_tool(body):
-    """The name that a choice must find among the tools; None if it names none."""
+def named_tools(body):
+    """The names that a choice must find among the tools."""
     choice = body.get("tool_choice")
-    return choice.get("function", choice).get("name") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict):
+        return set()
+    allowed = []
+    if choice.get("type") == "allowed_tools":  # chats have them in an object of their own
+        allowed = choice.get("allowed_tools", choice)["tools"]
+    elif choice.get("type", "function") in ("function", "tool"):
+        allowed = [choice]
+    functions = (
+        each.get("function") for each in allowed
+    )  # of chats; Responses and Messages name the tool at once
+    return {
+        (inner if isinstance(inner, dict) else each).get("name")
+        for each, inner in zip(allowed, functions, strict=True)
+    } - {None}
 
 
 def has_grammar(body):
@@ -99,8 +119,8 @@ def options_of(body):
 
 
 def names_unknown_tool(body):
-    tool, function = forced_tool(body), body.get("function_call")
-    return (tool is not None and tool not in names_of(body, "tools")) or (
+    function = body.get("function_call")
+    return bool(named_tools(body) - set(names_of(body, "tools"))) or (
         isinstance(function, dict) and function["name"] not in names_of(body, "functions")
     )
 
@@ -161,6 +181,7 @@ RULES = [
         r"\S+ and \S+ exclude each other",
         lambda body: sum(body.get(name) is not None for name in (*GRAMMARS, *RULES_OF_TOKENS, *TOOLS)) > 1,
     ),
+    (r"\S+ takes longer than \S+ s to compile", has_grammar),  # as it can beside other work
     (r"bad_words has .*, which makes no token", lambda body: not all(map(str.strip, body["bad_words"]))),
     (r"structured_outputs and structured_outputs exclude", lambda body: len(body["structured_outputs"]) > 1),
     (
