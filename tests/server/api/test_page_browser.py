@@ -228,11 +228,11 @@ def test_compare_asks_two_tiers_with_one_seed_at_once(server, engine, open_page,
         page.click(f"#tier-{side}")
         page.check(f"input[value='{tier}']")
         page.click("#tier-dialog button[value=use]")
-    engine.delay = 0.02
+    engine.delay = 0.1  # long enough to be seen beside each other, and to have a speed
     send(page)
     wait_until(lambda: engine.num_running == 2)
-    engine.delay = 0
     wait_done(page)
+    engine.delay = 0
     assert [body["model"] for body in bodies] == TIERS[1:]
     assert bodies[0]["seed"] == bodies[1]["seed"] >= 0
     assert {body["temperature"] for body in bodies} == {1}
