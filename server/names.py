@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sleb.engine.requests.tier import Tier, choose_default, make_tiers
 from sleb.errors import ConfigError
+from sleb.layer_map.layer_map import LayerMap
+from sleb.models.resolve import model_name, shipped_map
 
 if TYPE_CHECKING:
-    from sleb.engine.requests.tier import Tier
+    from sleb.engine.config import EngineConfig
 
 _MAX_NAME = 200  # characters
 
@@ -71,3 +74,20 @@ def name_tiers(tiers: Sequence[Tier], default: Tier, names: Sequence[ServedName]
                     f"{known.depth} already; choose another name"
                 )
     return found
+
+
+def planned_names(config: EngineConfig, names: Sequence[ServedName]) -> dict[str, Tier]:
+    """What `name_tiers` will say of the engine of `config`, before it is loaded.
+
+    A bad map, a depth that it lacks and a name that cannot be given are so told before torch, which takes seconds to
+    import, and the model, which may take minutes to fetch. Raises as the engine and `name_tiers` do.
+    """
+    model = str(config.model)
+    chosen = shipped_map(model) if config.layer_map is None else config.layer_map
+    if chosen is None or chosen == "none":
+        layer_map = LayerMap.dense("", 1, None)
+    else:
+        layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
+    shipped = config.layer_map is None and chosen is not None
+    tiers = make_tiers(layer_map, model_name(model).lower(), config.tiers, shipped)
+    return name_tiers(tiers, choose_default(tiers, layer_map), names)

@@ -36,9 +36,11 @@ ARROWS = {
     "client": set(),
     "doctor": {"client"},
     "server": {"engine", "layer_map", "models"},
+    "batch": {"engine", "layer_map", "models", "server"},
     "benchmarks": {"engine", "kernels", "layer_map", "models", "pruning", "client", "server"},
     "research": {"benchmarks", "cli", "engine", "kernels", "layer_map", "models", "pruning"},
     "cli": {
+        "batch",
         "benchmarks",
         "client",
         "doctor",

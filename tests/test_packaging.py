@@ -51,7 +51,7 @@ def expected_files() -> set[str]:
     """Every module of the four folders and of sleb itself, and the data, by its name in the wheel."""
     names = {f"sleb/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
     own = [*(ROOT / "sleb").glob("*.py")]
-    folders = ("cli", "client", "doctor", "formats", "layer_map", "models", "pruning")
+    folders = ("batch", "cli", "client", "doctor", "formats", "layer_map", "models", "pruning")
     own += (path for folder in folders for path in (ROOT / "sleb" / folder).rglob("*.py"))
     data = [ROOT / "sleb/py.typed", *(ROOT / "sleb/maps").glob("*.json")]
     data += (ROOT / "sleb/configs").glob("*/config.json")
@@ -131,6 +131,7 @@ def test_wheel_has_one_top_level_name(wheel_files: set[str]) -> None:
     tops = {name.split("/")[0] for name in wheel_files}
     assert tops == {"sleb", f"sleb-{_version()}.dist-info"}
     ours = (
+        "batch",
         "cli",
         "client",
         "configs",

@@ -45,6 +45,7 @@ COMMANDS = {
     ),
     "import": Command("sleb.cli.import_map", "import_file", "Turn another tool's list into a layer map."),
     "serve": Command("sleb.cli.serve", "serve", "Serve a model at one or more depths, to any client."),
+    "batch": Command("sleb.cli.batch", "batch", "Answer many requests from a file into a folder."),
     "chat": Command("sleb.cli.chat", "chat", "Chat with a model behind any OpenAI-compatible server."),
     "doctor": Command("sleb.cli.doctor", "doctor", "Check a server against the OpenAI-compatible contract."),
     "bench": Command("sleb.cli.bench", "app", "Measure speed, dense against pruned."),

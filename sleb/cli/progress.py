@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,10 @@ from rich.progress import (
 )
 
 from sleb.terminal import Console
+
+if TYPE_CHECKING:
+    from sleb.engine.config import EngineConfig
+    from sleb.engine.engine import Engine
 
 
 class Bar:
@@ -82,3 +87,13 @@ class LoadingBar(Bar):
     def update_capture(self, num_done: int, num_graphs: int) -> None:
         """Shows how many graphs are captured, of how many."""
         self.show("capturing graphs", num_done, num_graphs)
+
+
+def load_engine(config: EngineConfig) -> Engine:
+    """The engine of `config`, under a progress bar on standard error."""
+    from sleb.engine.engine import Engine
+
+    with LoadingBar() as bar:
+        return Engine(
+            replace(config, on_progress=bar.update, on_tuning=bar.show_tuning, on_capture=bar.update_capture)
+        )
