@@ -15,8 +15,9 @@ import orjson
 
 from sleb.batch.lines import Ask
 from sleb.batch.options import BatchOptions
+from sleb.batch.progress import first_error
 from sleb.batch.sources import Block
-from sleb.errors import RequestError
+from sleb.errors import RequestError, SlebError
 from sleb.server.app import create_app
 from sleb.server.context import ServerContext
 from sleb.server.options import ServeOptions
@@ -58,9 +59,12 @@ class Answerer:
             rows[index] = await self._answer(asks[index], _row_id(block, index))
             on_row()
 
-        async with asyncio.TaskGroup() as group:
-            for index in order:
-                group.create_task(work(index))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in order:
+                    group.create_task(work(index))
+        except* SlebError as errors:
+            raise first_error(errors) from None
         return rows
 
     def _depth(self, ask: Ask) -> int:

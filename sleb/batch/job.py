@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleb.batch.answering import Answerer, open_answerer
 from sleb.batch.folder import write_block
-from sleb.batch.lines import Ask, LineReader
+from sleb.batch.lines import LineReader, read_asks
 from sleb.batch.options import BatchOptions
-from sleb.batch.sources import Block, Source, read_block
+from sleb.batch.progress import NUM_UNDER_WAY, SIGNALS, OnProgress, Progress, Stopped, first_error
+from sleb.batch.sources import Block, Source
 from sleb.errors import SlebError
 
 if TYPE_CHECKING:
     from sleb.engine.engine import Engine
-
-NUM_UNDER_WAY = 2  # blocks
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-OnRow = Callable[[Answerer], None]
-
-
-class Stopped(Exception):  # noqa: N818
-    """A signal ended the job; `number` is its number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 def answer_all(
@@ -39,12 +27,12 @@ def answer_all(
     source: Source,
     blocks: Sequence[Block],
     folder: Path,
-    on_row: OnRow,
+    on_progress: OnProgress,
 ) -> None:
     """Answers `blocks` into files of `folder`.
 
-    on_row: called when a row is answered. Raises Stopped on SIGINT or SIGTERM, EngineDeadError, and ConfigError for an
-    input that changed or a disk that refuses.
+    on_progress: called when a line is answered. Raises Stopped on SIGINT or SIGTERM, EngineDeadError, and ConfigError
+    for an input that changed or a disk that refuses.
     """
 
     async def run() -> None:
@@ -54,19 +42,19 @@ def answer_all(
 
         def stop(number: int) -> None:
             stopped.append(number)
-            for each in _SIGNALS:
+            for each in SIGNALS:
                 loop.remove_signal_handler(each)  # a second one ends the process at once
             task.cancel()
 
-        for number in _SIGNALS:
+        for number in SIGNALS:
             loop.add_signal_handler(number, stop, number)
         try:
             async with open_answerer(engine, max_num_seqs, options) as answerer:
-                await _answer_blocks(answerer, source, LineReader(options), blocks, folder, on_row)
+                await _answer_blocks(answerer, source, LineReader(options), blocks, folder, on_progress)
         except* SlebError as errors:
-            raise _first(errors) from None
+            raise first_error(errors) from None
         finally:
-            for number in _SIGNALS:
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
             if stopped:
                 raise Stopped(stopped[0])
@@ -80,32 +68,23 @@ async def _answer_blocks(
     reader: LineReader,
     blocks: Sequence[Block],
     folder: Path,
-    on_row: OnRow,
+    on_progress: OnProgress,
 ) -> None:
     waiting = iter(blocks)
+    num_lines = itertools.count(1)
     lock = asyncio.Lock()  # a source is read from one place at a time
+
+    def tell() -> None:
+        tokens = answerer.context.engine.stats.num_output_tokens
+        on_progress(Progress(next(num_lines), answerer.num_errors, tokens))
 
     async def lane() -> None:
         for block in waiting:
             async with lock:
                 asks = await asyncio.to_thread(read_asks, source, reader, block)
-            rows = await answerer.answer(block, asks, lambda: on_row(answerer))
+            rows = await answerer.answer(block, asks, tell)
             await asyncio.to_thread(write_block, folder, block, rows)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(NUM_UNDER_WAY):
             group.create_task(lane())
-
-
-def read_asks(source: Source, reader: LineReader, block: Block) -> list[Ask]:
-    """What the lines of a block ask. Raises ConfigError if they are not those any more."""
-    return [reader.read(row.number, row.text) for row in read_block(source, block)]
-
-
-def _first(errors: BaseExceptionGroup[SlebError]) -> SlebError:
-    """One of those that ended the job, out of the groups of its tasks."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, SlebError)
-    return error

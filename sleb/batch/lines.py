@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from sleb.batch.options import ENDPOINTS, BatchOptions
+from sleb.batch.sources import Block, Source, read_block
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
 from sleb.server.json_input import load_json
@@ -145,3 +146,8 @@ def _id_of(found: Any, number: int, options: BatchOptions) -> str | None:
         return f"{'line' if options.column is None else 'row'}-{number}"
     custom_id = found.get("custom_id") if isinstance(found, dict) else None
     return custom_id if isinstance(custom_id, str) and 0 < len(custom_id) <= _MAX_ID else None
+
+
+def read_asks(source: Source, reader: LineReader, block: Block) -> list[Ask]:
+    """What the lines of a block ask. Raises ConfigError if they are not those any more."""
+    return [reader.read(row.number, row.text) for row in read_block(source, block)]

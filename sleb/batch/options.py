@@ -61,6 +61,14 @@ class BatchOptions:
         maximum=10**6,
         group=_OUTPUT,
     )
+    workers: int | None = option(
+        None,
+        "Engines that share the work, by Ray Data: on this machine, or on the cluster that RAY_ADDRESS names.",
+        unset="one, without Ray",
+        minimum=1,
+        maximum=10**4,
+        group=_OUTPUT,
+    )
     served_model_names: tuple[str, ...] = option_of(ServeOptions, "served_model_names", group=_NAMES)
     tool_format: str = option_of(ServeOptions, "tool_format", group=_NAMES)
 

@@ -13,6 +13,8 @@ from sleb.batch.folder import OutFolder
 from sleb.batch.lines import LineReader
 from sleb.batch.options import BatchOptions
 from sleb.batch.plan import Plan, make_plan
+from sleb.batch.pool import PoolJob, answer_in_pool, import_ray
+from sleb.batch.progress import Progress, Stopped
 from sleb.batch.sources import Block, Source, open_source
 from sleb.cli.options import Model, with_options
 from sleb.cli.progress import Bar, load_engine
@@ -22,7 +24,6 @@ from sleb.server.names import planned_names
 from sleb.terminal import Console, tell
 
 if TYPE_CHECKING:
-    from sleb.batch.answering import Answerer
     from sleb.engine.requests.tier import Tier
 
 _SECONDS_BETWEEN_LINES = 30.0  # about progress, in a log
@@ -57,6 +58,8 @@ def batch(
     """
     names = planned_names(engine, options.names)
     lines = open_source(source, options)
+    if options.workers is not None:
+        import_ray()
     plan = _look_through(lines, options, list(names))
     with OutFolder(out, _job(engine, options, names)) as folder:
         for line in folder.tidy(plan.blocks):
@@ -64,7 +67,7 @@ def batch(
         missing = [block for block in plan.blocks if not folder.has(block)]
         _introduce(plan, missing, out)
         if missing:
-            _answer(engine, options, lines, missing, out)
+            _answer(engine, options, source, lines, missing, out)
     tell(f"All {plan.num_lines} lines are answered; in their order: cat {out}/*.jsonl")
 
 
@@ -93,16 +96,15 @@ def _introduce(plan: Plan, missing: list[Block], out: Path) -> None:
 
 
 def _answer(
-    config: EngineConfig, options: BatchOptions, source: Source, missing: list[Block], out: Path
+    config: EngineConfig, options: BatchOptions, path: Path, source: Source, missing: list[Block], out: Path
 ) -> None:
-    from sleb.batch.job import Stopped, answer_all
-
-    begin = time.monotonic()
-    engine = load_engine(config)
-    tell(f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
     with BatchBar(sum(block.num_lines for block in missing)) as bar:
         try:
-            answer_all(engine, config.max_num_seqs, options, source, missing, out, bar.advance)
+            if options.workers is None:
+                _answer_here(config, options, source, missing, out, bar)
+            else:
+                job = PoolJob(config, options, path.resolve(), out.resolve())
+                answer_in_pool(job, options.workers, missing, bar.advance)
         except (Stopped, SlebError) as error:
             done = [block for block in missing if (out / block.name).is_file()]
             tell(
@@ -115,37 +117,54 @@ def _answer(
     tell(bar.summary)
 
 
+def _answer_here(
+    config: EngineConfig,
+    options: BatchOptions,
+    source: Source,
+    missing: list[Block],
+    out: Path,
+    bar: BatchBar,
+) -> None:
+    from sleb.batch.job import answer_all
+
+    begin = time.monotonic()
+    engine = load_engine(config)
+    tell(f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
+    bar.begin()
+    answer_all(engine, config.max_num_seqs, options, source, missing, out, bar.advance)
+
+
 class BatchBar(Bar):
     """Of lines; where nobody sees a bar, a line every half minute."""
 
     def __init__(self, num_lines: int) -> None:
         super().__init__(BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._is_log = not Console(stderr=True).is_terminal
-        self._num_lines, self._num_done, self._num_errors, self._num_tokens = num_lines, 0, 0, 0
+        self._num_lines, self._done = num_lines, Progress(0, 0, 0)
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on time counts."""
         self._begin = self._told = time.monotonic()
 
-    def advance(self, answerer: Answerer) -> None:
-        """A line more is answered."""
-        now = time.monotonic()
-        self._num_done += 1
-        self._num_errors = answerer.num_errors
-        self._num_tokens = answerer.context.engine.stats.num_output_tokens
-        self.show(f"answered{self._errors}, {self._rate(now)}", self._num_done, self._num_lines)
+    def advance(self, progress: Progress) -> None:
+        """Shows what is done now."""
+        now, self._done = time.monotonic(), progress
+        what = f"answered{self._errors}, {self._rate(now)}"
+        self.show(what, progress.num_lines, self._num_lines)
         if self._is_log and now - self._told > _SECONDS_BETWEEN_LINES:
             self._told = now
-            tell(f"{self._num_done} of {self._num_lines} lines answered{self._errors}, {self._rate(now)}")
+            tell(f"{progress.num_lines} of {self._num_lines} lines {what}")
 
     @property
     def summary(self) -> str:
         """What was done, and how fast."""
         now = time.monotonic()
-        return (
-            f"Answered {self._num_done} lines{self._errors} in {now - self._begin:.1f} s, {self._rate(now)}."
-        )
+        return f"Answered {self._done.num_lines} lines{self._errors} in {now - self._begin:.1f} s, {self._rate(now)}."
 
     @property
     def _errors(self) -> str:
-        return f" ({self._num_errors} errors)" if self._num_errors else ""
+        return f" ({self._done.num_errors} errors)" if self._done.num_errors else ""
 
     def _rate(self, now: float) -> str:
-        return f"{self._num_tokens / max(now - self._begin, 1e-9):.0f} tokens/s"
+        return f"{self._done.num_tokens / max(now - self._begin, 1e-9):.0f} tokens/s"
