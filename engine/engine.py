@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 
@@ -27,11 +27,11 @@ from sleb.engine.requests.request import Request
 from sleb.engine.requests.sampling_params import SamplingParams, is_integer
 from sleb.engine.requests.stopping import append_token
 from sleb.engine.requests.tier import Tier, choose_default, find_tier, make_tiers
-from sleb.engine.response_template import AnswerTemplate
 from sleb.engine.runner import Runner, SampledStep
 from sleb.engine.schedule.block_manager import BlockManager
 from sleb.engine.schedule.scheduler import Scheduler
 from sleb.engine.schedule.step import Step
+from sleb.engine.served_model import DecoderShape, DepthSize, PromptMaker, ServedModel
 from sleb.engine.text import TextProcessor
 from sleb.errors import ConfigError, InvalidOutputError, RequestError
 from sleb.kernels.names import FILE
@@ -68,7 +68,7 @@ class EngineStats:
         return sum(self.waiting.values())
 
 
-class Engine:
+class Engine(PromptMaker):
     """Serves several depths of one model from one copy of its weights. Not thread-safe: one thread owns it.
 
     Raises ConfigError, ModelError or LayerMapError when it cannot be built from `config`.
@@ -85,7 +85,6 @@ class Engine:
         self.tiers = make_tiers(self.layer_map, self.model_name, config.tiers, shipped)
         self.default_tier = choose_default(self.tiers, self.layer_map)
         self.text = TextProcessor(resolved.path, self.spec.vocab_size, config.chat_template)
-        self.tokenizer = self.text.tokenizer
         self.defaults = load_defaults(resolved.path, config, self.spec, self.text, resolved.sampling)
         self.eos_token_ids = self.defaults.end_token_ids
         depths = [tier.depth for tier in self.tiers]
@@ -93,6 +92,9 @@ class Engine:
         self.spec = self.runner.spec
         self.max_model_len = self.runner.max_model_len
         self.text.max_tokens = max(MAX_TOKENS, 2 * self.max_model_len)
+        self._load_text = partial(
+            TextProcessor, resolved.path, self.spec.vocab_size, config.chat_template, self.text.max_tokens
+        )
         executor = self.runner.executor
         if config.overlap and not executor.asynchronous:
             raise ConfigError(
@@ -209,35 +211,37 @@ class Engine:
         """The tier with that id or depth; None is the default one. Raises RequestError listing those served."""
         return self.default_tier if name is None else find_tier(self.tiers, name)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; see `TextProcessor.encode`."""
-        return self.text.encode(text, add_special_tokens)
-
-    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids to continue: of an empty text the token that texts begin with, else the one that ends them."""
-        return (
-            self.encode(text, add_special_tokens)
-            or self.text.empty_prompt()
-            or sorted(self.eos_token_ids)[:1]
+    @cached_property
+    def served(self) -> ServedModel:
+        """What a server's front needs to know."""
+        sizes = {
+            tier.depth: DepthSize(
+                self.num_parameters(tier.depth),
+                self.weight_bytes(tier.depth),
+                self.kv_bytes_per_token(tier.depth),
+            )
+            for tier in self.tiers
+        }
+        spec = self.spec
+        served = ServedModel(
+            model_name=self.model_name,
+            layer_map=self.layer_map,
+            shipped_results=self.shipped_results,
+            tiers=self.tiers,
+            default_tier=self.default_tier,
+            defaults=self.defaults,
+            eos_token_ids=self.eos_token_ids,
+            max_model_len=self.max_model_len,
+            description=self.description,
+            weights_name=self.weights_name,
+            spec=DecoderShape(
+                spec.architecture, spec.vocab_size, spec.hidden_size, spec.num_heads, spec.num_kv_heads
+            ),
+            sizes=sizes,
+            load_text=self._load_text,
         )
-
-    def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """The prompt of a conversation; see `ChatTemplates.render`."""
-        return self.text.render_chat(messages, **options)
-
-    @property
-    def chat_template(self) -> str | None:
-        """The chat template of conversations without tools; None if the model has none."""
-        return self.text.chat_template
-
-    def chat_template_for(self, with_tools: bool) -> str | None:
-        """The chat template of conversations with or without tools; None if the model has none."""
-        return self.text.chat_template_for(with_tools)
-
-    @property
-    def response_template(self) -> AnswerTemplate | None:
-        """How the checkpoint has its answers read; None if it does not say."""
-        return self.text.response_template
+        vars(served)["text"] = self.text  # once in this process
+        return served
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""

@@ -23,21 +23,24 @@ class TextProcessor:
     """Strings to token ids and conversations to prompts.
 
     A folder without tokenizer files gives a processor that knows nothing: prompts must then be token ids and answers
-    have no text. `max_tokens`: of a text that is encoded (`encode_text`). `window_start`: the token that windows of a
-    text begin with, or None (`LoadedTokenizer`).
+    have no text. `window_start`: the token that windows of a text begin with, or None (`LoadedTokenizer`).
 
     Args:
         vocab_size: of the model; tokens of the tokenizer past it are left out, with a warning.
         chat_template: a file with the template to use in place of the folder's own.
+        max_tokens: of a text that is encoded (`encode_text`).
 
     Raises ModelError for a folder's file, ConfigError for `chat_template`.
     """
 
-    max_tokens = MAX_TOKENS
-
     def __init__(
-        self, path: Path, vocab_size: int | None = None, chat_template: str | Path | None = None
+        self,
+        path: Path,
+        vocab_size: int | None = None,
+        chat_template: str | Path | None = None,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
+        self.max_tokens = max_tokens
         loaded = load_tokenizer(path, vocab_size)
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.named_tokens = loaded.named_tokens

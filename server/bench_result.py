@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from sleb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sleb.engine.engine import Engine
+    from sleb.engine.served_model import ServedModel
     from sleb.layer_map.layer_map import LayerMap
 
 # Which of several tests of a depth gives its speedup: the first that was run, at the smallest batch.
@@ -133,16 +133,16 @@ class BenchResult:
             )
         return result
 
-    def check(self, engine: Engine) -> None:
-        """Raises ConfigError unless what was measured is what `engine` serves."""
-        layer_map, depths = engine.layer_map, {row["depth"] for row in self.rows}
+    def check(self, model: ServedModel) -> None:
+        """Raises ConfigError unless what was measured is what is served."""
+        layer_map, depths = model.layer_map, {row["depth"] for row in self.rows}
         fingerprints = {self.fingerprint, layer_map.fingerprint} - {None}
-        common = max((tier.depth for tier in engine.tiers if tier.depth in depths), default=0)
+        common = max((tier.depth for tier in model.tiers if tier.depth in depths), default=0)
         removed = tuple(str(unit) for unit in layer_map.removed[:common])
         if self.num_blocks != layer_map.num_blocks or len(fingerprints) > 1:
             raise ConfigError(
                 f"--bench-result {self.path} was measured on another model; leave it out, or measure "
-                f"{engine.model_name}"
+                f"{model.model_name}"
             )
         if self.removed[:common] != removed:
             raise ConfigError(

@@ -59,17 +59,17 @@ class ServerContext:
 
         Raises ConfigError for a name of a depth that is not served, or that another tier has already.
         """
-        behind_loop = AsyncEngine(engine, max_num_seqs + options.max_queue)
+        behind_loop, model = AsyncEngine(engine, max_num_seqs + options.max_queue), engine.served
         unknown_fields: Counter[str] = Counter()
         # Room for any prompt that fits the context.
         max_body_bytes = options.max_body_bytes or max(
-            _LEAST_MAX_BODY, _BYTES_PER_TOKEN * engine.max_model_len
+            _LEAST_MAX_BODY, _BYTES_PER_TOKEN * model.max_model_len
         )
         return cls(
             engine=behind_loop,
             options=options,
-            token_texts=TokenTexts(engine.tokenizer),
-            names=name_tiers(engine.tiers, engine.default_tier, options.names),
+            token_texts=TokenTexts(model.tokenizer),
+            names=name_tiers(model.tiers, model.default_tier, options.names),
             metrics=ServerMetrics(
                 behind_loop,
                 unknown_fields,
@@ -77,9 +77,9 @@ class ServerContext:
                 [key.name for key in options.keys if key.name],
             ),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
-            max_characters=engine.max_model_len * longest_token(engine.tokenizer),
+            max_characters=model.max_model_len * longest_token(model.tokenizer),
             responses=ResponseStore(int(options.response_store_mb * 2**20), options.response_store_seconds),
-            results=(*options.results, *map(BenchResult.load, map(str, engine.shipped_results))),
+            results=(*options.results, *map(BenchResult.load, map(str, model.shipped_results))),
             unknown_fields=unknown_fields,
             warm=not options.warm_up,
         )
@@ -87,7 +87,7 @@ class ServerContext:
     def check_length(self, num_characters: int) -> None:
         """Raises RequestError context_length_exceeded for a conversation that has too many tokens in any case."""
         if num_characters > self.max_characters:
-            most = self.engine.engine.max_model_len
+            most = self.engine.model.max_model_len
             least = num_characters * most // self.max_characters if self.max_characters else num_characters
             raise RequestError(
                 f"the prompt has {least} tokens or more, but the context holds {most} tokens of prompt and answer "
@@ -99,7 +99,7 @@ class ServerContext:
     def tier(self, name: str | None) -> Tier:
         """The tier that a request's `model` names, whatever its case. Raises RequestError model_not_found."""
         if name is None:
-            return self.engine.engine.default_tier
+            return self.engine.model.default_tier
         lower = name.lower()  # once: it may be megabytes
         for known, tier in self.names.items():
             if known.lower() == lower:

@@ -188,10 +188,10 @@ class Teller:
 
     def introduce(self, context: ServerContext, url: str, can_chat: bool) -> None:
         """What is served, where, and how to try it."""
-        engine = context.engine.engine
+        served = context.engine.model
         if self._console is None:
-            tiers = [tier.id for tier in engine.tiers]
-            self.say(f"Serving at {api_url(url)}", url=url, models=tiers, max_model_len=engine.max_model_len)
+            tiers = [tier.id for tier in served.tiers]
+            self.say(f"Serving at {api_url(url)}", url=url, models=tiers, max_model_len=served.max_model_len)
             return
         self._print(self._table(context))
         others = [f"{name} ({tier.id})" for name, tier in context.names.items() if name != tier.id]
@@ -200,24 +200,24 @@ class Teller:
         needs_key = bool(context.options.keys)
         key = ", with a key in SLEB_API_KEY" if needs_key else ""
         self._print(
-            f"Serving at {api_url(url)} (context {engine.max_model_len} tokens). Ctrl-C drains and stops. "
+            f"Serving at {api_url(url)} (context {served.max_model_len} tokens). Ctrl-C drains and stops. "
             f"Try it{key}:\n"
         )
-        self._print(curl_line(url, engine.default_tier.id, can_chat, needs_key) + "\n")
+        self._print(curl_line(url, served.default_tier.id, can_chat, needs_key) + "\n")
 
     @staticmethod
     def _table(context: ServerContext) -> Table:
-        engine = context.engine.engine
+        served = context.engine.model
         table = Table()
         table.add_column("model")
         table.add_column("blocks", justify="right")
         table.add_column("removed")
         table.add_column("weights", justify="right")
-        for tier in engine.tiers:
-            name = tier.id + (" (default)" if tier == engine.default_tier else "")
+        for tier in served.tiers:
+            name = tier.id + (" (default)" if tier == served.default_tier else "")
             removed = ", ".join(map(str, tier.removed)) or "none"
-            kept = f"{tier.num_blocks_kept} of {engine.layer_map.num_blocks}"
-            table.add_row(name, kept, removed, f"{engine.weight_bytes(tier.depth) / 2**20:.0f} MiB")
+            kept = f"{tier.num_blocks_kept} of {served.layer_map.num_blocks}"
+            table.add_row(name, kept, removed, f"{served.weight_bytes(tier.depth) / 2**20:.0f} MiB")
         return table
 
     def _print(self, content: str | Table) -> None:

@@ -97,7 +97,7 @@ class Route(APIRoute):
             context = get_context(request)
             data = await context.bodies.read(request)
             request.state.num_bytes = len(data)
-            body = parse_body(data, model, context.unknown_fields, 2 * context.engine.engine.max_model_len)
+            body = parse_body(data, model, context.unknown_fields, 2 * context.engine.model.max_model_len)
             del data  # an answer may take long
             response: Response = await self.endpoint(request, body)
             return response

@@ -29,6 +29,7 @@ from sleb.server.wire import BoundedProtocol, WireLimits
 if TYPE_CHECKING:
     from sleb.engine.config import EngineConfig
     from sleb.engine.engine import Engine
+    from sleb.engine.served_model import ServedModel
 
 logger = logging.getLogger("sleb.server")
 
@@ -172,11 +173,11 @@ def serve(
         teller.say(f"Loading {engine_config.model} ...")
         begin = time.monotonic()
         engine = (make_engine or _load_engine)(engine_config)
-        can_chat = warm_up(engine)
+        can_chat = warm_up(engine.served)
         teller.say(f"Loaded in {time.monotonic() - begin:.1f} s. Computing with {engine.description}.")
         context = ServerContext.create(engine, options, engine_config.max_num_seqs)
         for result in context.results:
-            result.check(engine)
+            result.check(context.engine.model)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again
         server = make_server(context)
@@ -204,10 +205,10 @@ def _load_engine(config: EngineConfig) -> Engine:
     return Engine(config)
 
 
-def warm_up(engine: Engine) -> bool:
+def warm_up(model: ServedModel) -> bool:
     """Compiles the chat template, which takes long the first time. False if the model cannot chat."""
     try:
-        engine.render_chat([{"role": "user", "content": "Hello"}])
+        model.render_chat([{"role": "user", "content": "Hello"}])
     except RequestError:
         return False
     return True

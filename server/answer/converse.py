@@ -43,17 +43,17 @@ async def begin(request: Request, conversation: Conversation) -> Begun:
     """
     context = get_context(request)
     context.engine.check()
-    engine, tier = context.engine.engine, context.tier(conversation.model)
+    served, tier = context.engine.model, context.tier(conversation.model)
     fields: dict[str, Any] = {"max_tokens": None} | dict(conversation.sampling)
     fields["logprobs"] = conversation.num_logprobs
     fields["prompt_logprobs"] = conversation.num_prompt_logprobs
     SamplingParams(**fields)  # a value out of range is told before anything is computed
     prompt = Prompt(await _render(request, conversation)).cut(
-        conversation.truncate_prompt_tokens, fields["max_tokens"], engine.max_model_len
+        conversation.truncate_prompt_tokens, fields["max_tokens"], served.max_model_len
     )
     reading = _reading(context, conversation, prompt)
     fields["grammar"] = await grammar_source(
-        engine, conversation.allowed_token_ids, conversation.bad_words, reading.grammar()
+        served, conversation.allowed_token_ids, conversation.bad_words, reading.grammar()
     )
     fields["shown_special_ids"] = reading.shown_special_ids
     model = context.name_of(tier, conversation.model)
@@ -70,20 +70,20 @@ async def count_tokens(request: Request, conversation: Conversation) -> int:
 
 
 def _reading(context: ServerContext, conversation: Conversation, prompt: Prompt) -> AnswerReading:
-    engine, continued = context.engine.engine, None
+    served, continued = context.engine.model, None
     if conversation.continue_final_message:
         continued = str(conversation.messages[-1].get("content") or "")
     end = prompt.token_ids[-_NUM_LAST_TOKENS:]
     return AnswerReading(
-        template=engine.chat_template_for(conversation.tools is not None),
-        response_template=engine.response_template,
-        tokenizer=engine.tokenizer,
+        template=served.chat_template_for(conversation.tools is not None),
+        response_template=served.response_template,
+        tokenizer=served.tokenizer,
         tools=conversation.tools,
         answer=conversation.answer,
         tool_format=context.options.tool_format,
         prompt_end=""
-        if engine.tokenizer is None
-        else engine.tokenizer.decode(end, skip_special_tokens=False),
+        if served.tokenizer is None
+        else served.tokenizer.decode(end, skip_special_tokens=False),
         continued=continued,
     )
 
@@ -95,7 +95,7 @@ async def _render(request: Request, conversation: Conversation) -> list[int]:
 
 def _render_now(context: ServerContext, conversation: Conversation, num_bytes: int) -> list[int]:
     tools = conversation.tools
-    template = context.engine.engine.chat_template_for(tools is not None)
+    template = context.engine.model.chat_template_for(tools is not None)
     messages = normalise_messages(conversation.messages, template)
     options: dict[str, Any] = {
         "add_generation_prompt": conversation.add_generation_prompt,
@@ -108,4 +108,4 @@ def _render_now(context: ServerContext, conversation: Conversation, num_bytes: i
         options["tools"] = tools.tools
     if num_bytes > context.max_characters:  # they may be escapes and names
         context.check_length(num_characters([messages, options]))
-    return context.engine.engine.render_chat(messages, **options)
+    return context.engine.model.render_chat(messages, **options)

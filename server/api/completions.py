@@ -89,12 +89,12 @@ async def create_completion(
     ]
     fields["prompt_logprobs"] = max(asked, default=None)
     fields["grammar"] = await grammar_source(
-        context.engine.engine, body.allowed_token_ids, body.bad_words, answer_grammar(body)
+        context.engine.model, body.allowed_token_ids, body.bad_words, answer_grammar(body)
     )
     params = SamplingParams(**fields)
     prompts = await _encode(context, body, request.state.num_bytes)
     prompts = [
-        prompt.cut(body.truncate_prompt_tokens, params.max_tokens, context.engine.engine.max_model_len)
+        prompt.cut(body.truncate_prompt_tokens, params.max_tokens, context.engine.model.max_model_len)
         for prompt in prompts
     ]
     model = context.name_of(tier, body.model)
@@ -128,7 +128,7 @@ def _is_token_ids(value: Any) -> bool:
 
 
 async def _encode(context: ServerContext, body: CompletionBody, num_bytes: int) -> list[Prompt]:
-    encode = context.engine.engine.encode_prompt
+    encode = context.engine.model.encode_prompt
 
     def work() -> list[Prompt]:
         return [
@@ -174,7 +174,7 @@ class CompletionWriter(ChoicesWriter):
         return text, completion_logprobs(shown_ids, logprobs, self.body.logprobs, texts, offsets)
 
     def _prompt_text(self, prompt: Prompt) -> str:
-        tokenizer = self.context.engine.engine.tokenizer
+        tokenizer = self.context.engine.model.tokenizer
         if prompt.text is not None or tokenizer is None:
             return prompt.text or ""
         return str(tokenizer.decode(prompt.token_ids, skip_special_tokens=False))

@@ -109,9 +109,9 @@ def _complete(document: dict[str, Any], context: ServerContext) -> None:
                 stream["itemSchema"] = _place(stream["itemSchema"], document)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    engine = context.engine.engine
-    vocab_size = engine.spec.vocab_size
-    known = vocab_size if engine.tokenizer is None else engine.tokenizer.get_vocab_size()
+    served = context.engine.model
+    vocab_size = served.spec.vocab_size
+    known = vocab_size if served.tokenizer is None else served.tokenizer.get_vocab_size()
     schemas["TokenId"]["maximum"], schemas["KnownTokenId"]["maximum"] = vocab_size - 1, known - 1
     document["components"]["schemas"] = dict(sorted(schemas.items()))
 

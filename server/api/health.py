@@ -67,10 +67,10 @@ async def warm_up(context: ServerContext) -> None:
     Should that fail, requests are taken all the same, but /ready says why they, too, may fail.
     """
     engine = context.engine
-    length = max(min(_WARM_UP_PROMPT, engine.engine.max_model_len - _WARM_UP_TOKENS), 1)
+    length = max(min(_WARM_UP_PROMPT, engine.model.max_model_len - _WARM_UP_TOKENS), 1)
     params = SamplingParams(max_tokens=_WARM_UP_TOKENS, temperature=0, ignore_eos=True)
     try:
-        for tier in engine.engine.tiers:
+        for tier in engine.model.tiers:
             await _answer_once(context, Job([0] * length, params, tier.depth))
     except (EngineDeadError, ShuttingDownError):
         return  # /ready says so itself
@@ -78,7 +78,7 @@ async def warm_up(context: ServerContext) -> None:
         context.warm_up_failure = str(error) or type(error).__name__
         logger.error("warming up failed: %s", context.warm_up_failure)
     try:
-        await asyncio.to_thread(compiler_for(engine.engine).prepare)
+        await asyncio.to_thread(compiler_for(engine.model).prepare)
     except Exception as error:  # requests without a grammar do not mind
         logger.warning("structured output cannot be had: %s", error)
     context.warm = True

@@ -374,7 +374,7 @@ async def count_message_tokens(
 
 
 def _template(request: Request, body: CountTokensBody) -> str | None:
-    template: str | None = get_context(request).engine.engine.chat_template_for(bool(body.tools))
+    template: str | None = get_context(request).engine.model.chat_template_for(bool(body.tools))
     return template
 
 

@@ -105,9 +105,9 @@ async def get_model(request: Request, model_id: str) -> Response:
 
 def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
     """What the API tells of a tier."""
-    engine, results = context.engine.engine, context.results
+    served, results = context.engine.model, context.results
     speedup = next((found for each in results if (found := each.speedup(tier.depth))), None)
-    told = perplexities(engine.layer_map, results, tier.depth)
+    told = perplexities(served.layer_map, results, tier.depth)
     unknown = why_unknown(told)
     perplexity: HeldOutPerplexity | None = None
     if unknown is None:
@@ -120,19 +120,19 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
         "display_name": name,
         "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
         "lifecycle": "active",
-        "max_input_tokens": engine.max_model_len,
+        "max_input_tokens": served.max_model_len,
         "owned_by": "sleb",
-        "root": engine.model_name,
-        "parent": engine.model_name if tier.depth else None,
-        "max_model_len": engine.max_model_len,
-        "sampling": {field: getattr(engine.defaults, field) for field in SAMPLING},
+        "root": served.model_name,
+        "parent": served.model_name if tier.depth else None,
+        "max_model_len": served.max_model_len,
+        "sampling": {field: getattr(served.defaults, field) for field in SAMPLING},
         "pruning": {
             "depth": tier.depth,
-            "num_blocks": engine.layer_map.num_blocks,
+            "num_blocks": served.layer_map.num_blocks,
             "blocks_kept": tier.num_blocks_kept,
             "units_removed": [str(unit) for unit in tier.removed],
-            "weight_bytes": engine.weight_bytes(tier.depth),
-            "kv_bytes_per_token": engine.kv_bytes_per_token(tier.depth),
+            "weight_bytes": served.weight_bytes(tier.depth),
+            "kv_bytes_per_token": served.kv_bytes_per_token(tier.depth),
             "perplexity": perplexity,
             "perplexity_unknown": unknown,
             "speedup": speedup,

@@ -289,7 +289,7 @@ async def chat(
     if not body.messages:
         return _loaded(context, body.model, {"message": {"role": "assistant", "content": ""}})
     tools = make_tool_use([tool.function for tool in body.tools or ()], None, True)
-    template = context.engine.engine.chat_template_for(tools is not None)
+    template = context.engine.model.chat_template_for(tools is not None)
     messages = [message.as_message() for message in body.messages]
     begun = await begin(request, body.converse(messages, model, template, tools=tools))
     return await ChatWriter(begun, body.stream, body.model, body.num_top).answer(request)
@@ -310,7 +310,7 @@ async def generate(
     model = find_model(context, body.model)
     if not body.prompt:
         return _loaded(context, body.model, {"response": ""})
-    template = context.engine.engine.chat_template_for(False)
+    template = context.engine.model.chat_template_for(False)
     if body.raw:
         begun = await _begin_raw(request, body, body.prompt, model)
     else:
@@ -329,11 +329,11 @@ async def _begin_raw(request: Request, body: OllamaGenerateBody, text: str, mode
             raise RequestError(
                 f"a raw prompt has no template, and so no place for {name}: leave it out", param=name
             )
-    engine, tier = context.engine.engine, context.tier(model)
+    served, tier = context.engine.model, context.tier(model)
     sampling = {"max_tokens": None} | body.sampling() | {"logprobs": body.num_top}
     SamplingParams(**sampling)  # a value out of range is told before anything is computed
-    prompt = Prompt(await run(lambda: engine.encode_prompt(text), request.state.num_bytes), text)
-    grammar = await grammar_source(engine, None, None, body.grammar())
+    prompt = Prompt(await run(lambda: served.encode_prompt(text), request.state.num_bytes), text)
+    grammar = await grammar_source(served, None, None, body.grammar())
     params = SamplingParams(**sampling, grammar=grammar)
     generation = Generation(
         context, request.state.request_id, tier, [prompt], params, context.name_of(tier, model)

@@ -96,7 +96,7 @@ async def running(request: Request) -> Response:
     """The same: all are loaded."""
     context = get_context(request)
     forever = {"expires_at": timestamp(datetime.now(UTC) + _ALWAYS)}
-    more = forever | {"context_length": context.engine.engine.max_model_len}
+    more = forever | {"context_length": context.engine.model.max_model_len}
     models = [_model(context, tier, name) for name, tier in context.names.items()]
     return json_response({"models": [model | more | {"size_vram": model["size"]} for model in models]})
 
@@ -109,9 +109,9 @@ async def show(
 ) -> Response:
     """What is known of one tier."""
     context = get_context(request)
-    engine = context.engine.engine
+    served = context.engine.model
     tier = context.tier(find_model(context, body.model or body.name))
-    template = engine.chat_template_for(False)
+    template = served.chat_template_for(False)
     family = _family(context)
     capabilities = ["completion"]
     if template is not None:
@@ -124,13 +124,13 @@ async def show(
             "details": _details(context, tier),
             "model_info": {
                 "general.architecture": family,
-                "general.basename": engine.model_name,
-                "general.parameter_count": engine.num_parameters(tier.depth),
+                "general.basename": served.model_name,
+                "general.parameter_count": served.num_parameters(tier.depth),
                 f"{family}.block_count": tier.num_blocks_kept,
-                f"{family}.context_length": engine.max_model_len,
-                f"{family}.embedding_length": engine.spec.hidden_size,
-                f"{family}.attention.head_count": engine.spec.num_heads,
-                f"{family}.attention.head_count_kv": engine.spec.num_kv_heads,
+                f"{family}.context_length": served.max_model_len,
+                f"{family}.embedding_length": served.spec.hidden_size,
+                f"{family}.attention.head_count": served.spec.num_heads,
+                f"{family}.attention.head_count_kv": served.spec.num_kv_heads,
             },
             "capabilities": capabilities,
             "modified_at": _created(context),
@@ -176,27 +176,27 @@ def _model(context: ServerContext, tier: Tier, name: str) -> dict[str, Any]:
         "name": name,
         "model": name,
         "modified_at": _created(context),
-        "size": context.engine.engine.weight_bytes(tier.depth),
+        "size": context.engine.model.weight_bytes(tier.depth),
         "digest": tier.digest,
         "details": _details(context, tier),
     }
 
 
 def _details(context: ServerContext, tier: Tier) -> OllamaDetails:
-    engine, family = context.engine.engine, _family(context)
-    size = engine.num_parameters(tier.depth)
+    served, family = context.engine.model, _family(context)
+    size = served.num_parameters(tier.depth)
     return {
-        "parent_model": engine.model_name if tier.depth else "",
+        "parent_model": served.model_name if tier.depth else "",
         "format": "gguf",
         "family": family,
         "families": [family],
         "parameter_size": f"{size / 1e9:.1f}B" if size >= 1e9 else f"{size / 1e6:.2f}M",
-        "quantization_level": _FORMATS.get(engine.weights_name, engine.weights_name.upper()),
+        "quantization_level": _FORMATS.get(served.weights_name, served.weights_name.upper()),
     }
 
 
 def _family(context: ServerContext) -> str:
-    architecture: str = context.engine.engine.spec.architecture
+    architecture: str = context.engine.model.spec.architecture
     return architecture.removesuffix("ForCausalLM").lower()
 
 

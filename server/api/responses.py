@@ -186,14 +186,14 @@ def _read_items(request: Request, body: ResponsesBody) -> tuple[list[Item], tupl
 async def _converse(
     request: Request, body: ResponsesBody, items: list[Item], earlier: tuple[bytes, ...]
 ) -> Conversation:
-    engine = get_context(request).engine.engine
+    served = get_context(request).engine.model
     before = [item for turn in earlier for item in orjson.loads(turn)]
     request.state.num_bytes += sum(map(len, earlier))
     tools = body.tool_use()
     messages = to_messages([*before, *items], body.instructions)
     if not messages:
         raise RequestError("'input' has no message: send what the user says", param="input")
-    conversation = body.to_conversation(messages, tools, engine.chat_template_for(tools is not None))
+    conversation = body.to_conversation(messages, tools, served.chat_template_for(tools is not None))
     if body.truncation == "auto":
         return await shortened(request, conversation)
     return conversation

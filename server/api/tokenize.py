@@ -78,7 +78,7 @@ async def tokenize(
     tokens = await run(lambda: _tokens(context, body), request.state.num_bytes)
     answer = {
         "count": len(tokens),
-        "max_model_len": context.engine.engine.max_model_len,
+        "max_model_len": context.engine.model.max_model_len,
         "tokens": tokens,
         "token_strs": None,
     }
@@ -118,40 +118,40 @@ async def tokenizer_info(request: Request) -> Response:
     """The special tokens, the chat template and what else a client needs who renders prompts by itself."""
     context = get_context(request)
     tokenizer = _tokenizer(context)
-    named = context.engine.engine.text.named_tokens
+    named = context.engine.model.text.named_tokens
     added = tokenizer.get_added_tokens_decoder()
     info: dict[str, Any] = {name: named.get(name) for name in _SPECIAL_NAMES}
     info |= {
         "tokenizer_class": "PreTrainedTokenizerFast",  # what loads every tokenizer.json
-        "model_max_length": context.engine.engine.max_model_len,
+        "model_max_length": context.engine.model.max_model_len,
         "vocab_size": tokenizer.get_vocab_size(),
         "added_tokens_decoder": {
             str(token_id): {name: getattr(token, name) for name in AddedToken.__annotations__}
             for token_id, token in added.items()
         },
     }
-    template = context.engine.engine.text.chat_template
+    template = context.engine.model.text.chat_template
     if template is not None:
         info["chat_template"] = template
     return json_response(info)
 
 
 def _tokens(context: ServerContext, body: TokenizeBody) -> list[int]:
-    engine = context.engine.engine
+    served = context.engine.model
     if body.messages is None:
-        return engine.encode(body.prompt or "", body.add_special_tokens is not False)
+        return served.encode(body.prompt or "", body.add_special_tokens is not False)
     own = {
         "tools": body.tools,
         "add_generation_prompt": body.add_generation_prompt is not False,
         "continue_final_message": bool(body.continue_final_message),
         "variables": body.chat_template_kwargs or {},
     }
-    template = engine.chat_template_for(bool(body.tools))
-    return engine.render_chat(normalise_messages(body.messages, template), **own)
+    template = served.chat_template_for(bool(body.tools))
+    return served.render_chat(normalise_messages(body.messages, template), **own)
 
 
 def _tokenizer(context: ServerContext) -> Tokenizer:
-    tokenizer = context.engine.engine.tokenizer
+    tokenizer = context.engine.model.tokenizer
     if tokenizer is None:
         raise RequestError("this model has no tokenizer; send and read token ids")
     return tokenizer

@@ -170,7 +170,7 @@ class ServerMetrics(Collector):
         prefix: str = "sleb",
         keys: Iterable[str] = (),
     ) -> None:
-        model = engine.engine
+        model = engine.model
         self._prefix = f"{prefix}:"
         self._keys = {name: [0, 0, 0] for name in keys}  # requests, tokens of prompts, tokens generated
         self._engine = engine

@@ -25,8 +25,8 @@ from sleb.server.grammar.notation import GrammarError, as_llguidance, in_words
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from sleb.engine.engine import Engine
     from sleb.engine.requests.grammar import Grammar, GrammarSource, Mask
+    from sleb.engine.served_model import ServedModel
 
 logger = logging.getLogger("sleb.server")
 
@@ -203,15 +203,15 @@ class GrammarCompiler:
             return self._table
 
 
-_compilers: WeakKeyDictionary[Engine, GrammarCompiler] = WeakKeyDictionary()
+_compilers: WeakKeyDictionary[ServedModel, GrammarCompiler] = WeakKeyDictionary()
 
 
-def compiler_for(engine: Engine) -> GrammarCompiler:
-    """The compiler of an engine, made when it is first asked for."""
-    compiler = _compilers.get(engine)
+def compiler_for(model: ServedModel) -> GrammarCompiler:
+    """The compiler of a model, made when it is first asked for."""
+    compiler = _compilers.get(model)
     if compiler is None:
-        compiler = GrammarCompiler(engine.tokenizer, engine.spec.vocab_size, engine.eos_token_ids)
-        _compilers[engine] = compiler
+        compiler = GrammarCompiler(model.tokenizer, model.spec.vocab_size, model.eos_token_ids)
+        _compilers[model] = compiler
     return compiler
 
 

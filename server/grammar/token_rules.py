@@ -13,8 +13,8 @@ from sleb.server.errors import shorten
 from sleb.server.grammar.grammars import compiler_for
 
 if TYPE_CHECKING:
-    from sleb.engine.engine import Engine
     from sleb.engine.requests.grammar import Grammar, GrammarSource, Mask
+    from sleb.engine.served_model import ServedModel
     from sleb.server.grammar.grammar_spec import GrammarSpec
 
 _BITS = 32  # tokens a word of a mask
@@ -62,7 +62,7 @@ class _State:
 
 
 async def grammar_source(
-    engine: Engine,
+    model: ServedModel,
     allowed_token_ids: Sequence[int] | None,
     bad_words: Sequence[str] | None,
     spec: GrammarSpec | None,
@@ -77,23 +77,23 @@ async def grammar_source(
     if len(asked) > 1:
         raise RequestError(f"{asked[0]} and {asked[1]} exclude each other; leave one out", param=asked[0])
     if spec is not None:
-        return await compiler_for(engine).compile(spec)
+        return await compiler_for(model).compile(spec)
     if not given:
         return None
-    vocab_size = engine.spec.vocab_size
+    vocab_size = model.spec.vocab_size
     for token_id in allowed_token_ids or ():
         if token_id >= vocab_size:
             raise RequestError(
                 f"{token_id} in allowed_token_ids is not a token id; ids go from 0 to {vocab_size - 1}",
                 param="allowed_token_ids",
             )
-    banned = [tokens for word in bad_words or () for tokens in _as_tokens(engine, word)]
+    banned = [tokens for word in bad_words or () for tokens in _as_tokens(model, word)]
     return TokenRules(vocab_size, allowed_token_ids, banned)
 
 
-def _as_tokens(engine: Engine, word: str) -> list[list[int]]:
+def _as_tokens(model: ServedModel, word: str) -> list[list[int]]:
     """The tokens of a word at the beginning of a text and, if they are as many others, after a space, as vLLM does."""
-    plain, spaced = (engine.encode(space + word.lstrip(), False) for space in ("", " "))
+    plain, spaced = (model.encode(space + word.lstrip(), False) for space in ("", " "))
     if not plain:
         raise RequestError(
             f"bad_words has {shorten(word)}, which makes no token; leave it out", param="bad_words"

@@ -30,7 +30,7 @@ async def shortened(request: Request, conversation: Conversation) -> Conversatio
     def beginning(place: int) -> Conversation:
         return replace(conversation, messages=head + messages[place:])
 
-    most = get_context(request).engine.engine.max_model_len
+    most = get_context(request).engine.model.max_model_len
     wanted = conversation.sampling.get("max_tokens")
     room = most - (wanted if wanted and 0 < wanted < most else 1)
     if await _fits(request, conversation, room):

@@ -92,6 +92,10 @@ class FakeEngine:
         self.seen = []  # (prompt, params, depth) of every request
         self._requests = {}
 
+    @property
+    def served(self):
+        return self
+
     def _make_tier(self, depth):
         return Tier(
             id=f"fake:sleb-{depth}" if depth else "fake",
