@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sleb.server.errors import ApiError
 
@@ -28,6 +28,7 @@ FRAMING_PER_BYTE = 16  # of a body in chunks, whose lengths are text
 _MAX_DROPPED = 2**20  # bytes that a client may send before it reads that it was refused
 _MAX_UNREAD = 2**24  # bytes of a body that was answered before its end
 _UPGRADE = re.compile(rb"(?<=\n)upgrade(?=[ \t]*:)", re.IGNORECASE)
+DIRECT_WRITE = "sleb.direct_write"  # an extension of ASGI's scope
 _SECONDS_TO_READ = 2.0  # for a client to read that it was refused
 _REASONS = {
     400: b"Bad Request",
@@ -35,6 +36,23 @@ _REASONS = {
     431: b"Request Header Fields Too Large",
     503: b"Service Unavailable",
 }
+
+
+class DirectWrite:
+    """Writes to a response that has begun, without a task's waiting: what the ASGI extension DIRECT_WRITE offers."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def ready(self) -> bool:
+        """Whether the client keeps up; otherwise `send` waits for it."""
+        return not self._cycle.flow.write_paused and bool(self._cycle.chunked_encoding)
+
+    def __call__(self, content: bytes) -> None:
+        """A part of the body, as `send` would write it (RFC 9112, 7.1). Nothing if the client has gone."""
+        if not self._cycle.disconnected:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(content), content))
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._end_parsing(ApiError(400, f"more than {MAX_PIPELINED} requests were sent at once"))
         super().on_headers_complete()
+        self.scope["extensions"] = {DIRECT_WRITE: DirectWrite(self.cycle)}
 
     def on_body(self, body: bytes) -> None:
         self._num_body += len(body)

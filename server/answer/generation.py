@@ -132,16 +132,23 @@ class Generation:
         When `read` is called, `usage` counts up to its increment. Raises EngineDeadError, ShuttingDownError,
         or ApiError for an answer that the engine gave up.
         """
+        ended = False
+        while not ended:
+            await self.wait(self._context.options.keep_alive_seconds)
+            pieces = self.take(read)
+            ended = self.finished  # as whoever takes the pieces sees it
+            yield pieces
+
+    async def wait(self, timeout: float, on_arrival: Callable[[], bool] | None = None) -> None:
+        """Waits for increments; see `Answers.wait`."""
+        assert self._answers is not None
+        await self._answers.wait(timeout, on_arrival)
+
+    def take(self, read: Callable[[int, StepOutput], T]) -> list[T]:
+        """What `read` makes of the increments that are there. Raises as `pieces` does."""
         assert self._answers is not None
         try:
-            ended = False
-            while not ended:
-                batch = await self._answers.next(self._context.options.keep_alive_seconds)
-                pieces = [self._record(choice, output, read) for choice, output in batch]
-                ended = self.finished  # as whoever takes the pieces sees it
-                yield pieces
-        except asyncio.CancelledError:
-            raise
+            return [self._record(choice, output, read) for choice, output in self._answers.take()]
         except Exception as error:
             self._outcome = getattr(error, "code", None) or "error"
             self._failed = True

@@ -36,6 +36,7 @@ class GenerateWriter(AnswerWriter):
         super().__init__(begun.context, begun.generation, stream, begun.shape.make_parser)
         self._head = {"model": model or begun.generation.model, "created_at": now()}
         self._num_top = num_top
+        self.tells_alike = num_top is None
         self._call: dict[str, Any] | None = None  # that has begun
         self._finish_reason: str | None = None
 

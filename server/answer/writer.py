@@ -6,12 +6,12 @@ Generation.pieces ─► AnswerWriter ─┬─► stream: events, each piece on
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 from fastapi import Request, Response
 
 from sleb.engine.outputs import StepOutput, TokenLogprobs
@@ -23,6 +23,8 @@ from sleb.server.errors import ApiError, json_response, to_api_error
 from sleb.server.exchange import note_failure
 from sleb.server.message.parser import MessageParser
 from sleb.server.message.reasoning import Delta
+
+FRAMED = "\ue000 the text \ue000"  # of private use: no name of a model holds it
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class AnswerWriter(ABC):
         silence: what is sent when nothing else was for a while; None: nothing.
         folds: whether a stream is joined too, so that its `closing` may tell the whole answer by `finished`.
         tells_usage: whether each piece has its `usage`.
+        tells_alike: whether events that tell content differ in the text alone.
         folded: the pieces of each choice so far, joined; empty for a stream that is not.
     """
 
@@ -78,6 +81,7 @@ class AnswerWriter(ABC):
     silence: bytes | None = None
     folds = False
     tells_usage = False
+    tells_alike = True
 
     def __init__(
         self,
@@ -93,6 +97,8 @@ class AnswerWriter(ABC):
         self._make_parser = make_parser
         self._parsers: dict[int, MessageParser | None] = {}
         self._whole: dict[str, Any] | None = None
+        self._frames: dict[int, tuple[bytes, ...]] = {}
+        self.ended = False
 
     def opening(self) -> list[Any]:
         """Events before the first token, which are sent at once."""
@@ -133,7 +139,8 @@ class AnswerWriter(ABC):
         try:
             await until_disconnect(request, self.generation.start())
             if self.stream:
-                return EventStreamResponse(self._stream(), self.media_type, self.close)
+                patience = self.context.options.keep_alive_seconds
+                return EventStreamResponse(self, self.media_type, patience)
             await until_disconnect(request, self._fold())
             whole = self.finished()
         except BaseException:
@@ -181,32 +188,46 @@ class AnswerWriter(ABC):
                 own.append(piece)
                 self.folded[piece.choice] = own
 
-    async def _stream(self) -> AsyncIterator[bytes]:
-        """The bytes of a stream, what came together in one write; what is sent in silence; errors; the end."""
-        # A timer may be early by a tick of the clock.
-        patience = self.context.options.keep_alive_seconds * 0.99
-        last_write = time.monotonic()
-        try:
-            if opening := self.opening():
-                yield b"".join(map(self.encode, opening))
-            async for pieces in self.generation.pieces(self.read):
-                if self.folds:
-                    self._join(pieces)
-                events = [each for piece in pieces for each in self.events(piece)]
-                if self.generation.finished:
-                    events += self.closing()
-                now = time.monotonic()
-                if events:
-                    yield b"".join(map(self.encode, events))
-                elif self.silence is not None and now - last_write >= patience:
-                    yield self.silence
-                else:
-                    continue
-                last_write = now
-        except Exception as error:
-            answer = to_api_error(error)
-            note_failure(answer.code or str(answer.status))
-            yield self.failure(answer)
-        if self.end:
-            yield self.end
-        self.close()  # before the message that ends the response: with that a trace's span ends
+    # As an `EventStream`.
+
+    def begin(self) -> bytes:
+        return b"".join(map(self.encode, self.opening()))
+
+    async def wait(self, timeout: float, on_arrival: Callable[[], bool] | None = None) -> None:
+        await self.generation.wait(timeout, on_arrival)
+
+    def take(self) -> bytes:
+        parts = self.generation.take(self._tell)
+        if self.generation.finished:
+            self.ended = True
+            parts += map(self.encode, self.closing())
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _tell(self, choice: int, output: StepOutput) -> bytes:
+        """The events by which a stream tells an increment, as they are sent."""
+        if choice in self._frames and output.finish_reason is None:
+            return self.frame(choice, output.new_text) if output.new_text else b""
+        piece = self.read(choice, output)
+        if self.folds:
+            self._join([piece])
+        told = b"".join(map(self.encode, self.events(piece)))
+        parser = self._parsers[choice]
+        if self.tells_alike and output.new_text and (parser is None or parser.plain):
+            self._frames[choice] = self.make_frame(choice)
+        return told
+
+    def make_frame(self, choice: int) -> tuple[bytes, ...]:
+        """What stands around the text in the events of a choice that tell content, which are alike from here on."""
+        event = self.events(Piece(choice, FRAMED, [Delta("content", FRAMED)]))[0]
+        head, tail = self.encode(event).split(orjson.dumps(FRAMED))
+        return head, tail
+
+    def frame(self, choice: int, text: str) -> bytes:
+        """The event that tells more content, in its frame: the same bytes as `events` would give, sooner."""
+        head, tail = self._frames[choice]
+        return head + orjson.dumps(text) + tail
+
+    def fail(self, error: Exception) -> bytes:
+        answer = to_api_error(error)
+        note_failure(answer.code or str(answer.status))
+        return self.failure(answer)

@@ -33,6 +33,7 @@ class Answers:
         self._error: Exception | None = None
         self._accepted = False
         self._wake = asyncio.Event()
+        self._on_arrival: Callable[[], bool] | None = None
 
     @property
     def unfinished(self) -> frozenset[str]:
@@ -50,20 +51,35 @@ class Answers:
     async def next(self, timeout: float | None = None) -> list[tuple[int, StepOutput]]:
         """(job index, output) pairs in order: all that have arrived, after waiting for the first.
 
-        Empty after `timeout` seconds of silence, and at once when all jobs are finished. Raises EngineDeadError, or
-        what `fail` was given, once everything that arrived before is taken.
+        Empty after `timeout` seconds of silence, and at once when all jobs are finished. Raises as `take` does.
         """
-        while not self._arrived:
-            if self._error is not None:
-                raise self._error
-            if not self._unfinished:
-                return []
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._wake.wait()
-            except TimeoutError:
-                return []
-            self._wake.clear()
+        await self.wait(timeout)
+        return self.take()
+
+    async def wait(self, timeout: float | None = None, on_arrival: Callable[[], bool] | None = None) -> None:
+        """Waits until `take` has something to give or to raise, all jobs are finished, or `timeout` seconds are over.
+
+        on_arrival: called when increments come, in place of whoever waits: False lets him sleep on.
+        """
+        if self._arrived or self._error is not None or not self._unfinished:
+            return
+        self._wake.clear()
+        self._on_arrival = on_arrival
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            self._on_arrival = None
+            if timer is not None:
+                timer.cancel()
+
+    def take(self) -> list[tuple[int, StepOutput]]:
+        """(job index, output) pairs in order: those that have arrived since it was called last.
+
+        Raises EngineDeadError, or what `fail` was given, once everything that arrived before is taken.
+        """
+        if not self._arrived and self._error is not None:
+            raise self._error
         arrived, self._arrived = self._arrived, []
         return arrived
 
@@ -73,11 +89,15 @@ class Answers:
         self._wake.set()
 
     def put(self, output: StepOutput) -> None:
-        """Called for the engine thread: an increment."""
+        """Called for the engine thread: an increment; `notify` follows when all of a step are there."""
         self._arrived.append((self._index[output.request_id], output))
         if output.finish_reason is not None:
             self._unfinished.discard(output.request_id)
-        self._wake.set()
+
+    def notify(self) -> None:
+        """Called for the engine thread: what a step brought has been put."""
+        if self._on_arrival is None or self._on_arrival():
+            self._wake.set()
 
     def fail(self, error: Exception) -> None:
         """Ends the answers with an error, after what has arrived already."""

@@ -66,6 +66,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, max_open: int) -> None:
         self.engine = engine
+        self.model = engine.served
         self.max_open = max_open
         self.stats: EngineStats = engine.stats()
         self.draining = False
@@ -188,6 +189,7 @@ class AsyncEngine:
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         now = time.monotonic()
+        told: dict[Answers, None] = {}
         for output in outputs:
             found = self._open.get(output.request_id)
             if found is None:  # aborted while the step ran
@@ -196,6 +198,9 @@ class AsyncEngine:
                 del self._open[output.request_id]
             found.observe(output, now)
             found.answers.put(output)
+            told[found.answers] = None
+        for answers in told:
+            answers.notify()
 
     def _fail_dead(self, error: EngineDeadError) -> None:
         self._dead = error

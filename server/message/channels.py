@@ -51,6 +51,10 @@ class ChannelParser:
             self._read(begun)
             self._new.clear()
 
+    @property
+    def plain(self) -> bool:
+        return False
+
     def push(self, text: str, finish_reason: str | None) -> list[Delta]:
         """What `text` makes certain; all of the rest if the answer ends with it."""
         self._read(text)

@@ -16,6 +16,10 @@ class MessageParser(Protocol):
     @property
     def num_calls(self) -> int: ...
 
+    @property
+    def plain(self) -> bool:
+        """Whether all that follows is content as it stands."""
+
     def push(self, text: str, finish_reason: str | None) -> list[Delta]:
         """What `text` makes certain; all of the rest if the answer ends with it, for the engine's `finish_reason`."""
 
@@ -30,6 +34,10 @@ class MarkedParser:
     @property
     def num_calls(self) -> int:
         return 0 if self._tools is None else self._tools.num_calls
+
+    @property
+    def plain(self) -> bool:
+        return self._tools is None and (self._reasoning is None or self._reasoning.over)
 
     def push(self, text: str, finish_reason: str | None) -> list[Delta]:
         """What `text` makes certain; all of the rest if the answer ends with it, for the engine's `finish_reason`."""

@@ -113,6 +113,11 @@ class ReasoningParser:
         self._marks = marks
         self._held = ""
 
+    @property
+    def over(self) -> bool:
+        """Whether all that follows is the answer."""
+        return self._state == "answer"
+
     def push(self, text: str) -> list[Delta]:
         """What `text` makes certain."""
         text, self._held = self._held + text, ""

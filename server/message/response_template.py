@@ -61,6 +61,10 @@ class TemplateParser:
         self._new.clear()
         self._body, self._said, self._space = "", False, ""
 
+    @property
+    def plain(self) -> bool:
+        return False
+
     def push(self, text: str, finish_reason: str | None) -> list[Delta]:
         """What `text` makes certain; all of the rest if the answer ends with it."""
         try:

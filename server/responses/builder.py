@@ -136,6 +136,19 @@ class OutputBuilder:
             self.output[-1]["content"][0]["logprobs"] += entries
         return self._of_part("response.output_text.delta", delta=delta.text, logprobs=entries)
 
+    def add_content(self, text: str) -> int:
+        """Takes text of the open item, behind which nothing but text comes; the number of the event that tells it."""
+        self._pieces.append(text)
+        self._number += 1
+        return self._number - 1
+
+    def content_event(self, number: int, text: str) -> Event:
+        """The event of that number, which tells `text` of the open item, without log-probabilities."""
+        before, self._number = self._number, number
+        event = self._of_part("response.output_text.delta", delta=text, logprobs=[])
+        self._number = before
+        return event
+
     def close(self, status: str = "completed") -> list[Event]:
         """Ends the open item, if there is one."""
         kind, item = self._open, self.output[-1] if self.output else {}

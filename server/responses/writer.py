@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
+
 from sleb.engine.outputs import StepOutput
 from sleb.server.answer.converse import Begun
 from sleb.server.answer.streaming import KEEP_ALIVE, named_event
-from sleb.server.answer.writer import AnswerWriter, Piece
+from sleb.server.answer.writer import FRAMED, AnswerWriter, Piece
 from sleb.server.errors import ApiError
 from sleb.server.ids import new_id
 from sleb.server.responses.body import ResponsesBody
@@ -17,6 +19,8 @@ from sleb.server.responses.builder import Event, OutputBuilder
 from sleb.server.responses.items import Item
 from sleb.server.responses.models import ALWAYS_NULL
 from sleb.server.responses.store import ResponseStore
+
+_NUMBER = 2**53 - 1  # in the place of an event's own, which never comes so far
 
 
 class ResponseWriter(AnswerWriter):
@@ -43,6 +47,7 @@ class ResponseWriter(AnswerWriter):
         self._events: list[Event] = []  # of pieces that are not told yet
         self._finish_reason: str | None = None
         self._input_items, self._earlier = input_items, earlier
+        self.tells_alike = body.num_logprobs is None
         self._keeps = body.store and self._store.keeps
         self._head = self._make_head(body)
         self._store.running[self.id] = self
@@ -53,7 +58,7 @@ class ResponseWriter(AnswerWriter):
 
     def _make_head(self, body: ResponsesBody) -> dict[str, Any]:
         """What no token changes."""
-        defaults = self.context.engine.engine.defaults
+        defaults = self.context.engine.model.defaults
         return {
             "id": self.id,
             "object": "response",
@@ -81,6 +86,16 @@ class ResponseWriter(AnswerWriter):
         response = self._head | {"status": "in_progress", "output": [], "usage": None}
         kinds = ("response.created", "response.in_progress")
         return [self._builder.event(kind, response=response) for kind in kinds]
+
+    def make_frame(self, choice: int) -> tuple[bytes, ...]:
+        event = self._builder.content_event(_NUMBER, FRAMED)
+        head, rest = self.encode(event).split(str(_NUMBER).encode())
+        middle, tail = rest.split(orjson.dumps(FRAMED))
+        return head, middle, tail
+
+    def frame(self, choice: int, text: str) -> bytes:
+        head, middle, tail = self._frames[choice]
+        return b"%b%d%b%b%b" % (head, self._builder.add_content(text), middle, orjson.dumps(text), tail)
 
     def events(self, piece: Piece) -> list[Event]:
         events, self._events = self._events, []
