@@ -7,8 +7,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
@@ -20,7 +19,7 @@ from sleb.engine.execute.grammar_masks import advance
 from sleb.engine.execute.sampler import SampledToken
 from sleb.engine.generation import load_defaults
 from sleb.engine.model.architecture import resolve_spec
-from sleb.engine.outputs import StepOutput, TokenLogprobs
+from sleb.engine.outputs import EngineStats, StepOutput, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer, special_texts
 from sleb.engine.requests.grammar import Grammar
 from sleb.engine.requests.request import Request
@@ -39,33 +38,6 @@ from sleb.kernels.reference.ops import NO_TOKEN
 from sleb.models.resolve import resolve_model
 
 logger = logging.getLogger("sleb.engine")
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the start, and the present state.
-
-    running, waiting: requests by depth, without the depths that have none. kv_cache_usage: a share, 0 to 1.
-    num_prefilled, num_to_prefill: tokens that are computed, and all, of running requests' prompts that are not done.
-    """
-
-    running: Mapping[int, int]
-    waiting: Mapping[int, int]
-    kv_cache_usage: float
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    num_preemptions: int
-    num_prefilled: int = 0
-    num_to_prefill: int = 0
-
-    @property
-    def num_running(self) -> int:
-        return sum(self.running.values())
-
-    @property
-    def num_waiting(self) -> int:
-        return sum(self.waiting.values())
 
 
 class Engine(PromptMaker):
@@ -232,6 +204,8 @@ class Engine(PromptMaker):
             defaults=self.defaults,
             eos_token_ids=self.eos_token_ids,
             max_model_len=self.max_model_len,
+            page_size=self.runner.executor.page_size,
+            num_pages=self.runner.num_pages,
             description=self.description,
             weights_name=self.weights_name,
             spec=DecoderShape(

@@ -1,7 +1,8 @@
-"""What comes out of the engine: increments of each step, and whole answers."""
+"""What comes out of the engine: increments of each step, whole answers, and its counters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,3 +94,30 @@ class Output:
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         return self.choices[0].logprobs
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and the present state.
+
+    running, waiting: requests by depth, without the depths that have none. kv_cache_usage: a share, 0 to 1.
+    num_prefilled, num_to_prefill: tokens that are computed, and all, of running requests' prompts that are not done.
+    """
+
+    running: Mapping[int, int]
+    waiting: Mapping[int, int]
+    kv_cache_usage: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    num_prefilled: int = 0
+    num_to_prefill: int = 0
+
+    @property
+    def num_running(self) -> int:
+        return sum(self.running.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(self.waiting.values())

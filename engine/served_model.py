@@ -91,6 +91,7 @@ class ServedModel(PromptMaker):
     """A model and its depths as an engine serves them. It may be pickled; the text side is then read anew.
 
     Attributes:
+        page_size, num_pages: tokens in a page of the KV cache, and how many pages there are.
         description: what computes, with which weights, in one line.
         sizes: by depth.
         load_text: reads tokenizer and templates from the files that the engine's are from.
@@ -104,6 +105,8 @@ class ServedModel(PromptMaker):
     defaults: GenerationDefaults
     eos_token_ids: frozenset[int]
     max_model_len: int
+    page_size: int
+    num_pages: int
     description: str
     weights_name: str
     spec: DecoderShape

@@ -1,10 +1,8 @@
-"""The web application: routes, errors, and the life of the engine's thread."""
+"""The web application: routes and errors."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import logging
 import pkgutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from sleb.server import api, traces
-from sleb.server.api import docs, health
+from sleb.server.api import docs
 from sleb.server.browsers import Callers
 from sleb.server.context import ServerContext
 from sleb.server.errors import install_handlers
@@ -25,21 +23,14 @@ from sleb.server.middleware import Gate, find_route
 from sleb.server.routing import Route, errors
 from sleb.version import __version__
 
-logger = logging.getLogger("sleb.server")
-
 
 def create_app(context: ServerContext) -> FastAPI:
-    """The application; it starts the engine's thread when it is started, and ends it when it ends."""
+    """The application; it starts the engine when it is started, and stops it when it ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.engine.start()
-        tasks = [asyncio.create_task(log_throughput(context))]
-        if not context.warm:
-            tasks.append(asyncio.create_task(health.warm_up(context)))
         yield
-        for task in tasks:
-            task.cancel()
         await context.engine.stop()
 
     routers = find_routers()
@@ -93,37 +84,3 @@ def find_routers() -> list[APIRouter]:
     """The `router` of every module of sleb.server.api: a new endpoint is a new file there."""
     names = sorted(module.name for module in pkgutil.iter_modules(api.__path__))
     return [importlib.import_module(f"{api.__name__}.{name}").router for name in names]
-
-
-async def log_throughput(context: ServerContext) -> None:
-    """A line every `log_interval` seconds in which something was computed, but for the tokens of warming up."""
-    engine, interval = context.engine, context.options.log_interval
-    while not context.warm:
-        await asyncio.sleep(min(interval, 0.2))
-    before = engine.stats
-    while True:
-        await asyncio.sleep(interval)
-        now = engine.stats
-        num_prompt = now.num_prompt_tokens - before.num_prompt_tokens
-        num_cached = now.num_cached_tokens - before.num_cached_tokens
-        num_output = now.num_output_tokens - before.num_output_tokens
-        before = now
-        if num_prompt or num_output or now.num_running:
-            facts = {
-                "prompt_tokens_per_second": (num_prompt - num_cached) / interval,
-                "generated_tokens_per_second": num_output / interval,
-                "running": now.num_running,
-                "waiting": now.num_waiting,
-                "kv_cache_percent": now.kv_cache_usage * 100,
-                "prefix_hit_percent": num_cached / num_prompt * 100 if num_prompt else 0.0,
-            }
-            progress = ""
-            if now.num_to_prefill:  # a long prompt may take longer than a line
-                progress = f", {now.num_prefilled} of {now.num_to_prefill} prompt tokens computed"
-            logger.info(
-                "prompt %.1f tokens/s, generation %.1f tokens/s, running %d, waiting %d, KV cache %.1f %%, "
-                "prefix hits %.1f %%%s",
-                *facts.values(),
-                progress,
-                extra={"facts": facts | {"prefilled": now.num_prefilled, "to_prefill": now.num_to_prefill}},
-            )

@@ -15,10 +15,12 @@ from sleb.server.answer.token_text import TokenTexts
 from sleb.server.bench_result import BenchResult
 from sleb.server.body_reader import BodyReader
 from sleb.server.engine_thread.async_engine import AsyncEngine
+from sleb.server.engine_thread.handle import EngineHandle
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import shorten
 from sleb.server.names import name_tiers
 from sleb.server.options import ServeOptions
+from sleb.server.responses.shared import LocalResponses, Responses
 from sleb.server.responses.store import ResponseStore
 
 if TYPE_CHECKING:
@@ -39,19 +41,16 @@ class ServerContext:
     results: what was measured of the model, the operator's files first.
     """
 
-    engine: AsyncEngine
+    engine: EngineHandle
     options: ServeOptions
     token_texts: TokenTexts
     names: dict[str, Tier]
     metrics: ServerMetrics
     bodies: BodyReader
     max_characters: int
-    responses: ResponseStore
+    responses: Responses
     results: tuple[BenchResult, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
-    unknown_fields: Counter[str] = field(default_factory=Counter)
-    warm: bool = True
-    warm_up_failure: str | None = None
 
     @classmethod
     def create(cls, engine: Engine, options: ServeOptions, max_num_seqs: int) -> ServerContext:
@@ -59,30 +58,41 @@ class ServerContext:
 
         Raises ConfigError for a name of a depth that is not served, or that another tier has already.
         """
-        behind_loop, model = AsyncEngine(engine, max_num_seqs + options.max_queue), engine.served
-        unknown_fields: Counter[str] = Counter()
+        handle = AsyncEngine(
+            engine,
+            max_num_seqs + options.max_queue,
+            stream_interval=options.stream_interval,
+            warm_up=options.warm_up,
+            log_interval=options.log_interval,
+        )
+        store = ResponseStore(int(options.response_store_mb * 2**20), options.response_store_seconds)
+        return cls.of(handle, options, LocalResponses(store))
+
+    @classmethod
+    def of(cls, engine: EngineHandle, options: ServeOptions, responses: Responses) -> ServerContext:
+        """A context for whatever stands for the engine. Raises as `create` does."""
+        model = engine.model
         # Room for any prompt that fits the context.
         max_body_bytes = options.max_body_bytes or max(
             _LEAST_MAX_BODY, _BYTES_PER_TOKEN * model.max_model_len
         )
+        names = [key.name for key in options.keys if key.name]
         return cls(
-            engine=behind_loop,
+            engine=engine,
             options=options,
             token_texts=TokenTexts(model.tokenizer),
             names=name_tiers(model.tiers, model.default_tier, options.names),
-            metrics=ServerMetrics(
-                behind_loop,
-                unknown_fields,
-                options.metrics_prefix,
-                [key.name for key in options.keys if key.name],
-            ),
+            metrics=ServerMetrics(model, options.metrics_prefix, names),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=model.max_model_len * longest_token(model.tokenizer),
-            responses=ResponseStore(int(options.response_store_mb * 2**20), options.response_store_seconds),
+            responses=responses,
             results=(*options.results, *map(BenchResult.load, map(str, model.shipped_results))),
-            unknown_fields=unknown_fields,
-            warm=not options.warm_up,
         )
+
+    @property
+    def unknown_fields(self) -> Counter[str]:
+        """How often each field came that no request has."""
+        return self.metrics.counts.unknown_fields
 
     def check_length(self, num_characters: int) -> None:
         """Raises RequestError context_length_exceeded for a conversation that has too many tokens in any case."""

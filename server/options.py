@@ -122,6 +122,20 @@ class ServeOptions:
         flags=("--bench-result",),
         group=_NAMES,
     )
+    fronts: int = option(
+        0,
+        "Processes that speak HTTP, beside the engine's own; 0: one process does both.",
+        minimum=0,
+        maximum=64,
+        group=_LIMITS,
+    )
+    stream_interval: int = option(
+        1,
+        "Tokens of an answer that a stream tells at once; the first and the last are told when they come.",
+        minimum=1,
+        maximum=1024,
+        group=_LIMITS,
+    )
     max_queue: int = option(1024, "Requests that may wait.", minimum=0, maximum=10**6, group=_LIMITS)
     request_timeout: float | None = option(
         None,
@@ -162,8 +176,19 @@ class ServeOptions:
     response_store_seconds: float = option(
         86400.0, "Seconds for which it keeps an answer.", minimum=0.1, maximum=365 * _DAY, group=_LIMITS
     )
+    shutdown_delay: float = option(
+        0.0,
+        "Seconds for which requests are still taken after SIGTERM while /ready is 503: until balancers have seen it.",
+        minimum=0,
+        maximum=3600,
+        group=_LIMITS,
+    )
     drain_timeout: float = option(
-        30.0, "Seconds to finish open requests on SIGTERM.", minimum=0, maximum=_DAY, group=_LIMITS
+        30.0,
+        "Seconds to finish open requests on SIGTERM, behind --shutdown-delay.",
+        minimum=0,
+        maximum=_DAY,
+        group=_LIMITS,
     )
     warm_up: bool = option(True, "Let every tier answer once before /ready says so.", group=_LOG)
     log_format: str = option("text", "Of the log on standard error.", choices=FORMATS, group=_LOG)

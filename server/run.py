@@ -5,59 +5,48 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import logging
 import os
 import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from sleb.errors import ConfigError, RequestError
 from sleb.server.app import create_app
 from sleb.server.context import ServerContext
+from sleb.server.engine_process.fronts import Fronts
 from sleb.server.engine_thread.async_engine import AsyncEngine
-from sleb.server.errors import ShuttingDownError
 from sleb.server.logs import Teller, configure, drain_stderr
 from sleb.server.options import ServeOptions
+from sleb.server.shutdown import Shutdown
 from sleb.server.unix_socket import UnixSocket
-from sleb.server.wire import BoundedProtocol, WireLimits
+from sleb.server.uvicorn_config import uvicorn_config
 
 if TYPE_CHECKING:
     from sleb.engine.config import EngineConfig
     from sleb.engine.engine import Engine
     from sleb.engine.served_model import ServedModel
 
-logger = logging.getLogger("sleb.server")
-
-_SECONDS_TO_FLUSH = 5.0  # for clients to read the end of their answers
-_SECONDS_AS_DEAD = 1.0  # in which a dead server still says so
-_SECONDS_IDLE = 75  # before an unused connection is closed: longer than clients keep theirs
-_BACKLOG = 2048
-
 
 class Server(uvicorn.Server):
-    """uvicorn with our signals: the first drains, a second forces; and an exit code.
+    """uvicorn with our signals and an exit code (`Shutdown`), for a server in one process."""
 
-    exit_code: 0 after a drain, 1 after the engine's death, 128 + signal when forced.
-    """
-
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, options: ServeOptions) -> None:
         super().__init__(config)
-        self.exit_code = 0
         self.on_started: Callable[[], None] = lambda: None  # called once clients can connect
-        self._engine = engine
-        self._drain_timeout = drain_timeout
-        self._forced = False
-        self._drain_task: asyncio.Task[None] | None = None
+        self._shutdown = Shutdown(engine, options.shutdown_delay, options.drain_timeout, self._end)
         self._event_loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return self._shutdown.exit_code
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._event_loop = asyncio.get_running_loop()
-        self._engine.on_death = self._on_death
         await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,58 +57,18 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal handler, between any two instructions: only passes it on."""
         if self._event_loop is not None:
-            self._event_loop.call_soon_threadsafe(self.stop, sig)
+            self._event_loop.call_soon_threadsafe(self._shutdown.on_signal, sig)
 
-    def stop(self, sig: int) -> None:
-        """Begins to drain; called again, stops at once, within a second or two; and again, does not wait for that."""
-        if self._drain_task is None:
-            logger.info(
-                "draining: %d requests are open; a second signal stops at once", self._engine.num_open
-            )
-            self._drain_task = asyncio.ensure_future(self._drain())
-        elif not self._forced:
-            logger.warning("stopping at once")
-            self._forced = True
-            self._engine.fail_open(ShuttingDownError())
-            self.exit_code = self.exit_code or 128 + sig
-            self.config.timeout_graceful_shutdown = 1
-            self.should_exit = True
-        else:
-            os._exit(128 + sig)
-
-    async def _drain(self) -> None:
-        if not await self._engine.drain(self._drain_timeout):
-            logger.warning("requests were still open after %g s; they got an error", self._drain_timeout)
+    def _end(self, seconds: int) -> None:
+        self.config.timeout_graceful_shutdown = seconds
         self.should_exit = True
-
-    def _on_death(self) -> None:
-        self.exit_code = 1
-        asyncio.get_running_loop().call_later(_SECONDS_AS_DEAD, setattr, self, "should_exit", True)
 
 
 def make_server(context: ServerContext) -> Server:
-    """A server for `context`, to be run with a bound socket."""
-    options = context.options
-    limits = WireLimits(options.read_timeout, options.write_timeout, options.max_connections)
-    config = uvicorn.Config(
-        create_app(context),
-        http=cast("type[asyncio.Protocol]", partial(BoundedProtocol, limits)),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        # Whoever can write into a folder of this machine is believed who the client is, as 127.0.0.1 is.
-        forwarded_allow_ips="*" if options.uds else None,
-        timeout_keep_alive=_SECONDS_IDLE,
-        timeout_graceful_shutdown=int(_SECONDS_TO_FLUSH),
-    )
-    config.load()
-    config.ssl = (
-        options.ssl_context
-    )  # uvicorn's own would ask for passwords, and come after the model is loaded
-    return Server(config, context.engine, options.drain_timeout)
+    """A server for `context`, whose engine is in this process, to be run with a bound socket."""
+    assert isinstance(context.engine, AsyncEngine)
+    config = uvicorn_config(create_app(context), context.options)
+    return Server(config, context.engine, context.options)
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -169,7 +118,8 @@ def serve(
     """
     configure(options.log_format, options.log_level)
     teller = Teller(options.log_format)
-    with sock:
+    url = base_url(sock, is_secure=options.ssl_context is not None)
+    with sock, Fronts(sock, options) as fronts:
         teller.say(f"Loading {engine_config.model} ...")
         begin = time.monotonic()
         engine = (make_engine or _load_engine)(engine_config)
@@ -180,22 +130,28 @@ def serve(
             result.check(context.engine.model)
         gc.collect()
         gc.freeze()  # what is loaded now stays: collections need not look at it again
-        server = make_server(context)
-        url = base_url(sock, is_secure=options.ssl_context is not None)
-        server.on_started = lambda: teller.introduce(context, url, can_chat)
         if isinstance(sock, UnixSocket):
             sock.check()
+        run = fronts.run if options.fronts else partial(_run_here, sock)
         try:
-            server.run(sockets=[sock])
+            exit_code = run(context, lambda: teller.introduce(context, url, can_chat))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            raise _bind_error(
-                options.host, options.port, error
-            ) from None  # taken while the model was loading
+            # taken while the model was loading
+            raise _bind_error(options.host, options.port, error) from None
+    assert isinstance(context.engine, AsyncEngine)
     if context.engine.running:  # it hangs in a step, and would keep the process
         drain_stderr()
-        os._exit(server.exit_code or 1)
+        os._exit(exit_code or 1)
+    return exit_code
+
+
+def _run_here(sock: socket.socket, context: ServerContext, on_started: Callable[[], None]) -> int:
+    """Serves in this process until a signal; returns the exit code."""
+    server = make_server(context)
+    server.on_started = on_started
+    server.run(sockets=[sock])
     return server.exit_code
 
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -57,11 +58,15 @@ class DirectWrite:
 
 @dataclass(frozen=True)
 class WireLimits:
-    """Seconds for a head and between signs of life of a body, for a client to read anything; open connections."""
+    """Seconds for a head and between signs of life of a body, for a client to read anything; open connections.
+
+    count: tells how many this process has and returns how many the server has; None: it has no others.
+    """
 
     read_timeout: float = 30.0
     write_timeout: float = 60.0
     max_connections: int = 4096
+    count: Callable[[int], int] | None = None
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -85,10 +90,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._limits.max_connections and not self._make_room():
+        if self._count() > self._limits.max_connections and not self._make_room():
             self._refuse(ApiError(503, "too many connections are open; try again later", code="overloaded"))
             return
         self._expect()
+
+    def _count(self) -> int:
+        """Connections that are open, of all processes of the server."""
+        num_own = len(self.connections)
+        return num_own if self._limits.count is None else self._limits.count(num_own)
 
     def _make_room(self) -> bool:
         """Closes the connection that has had no request for the longest time."""
@@ -98,6 +108,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return False
         oldest.transport.abort()
         self.connections.discard(oldest)
+        self._count()
         return True
 
     @property
@@ -110,6 +121,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop(self._stall)
         self._deadline = self._stall = None
         super().connection_lost(exc)
+        self._count()
 
     # Reading.
 
@@ -161,7 +173,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._end_parsing(ApiError(400, f"more than {MAX_PIPELINED} requests were sent at once"))
         super().on_headers_complete()
-        self.scope["extensions"] = {DIRECT_WRITE: DirectWrite(self.cycle)}
+        offered: dict[str, Any] = {DIRECT_WRITE: DirectWrite(self.cycle)}
+        self.scope["extensions"] = offered
 
     def on_body(self, body: bytes) -> None:
         self._num_body += len(body)

@@ -26,6 +26,10 @@ class ChatWriter(ChoicesWriter):
         super().__init__(begun.context, begun.generation, body, begun.shape.make_parser)
         self._legacy = begun.shape.legacy
 
+    @property
+    def tells_logprobs(self) -> bool:
+        return bool(self.body.logprobs)
+
     def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:
         empty = {"index": piece.choice, "delta": {}, "logprobs": None, "finish_reason": None}
         choices: list[dict[str, Any]] = []

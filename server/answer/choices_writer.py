@@ -37,9 +37,7 @@ class ChoicesWriter(AnswerWriter):
         self.body = body
         self._options = body.stream_options or StreamOptions()
         self.tells_usage = self._options.continuous_usage_stats
-        # A chat's false asks for no log-probabilities, 0 of completions does.
-        tells_logprobs = body.logprobs is not None and body.logprobs is not False
-        self.tells_alike = not (self.tells_usage or body.return_token_ids or tells_logprobs)
+        self.tells_alike = not (self.tells_usage or body.return_token_ids or self.tells_logprobs)
         self._last_chunk: dict[str, Any] = {}
         self._envelope: dict[str, Any] = {
             "id": new_id(self.id_prefix),
@@ -48,6 +46,11 @@ class ChoicesWriter(AnswerWriter):
             "model": generation.model,
             "system_fingerprint": f"fp_{generation.tier.digest[:12]}",
         }
+
+    @property
+    @abstractmethod
+    def tells_logprobs(self) -> bool:
+        """Whether log-probabilities were asked for."""
 
     @abstractmethod
     def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ async def begin(request: Request, conversation: Conversation) -> Begun:
     )
     reading = _reading(context, conversation, prompt)
     fields["grammar"] = await grammar_source(
-        served, conversation.allowed_token_ids, conversation.bad_words, reading.grammar()
+        context.engine, conversation.allowed_token_ids, conversation.bad_words, reading.grammar()
     )
     fields["shown_special_ids"] = reading.shown_special_ids
     model = context.name_of(tier, conversation.model)

@@ -92,6 +92,7 @@ class EventStreamResponse(StreamingResponse):
     async def stream_response(self, send: Send) -> None:
         stream = self._stream
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        self._last_write = time.monotonic()
         await self._send(send, stream.begin())
         while not stream.ended:
             try:
@@ -110,6 +111,8 @@ class EventStreamResponse(StreamingResponse):
         await stream.wait(max(left, 0), None if self._write is None else self._write_now)
         if self._failure is not None:
             raise self._failure
+        if stream.ended:  # all of it is written
+            return b""
         content = stream.take()
         # A timer may be early by a tick of the clock.
         if not content and time.monotonic() - self._last_write >= self._patience * 0.99:

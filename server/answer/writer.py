@@ -197,22 +197,22 @@ class AnswerWriter(ABC):
         await self.generation.wait(timeout, on_arrival)
 
     def take(self) -> bytes:
-        parts = self.generation.take(self._tell)
+        events = [event for told in self.generation.take(self._tell) for event in told]
         if self.generation.finished:
             self.ended = True
-            parts += map(self.encode, self.closing())
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            events += self.closing()  # which may add to the last one
+        return b"".join(each if isinstance(each, bytes) else self.encode(each) for each in events)
 
-    def _tell(self, choice: int, output: StepOutput) -> bytes:
-        """The events by which a stream tells an increment, as they are sent."""
+    def _tell(self, choice: int, output: StepOutput) -> list[Any]:
+        """The events by which a stream tells an increment; those that are alike but for their text as they are sent."""
         if choice in self._frames and output.finish_reason is None:
-            return self.frame(choice, output.new_text) if output.new_text else b""
+            return [self.frame(choice, output.new_text)] if output.new_text else []
         piece = self.read(choice, output)
         if self.folds:
             self._join([piece])
-        told = b"".join(map(self.encode, self.events(piece)))
-        parser = self._parsers[choice]
-        if self.tells_alike and output.new_text and (parser is None or parser.plain):
+        told = self.events(piece)
+        parser, goes_on = self._parsers[choice], output.new_text and output.finish_reason is None
+        if self.tells_alike and goes_on and (parser is None or parser.plain):
             self._frames[choice] = self.make_frame(choice)
         return told
 

@@ -89,7 +89,7 @@ async def create_completion(
     ]
     fields["prompt_logprobs"] = max(asked, default=None)
     fields["grammar"] = await grammar_source(
-        context.engine.model, body.allowed_token_ids, body.bad_words, answer_grammar(body)
+        context.engine, body.allowed_token_ids, body.bad_words, answer_grammar(body)
     )
     params = SamplingParams(**fields)
     prompts = await _encode(context, body, request.state.num_bytes)
@@ -183,6 +183,10 @@ class CompletionWriter(ChoicesWriter):
         texts, context = self.context.token_texts, self.generation.prompt_of(choice).token_ids
         begins = self.body.skip_special_tokens and all(map(texts.is_special, context[-NUM_CONTEXT_TOKENS:]))
         return TextOffsets(texts, skip_special=self.body.skip_special_tokens, begins=begins)
+
+    @property
+    def tells_logprobs(self) -> bool:
+        return self.body.logprobs is not None
 
     def chunk_choices(self, piece: Piece) -> list[dict[str, Any]]:
         empty = {"index": piece.choice, "text": "", "logprobs": None, "finish_reason": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from typing_extensions import TypedDict
 
 from sleb.server.context import get_context
@@ -32,5 +32,6 @@ async def metrics(request: Request) -> Response:
 
     Not in OpenMetrics', whatever the request accepts: prometheus-client would write underscores for our colons there.
     """
-    text = generate_latest(get_context(request).metrics.registry)
+    context = get_context(request)
+    text = context.metrics.text(await context.engine.scrape())
     return Response(text, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -333,7 +333,7 @@ async def _begin_raw(request: Request, body: OllamaGenerateBody, text: str, mode
     sampling = {"max_tokens": None} | body.sampling() | {"logprobs": body.num_top}
     SamplingParams(**sampling)  # a value out of range is told before anything is computed
     prompt = Prompt(await run(lambda: served.encode_prompt(text), request.state.num_bytes), text)
-    grammar = await grammar_source(served, None, None, body.grammar())
+    grammar = await grammar_source(context.engine, None, None, body.grammar())
     params = SamplingParams(**sampling, grammar=grammar)
     generation = Generation(
         context, request.state.request_id, tier, [prompt], params, context.name_of(tier, model)

@@ -15,7 +15,7 @@ from sleb.server.context import get_context
 from sleb.server.conversation import Conversation
 from sleb.server.errors import ApiError, json_response
 from sleb.server.responses.body import Includable, ResponsesBody
-from sleb.server.responses.items import Item, read_input, to_messages
+from sleb.server.responses.items import Item, read_input, referred, to_messages
 from sleb.server.responses.models import Deleted, InputItems, InputTokens, ResponseObject, ResponsesEvent
 from sleb.server.responses.truncation import shortened
 from sleb.server.responses.writer import ResponseWriter
@@ -75,7 +75,7 @@ async def create_response(
     It is kept in memory, for previous_response_id and GET, unless `store` is false: for a time and to a size that the
     server's options say, and for the same API key only.
     """
-    items, earlier = _read_items(request, body)
+    items, earlier = await _read_items(request, body)
     conversation = await _converse(request, body, items, earlier)
     begun = await begin(request, conversation)
     writer = ResponseWriter(begun, body, request.state.key, items, earlier)
@@ -89,7 +89,7 @@ async def count_input_tokens(
     request: Request, body: Annotated[ResponsesBody, Body(openapi_examples=_COUNTED)]
 ) -> Response:
     """How many tokens the prompt of such a request has."""
-    items, earlier = _read_items(request, body)
+    items, earlier = await _read_items(request, body)
     num_tokens = await count_tokens(request, await _converse(request, body, items, earlier))
     return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 
@@ -104,13 +104,7 @@ async def get_response(
     request: Request, response_id: str, include: _Include = None, stream: _NoStream = False
 ) -> Response:
     """An answer that is kept, as it was given, or one that is being made, as far as it came."""
-    store = get_context(request).responses
-    running = store.running.get(response_id)
-    if running is not None and running.owner == request.state.key:
-        told = running.snapshot()
-        if told is not None:
-            return json_response(told)
-    return json_response(store.get(request.state.key, response_id).whole())
+    return json_response(await get_context(request).responses.find(request.state.key, response_id))
 
 
 @router.delete(
@@ -121,7 +115,7 @@ async def get_response(
 )
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forgets an answer that is kept. One that is being made has to be cancelled first."""
-    get_context(request).responses.delete(request.state.key, response_id)
+    await get_context(request).responses.delete(request.state.key, response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -136,11 +130,8 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 
     Also of requests without `background`, which OpenAI's own cannot. An answer that is there already is told as it is.
     """
-    store = get_context(request).responses
-    running = store.running.get(response_id)
-    if running is not None and running.owner == request.state.key:
-        return json_response(running.cancel())
-    return json_response(store.get(request.state.key, response_id).whole())
+    responses = get_context(request).responses
+    return json_response(await responses.find(request.state.key, response_id, cancel=True))
 
 
 @router.get(
@@ -158,7 +149,8 @@ async def list_input_items(
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     """The items that the request of a kept answer sent, the last one first unless `order` says otherwise."""
-    items = get_context(request).responses.get(request.state.key, response_id).input_items()
+    kept = await get_context(request).responses.get(request.state.key, response_id)
+    items = kept.input_items()
     if order == "desc":
         items.reverse()
     if after is not None:
@@ -172,15 +164,17 @@ async def list_input_items(
     return json_response(told | {"has_more": len(items) > limit})
 
 
-def _read_items(request: Request, body: ResponsesBody) -> tuple[list[Item], tuple[bytes, ...]]:
+async def _read_items(request: Request, body: ResponsesBody) -> tuple[list[Item], tuple[bytes, ...]]:
     """The items that a request sends, and the turns before them. Raises RequestError, ApiError 404."""
-    store, owner = get_context(request).responses, request.state.key
-    items = read_input(body.input, lambda item_id: store.item(owner, item_id))
+    responses, owner = get_context(request).responses, request.state.key
+    wanted = referred(body.input)
+    found = await responses.items(owner, wanted) if wanted else {}
+    items = read_input(body.input, found.get)
     if body.previous_response_id is None:
         if not items:
             raise RequestError("'input' is missing", param="input")
         return items, ()
-    return items, store.get(owner, body.previous_response_id, "previous_response_id").turns
+    return items, (await responses.get(owner, body.previous_response_id, "previous_response_id")).turns
 
 
 async def _converse(

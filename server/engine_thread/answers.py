@@ -26,6 +26,7 @@ class Answers:
     """
 
     def __init__(self, request_ids: list[str], abort: Callable[[Answers], None]) -> None:
+        self.request_ids = request_ids
         self._abort = abort
         self._index = {request_id: index for index, request_id in enumerate(request_ids)}
         self._unfinished = set(request_ids)

@@ -12,26 +12,30 @@ EngineDeadError, so does every later one, and `on_death` tells the server to sto
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sleb.engine.outputs import StepOutput
 from sleb.errors import EngineDeadError, RequestError
 from sleb.server.engine_thread.answers import Answers, Job
+from sleb.server.engine_thread.chores import log_throughput, warm_up
+from sleb.server.engine_thread.handle import EngineHandle, Observer
+from sleb.server.engine_thread.intervals import Intervals
+from sleb.server.engine_thread.metrics import Scrape
 from sleb.server.errors import OverloadedError, ShuttingDownError
+from sleb.server.grammar.grammars import GrammarCompiler, compiler_for
 
 if TYPE_CHECKING:
-    from sleb.engine.engine import Engine, EngineStats
+    from sleb.engine.engine import Engine
+    from sleb.engine.outputs import EngineStats
+    from sleb.engine.requests.grammar import GrammarSource
+    from sleb.server.grammar.grammar_spec import GrammarSpec
 
 logger = logging.getLogger("sleb.server")
-
-Observer = Callable[[StepOutput, float], None]
 
 _SECONDS_OF_COMMANDS = 0.02  # before the next step
 _SECONDS_BETWEEN_CHECKS = 60.0  # of the engine's page accounting, when it is idle
@@ -44,36 +48,38 @@ class _Add:
 
 
 @dataclass(frozen=True)
-class _Open:
-    """Whose answer it is, and who is told of each increment as it comes, with the time."""
-
-    answers: Answers
-    observe: Observer
-
-
-@dataclass(frozen=True)
 class _Abort:
     request_ids: frozenset[str]
 
 
-class AsyncEngine:
-    """Runs an engine in a thread of its own. All methods belong to the event loop that called `start`.
+class AsyncEngine(EngineHandle):
+    """Runs an engine in a thread of its own.
 
     Args:
-        engine: touched by nobody else from `start` on, but for its constants and its tokenizer.
+        engine: touched by nobody else from `start` on, but for what it serves.
         max_open: jobs that may be open at once, running and queued.
+        stream_interval: see `Intervals`. warm_up: whether every tier answers once before it is `warm`.
+        log_interval: seconds between lines about throughput, while there is any.
     """
 
-    def __init__(self, engine: Engine, max_open: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_open: int,
+        *,
+        stream_interval: int = 1,
+        warm_up: bool = False,
+        log_interval: float = 10.0,
+    ) -> None:
+        super().__init__(engine.served)
+        self.warm = not warm_up
+        self._log_interval = log_interval
+        self._chores: list[asyncio.Task[None]] = []
         self.engine = engine
-        self.model = engine.served
         self.max_open = max_open
         self.stats: EngineStats = engine.stats()
-        self.draining = False
-        self.on_death: Callable[[], None] = lambda: None
+        self._intervals = Intervals(stream_interval)
         self._dead: EngineDeadError | None = None
-        self._open: dict[str, _Open] = {}
-        self._numbers = itertools.count()
         self._commands: deque[_Add | _Abort] = deque()
         self._adding: Iterator[bool] | None = None  # of the last command, while it has more jobs
         self._condition = threading.Condition()
@@ -86,10 +92,12 @@ class AsyncEngine:
         """Starts the thread; outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._chores.append(asyncio.create_task(log_throughput(self, self._log_interval)))
+        if not self.warm:
+            self._chores.append(asyncio.create_task(warm_up(self)))
 
     @property
     def dead(self) -> EngineDeadError | None:
-        """Why the engine has stopped, or None."""
         if (
             self._dead is None
             and self._loop is not None
@@ -104,25 +112,28 @@ class AsyncEngine:
         """Whether the thread is alive; after `stop`, True means that it hangs in a step."""
         return self._thread.is_alive()
 
-    @property
-    def num_open(self) -> int:
-        """Jobs whose last output has not arrived."""
-        return len(self._open)
-
     def check(self) -> None:
-        """Raises what a new request would get: EngineDeadError, ShuttingDownError, or nothing."""
-        if self.dead is not None:
-            raise self.dead
-        if self.draining or self._stopping:
+        super().check()
+        if self._stopping:
             raise ShuttingDownError
 
-    async def submit(self, jobs: Sequence[Job], observe: Observer = lambda output, now: None) -> Answers:
-        """Hands `jobs` to the engine, all or none, and waits until it has taken them.
+    @property
+    def compiler(self) -> GrammarCompiler:
+        return compiler_for(self.model)
 
-        observe: called with each increment and the monotonic time, whether or not anybody reads the answers.
+    async def compile(self, spec: GrammarSpec) -> GrammarSource:
+        return await self.compiler.compile(spec)
 
-        Raises RequestError for a job that the engine refuses, OverloadedError, ShuttingDownError, EngineDeadError.
-        """
+    async def scrape(self) -> Scrape:
+        return Scrape(self.stats)
+
+    def open(
+        self,
+        jobs: Sequence[Job],
+        observe: Observer = lambda output, now: None,
+        make: Callable[[list[str], Callable[[Answers], None]], Answers] = Answers,
+    ) -> Answers:
+        """As any handle's; raises RequestError and OverloadedError, too, for more jobs than may be open."""
         self.check()
         if len(jobs) > self.max_open:
             raise RequestError(
@@ -135,24 +146,18 @@ class AsyncEngine:
                 f"the queue is full: {len(self._open)} of {self.max_open} requests are open and this one needs "
                 f"{len(jobs)}; try again later, or raise --max-queue"
             )
-        named = {f"r{next(self._numbers)}": job for job in jobs}
-        answers = Answers(list(named), self.abort)
-        self._open.update(dict.fromkeys(named, _Open(answers, observe)))
-        self._send(_Add(answers, named))
-        try:
-            await answers.accepted()
-        except BaseException:
-            answers.close()
-            raise
-        return answers
+        return super().open(jobs, observe, make)
 
-    def abort(self, answers: Answers) -> None:
-        """Drops what is unfinished of `answers`; the engine forgets it before its next step."""
-        request_ids = answers.unfinished
-        for request_id in request_ids:
-            self._open.pop(request_id, None)
-        if request_ids:
-            self._send(_Abort(request_ids))
+    def _hand_over(self, answers: Answers, jobs: Mapping[str, Job]) -> None:
+        self._send(_Add(answers, dict(jobs)))
+
+    def _withdraw(self, answers: Answers, request_ids: frozenset[str]) -> None:
+        self._send(_Abort(request_ids))
+
+    def leave(self) -> None:
+        """Lets /ready say that requests had better go elsewhere; they are taken still."""
+        self.leaving = True
+        self.on_change()
 
     async def drain(self, timeout: float) -> bool:
         """Takes nothing new and waits for what is open; after `timeout` seconds the rest gets an error.
@@ -160,6 +165,7 @@ class AsyncEngine:
         True if everything was finished in time.
         """
         self.draining = True
+        self.on_change()
         deadline = time.monotonic() + timeout
         while self._open and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -169,13 +175,10 @@ class AsyncEngine:
         )
         return finished
 
-    def fail_open(self, error: Exception) -> None:
-        """Ends every open request with `error`."""
-        for answers in list(dict.fromkeys(each.answers for each in self._open.values())):
-            answers.fail(error)
-
     async def stop(self, timeout: float = 5.0) -> None:
         """Ends the thread after the step that it is in; gives up waiting after `timeout` seconds."""
+        for task in self._chores:
+            task.cancel()
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -186,21 +189,6 @@ class AsyncEngine:
         with self._condition:
             self._commands.append(command)
             self._condition.notify()
-
-    def _deliver(self, outputs: list[StepOutput]) -> None:
-        now = time.monotonic()
-        told: dict[Answers, None] = {}
-        for output in outputs:
-            found = self._open.get(output.request_id)
-            if found is None:  # aborted while the step ran
-                continue
-            if output.finish_reason is not None:
-                del self._open[output.request_id]
-            found.observe(output, now)
-            found.answers.put(output)
-            told[found.answers] = None
-        for answers in told:
-            answers.notify()
 
     def _fail_dead(self, error: EngineDeadError) -> None:
         self._dead = error
@@ -225,7 +213,7 @@ class AsyncEngine:
         while self._has_commands and time.monotonic() < deadline:
             self._apply()
         if engine.has_unfinished():
-            outputs = engine.step()
+            outputs = self._intervals.push(engine.step())
             if outputs:
                 self._post(self._deliver, outputs)
         self.stats = engine.stats()
@@ -255,6 +243,7 @@ class AsyncEngine:
             if isinstance(command, _Abort):
                 for request_id in command.request_ids:
                     self.engine.abort(request_id)
+                    self._intervals.forget(request_id)
                 return
             self._adding = self._add(command)
         if not next(self._adding, False):

@@ -5,22 +5,26 @@ All of it belongs to the event loop, so that counting takes no lock: a token cos
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from sleb.server.exchange import Exchange
 
 if TYPE_CHECKING:
-    from sleb.engine.outputs import StepOutput
+    from sleb.engine.outputs import EngineStats, StepOutput
     from sleb.engine.requests.tier import Tier
-    from sleb.server.engine_thread.async_engine import AsyncEngine
+    from sleb.engine.served_model import ServedModel
 
 # Upper bounds in seconds, those of vLLM (vllm/v1/metrics/loggers.py).
 FIRST_TOKEN_BOUNDS = (
@@ -34,6 +38,7 @@ REQUEST_BOUNDS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+_OF_ONE_PROCESS = ("process_start_time_seconds", "process_max_fds")  # the least of several, not their sum
 _METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
@@ -50,6 +55,11 @@ class Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
+
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Counts another's observations too, of the same bounds."""
+        self.counts = [own + other for own, other in zip(self.counts, counts, strict=True)]
+        self.sum += total
 
     def buckets(self) -> list[tuple[str, float]]:
         """Pairs of a bound and how many observations are not above it."""
@@ -138,6 +148,24 @@ class TierMetrics:
             self.num_finished[output.finish_reason] += 1
             self._finish(output, arrival)
 
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for another process's `add`."""
+        histograms = {name: getattr(self, name) for name in _HISTOGRAMS}
+        return {
+            "histograms": {name: [each.counts, each.sum] for name, each in histograms.items()},
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "finished": self.num_finished,
+        }
+
+    def add(self, state: Mapping[str, Any]) -> None:
+        """Counts what another process has counted."""
+        for name, (counts, total) in state["histograms"].items():
+            getattr(self, name).add(counts, total)
+        for name, count in state["counters"].items():
+            setattr(self, name, getattr(self, name) + count)
+        for reason, count in state["finished"].items():
+            self.num_finished[reason] += count
+
     def _finish(self, output: StepOutput, arrival: float) -> None:
         timings, num_tokens = output.timings, output.num_output_tokens
         self.prompt_length.observe(output.num_prompt_tokens)
@@ -154,94 +182,178 @@ class TierMetrics:
             self.mean_token.observe((timings.finished - first) / (num_tokens - 1))
 
 
-class ServerMetrics(Collector):
-    """All series of a server, in a registry of its own.
+class Counts:
+    """What one process has counted of one server.
 
-    The cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
-
-    Args:
-        prefix: of every name, before a colon. keys: the names of API keys, for each of which is counted.
+    keys: the names of API keys, for each of which is counted.
     """
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        unknown_fields: Counter[str],
-        prefix: str = "sleb",
-        keys: Iterable[str] = (),
-    ) -> None:
-        model = engine.model
-        self._prefix = f"{prefix}:"
-        self._keys = {name: [0, 0, 0] for name in keys}  # requests, tokens of prompts, tokens generated
-        self._engine = engine
-        self._unknown_fields = unknown_fields
-        self._model_name = model.model_name
-        self._tiers = {tier.id: TierMetrics(model.max_model_len) for tier in model.tiers}
-        self._depths = {tier.id: tier.depth for tier in model.tiers}
-        self._http: Counter[tuple[str, str, str]] = Counter()
-        self._failures: Counter[str] = Counter()
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
-        ProcessCollector(registry=self.registry)
+    def __init__(self, model: ServedModel, keys: Iterable[str] = ()) -> None:
+        self.tiers = {tier.id: TierMetrics(model.max_model_len) for tier in model.tiers}
+        self.http: Counter[tuple[str, str, str]] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.keys = {name: [0, 0, 0] for name in keys}  # requests, tokens of prompts, tokens generated
+        self.unknown_fields: Counter[str] = Counter()
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for another process's `add`."""
+        return {
+            "tiers": {name: tier.state() for name, tier in self.tiers.items()},
+            "http": [[*labels, count] for labels, count in self.http.items()],
+            "failures": dict(self.failures),
+            "keys": self.keys,
+            "unknown_fields": dict(self.unknown_fields),
+        }
+
+    def add(self, state: Mapping[str, Any]) -> None:
+        """Counts what another process of the same server has counted."""
+        for name, tier in state["tiers"].items():
+            self.tiers[name].add(tier)
+        for *labels, count in state["http"]:
+            method, path, status = labels
+            self.http[method, path, status] += count
+        self.failures.update(state["failures"])
+        for name, counts in state["keys"].items():
+            self.keys[name] = [own + other for own, other in zip(self.keys[name], counts, strict=True)]
+        self.unknown_fields.update(state["unknown_fields"])
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """What /metrics needs beside this process's own counts.
+
+    Attributes:
+        stats: the engine's. others: the counts of the server's other processes. pids: of all of its processes.
+    """
+
+    stats: EngineStats
+    others: Sequence[Mapping[str, Any]] = ()
+    pids: Sequence[int] = ()
+
+
+class ServerMetrics:
+    """What a server's HTTP side counts, and all series of the server as text.
+
+    Args:
+        prefix: of every name, before a colon. keys: see `Counts`.
+    """
+
+    def __init__(self, model: ServedModel, prefix: str = "sleb", keys: Sequence[str] = ()) -> None:
+        self._model, self._prefix, self._key_names = model, prefix, keys
+        self.counts = Counts(model, keys)
 
     def tier(self, tier: Tier) -> TierMetrics:
-        return self._tiers[tier.id]
+        return self.counts.tiers[tier.id]
 
     def count_exchange(self, exchange: Exchange, method: str, path: str, status: int) -> None:
         """Counts an HTTP request that is over; `path` is a route's, so that there are few."""
-        self._http[method if method in _METHODS else "other", path, str(status)] += 1
+        counts = self.counts
+        counts.http[method if method in _METHODS else "other", path, str(status)] += 1
         if exchange.failure is not None:
-            self._failures[exchange.failure] += 1
-        counts = self._keys.get(exchange.key or "")
-        if counts is not None:
-            counts[0] += 1
-            counts[1] += exchange.answer.get("prompt_tokens", 0)
-            counts[2] += exchange.answer.get("generated_tokens", 0)
+            counts.failures[exchange.failure] += 1
+        of_key = counts.keys.get(exchange.key or "")
+        if of_key is not None:
+            of_key[0] += 1
+            of_key[1] += exchange.answer.get("prompt_tokens", 0)
+            of_key[2] += exchange.answer.get("generated_tokens", 0)
+
+    def text(self, scrape: Scrape) -> bytes:
+        """All series, in Prometheus' text format; those of several processes are added up."""
+        counts = self.counts
+        if scrape.others:
+            counts = Counts(self._model, self._key_names)
+            for state in (self.counts.state(), *scrape.others):
+                counts.add(state)
+        registry = CollectorRegistry()
+        registry.register(ServerCollector(self._model, self._prefix, counts, scrape.stats))
+        registry.register(Processes(scrape.pids or (os.getpid(),)))
+        return generate_latest(registry)
+
+
+class Processes(Collector):
+    """prometheus-client's series of a process, for several as if they were one."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._collectors = [ProcessCollector(pid=partial(int, pid), registry=None) for pid in pids]
 
     def collect(self) -> Iterator[Metric]:
+        families: dict[str, list[Metric]] = {}
+        for collector in self._collectors:
+            for family in collector.collect():
+                families.setdefault(family.name, []).append(family)
+        for name, (first, *others) in families.items():
+            [sample] = first.samples
+            values = [sample.value, *(each.samples[0].value for each in others)]
+            total = min(values) if name in _OF_ONE_PROCESS else sum(values)
+            first.samples = [sample._replace(value=total)]
+            yield first
+
+
+class ServerCollector(Collector):
+    """All series of a server but those of its processes.
+
+    The cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
+    """
+
+    def __init__(self, model: ServedModel, prefix: str, counts: Counts, stats: EngineStats) -> None:
+        self._prefix = f"{prefix}:"
+        self._stats = stats
+        self._counts = counts
+        self._model = model
+        self._model_name = model.model_name
+        self._depths = {tier.id: tier.depth for tier in model.tiers}
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts
         yield from self._collect_engine()
         for name, (series, text) in _HISTOGRAMS.items():
             for each in series:
                 family = HistogramMetricFamily(self._prefix + each, text, labels=("model_name",))
-                for tier, metrics in self._tiers.items():
+                for tier, metrics in counts.tiers.items():
                     histogram: Histogram = getattr(metrics, name)
                     family.add_metric((tier,), histogram.buckets(), histogram.sum)
                 yield family
         for name, (each, text) in _COUNTERS.items():
-            values = (((tier,), getattr(metrics, name)) for tier, metrics in self._tiers.items())
+            values = (((tier,), getattr(metrics, name)) for tier, metrics in counts.tiers.items())
             yield self._counter(each, text, ("model_name",), values)
         finished = (
             ((tier, reason), count)
-            for tier, metrics in self._tiers.items()
+            for tier, metrics in counts.tiers.items()
             for reason, count in metrics.num_finished.items()
         )
         yield self._counter(
             "request_success", "Answers that were finished.", ("model_name", "finished_reason"), finished
         )
-        failures = (((code,), count) for code, count in self._failures.items())
+        failures = (((code,), count) for code, count in counts.failures.items())
         yield self._counter("request_failure", "Requests answered with an error.", ("code",), failures)
         text = "HTTP requests that are over."
-        yield self._counter("http_requests", text, ("method", "path", "status"), self._http.items())
+        yield self._counter("http_requests", text, ("method", "path", "status"), counts.http.items())
         text = "Request fields that this server does not know, every time that one came."
-        yield self._counter("unknown_request_fields", text, (), [((), self._unknown_fields.total())])
+        yield self._counter("unknown_request_fields", text, (), [((), counts.unknown_fields.total())])
         words = {
             "requests": "HTTP requests",
             "prompt_tokens": "Tokens of prompts",
             "generation_tokens": "Tokens generated",
         }
-        for number, kind in enumerate(words if self._keys else ()):
+        for number, kind in enumerate(words if counts.keys else ()):
             text = f"{words[kind]} for whoever bore the API key of that name."
-            by_name = [((name,), counts[number]) for name, counts in self._keys.items()]
+            by_name = [((name,), each[number]) for name, each in counts.keys.items()]
             yield self._counter(f"api_key_{kind}", text, ("key",), by_name)
 
     def _collect_engine(self) -> Iterator[Metric]:
-        stats, model = self._engine.stats, (self._model_name,)
+        stats, model = self._stats, (self._model_name,)
         states = (
             ("num_requests_running", "Requests that are computed now.", stats.running),
             ("num_requests_waiting", "Requests that wait to be computed.", stats.waiting),
         )
+        # Totals first, of no tier: what picks a server for a request reads the first series of a name.
+        for name, text, counts in states:
+            total = name.replace("num_", "engine_")
+            yield GaugeMetricFamily(self._prefix + total, f"{text[:-1]}, of all tiers.", sum(counts.values()))
         for name, text, counts in states:
             gauge = GaugeMetricFamily(self._prefix + name, text, labels=("model_name",))
+            if self._prefix == "vllm:":  # whoever knows only vLLM knows one such series
+                gauge.add_sample(gauge.name, {}, sum(counts.values()))
             for tier, depth in self._depths.items():
                 gauge.add_metric((tier,), counts.get(depth, 0))
             yield gauge
@@ -249,6 +361,12 @@ class ServerMetrics(Collector):
         gauge = GaugeMetricFamily(self._prefix + "kv_cache_usage_perc", text, labels=("model_name",))
         gauge.add_metric(model, stats.kv_cache_usage)
         yield gauge
+        text = "Pages of the KV cache: tokens in one, and how many there are."
+        info = GaugeMetricFamily(
+            self._prefix + "cache_config_info", text, labels=("block_size", "num_gpu_blocks")
+        )
+        info.add_metric((str(self._model.page_size), str(self._model.num_pages)), 1)
+        yield info
         text = "Requests that lost their pages and were computed again."
         yield self._counter("num_preemptions", text, ("model_name",), [(model, stats.num_preemptions)])
 

@@ -107,6 +107,13 @@ class GrammarCompiler:
         if self._tokenizer is not None:
             self._token_table()
 
+    def kept(self, parts: tuple[Part, ...]) -> CompiledGrammar | None:
+        """A grammar from memory, by its parts; None if it has to be compiled."""
+        found = self._kept.get(parts)
+        if found is not None:
+            self._kept.move_to_end(parts)
+        return found
+
     async def compile(self, spec: GrammarSpec) -> GrammarSource:
         """The grammar, from memory if it was there before.
 
@@ -127,9 +134,8 @@ class GrammarCompiler:
                 f"{spec.param} is too large: {num_objects} objects in JSON schemas, of at most {MAX_SCHEMA_OBJECTS}",
                 param=spec.param,
             )
-        if spec.parts in self._kept:
-            self._kept.move_to_end(spec.parts)
-            return self._kept[spec.parts]
+        if (kept := self.kept(spec.parts)) is not None:
+            return kept
         if spec.parts not in self._under_way:
             task = asyncio.ensure_future(self._compile(spec.parts))
             task.add_done_callback(lambda done: self._forget(spec.parts, done))

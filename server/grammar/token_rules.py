@@ -10,11 +10,11 @@ import numpy as np
 
 from sleb.errors import RequestError
 from sleb.server.errors import shorten
-from sleb.server.grammar.grammars import compiler_for
 
 if TYPE_CHECKING:
     from sleb.engine.requests.grammar import Grammar, GrammarSource, Mask
     from sleb.engine.served_model import ServedModel
+    from sleb.server.engine_thread.handle import EngineHandle
     from sleb.server.grammar.grammar_spec import GrammarSpec
 
 _BITS = 32  # tokens a word of a mask
@@ -29,6 +29,7 @@ class TokenRules:
     def __init__(
         self, vocab_size: int, allowed: Sequence[int] | None, banned: Sequence[Sequence[int]] = ()
     ) -> None:
+        self.given = vocab_size, allowed, banned
         may = np.zeros(-(-vocab_size // _BITS) * _BITS, dtype=bool)
         may[:vocab_size] = allowed is None
         may[list(allowed or ())] = True
@@ -62,7 +63,7 @@ class _State:
 
 
 async def grammar_source(
-    model: ServedModel,
+    engine: EngineHandle,
     allowed_token_ids: Sequence[int] | None,
     bad_words: Sequence[str] | None,
     spec: GrammarSpec | None,
@@ -77,17 +78,17 @@ async def grammar_source(
     if len(asked) > 1:
         raise RequestError(f"{asked[0]} and {asked[1]} exclude each other; leave one out", param=asked[0])
     if spec is not None:
-        return await compiler_for(model).compile(spec)
+        return await engine.compile(spec)
     if not given:
         return None
-    vocab_size = model.spec.vocab_size
+    vocab_size = engine.model.spec.vocab_size
     for token_id in allowed_token_ids or ():
         if token_id >= vocab_size:
             raise RequestError(
                 f"{token_id} in allowed_token_ids is not a token id; ids go from 0 to {vocab_size - 1}",
                 param="allowed_token_ids",
             )
-    banned = [tokens for word in bad_words or () for tokens in _as_tokens(model, word)]
+    banned = [tokens for word in bad_words or () for tokens in _as_tokens(engine.model, word)]
     return TokenRules(vocab_size, allowed_token_ids, banned)
 
 

@@ -16,7 +16,8 @@ MAX_ITEMS = MAX_MESSAGES
 _ROLES = ("user", "assistant", "system", "developer")
 # The types of parts that are text, and the field that holds it.
 _TEXT_FIELDS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+REFERENCE = "item_reference"
+_TYPES = ("message", "function_call", "function_call_output", "reasoning", REFERENCE)
 Item = dict[str, Any]
 
 
@@ -96,13 +97,26 @@ def read_input(given: Any, find: Callable[[str], Item | None]) -> list[Item]:
     return [_read_item(item, f"input[{index}]", find) for index, item in enumerate(given)]
 
 
+def referred(given: Any) -> list[str]:
+    """The ids of the kept items that a request's `input` refers to, of those that are well-formed."""
+    items = given if isinstance(given, list) else []
+    found = (
+        item.get("id") for item in items[:MAX_ITEMS] if isinstance(item, dict) and _kind(item) == REFERENCE
+    )
+    return [each for each in found if isinstance(each, str)]
+
+
+def _kind(item: Item) -> Any:
+    kind = item.get("type")
+    if kind is None:
+        kind = "message" if "role" in item else REFERENCE if "id" in item else None
+    return kind
+
+
 def _read_item(item: Any, where: str, find: Callable[[str], Item | None]) -> Item:
     if not isinstance(item, dict):
         raise _refusal(where, f"is {shorten(item)}; an item is an object")
-    kind = item.get("type")
-    if kind is None:
-        kind = "message" if "role" in item else "item_reference" if "id" in item else None
-    match kind:
+    match kind := _kind(item):
         case "message":
             return _read_message(item, where)
         case "function_call":

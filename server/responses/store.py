@@ -67,6 +67,35 @@ class Kept:
         return items
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An answer as it is put: as JSON, made of it where it was written. Attributes as `Kept`'s."""
+
+    identifier: str
+    response: bytes
+    turns: tuple[bytes, ...]
+    item_ids: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, response: dict[str, Any], input_items: Sequence[dict[str, Any]], earlier: tuple[bytes, ...]
+    ) -> Entry:
+        """input_items: with their ids. earlier: the turns of the answer that it goes on from."""
+        output = response["output"]
+        found = (item.get("id") for item in [*input_items, *output])
+        ids = tuple(each for each in found if isinstance(each, str) and len(each) <= _MAX_ITEM_ID)
+        rest = orjson.dumps({name: value for name, value in response.items() if name != "output"})
+        turns = (*earlier, orjson.dumps(list(input_items)), orjson.dumps(output))
+        return cls(response["id"], rest, turns, ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """That it counts for, with the turns that it shares with earlier answers."""
+        return (
+            len(self.response) + sum(map(len, self.turns)) + _ENTRY_BYTES + _ITEM_BYTES * len(self.item_ids)
+        )
+
+
 class ResponseStore:
     """Belongs to the event loop.
 
@@ -86,7 +115,6 @@ class ResponseStore:
         self.max_seconds = max_seconds
         self.max_answers = max_answers
         self.num_bytes = 0
-        self.running: dict[str, Running] = {}
         self._clock = clock
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # the one used last is last
         self._by_age: OrderedDict[str, None] = OrderedDict()
@@ -111,18 +139,12 @@ class ResponseStore:
         input_items: Sequence[dict[str, Any]],
         earlier: tuple[bytes, ...] = (),
     ) -> None:
-        """Keeps an answer if there is room for it, at the cost of others.
+        """Keeps an answer if there is room for it, at the cost of others; see `Entry.of`."""
+        self.keep(owner, Entry.of(response, input_items, earlier))
 
-        input_items: with their ids. earlier: the turns of the answer that it goes on from.
-        """
-        output = response["output"]
-        own = orjson.dumps(list(input_items)), orjson.dumps(output)
-        found = (item.get("id") for item in [*input_items, *output])
-        ids = tuple(each for each in found if isinstance(each, str) and len(each) <= _MAX_ITEM_ID)
-        rest = orjson.dumps({name: value for name, value in response.items() if name != "output"})
-        turns = (*earlier, *own)
-        num_bytes = len(rest) + sum(map(len, turns)) + _ENTRY_BYTES + _ITEM_BYTES * len(ids)
-        identifier = response["id"]
+    def keep(self, owner: bytes, entry: Entry) -> None:
+        """Keeps an entry if there is room for it, at the cost of others."""
+        identifier, num_bytes = entry.identifier, entry.num_bytes
         self._expire()
         if num_bytes > min(self.max_bytes, MAX_ENTRY_BYTES):
             return
@@ -130,10 +152,11 @@ class ResponseStore:
             self.num_bytes + num_bytes > self.max_bytes or len(self._kept) >= self.max_answers
         ):
             self._drop(next(iter(self._kept)))
-        kept = Kept(owner, rest, turns, ids, num_bytes, self._clock() + self.max_seconds)
+        expires = self._clock() + self.max_seconds
+        kept = Kept(owner, entry.response, entry.turns, entry.item_ids, num_bytes, expires)
         self._kept[identifier] = kept
         self._by_age[identifier] = None
-        self._items |= {(owner, item_id): identifier for item_id in ids}
+        self._items |= {(owner, item_id): identifier for item_id in entry.item_ids}
         self.num_bytes += num_bytes
 
     def get(self, owner: bytes, identifier: str, param: str | None = None) -> Kept:
@@ -161,6 +184,11 @@ class ResponseStore:
         turns = self.get(owner, identifier).turns[-2:]
         items = (item for turn in turns for item in orjson.loads(turn))
         return next((item for item in items if item.get("id") == item_id), None)
+
+    def items(self, owner: bytes, item_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Those of the items that are kept, by id."""
+        found = {item_id: self.item(owner, item_id) for item_id in item_ids}
+        return {item_id: item for item_id, item in found.items() if item is not None}
 
     def _why(self) -> str:
         if not self.keeps:

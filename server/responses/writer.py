@@ -18,7 +18,7 @@ from sleb.server.responses.body import ResponsesBody
 from sleb.server.responses.builder import Event, OutputBuilder
 from sleb.server.responses.items import Item
 from sleb.server.responses.models import ALWAYS_NULL
-from sleb.server.responses.store import ResponseStore
+from sleb.server.responses.shared import Responses
 
 _NUMBER = 2**53 - 1  # in the place of an event's own, which never comes so far
 
@@ -53,7 +53,7 @@ class ResponseWriter(AnswerWriter):
         self._store.running[self.id] = self
 
     @property
-    def _store(self) -> ResponseStore:
+    def _store(self) -> Responses:
         return self.context.responses
 
     def _make_head(self, body: ResponsesBody) -> dict[str, Any]:

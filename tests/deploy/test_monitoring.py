@@ -42,6 +42,10 @@ LEFT_OUT = {
         "time_per_output_token_seconds",
         "request_inference_time_seconds",
         "request_max_num_generation_tokens",
+        # for what picks a server; the dashboard adds up the tiers'
+        "engine_requests_running",
+        "engine_requests_waiting",
+        "cache_config_info",
     )
 }
 

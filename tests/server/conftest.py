@@ -1,8 +1,11 @@
-"""A server on a real socket, in a thread of the test's own process."""
+"""A server on a real socket, in a thread of the test's own process.
+
+With SLEB_TEST_FRONTS=N the engine's side is there, and N front processes speak HTTP.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import re
 import signal
@@ -18,6 +21,7 @@ import openai
 import pytest
 
 from sleb.server.context import ServerContext
+from sleb.server.engine_process.fronts import Fronts
 from sleb.server.options import ServeOptions
 from sleb.server.run import base_url, listen, make_server
 
@@ -25,15 +29,10 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 FAKE_ENGINE = Path(__file__).with_name("fake_engine.py")
 
 
-def _load(path):
-    spec = importlib.util.spec_from_file_location(f"sleb_tests_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+NUM_FRONTS = int(os.environ.get("SLEB_TEST_FRONTS", "0"))
 
-
-fake = _load(FAKE_ENGINE)
-wire_formats = _load(FAKE_ENGINE.with_name("wire_formats.py"))
+sys.path.append(str(FAKE_ENGINE.parent))  # front processes import the fake engine by its name, too
+fake, wire_formats = map(importlib.import_module, ("fake_engine", "wire_formats"))
 
 
 class RunningServer:
@@ -41,21 +40,36 @@ class RunningServer:
 
     def __init__(self, engine, max_num_seqs=4, **options):
         self.engine = engine
-        self.context = ServerContext.create(
-            engine, ServeOptions(**{"port": 0, "warm_up": False, **options}), max_num_seqs
-        )
+        options = ServeOptions(**{"port": 0, "warm_up": False, "fronts": NUM_FRONTS, **options})
+        self.context = ServerContext.create(engine, options, max_num_seqs)
         self.socket = listen(self.context.options)
         self.url = base_url(self.socket)
         self.port = self.socket.getsockname()[1]
-        self.server = make_server(self.context)
-        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
+        self.exit_code = None
+        if options.fronts:
+            self.server = Fronts(self.socket, options)
+            self.thread = threading.Thread(target=self._run_fronts, daemon=True)
+            self._on_signal = self.server.on_signal
+        else:
+            self.server = make_server(self.context)
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self._on_signal = lambda number: self.server.handle_exit(number, None)
+        self._started = threading.Event()
         self.thread.start()
-        wait_until(lambda: self.server.started)
+        assert self._started.wait(20)
         self.http = httpx.Client(base_url=self.url, timeout=20)
 
-    @property
-    def exit_code(self):
-        return self.server.exit_code
+    def _run(self):
+        self.server.on_started = self._started.set
+        self.server.run([self.socket])
+        self.exit_code = self.server.exit_code
+
+    def _run_fronts(self):
+        with self.server:
+            self.exit_code = self.server.run(self.context, self._started.set)
+
+    def signal(self, number=signal.SIGTERM):
+        self._on_signal(number)
 
     def post(self, path, **fields):
         return self.http.post(path, json=fields)
@@ -78,7 +92,7 @@ class RunningServer:
     def close(self):
         self.http.close()
         if self.thread.is_alive():
-            self.server.handle_exit(signal.SIGTERM, None)
+            self.signal()
         self.thread.join(10)
         assert not self.thread.is_alive()
         self.socket.close()

@@ -1,6 +1,7 @@
 """An engine without a model: it answers with the prompt's own tokens, one a step, and misbehaves on request.
 
-Run as a script it serves itself: `python fake_engine.py PORT [--delay S] [--fail-after N] [--drain-timeout S]`.
+Run as a script it serves itself: `python fake_engine.py PORT [--delay S] [--fail-after N] [--drain-timeout S]
+[--fronts N]`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from types import SimpleNamespace
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sleb.engine.engine import EngineStats
 from sleb.engine.generation import GenerationDefaults
-from sleb.engine.outputs import StepOutput, Timings, TokenLogprobs
+from sleb.engine.outputs import EngineStats, StepOutput, Timings, TokenLogprobs
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.tier import Tier
 from sleb.errors import RequestError
@@ -78,6 +78,7 @@ class FakeEngine:
             num_kv_heads=1,
         )
         self.weights_name = "bfloat16"
+        self.page_size, self.num_pages = 16, 1000
         self.eos_token_ids = frozenset()
         self.defaults = GenerationDefaults()
         self.max_running = 4
@@ -95,6 +96,14 @@ class FakeEngine:
     @property
     def served(self):
         return self
+
+    def __reduce__(self):
+        """As a front process gets it: what is told of the model, and nothing that computes."""
+        told = (
+            *("model_name", "layer_map", "tiers", "default_tier", "shipped_results", "defaults", "spec"),
+            *("text", "tokenizer", "chat_template", "response_template", "weights_name", "eos_token_ids"),
+        )
+        return FakeEngine, (self.max_model_len,), {name: getattr(self, name) for name in told}
 
     def _make_tier(self, depth):
         return Tier(
@@ -281,15 +290,22 @@ def main():
     parser.add_argument("--fail-after", type=int)
     parser.add_argument("--drain-timeout", type=float, default=10.0)
     parser.add_argument("--uds", type=Path)
+    parser.add_argument("--fronts", type=int, default=0)
     arguments = parser.parse_args()
 
     def make_engine(config):
+        from fake_engine import FakeEngine  # by a name that front processes know it by
+
         engine = FakeEngine(max_model_len=100_000)
         engine.delay, engine.fail_after = arguments.delay, arguments.fail_after
         return engine
 
     options = ServeOptions(
-        port=arguments.port, uds=arguments.uds, warm_up=False, drain_timeout=arguments.drain_timeout
+        port=arguments.port,
+        uds=arguments.uds,
+        warm_up=False,
+        drain_timeout=arguments.drain_timeout,
+        fronts=arguments.fronts,
     )
     config = SimpleNamespace(model="fake", max_num_seqs=4)
     sys.exit(serve(listen(options), config, options, make_engine=make_engine))

@@ -27,8 +27,8 @@ from sleb.engine.engine import Engine
 from sleb.errors import ConfigError
 from sleb.layer_map.layer_map import LayerMap
 from sleb.models.aliases import ALIASES
-from sleb.server.api import health
 from sleb.server.bench_result import BenchResult
+from sleb.server.engine_thread import chores
 from sleb.server.errors import OverloadedError
 from sleb.server.logs import JsonFormatter, SafeHandler, UnblockedStream
 from sleb.terminal import LineFormatter
@@ -66,7 +66,7 @@ def test_a_server_that_could_not_warm_up_is_not_ready_and_says_why(
 
     fake_engine.add_error = RequestError("no")
     server = serve_engine(fake_engine, warm_up=True)
-    wait_until(lambda: server.context.warm)
+    wait_until(lambda: server.context.engine.warm)
     assert "warming up failed: no" in caplog.text
     response = server.http.get("/ready")
     assert response.status_code == 503
@@ -81,7 +81,17 @@ def test_a_full_queue_is_no_failure_to_warm_up():
     tries = []
 
     class Busy:
-        engine = SimpleNamespace(max_model_len=64, tiers=[SimpleNamespace(depth=0)])
+        model = SimpleNamespace(
+            max_model_len=64,
+            tiers=[SimpleNamespace(depth=0)],
+            tokenizer=None,
+            spec=SimpleNamespace(vocab_size=1),
+            eos_token_ids=frozenset(),
+        )
+        warm, warm_up_failure = False, None
+
+        def on_change(self):
+            pass
 
         async def submit(self, jobs):
             tries.append(jobs)
@@ -93,9 +103,9 @@ def test_a_full_queue_is_no_failure_to_warm_up():
 
             return SimpleNamespace(next=nothing, close=lambda: None)
 
-    context = SimpleNamespace(engine=Busy(), warm=False, warm_up_failure=None)
-    asyncio.run(health.warm_up(context))
-    assert len(tries) == 3 and context.warm and context.warm_up_failure is None
+    engine = Busy()
+    asyncio.run(chores.warm_up(engine))
+    assert len(tries) == 3 and engine.warm and engine.warm_up_failure is None
 
 
 def test_a_dead_engine_is_never_ready(serve_engine, fake_engine, wait_until):

@@ -502,7 +502,7 @@ def test_a_client_that_leaves_leaves_nothing(serve_engine, fake_engine, wait_unt
         assert server.context.responses.running
     server.wait_idle()
     wait_until(lambda: not server.context.responses.running)
-    assert len(server.context.responses) == 0
+    assert len(server.context.responses.store) == 0
 
 
 def test_an_error_inside_a_stream_is_told_twice(serve_engine, fake_engine):

@@ -148,7 +148,7 @@ def test_drain_refuses_new_and_finishes_old(serve_engine, fake_engine, wait_unti
     fake_engine.delay = 0.02
     sock = start(server, prompt="x" * 30, max_tokens=30, stream=True)
     wait_until(lambda: fake_engine.num_running == 1)
-    server.server.handle_exit(15, None)
+    server.signal()
     wait_until(lambda: server.context.engine.draining)
     refused = server.complete("a")
     assert refused.status_code == 503
@@ -162,12 +162,24 @@ def test_drain_refuses_new_and_finishes_old(serve_engine, fake_engine, wait_unti
     assert server.exit_code == 0
 
 
+def test_requests_are_taken_for_a_while_after_the_signal(serve_engine, fake_engine, wait_until):
+    server = serve_engine(fake_engine, shutdown_delay=1.0)
+    server.signal()
+    wait_until(lambda: server.http.get("/ready").status_code == 503)
+    assert server.http.get("/health").json() == {"status": "ok"}
+    assert server.complete("ab").status_code == 200
+    assert server.http.get("/ready").json()["error"]["code"] == "shutting_down"
+    wait_until(lambda: server.context.engine.draining)
+    server.thread.join(10)
+    assert server.exit_code == 0
+
+
 def test_drain_gives_up_after_its_timeout(serve_engine, fake_engine, wait_until):
     server = serve_engine(fake_engine, drain_timeout=0.2)
     fake_engine.delay = 0.05
     sock = start(server, prompt="x" * 200, max_tokens=50, stream=True)
     wait_until(lambda: fake_engine.num_running == 1)
-    server.server.handle_exit(15, None)
+    server.signal()
     received = receive_all(sock)
     assert b'"code":"shutting_down"' in received
     assert b"data: [DONE]\n\n" in received

@@ -104,11 +104,33 @@ def test_queues_are_gauges_of_each_tier_and_the_cache_of_all(serve_engine, fake_
             tiers = ("fake", "fake:sleb-1", "fake:sleb-2")
             found = [value(samples, f"num_requests_{state}", model_name=tier) for tier in tiers]
             assert found == list(counts)
+            assert picked(server.http.get("/metrics").text, f"sleb:engine_requests_{state}") == sum(counts)
         assert value(samples, "kv_cache_usage_perc", model_name="fake") == 0
         assert value(samples, "num_preemptions_total", model_name="fake") == 0
     server.wait_idle()
     wait_until(lambda: value(scrape(server), "request_aborted_total", model_name=MODEL) == 5)
     assert value(scrape(server), "num_requests_running", model_name=MODEL) == 0
+
+
+def picked(text, name):
+    """What the endpoint picker of the Gateway API takes for a metric without time stamps: the first series of its name
+    (gateway-api-inference-extension, pkg/epp/backend/metrics, getLatestMetric)."""
+    first = next(line for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
+    return float(first.split()[-1])
+
+
+def test_under_vllms_prefix_the_first_series_is_the_total(serve_engine, fake_engine, wait_until):
+    server = serve_engine(fake_engine, metrics_prefix="vllm")
+    fake_engine.delay = 0.02
+    body = {"prompt": "x" * 200, "stream": True}
+    with (
+        server.http.stream("POST", "/v1/completions", json=body | {"model": "fake:sleb-2", "n": 3}),
+        server.http.stream("POST", "/v1/completions", json=body | {"n": 5}),
+    ):
+        wait_until(lambda: server.context.engine.stats.num_waiting == 4)
+        text = server.http.get("/metrics").text
+        assert picked(text, "vllm:num_requests_waiting") == picked(text, "vllm:num_requests_running") == 4
+    assert 'vllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1.0' in text
 
 
 def test_failures_are_counted_by_code(serve_engine, fake_engine, wait_until):
