@@ -20,6 +20,7 @@ from sleb.batch.sources import Block
 from sleb.errors import RequestError, SlebError
 from sleb.server.app import create_app
 from sleb.server.context import ServerContext
+from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.options import ServeOptions
 
 if TYPE_CHECKING:
@@ -42,6 +43,13 @@ class Answerer:
         self.num_errors = 0
         self._http = http
         self._room = asyncio.Semaphore(num_at_once)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """That the engine has made so far."""
+        engine = self.context.engine
+        assert isinstance(engine, AsyncEngine)
+        return engine.stats.num_output_tokens
 
     async def answer(
         self, block: Block, asks: Sequence[Ask], on_row: Callable[[], None] = lambda: None

@@ -75,7 +75,7 @@ async def _answer_blocks(
     lock = asyncio.Lock()  # a source is read from one place at a time
 
     def tell() -> None:
-        tokens = answerer.context.engine.stats.num_output_tokens
+        tokens = answerer.num_output_tokens
         on_progress(Progress(next(num_lines), answerer.num_errors, tokens))
 
     async def lane() -> None:

@@ -78,7 +78,7 @@ class Worker:
                     await asyncio.to_thread(write_block, self._job.folder, block, rows)
         except SlebError as error:
             return told | {"num_lines": 0, "error": str(error)}
-        tokens = answerer.context.engine.stats.num_output_tokens
+        tokens = answerer.num_output_tokens
         return told | {
             "num_lines": block.num_lines,
             "num_errors": answerer.num_errors,
