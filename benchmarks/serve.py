@@ -1,6 +1,7 @@
-"""`sleb bench serve`: load on any OpenAI-compatible server, one level after the other, or on two in turns.
+"""`sleb bench serve`: load on any OpenAI-compatible server, one level after the other, or on two servers, or of several
+models, in turns.
 
-In a turn both get requests of the same lengths at the same times. Random words differ, since both may be one server
+In a turn all get requests of the same lengths at the same times. Random words differ, since both may be one server
 with a prefix cache; rows of a dataset are the same. One server is idle while the other is measured.
 """
 
@@ -28,7 +29,7 @@ from sleb.errors import SlebError
 
 # Above this share of one processor the client, a single thread, may be what limits.
 _BUSY_CLIENT = 0.7
-_COMPARED = ("tokens/s", "requests/s", "TTFT p50 ms", "TPOT p50 ms")
+_COMPARED = ("tokens/s", "requests/s", "TTFT p50 ms", "TPOT p50 ms", "goodput requests/s")
 # Requests done, of how many (None: not known), and what is under way.
 OnProgress = Callable[[int, int | None, str], None]
 
@@ -73,12 +74,11 @@ class Target:
         return await load.closed(requests, level.concurrency or 1, tell)
 
 
-async def prepare(options: ServeLoadOptions, side: int, on_progress: OnProgress) -> Target:
-    """Asks a server what must be known of it. Raises ClientError and ConfigError. side: of a comparison."""
-    asked = options.model
-    if options.compare is not None and len(asked) == 2:
-        asked = asked[side : side + 1]
-    server = Server(LoadClient(options.urls[side], options.key, options.timeout))
+async def prepare(
+    options: ServeLoadOptions, url: str, asked: Sequence[str], on_progress: OnProgress
+) -> Target:
+    """Asks a server what must be known of it. Raises ClientError and ConfigError."""
+    server = Server(LoadClient(url, options.key, options.timeout))
     dialects: dict[str, Dialect] = {}
     sources: dict[str, PromptSource] = {}
     salt = secrets.token_hex(8)
@@ -121,18 +121,21 @@ def run_serve(
     result = Result("serve", dict(environment), options.settings())
     on_progress(0, None, "asking the server")
     with asyncio.Runner() as runner:
-        targets = [runner.run(prepare(options, side, on_progress)) for side in range(len(options.urls))]
-        names = "AB" if options.compare else [",".join(targets[0].dialects)]
-        told = {name: dict(target.facts) for name, target in zip(names, targets, strict=True)}
-        result.settings["servers"] = told if options.compare else told[names[0]]
-        for name, target in zip(names, targets, strict=True):
-            result.notes += [f"{name}: {each}" if options.compare else each for each in target.server.notices]
+        targets: dict[str, Target] = {}
+        for url, models, name in options.sides:
+            target = runner.run(prepare(options, url, models, on_progress))
+            targets[name or ",".join(target.dialects)] = target
+        told = {name: dict(target.facts) for name, target in targets.items()}
+        alone = len(targets) == 1
+        result.settings["servers"] = next(iter(told.values())) if alone else told
+        for name, target in targets.items():
+            result.notes += [each if alone else f"{name}: {each}" for each in target.server.notices]
         try:
-            _load_in_turns(options, dict(zip(names, targets, strict=True)), runner, result)
+            _load_in_turns(options, targets, runner, result)
         except ServerStallsError as error:
             result.complete, result.settings["problem"] = False, str(error)
         finally:
-            for target in targets:
+            for target in targets.values():
                 target.server.client.close()
     return result
 
@@ -140,17 +143,19 @@ def run_serve(
 def _load_in_turns(
     options: ServeLoadOptions, targets: Mapping[str, Target], runner: asyncio.Runner, result: Result
 ) -> None:
-    """One turn of a server alone, several of two. Raises ServerStallsError, what is complete kept in `result`."""
+    """One turn of a server alone, several of two or more sides. Raises ServerStallsError, what is complete kept in
+    `result`."""
+    alone, baseline = len(targets) == 1, next(iter(targets))
     seen: dict[tuple[Level, str], list[LoadResult]] = defaultdict(list)
-    num_turns = 6 if options.compare else 1  # 6 are what an interval takes
-    of_turns = f" of {num_turns}" if options.compare else ""
+    num_turns = 1 if alone else 6  # which are what an interval takes
+    of_turns = "" if alone else f" of {num_turns}"
 
     def run(level: Level, name: str, turn: int) -> Sample:
-        target, what = targets[name], f"{level}: {name}, " if options.compare else f"{level}: "
+        target, what = targets[name], f"{level}: " if alone else f"{level}: {name}, "
         what += f"turn {turn}{of_turns}" if turn else "warming up"
         seed = f"{options.seed} {level} {turn}" if turn else None  # both sides meet the same arrivals
         done = runner.run(target.run(level, what, seed))
-        if turn and done.outcomes and (options.compare is None or not (done.interrupted or done.has_stalled)):
+        if turn and done.outcomes and (alone or not (done.interrupted or done.has_stalled)):
             seen[level, name].append(done)
         if done.has_stalled:
             raise ServerStallsError(
@@ -159,8 +164,11 @@ def _load_in_turns(
             )
         if done.interrupted:
             raise KeyboardInterrupt  # keeps complete turns
-        figures = measure(done.outcomes, done.duration) if turn else {}
-        return {name: value for name in _COMPARED if (value := figures.get(name))}
+        if not turn:
+            return {}
+        figures = measure(done.outcomes, done.duration, options.limits)
+        compared = {name: value for name in _COMPARED if (value := figures.get(name))}
+        return compared | (mix(done.outcomes, target.server.losses) if options.in_turns else {})
 
     def keep(turns: Turns, case: Case) -> None:
         result.measurements = turns.measurements()
@@ -169,7 +177,7 @@ def _load_in_turns(
         Case(
             options.case(level),
             {name: partial(run, level, name) for name in targets},
-            "A" if options.compare else None,
+            None if alone else baseline,
         )
         for level in options.levels
     ]
@@ -177,18 +185,28 @@ def _load_in_turns(
     try:
         result.complete = measure_in_turns(cases, often, on_turn=keep).complete
     finally:
-        if options.compare is None:
+        if alone:
             result.measurements = []
         for (level, name), loads in seen.items():
             outcomes = [outcome for load in loads for outcome in load.outcomes]
             cpu, seconds = sum(load.cpu_seconds for load in loads), sum(load.duration for load in loads)
-            result.notes += level_notes(
-                f"{level}: {name}" if options.compare else str(level), outcomes, cpu / seconds
-            )
-            if options.compare is None:
+            result.notes += level_notes(str(level) if alone else f"{level}: {name}", outcomes, cpu / seconds)
+            if alone:
                 result.measurements += _measurements(
                     options, level, outcomes, seconds, list(targets[name].dialects)
                 )
+
+
+def mix(outcomes: Sequence[Outcome], losses: Mapping[str, float]) -> dict[str, float]:
+    """What was answered, and how well: the share of requests, and the geometric mean of how many times the full model's
+    perplexity the depths have that answered, by tokens; without the latter where that of one is not known."""
+    whole = [outcome for outcome in outcomes if not outcome.error]
+    figures = {"answered %": 100 * len(whole) / len(outcomes)} if outcomes else {}
+    num_tokens = sum(outcome.num_output_tokens for outcome in whole)
+    if num_tokens and all(outcome.answered_by in losses for outcome in whole):
+        total = sum(outcome.num_output_tokens * math.log(losses[outcome.answered_by]) for outcome in whole)
+        figures["times depth 0's perplexity"] = math.exp(total / num_tokens)
+    return figures
 
 
 def _measurements(

@@ -94,40 +94,50 @@ class DepthGovernor:
     """Chooses depths for a replica's intake.
 
     Args:
-        depths: that are allowed, from the shallowest cut to the deepest; one at least.
+        depths: that are allowed, from the shallowest cut to the deepest; one at least. now: when it begins.
     """
 
-    def __init__(self, policy: DepthPolicy, depths: tuple[int, ...]) -> None:
+    def __init__(self, policy: DepthPolicy, depths: tuple[int, ...], now: float) -> None:
         assert depths
         self.policy = policy
         self.depths = depths
         self._level = 0
-        self._since = float("-inf")  # when the present level was last needed
+        self._since = now  # when the present level was last needed
+        self._seconds = dict.fromkeys(depths, 0.0)
+        self._counted = now  # up to where those count
 
     @property
     def depth(self) -> int:
         """That of the present level."""
         return self.depths[self._level]
 
-    def choose(self, now: float, wait: Callable[[int], float]) -> Choice | None:
-        """The depth of a request that is admitted now; None if even the deepest cannot meet the target.
+    def choose(self, now: float, ahead: float, wait: Callable[[int], float]) -> Choice | None:
+        """The depth of a request that is admitted now; None if it must be refused.
 
-        now: seconds on any clock that does not go back. wait: the predicted seconds to the request's first token, if it
-        and what waits before it are computed at that depth.
+        now: seconds on any clock that does not go back. ahead: the predicted seconds until what is there already has
+        been begun; 0: the replica is idle. wait: those to the request's own first token, at a depth. A long prompt
+        takes its time on an idle replica too, so it is refused for what stands before it alone.
         """
+        self.seconds(now)
         target = self.policy.ttft
-        if wait(self.depth) > target:
+        if ahead > 0 and wait(self.depth) > target:
             self._since = now
-            if self._level == len(self.depths) - 1:
+            if self._level < len(self.depths) - 1:
+                self._level += 1
+            elif ahead > target:
                 return None
-            self._level += 1
-        elif self._level:
-            if wait(self.depths[self._level - 1]) > target:
-                self._since = now
-            elif now - self._since >= self.policy.hold:
-                self._level -= 1
-                self._since = now
+        elif self._level and ahead > 0 and wait(self.depths[self._level - 1]) > target:
+            self._since = now
+        while self._level and now - self._since >= self.policy.hold:
+            self._level -= 1
+            self._since += self.policy.hold
         return Choice(self.depth, self._level > 0)
+
+    def seconds(self, now: float) -> dict[int, float]:
+        """How long the level has been that of each depth."""
+        self._seconds[self.depth] += now - self._counted
+        self._counted = now
+        return dict(self._seconds)
 
 
 def _seconds(text: str, given: Mapping[str, str], name: str) -> float:

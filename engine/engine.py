@@ -20,6 +20,7 @@ from sleb.engine.execute.sampler import SampledToken
 from sleb.engine.generation import load_defaults
 from sleb.engine.model.architecture import resolve_spec
 from sleb.engine.outputs import EngineStats, StepOutput, TokenLogprobs
+from sleb.engine.pace import Pace, Work
 from sleb.engine.requests.detokenizer import Detokenizer, special_texts
 from sleb.engine.requests.grammar import Grammar
 from sleb.engine.requests.request import Request
@@ -82,6 +83,7 @@ class Engine(PromptMaker):
         self._num_open: Counter[int] = Counter()  # by depth
         self._seeds = random.Random(config.seed)
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
+        self.pace: Pace | None = None
         self._told_no_numbers = False
         self._special_texts = special_texts(self.tokenizer)
         self._token_texts: tuple[dict[int, str], dict[int, str]] = (
@@ -102,8 +104,10 @@ class Engine(PromptMaker):
             outputs += self._commit()
         step = self.scheduler.schedule()
         sampled = None
+        begin = time.perf_counter()
         if step.rows:
             self._mark_scheduled(step)
+            prompts = None if self.pace is None else _prompt_tokens(step)
             forward = self.runner.run(step)
             sampled = self.runner.sample(step, forward)
             self.scheduler.launched(step.rows)
@@ -111,6 +115,10 @@ class Engine(PromptMaker):
         self._in_flight = sampled if self._requests else None  # else it is of requests that have ended
         if not self.overlap:
             outputs += self._commit()
+        if self.pace is not None and step.rows:
+            assert prompts is not None
+            fullest = step.rows[0].request.tier.depth
+            self.pace.observe_step(time.perf_counter() - begin, fullest, prompts)
         return outputs
 
     def add_request(
@@ -216,6 +224,20 @@ class Engine(PromptMaker):
         )
         vars(served)["text"] = self.text  # once in this process
         return served
+
+    def follow_pace(self) -> Pace:
+        """Begins to learn how fast steps are; what has been learnt."""
+        whole = self.weight_bytes(min(tier.depth for tier in self.tiers))
+        shares = {tier.depth: self.weight_bytes(tier.depth) / whole for tier in self.tiers}
+        self.pace = Pace(shares, self.config.step_tokens, self.config.max_num_seqs)
+        return self.pace
+
+    def work(self) -> Work:
+        """What is to be done before a new request's first token."""
+        prompts: Counter[int] = Counter()
+        for request in self.scheduler.requests:
+            prompts[request.tier.depth] += max(request.num_prompt_tokens - request.num_computed, 0)
+        return Work(+prompts, self.num_waiting, self.config.max_num_seqs - self.num_running)
 
     def has_unfinished(self) -> bool:
         """Whether any request is queued or running."""
@@ -354,6 +376,8 @@ class Engine(PromptMaker):
             text = append_token(request, sampled.token_id, grammar_ended, self.eos_token_ids)
         if request.finish_reason is not None:
             request.timings.finished = now
+            if self.pace is not None and request.timings.first_scheduled is not None:
+                self.pace.observe_seat(now - request.timings.first_scheduled)
             self._forget(request)
         return StepOutput(  # in order: keywords would take as long again, for every token
             request.request_id,
@@ -390,6 +414,15 @@ class Engine(PromptMaker):
         return (
             f"in {str(dtype)[6:]} that is a fault of the checkpoint: its weights are damaged or not numbers"
         )
+
+
+def _prompt_tokens(step: Step) -> Counter[int]:
+    """Tokens of prompts that a step computes, by depth."""
+    found: Counter[int] = Counter()
+    for row in step.rows:
+        if row.start < row.request.num_prompt_tokens and row.num_tokens > 1:
+            found[row.request.tier.depth] += row.num_tokens
+    return found
 
 
 def _begin_grammar(params: SamplingParams) -> Grammar | None:

@@ -75,7 +75,14 @@ def create_app(context: ServerContext) -> FastAPI:
             allow_origins=context.options.origins,
             allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("X-Request-Id", "Server-Timing", "X-Stop-Reason", "Retry-After"),
+            expose_headers=(
+                "X-Request-Id",
+                "Server-Timing",
+                "X-Stop-Reason",
+                "X-Sleb-Depth",
+                "X-Sleb-Degraded",
+                "Retry-After",
+            ),
         )
     return app
 

@@ -80,6 +80,12 @@ def why_unknown(told: Sequence[Perplexity]) -> str | None:
     return f"known on the calibration text alone ({names}), which flatters; {_MEASURE} tells of another"
 
 
+def perplexity_increase(layer_map: LayerMap, results: Sequence[BenchResult], depth: int) -> float | None:
+    """How much more perplexity than the full model `depth` has, as a share, on the text to go by (`why_unknown`)."""
+    told = perplexities(layer_map, results, depth)
+    return None if why_unknown(told) else told[0]["pruned"] / told[0]["dense"] - 1
+
+
 @dataclass(frozen=True)
 class BenchResult:
     """A result file of `sleb bench throughput` or `sleb eval`: rows with `depth`, and `speedup` or `perplexity`.

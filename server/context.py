@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from sleb.engine.encoding import longest_token
-from sleb.errors import RequestError
+from sleb.errors import ConfigError, RequestError
 from sleb.server.answer.token_text import TokenTexts
-from sleb.server.bench_result import BenchResult
+from sleb.server.bench_result import BenchResult, perplexity_increase
 from sleb.server.body_reader import BodyReader
 from sleb.server.engine_thread.async_engine import AsyncEngine
 from sleb.server.engine_thread.handle import EngineHandle
 from sleb.server.engine_thread.metrics import ServerMetrics
 from sleb.server.errors import shorten
-from sleb.server.names import name_tiers
+from sleb.server.names import AutoModel, auto_name, name_tiers
 from sleb.server.options import ServeOptions
 from sleb.server.responses.shared import LocalResponses, Responses
 from sleb.server.responses.store import ResponseStore
@@ -31,6 +31,19 @@ _LEAST_MAX_BODY = 4 * 2**20  # bytes
 _BYTES_PER_TOKEN = 16  # escapes of JSON included
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What answers a request.
+
+    tier: if the server chooses, the shallowest that it may. model: what the answer says of its model: what was asked,
+    as it was written, else the tier's id.
+    """
+
+    tier: Tier
+    model: str
+    is_auto: bool = False
+
+
 @dataclass
 class ServerContext:
     """The engine, the options and what is remembered between requests.
@@ -39,6 +52,7 @@ class ServerContext:
     responses: what /v1/responses keeps.
     max_characters: of a prompt; a longer one cannot fit the context, whatever its tokens are.
     results: what was measured of the model, the operator's files first.
+    auto: the model whose depth the server chooses, if there is one.
     """
 
     engine: EngineHandle
@@ -50,6 +64,7 @@ class ServerContext:
     max_characters: int
     responses: Responses
     results: tuple[BenchResult, ...] = ()
+    auto: AutoModel | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -66,7 +81,10 @@ class ServerContext:
             log_interval=options.log_interval,
         )
         store = ResponseStore(int(options.response_store_mb * 2**20), options.response_store_seconds)
-        return cls.of(handle, options, LocalResponses(store))
+        context = cls.of(handle, options, LocalResponses(store))
+        if context.auto is not None:
+            handle.choose_depths(context.auto.policy, context.auto.depths)
+        return context
 
     @classmethod
     def of(cls, engine: EngineHandle, options: ServeOptions, responses: Responses) -> ServerContext:
@@ -76,17 +94,32 @@ class ServerContext:
         max_body_bytes = options.max_body_bytes or max(
             _LEAST_MAX_BODY, _BYTES_PER_TOKEN * model.max_model_len
         )
-        names = [key.name for key in options.keys if key.name]
+        keys = [key.name for key in options.keys if key.name]
+        names = name_tiers(model.tiers, model.default_tier, options.names)
+        results = (*options.results, *map(BenchResult.load, map(str, model.shipped_results)))
+        auto: AutoModel | None = None
+        if (policy := options.depth_policy) is not None:
+            name = auto_name(policy, model.model_name, names)
+            increases = {
+                depth: perplexity_increase(model.layer_map, results, depth) for depth in policy.depths
+            }
+            auto = AutoModel(name, policy, policy.allowed(increases))
+            if not auto.depths:
+                raise ConfigError(
+                    f"--auto begins with depth {policy.depths[0]}, which is past max-perplexity, or not measured; "
+                    "begin with depth 0"
+                )
         return cls(
             engine=engine,
             options=options,
             token_texts=TokenTexts(model.tokenizer),
-            names=name_tiers(model.tiers, model.default_tier, options.names),
-            metrics=ServerMetrics(model, options.metrics_prefix, names),
+            names=names,
+            metrics=ServerMetrics(model, options.metrics_prefix, keys),
             bodies=BodyReader(max_body_bytes, options.read_timeout),
             max_characters=model.max_model_len * longest_token(model.tokenizer),
             responses=responses,
-            results=(*options.results, *map(BenchResult.load, map(str, model.shipped_results))),
+            results=results,
+            auto=auto,
         )
 
     @property
@@ -111,18 +144,31 @@ class ServerContext:
         if name is None:
             return self.engine.model.default_tier
         lower = name.lower()  # once: it may be megabytes
+        if self.auto is not None and lower == self.auto.name.lower():
+            return self.engine.model.tier(self.auto.depths[0])
         for known, tier in self.names.items():
             if known.lower() == lower:
                 return tier
         raise RequestError(
-            f"the model {shorten(name)} does not exist; served models: {', '.join(self.names)}",
+            f"the model {shorten(name)} does not exist; served models: {', '.join(self.listed)}",
             param="model",
             code="model_not_found",
         )
 
-    def name_of(self, tier: Tier, asked: str | None) -> str:
-        """What an answer of `tier` says of its model: what was asked, as it was written, else the tier's id."""
-        return tier.id if asked is None else asked
+    @property
+    def listed(self) -> list[str]:
+        """Every name that a request may give."""
+        return [*self.names, *([] if self.auto is None else [self.auto.name])]
+
+    def select(self, name: str | None, *, fixed: bool = False) -> Selection:
+        """What a request asks for by its `model`. Raises RequestError model_not_found.
+
+        fixed: whether the depth shall be the shallowest even where the server might choose.
+        """
+        tier = self.tier(name)
+        if name is None or self.auto is None or name.lower() != self.auto.name.lower():
+            return Selection(tier, tier.id if name is None else name)
+        return Selection(tier, tier.id, is_auto=not fixed)
 
 
 def get_context(request: Request) -> ServerContext:

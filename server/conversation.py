@@ -27,6 +27,7 @@ class Conversation:
         template_variables: arguments of the chat template.
         continue_final_message: whether the answer goes on with the last message.
         truncate_prompt_tokens: how many of the prompt's last tokens to keep; None: all, -1: as many as fit.
+        fixed_depth: whether the depth is the shallowest even of a model whose depth the server chooses.
         num_logprobs, num_prompt_logprobs: alternatives told with each token, None: no log-probabilities.
     """
 
@@ -44,3 +45,4 @@ class Conversation:
     truncate_prompt_tokens: int | None = None
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    fixed_depth: bool = False

@@ -50,10 +50,12 @@ class ApiError(SlebError):
 
 
 class OverloadedError(ApiError):
-    """The queue is full; the client may come back."""
+    """The queue is full, or too long; the client may come back."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(503, message, type="server_error", code="overloaded", headers={"Retry-After": "1"})
+    def __init__(self, message: str, status: int = 503) -> None:
+        super().__init__(
+            status, message, type="server_error", code="overloaded", headers={"Retry-After": "1"}
+        )
 
 
 class ShuttingDownError(ApiError):

@@ -27,6 +27,7 @@ from sleb.terminal import CONTROLS, Console, LineFormatter
 
 if TYPE_CHECKING:
     from sleb.server.context import ServerContext
+    from sleb.server.names import AutoModel
 
 logger = logging.getLogger("sleb.server")
 
@@ -197,6 +198,8 @@ class Teller:
         others = [f"{name} ({tier.id})" for name, tier in context.names.items() if name != tier.id]
         if others:
             self._print(f"Other names: {', '.join(others)}")
+        if context.auto is not None:
+            self._print(describe_auto(context.auto))
         needs_key = bool(context.options.keys)
         key = ", with a key in SLEB_API_KEY" if needs_key else ""
         self._print(
@@ -223,6 +226,17 @@ class Teller:
     def _print(self, content: str | Table) -> None:
         assert self._console is not None
         self._console.print(content, markup=False, soft_wrap=isinstance(content, str))
+
+
+def describe_auto(auto: AutoModel) -> str:
+    """What a model whose depth the server chooses may be."""
+    past = [str(depth) for depth in auto.policy.depths if depth not in auto.depths]
+    bound = f"of which more than {auto.policy.max_perplexity:.0%} of perplexity is lost, or is not known"
+    if len(auto.depths) == 1:
+        only = f"{auto.name} is always depth {auto.depths[0]}"
+        return f"{only}: no other of its policy is allowed ({', '.join(past)}, {bound})"
+    left_out = f", and not {', '.join(past)}, {bound}" if past else ""
+    return f"{auto.name} takes of depths {', '.join(map(str, auto.depths))} while requests wait{left_out}"
 
 
 def api_url(url: str) -> str:

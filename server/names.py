@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from sleb.models.resolve import model_name, shipped_map
 
 if TYPE_CHECKING:
     from sleb.engine.config import EngineConfig
+    from sleb.engine.depth_policy import DepthPolicy
 
 _MAX_NAME = 200  # characters
 
@@ -76,8 +77,43 @@ def name_tiers(tiers: Sequence[Tier], default: Tier, names: Sequence[ServedName]
     return found
 
 
-def planned_names(config: EngineConfig, names: Sequence[ServedName]) -> dict[str, Tier]:
-    """What `name_tiers` will say of the engine of `config`, before it is loaded.
+_AUTO = ":auto"
+
+
+@dataclass(frozen=True)
+class AutoModel:
+    """The model whose depth the server chooses, of `depths`, which the policy allows."""
+
+    name: str
+    policy: DepthPolicy
+    depths: tuple[int, ...]
+
+
+def auto_name(policy: DepthPolicy, model_name: str, names: Mapping[str, Tier]) -> str:
+    """The name of a model whose depth the server chooses.
+
+    names: of the served depths. Raises ConfigError for a depth of the policy that is not served, and for a name that
+    another has.
+    """
+    served = sorted({tier.depth for tier in names.values()})
+    for depth in policy.depths:
+        if depth not in served:
+            raise ConfigError(
+                f"--auto names depth {depth}, which is not served; served depths: {', '.join(map(str, served))}; "
+                "choose of them, or add it to --tiers"
+            )
+    name = f"{model_name}{_AUTO}"
+    if any(known.lower() == name.lower() for known in names):
+        raise ConfigError(
+            f"--served-model-name gives {name}, which is the name that --auto gives; choose another"
+        )
+    return name
+
+
+def planned_names(
+    config: EngineConfig, names: Sequence[ServedName], policy: DepthPolicy | None = None
+) -> dict[str, Tier]:
+    """What `name_tiers` will say of the engine of `config`, before it is loaded; `auto_name` is checked, too.
 
     A bad map, a depth that it lacks and a name that cannot be given are so told before torch, which takes seconds to
     import, and the model, which may take minutes to fetch. Raises as the engine and `name_tiers` do.
@@ -90,4 +126,7 @@ def planned_names(config: EngineConfig, names: Sequence[ServedName]) -> dict[str
         layer_map = chosen if isinstance(chosen, LayerMap) else LayerMap.find(chosen)
     shipped = config.layer_map is None and chosen is not None
     tiers = make_tiers(layer_map, model_name(model).lower(), config.tiers, shipped)
-    return name_tiers(tiers, choose_default(tiers, layer_map), names)
+    found = name_tiers(tiers, choose_default(tiers, layer_map), names)
+    if policy is not None:
+        auto_name(policy, model_name(model).lower(), found)
+    return found

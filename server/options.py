@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sleb.engine.depth_policy import DepthPolicy
 from sleb.errors import ConfigError
 from sleb.fields import shown_text
 from sleb.options import check_values, option
@@ -106,6 +107,14 @@ class ServeOptions:
         unset="none",
         flags=("--served-model-name",),
         metavar="NAME[=DEPTH]",
+        group=_NAMES,
+    )
+    auto: str | None = option(
+        None,
+        'Serve MODEL:auto, which takes a deeper cut while requests wait: "depths=0,3,6 ttft=800ms max-perplexity=60% '
+        'hold=20s".',
+        unset="none",
+        metavar="POLICY",
         group=_NAMES,
     )
     tool_format: str = option(
@@ -215,7 +224,7 @@ class ServeOptions:
                 f"--root-path {shown_text(str(self.root_path)[:80])!r} is no path; write it like /llm, of letters, "
                 "digits, - _ . and ~"
             )
-        _ = self.ssl_context, self.names, self.keys, self.origins, self.results
+        _ = self.ssl_context, self.names, self.depth_policy, self.keys, self.origins, self.results
 
     @property
     def root(self) -> str:
@@ -241,6 +250,11 @@ class ServeOptions:
     def names(self) -> tuple[ServedName, ...]:
         """The content of served_model_names. Raises ConfigError."""
         return tuple(map(ServedName.parse, self.served_model_names))
+
+    @cached_property
+    def depth_policy(self) -> DepthPolicy | None:
+        """The content of auto. Raises ConfigError."""
+        return None if self.auto is None else DepthPolicy.parse(self.auto)
 
     @cached_property
     def keys(self) -> tuple[Key, ...]:

@@ -270,6 +270,12 @@ def num_alternatives(logprobs: bool, top_logprobs: int | None) -> int | None:
     return (top_logprobs or 0) if logprobs else None
 
 
+FixedDepth = Annotated[
+    Literal["fixed"] | None,
+    Field(description="Of a model that ends in :auto: its shallowest, whatever waits."),
+]
+
+
 class GenerationBody(SamplingBody):
     """Fields that chat and plain completions share."""
 
@@ -309,7 +315,7 @@ class GenerationBody(SamplingBody):
     ebnf: Annotated[str | None, Field(description=GRAMMARS)] = None
     format: Annotated[Literal["json"] | dict[str, Any] | None, Field(description="Or a JSON schema.")] = None
     draft: Annotated[Literal["off"] | None, Field(description="Nothing is drafted in any case.")] = None
-    depth: Annotated[Literal["fixed"] | None, Field(description="That of `model`, in any case.")] = None
+    depth: FixedDepth = None
 
     def check(self) -> None:
         if self.prompt_logprobs is not None and self.stream:
@@ -378,6 +384,7 @@ class ChatBody(GenerationBody):
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             num_logprobs=num_alternatives(self.logprobs, self.top_logprobs),
             num_prompt_logprobs=self.prompt_logprobs,
+            fixed_depth=self.depth == "fixed",
         )
 
 

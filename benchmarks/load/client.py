@@ -34,7 +34,8 @@ class Outcome:
 
     asked_tokens: of the prompt, 0: not known; asked_output: of the answer. chunk_times: arrival of every chunk that
     holds text. usage: the server's own counts. error: why it failed; empty for an answer that came whole. timed_out:
-    nothing came for too long. status: of HTTP; 0 where there was no answer.
+    nothing came for too long. status: of HTTP; 0 where there was no answer. answered_by: the model that the answer
+    names.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Outcome:
     timed_out: bool = False
     status: int = 0
     finish_reason: str = ""
+    answered_by: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -100,6 +102,7 @@ class Outcome:
             if chunk.get("error") or chunk.get("object") == "error":
                 problem = f"error in the stream: {_message(chunk)}"
             self.usage = dict(chunk.get("usage") or self.usage)
+            self.answered_by = self.answered_by or str(chunk.get("model") or "")
             for choice in chunk.get("choices") or ():
                 part = choice.get("delta") or choice
                 has_text = has_text or any(part.get(name) for name in _TEXTS)

@@ -28,7 +28,7 @@ _EXCLUSIVE = (
     ("dataset", "prompt_tokens"),
     ("dataset", "length_spread"),
     ("compare", "url"),
-    ("compare", "goodput"),
+    ("compare", "in_turns"),
 )
 
 
@@ -73,6 +73,7 @@ class ServeLoadOptions:
     length_spread: float = _asked(0.0, "Both vary evenly by this share, as 0.2.", minimum=0, maximum=0.99)
     dataset: Path | None = option(None, 'Instead: lines of {"prompt": "…"}.', group="Requests")
     goodput: Sequence[str] = _asked((), "Limits in ms, as ttft:200,tpot:50,e2el:3000.", commas=True)
+    in_turns: bool = _server(False, "Each of several models alone, in turns; all over the first.")
     compare: tuple[str, str] | None = None
 
     def check(self) -> None:
@@ -84,6 +85,8 @@ class ServeLoadOptions:
                 raise ConfigError(f"{names} are both given; leave one of them out")
         if self.compare is not None and len(self.model) > 2:
             raise ConfigError(f"--compare takes one model a server, not {len(self.model)}: as --model A,B")
+        if self.in_turns and len(set(self.model)) < max(2, len(self.model)):
+            raise ConfigError("--in-turns takes two models or more, each once: as --model A,B,C")
         if len(set(self.levels)) < len(self.levels):
             raise ConfigError("--concurrency and --rate name a level once; leave the second one out")
         _ = self.urls, self.limits  # which raise it too
@@ -97,6 +100,16 @@ class ServeLoadOptions:
     def urls(self) -> list[str]:
         """Of one server, or of two to compare."""
         return [base_url(each) for each in self.compare or (self.url or DEFAULT_URL,)]
+
+    @property
+    def sides(self) -> list[tuple[str, Sequence[str], str]]:
+        """Who is measured in turns, or alone: an address, the models that are asked there, and a name."""
+        if self.in_turns:
+            return [(self.urls[0], (model,), model) for model in self.model]
+        if self.compare is None:
+            return [(self.urls[0], self.model, "")]
+        of_each = [(each,) for each in self.model] if len(self.model) == 2 else [self.model] * 2
+        return [(url, models, name) for url, models, name in zip(self.urls, of_each, "AB", strict=True)]
 
     @cached_property
     def levels(self) -> list[Level]:

@@ -48,12 +48,14 @@ class Server:
 
     Attributes:
         notices: what a reader of the results must know. listed: the models that it names.
+        losses: by model, how many times the full model's perplexity it has, where the server (sleb) tells.
     """
 
     def __init__(self, client: LoadClient) -> None:
         self.client = client
         self.notices: list[str] = []
         self.listed: list[str] = []
+        self.losses: dict[str, float] = {}
 
     async def choose_models(self, asked: Sequence[str]) -> list[str]:
         """The models asked for, or the server's first."""
@@ -61,7 +63,9 @@ class Server:
         reply = await self.client.ask("GET", "models")
         if reply.status == 200:
             try:
-                self.listed = [str(model["id"]) for model in reply.find("data")]
+                told = reply.find("data")
+                self.listed = [str(model["id"]) for model in told]
+                self.losses = {str(model["id"]): loss for model in told if (loss := _loss(model)) is not None}
             except (LookupError, TypeError):
                 message = f"{url}/models is no list of models; is this an OpenAI-compatible server?"
                 raise ClientError(message, status=reply.status) from None
@@ -125,6 +129,17 @@ class Server:
         elif status >= 429:
             remedy = "the server is busy or in trouble: try again, its log may say more"
         return ClientError(f"{said or 'no message'} (HTTP {status}); {remedy}", status=status)
+
+
+def _loss(model: Mapping[str, Any]) -> float | None:
+    """Of a model as sleb's /v1/models tells it; None for one that tells no perplexity, and for one of any depth."""
+    pruning = model.get("pruning")
+    if not isinstance(pruning, Mapping) or "policy" in model:
+        return None
+    if pruning.get("depth") == 0:
+        return 1.0
+    found = pruning.get("perplexity")
+    return float(found["pruned"]) / float(found["dense"]) if isinstance(found, Mapping) else None
 
 
 def shown_url(url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from sleb.server.answer.generation import Generation
@@ -39,12 +40,16 @@ class ChoicesWriter(AnswerWriter):
         self.tells_usage = self._options.continuous_usage_stats
         self.tells_alike = not (self.tells_usage or body.return_token_ids or self.tells_logprobs)
         self._last_chunk: dict[str, Any] = {}
-        self._envelope: dict[str, Any] = {
+
+    @cached_property
+    def _envelope(self) -> dict[str, Any]:
+        """What is around choices; made when the depth is known."""
+        return {
             "id": new_id(self.id_prefix),
-            "object": self.chunk_object_name if body.stream else self.object_name,
-            "created": generation.created,
-            "model": generation.model,
-            "system_fingerprint": f"fp_{generation.tier.digest[:12]}",
+            "object": self.chunk_object_name if self.stream else self.object_name,
+            "created": self.generation.created,
+            "model": self.generation.model,
+            "system_fingerprint": f"fp_{self.generation.tier.digest[:12]}",
         }
 
     @property

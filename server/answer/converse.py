@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 
@@ -11,6 +11,7 @@ from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.server.answer.generation import Generation, Prompt
 from sleb.server.context import ServerContext, get_context
 from sleb.server.conversation import Conversation
+from sleb.server.conversation_key import conversation_keys
 from sleb.server.grammar.token_rules import grammar_source
 from sleb.server.json_input import num_characters
 from sleb.server.message.incoming import normalise_messages
@@ -19,9 +20,6 @@ from sleb.server.message.reading import AnswerReading
 from sleb.server.message.tool_formats import knows_tools
 from sleb.server.message.tool_prompt import offer_in_text
 from sleb.server.text_threads import run
-
-if TYPE_CHECKING:
-    from sleb.engine.requests.tier import Tier
 
 _NUM_LAST_TOKENS = 64  # of a prompt, in which what a template begins an answer with has room
 
@@ -33,7 +31,6 @@ class Begun:
     context: ServerContext
     generation: Generation
     shape: MessageShape
-    tier: Tier
 
 
 async def begin(request: Request, conversation: Conversation) -> Begun:
@@ -43,7 +40,10 @@ async def begin(request: Request, conversation: Conversation) -> Begun:
     """
     context = get_context(request)
     context.engine.check()
-    served, tier = context.engine.model, context.tier(conversation.model)
+    served, selection = (
+        context.engine.model,
+        context.select(conversation.model, fixed=conversation.fixed_depth),
+    )
     fields: dict[str, Any] = {"max_tokens": None} | dict(conversation.sampling)
     fields["logprobs"] = conversation.num_logprobs
     fields["prompt_logprobs"] = conversation.num_prompt_logprobs
@@ -56,11 +56,11 @@ async def begin(request: Request, conversation: Conversation) -> Begun:
         context.engine, conversation.allowed_token_ids, conversation.bad_words, reading.grammar()
     )
     fields["shown_special_ids"] = reading.shown_special_ids
-    model = context.name_of(tier, conversation.model)
     params = SamplingParams(**fields)
-    generation = Generation(context, request.state.request_id, tier, [prompt], params, model)
+    keys = conversation_keys(request.state.key, conversation.messages) if selection.is_auto else ()
+    generation = Generation(context, request.state.request_id, selection, [prompt], params, keys)
     legacy = conversation.tools is not None and conversation.tools.legacy
-    return Begun(context, generation, MessageShape(reading.make_parser, legacy), tier)
+    return Begun(context, generation, MessageShape(reading.make_parser, legacy))
 
 
 async def count_tokens(request: Request, conversation: Conversation) -> int:

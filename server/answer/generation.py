@@ -6,19 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sleb.engine.outputs import StepOutput
 from sleb.engine.requests.sampling_params import SamplingParams
 from sleb.errors import InvalidOutputError, RequestError
 from sleb.server.answer.timings import Span, llama_timings, phases, request_metrics
-from sleb.server.context import ServerContext
+from sleb.server.context import Selection, ServerContext
 from sleb.server.engine_thread.answers import Answers, Job
 from sleb.server.errors import ApiError
 from sleb.server.exchange import EXCHANGE
-
-if TYPE_CHECKING:
-    from sleb.engine.requests.tier import Tier
 
 T = TypeVar("T")
 
@@ -43,20 +40,27 @@ class Prompt:
 class Generation:
     """All answers that one HTTP request asked for: choice number = prompt number × n + sample number.
 
-    `start`, then `pieces` once, then `close` in any case. `model` is what the answer says of its model.
+    `start`, then `pieces` once, then `close` in any case.
+
+    Attributes:
+        tier, model: what answers, and what the answer says of its model; where the server chooses the depth, known when
+            it has started.
+        chosen: whether the server chooses the depth. degraded: whether it chose a deeper cut than the shallowest.
     """
 
     def __init__(
         self,
         context: ServerContext,
         request_id: str,
-        tier: Tier,
+        selection: Selection,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        model: str | None = None,
+        conversation: tuple[bytes, ...] = (),
     ) -> None:
-        self.tier = tier
-        self.model = tier.id if model is None else model
+        """conversation: see `conversation_keys`."""
+        self.tier, self.model = selection.tier, selection.model
+        self.chosen, self.degraded = selection.is_auto, False
+        self._conversation = conversation if selection.is_auto else None
         self.prompts = prompts
         self.request_id = request_id
         self.created = int(time.time())
@@ -68,7 +72,7 @@ class Generation:
         self._num_finished = 0
         self._arrival = time.monotonic()
         self._arrival_time = time.time()
-        self._metrics = context.metrics.tier(tier)
+        self._metrics = context.metrics.tier(self.tier)
         self._token_times: dict[str, float] = {}  # by the engine's request id
         self._timer: asyncio.TimerHandle | None = None
         self._outcome = "disconnected"
@@ -94,16 +98,45 @@ class Generation:
         each = [self._params.for_choice(0)] * n  # without a seed they are all alike, and each costs a check
         if self._params.seed is not None:
             each = [self._params.for_choice(sample) for sample in range(n)]
-        jobs = [Job(prompt.token_ids, params, self.tier.depth) for prompt in self.prompts for params in each]
+        depth, conversation = self.tier.depth, self._conversation
+        jobs = [
+            Job(prompt.token_ids, params, depth, conversation) for prompt in self.prompts for params in each
+        ]
         limit = self._context.options.request_timeout
         try:
             async with asyncio.timeout(limit):
-                self._answers = await self._context.engine.submit(jobs, self._observe)
+                await self._submit(jobs)
         except TimeoutError:
             raise self._timeout_error() from None
         if limit is not None:
             spent = time.monotonic() - self._arrival
             self._timer = asyncio.get_running_loop().call_later(limit - spent, self._time_out)
+
+    async def _submit(self, jobs: Sequence[Job]) -> None:
+        """As the engine's own `submit`; the answers are known before increments of them may come."""
+        answers = self._answers = self._context.engine.open(jobs, self._observe)
+        try:
+            await answers.accepted()
+        except BaseException:
+            self._answers = None
+            answers.close()
+            raise
+        self._settle(answers)
+
+    def _settle(self, answers: Answers) -> None:
+        """Takes over the depth that the server chose."""
+        choice = answers.depth
+        if choice is not None and self._conversation is not None:
+            self._conversation = None
+            self.tier, self.degraded = self._context.engine.model.tier(choice.depth), choice.degraded
+            self.model = self.tier.id
+            self._metrics = self._context.metrics.tier(self.tier)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What an answer tells of its depth."""
+        told = {"X-Sleb-Depth": str(self.tier.depth)}
+        return told | {"X-Sleb-Degraded": "queue"} if self.degraded else told
 
     def _time_out(self) -> None:
         """Ends what is unfinished at once, whether or not the client reads; the error follows what has come already."""
@@ -122,6 +155,8 @@ class Generation:
 
     def _observe(self, output: StepOutput, now: float) -> None:
         """Counts an increment as it comes from the engine."""
+        if self._conversation is not None and self._answers is not None:
+            self._settle(self._answers)
         last = self._token_times.get(output.request_id)
         self._token_times[output.request_id] = now
         self._metrics.observe(output, self._arrival, last, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from sleb.server.answer.converse import Begun
@@ -34,11 +35,17 @@ class GenerateWriter(AnswerWriter):
 
     def __init__(self, begun: Begun, stream: bool, model: str | None, num_top: int | None) -> None:
         super().__init__(begun.context, begun.generation, stream, begun.shape.make_parser)
-        self._head = {"model": model or begun.generation.model, "created_at": now()}
+        self._asked, self._created_at = model, now()
         self._num_top = num_top
         self.tells_alike = num_top is None
         self._call: dict[str, Any] | None = None  # that has begun
         self._finish_reason: str | None = None
+
+    @cached_property
+    def _head(self) -> dict[str, Any]:
+        """What each line begins with; made when the depth is known."""
+        asked = None if self.generation.chosen else self._asked
+        return {"model": asked or self.generation.model, "created_at": self._created_at}
 
     def wrap(self, part: dict[str, Any]) -> dict[str, Any]:
         """What a line says, in its place."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
 import orjson
@@ -71,10 +71,12 @@ class EventStreamResponse(StreamingResponse):
     (`DIRECT_WRITE`): waking this response's task for every token would cost more than all the rest.
     """
 
-    def __init__(self, stream: EventStream, media_type: str, patience: float) -> None:
+    def __init__(
+        self, stream: EventStream, media_type: str, patience: float, headers: Mapping[str, str]
+    ) -> None:
         """patience: seconds without anything to send, after which `silence` is."""
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__((), headers=headers, media_type=media_type)
+        more = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__((), headers=more | dict(headers), media_type=media_type)
         self._stream = stream
         self._patience = patience
         self._last_write = 0.0

@@ -140,7 +140,7 @@ class AnswerWriter(ABC):
             await until_disconnect(request, self.generation.start())
             if self.stream:
                 patience = self.context.options.keep_alive_seconds
-                return EventStreamResponse(self, self.media_type, patience)
+                return EventStreamResponse(self, self.media_type, patience, self.generation.headers)
             await until_disconnect(request, self._fold())
             whole = self.finished()
         except BaseException:
@@ -148,7 +148,8 @@ class AnswerWriter(ABC):
             raise
         self.close()
         loops = any(piece.stop_reason == REPETITION for piece in self.folded.values())
-        return json_response(whole, headers={"X-Stop-Reason": REPETITION} if loops else None)
+        told = {"X-Stop-Reason": REPETITION} if loops else {}
+        return json_response(whole, headers=self.generation.headers | told)
 
     def close(self) -> None:
         """Called when nothing more is told, for whatever reason; may be called again."""

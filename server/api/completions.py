@@ -80,7 +80,7 @@ async def create_completion(
     """Continuations of prompts, or with `echo` and `max_tokens` 0 only their log-probabilities."""
     context = get_context(request)
     context.engine.check()
-    tier = context.tier(body.model)
+    selection = context.select(body.model, fixed=body.depth == "fixed")
     fields = body.sampling() | {"logprobs": body.logprobs}
     asked = [
         number
@@ -97,8 +97,7 @@ async def create_completion(
         prompt.cut(body.truncate_prompt_tokens, params.max_tokens, context.engine.model.max_model_len)
         for prompt in prompts
     ]
-    model = context.name_of(tier, body.model)
-    generation = Generation(context, request.state.request_id, tier, prompts, params, model)
+    generation = Generation(context, request.state.request_id, selection, prompts, params)
     return await CompletionWriter(context, generation, body).answer(request)
 
 

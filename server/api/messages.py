@@ -40,6 +40,7 @@ from sleb.server.message.tools import (
 from sleb.server.protocol import (
     WHOLE,
     FalseByDefault,
+    FixedDepth,
     SamplingBody,
     TemplateArguments,
     described_as,
@@ -249,6 +250,7 @@ class CountTokensBody(SamplingBody):
     """POST /v1/messages/count_tokens."""
 
     model: str | None = None
+    depth: FixedDepth = None
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None
     tools: Annotated[list[ToolParam], Field(max_length=MAX_TOOLS)] | None = None
@@ -307,6 +309,7 @@ class CountTokensBody(SamplingBody):
             | (self.chat_template_kwargs or {}),
             add_generation_prompt=not prefilled,
             continue_final_message=prefilled,
+            fixed_depth=self.depth == "fixed",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request, Response
 from typing_extensions import TypedDict
@@ -42,9 +42,21 @@ class Pruning(TypedDict):
     questions: Questions | None
 
 
+class Policy(TypedDict):
+    """How a server chooses the depth of a model whose name ends in :auto. allowed: those of `depths` that lose no more
+    than the bound, a share of the full model's perplexity."""
+
+    depths: list[Count]
+    allowed: list[Count]
+    target_ttft_ms: float
+    max_perplexity_increase: float
+    hold_seconds: float
+
+
 class Model(TypedDict):
     """`root` is the unpruned model, `parent` the same for a pruned tier, else null. sampling: for requests without.
 
+    policy: where the server chooses the depth; `pruning` is then of the shallowest.
     type, display_name, created_at, lifecycle and max_input_tokens are Anthropic's.
     """
 
@@ -62,6 +74,7 @@ class Model(TypedDict):
     max_model_len: Count
     sampling: dict[str, float]
     pruning: Pruning
+    policy: NotRequired[Policy]
 
 
 class ModelList(TypedDict):
@@ -84,7 +97,7 @@ class ModelList(TypedDict):
 async def list_models(request: Request) -> Response:
     """All tiers, first the one that answers where no model is named, then the same under their other names."""
     context = get_context(request)
-    models = [model_card(context, tier, name) for name, tier in context.names.items()]
+    models = [model_card(context, context.tier(name), name) for name in context.listed]
     ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]}
     return json_response({"object": "list", "data": models, "has_more": False} | ends)
 
@@ -99,7 +112,7 @@ async def get_model(request: Request, model_id: str) -> Response:
     """One tier."""
     context = get_context(request)
     tier = context.tier(model_id)
-    name = next(name for name in context.names if name.lower() == model_id.lower())
+    name = next(name for name in context.listed if name.lower() == model_id.lower())
     return json_response(model_card(context, tier, name))
 
 
@@ -112,7 +125,7 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
     perplexity: HeldOutPerplexity | None = None
     if unknown is None:
         perplexity = {**told[0], "others": told[1:]}
-    return {
+    card: Model = {
         "id": name,
         "object": "model",
         "created": context.created,
@@ -141,3 +154,13 @@ def model_card(context: ServerContext, tier: Tier, name: str) -> Model:
             ),
         },
     }
+    auto = context.auto
+    if auto is not None and name == auto.name:
+        card["policy"] = {
+            "depths": list(auto.policy.depths),
+            "allowed": list(auto.depths),
+            "target_ttft_ms": auto.policy.ttft * 1e3,
+            "max_perplexity_increase": auto.policy.max_perplexity,
+            "hold_seconds": auto.policy.hold,
+        }
+    return card

@@ -29,6 +29,7 @@ from sleb.server.message.tools import MAX_TOOLS, Tool, make_tool_use
 from sleb.server.protocol import (
     WHOLE,
     FalseByDefault,
+    FixedDepth,
     SamplingBody,
     TrueByDefault,
     in_range,
@@ -132,6 +133,7 @@ class _GenerationFields(RequestBody):
     """What /api/chat and /api/generate share."""
 
     model: str | None = None
+    depth: FixedDepth = None
     stream: TrueByDefault = True
     format: Format = None
     options: OllamaOptions | None = None
@@ -190,6 +192,7 @@ class _GenerationFields(RequestBody):
                 template, think, self.think if isinstance(self.think, str) else None
             ),
             num_logprobs=self.num_top,
+            fixed_depth=self.depth == "fixed",
             **more,
         )
 
@@ -329,16 +332,14 @@ async def _begin_raw(request: Request, body: OllamaGenerateBody, text: str, mode
             raise RequestError(
                 f"a raw prompt has no template, and so no place for {name}: leave it out", param=name
             )
-    served, tier = context.engine.model, context.tier(model)
+    served, selection = context.engine.model, context.select(model, fixed=body.depth == "fixed")
     sampling = {"max_tokens": None} | body.sampling() | {"logprobs": body.num_top}
     SamplingParams(**sampling)  # a value out of range is told before anything is computed
     prompt = Prompt(await run(lambda: served.encode_prompt(text), request.state.num_bytes), text)
     grammar = await grammar_source(context.engine, None, None, body.grammar())
     params = SamplingParams(**sampling, grammar=grammar)
-    generation = Generation(
-        context, request.state.request_id, tier, [prompt], params, context.name_of(tier, model)
-    )
-    return Begun(context, generation, MessageShape(lambda: MarkedParser(None, None)), tier)
+    generation = Generation(context, request.state.request_id, selection, [prompt], params)
+    return Begun(context, generation, MessageShape(lambda: MarkedParser(None, None)))
 
 
 def find_model(context: ServerContext, asked: str | None) -> str | None:
@@ -355,7 +356,7 @@ def find_model(context: ServerContext, asked: str | None) -> str | None:
             continue
         return name
     raise RequestError(
-        f"model '{shorten(asked)[1:-1]}' not found; served models: {', '.join(context.names)}",
+        f"model '{shorten(asked)[1:-1]}' not found; served models: {', '.join(context.listed)}",
         param="model",
         code="model_not_found",
     )

@@ -97,7 +97,7 @@ async def running(request: Request) -> Response:
     context = get_context(request)
     forever = {"expires_at": timestamp(datetime.now(UTC) + _ALWAYS)}
     more = forever | {"context_length": context.engine.model.max_model_len}
-    models = [_model(context, tier, name) for name, tier in context.names.items()]
+    models = [_model(context, context.tier(name), name) for name in context.listed]
     return json_response({"models": [model | more | {"size_vram": model["size"]} for model in models]})
 
 

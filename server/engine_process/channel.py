@@ -32,7 +32,7 @@ class Kind(IntEnum):
     PUT = 2  # owner, an entry for the store
     STARTED = 3  # clients can connect
     # From the engine to a front.
-    ACCEPTED = 10  # number of the first job
+    ACCEPTED = 10  # number of the first job, (depth, whether it is degraded) if the server chose
     FAILED = 11  # number of the first job, packed error
     OUTPUTS = 12  # packed increments of one step
     STATE = 13  # draining, leaving, warm, why it could not warm up, packed error of death

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from sleb.engine.depth_policy import Choice
 from sleb.engine.outputs import EngineStats, StepOutput
 from sleb.engine.requests.grammar import GrammarSource
 from sleb.engine.served_model import ServedModel
@@ -22,6 +23,7 @@ from sleb.server.engine_process.codec import (
     unpack_whole,
 )
 from sleb.server.engine_thread.answers import Answers, Job
+from sleb.server.engine_thread.auto_depth import AutoStats
 from sleb.server.engine_thread.handle import EngineHandle
 from sleb.server.engine_thread.metrics import Scrape
 from sleb.server.grammar.grammar_spec import GrammarSpec
@@ -82,8 +84,9 @@ class EngineClient(EngineHandle):
         return NamedGrammar(spec.parts)
 
     async def scrape(self) -> Scrape:
-        stats, others = await self.call("scrape")
-        return Scrape(msgspec.convert(stats, EngineStats, strict=False), others, self._pids)
+        stats, auto, others = await self.call("scrape")
+        told = None if auto is None else msgspec.convert(auto, AutoStats)
+        return Scrape(msgspec.convert(stats, EngineStats), told, others, self._pids)
 
     def _hand_over(self, answers: Answers, jobs: Mapping[str, Job]) -> None:
         first = _number(answers)
@@ -106,7 +109,7 @@ class EngineClient(EngineHandle):
                 self._deliver([output for each in rest[0] if (output := self._unpack(each)) is not None])
             case Kind.ACCEPTED:
                 if (answers := self._answers.get(rest[0])) is not None:
-                    answers.accept()
+                    answers.accept(None if rest[1] is None else Choice(*rest[1]))
             case Kind.FAILED:
                 if (answers := self._answers.get(rest[0])) is not None:
                     answers.fail(unpack_error(rest[1]))

@@ -46,7 +46,7 @@ def unpack_spec(packed: Sequence[Any]) -> GrammarSpec:
 
 
 def pack_jobs(jobs: Sequence[Job]) -> list[Any]:
-    """[prompts, parameters, [[number of the prompt, number of the parameters, depth] a job]].
+    """[prompts, parameters, [[number of the prompt, number of the parameters, depth, conversation] a job]].
 
     Each prompt is there once, as int32 in the machine's order of bytes, so that the engine sees which jobs share one.
     """
@@ -59,7 +59,12 @@ def pack_jobs(jobs: Sequence[Job]) -> list[Any]:
         list(map(_pack_ids, prompts.values())),
         list(map(pack_params, params.values())),
         [
-            [prompt_numbers[id(job.prompt_token_ids)], params_numbers[id(job.params)], job.depth]
+            [
+                prompt_numbers[id(job.prompt_token_ids)],
+                params_numbers[id(job.params)],
+                job.depth,
+                job.conversation,
+            ]
             for job in jobs
         ],
     ]
@@ -69,7 +74,10 @@ def unpack_jobs(packed: Sequence[Any], grammar: Callable[[tuple[Part, ...]], Gra
     """grammar: the compiled one of some parts."""
     prompts = [_unpack_ids(each) for each in packed[0]]
     params = [unpack_params(each, grammar) for each in packed[1]]
-    return [Job(prompts[prompt], params[which], depth) for prompt, which, depth in packed[2]]
+    return [
+        Job(prompts[prompt], params[which], depth, None if conversation is None else tuple(conversation))
+        for prompt, which, depth, conversation in packed[2]
+    ]
 
 
 def _pack_ids(token_ids: Sequence[int]) -> Any:

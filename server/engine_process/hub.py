@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from sleb.engine.depth_policy import Choice
 from sleb.engine.outputs import StepOutput
 from sleb.errors import EngineDeadError, SlebError
 from sleb.server.engine_process.channel import Channel, Kind
@@ -49,8 +50,9 @@ class RelayedAnswers(Answers):
         self._front, self._first = front, first
         self._known = [False] * len(request_ids)  # whether a front has what seldom changes of a job
 
-    def accept(self) -> None:
-        self._front.channel.send(Kind.ACCEPTED, self._first)
+    def accept(self, depth: Choice | None = None) -> None:
+        told = None if depth is None else (depth.depth, depth.degraded)
+        self._front.channel.send(Kind.ACCEPTED, self._first, told)
 
     def put(self, output: StepOutput) -> None:
         index = self._index[output.request_id]
@@ -261,7 +263,9 @@ class Hub:
 
     async def _call_scrape(self, front: Front) -> Any:
         others = await self._ask_others(front, "counts")
-        return [msgspec.to_builtins(self.engine.stats), [each for each in others if each is not None]]
+        auto = self.engine.auto_stats
+        told = None if auto is None else msgspec.to_builtins(auto)
+        return [msgspec.to_builtins(self.engine.stats), told, [each for each in others if each is not None]]
 
     async def _settle(self, front: Front) -> None:
         """Waits until what the other fronts have sent so far is read: an answer that one of them has just told may be

@@ -6,17 +6,22 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sleb.engine.depth_policy import Choice
 from sleb.engine.outputs import StepOutput
 from sleb.engine.requests.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to compute: a prompt, how to sample (n is 1) and the depth that serves it."""
+    """One answer to compute: a prompt, how to sample (n is 1) and the depth that serves it.
+
+    conversation: see `conversation_keys`; given where the server chooses the depth, for all jobs of a request.
+    """
 
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     depth: int
+    conversation: tuple[bytes, ...] | None = None
 
 
 class Answers:
@@ -32,6 +37,7 @@ class Answers:
         self._unfinished = set(request_ids)
         self._arrived: list[tuple[int, StepOutput]] = []
         self._error: Exception | None = None
+        self.depth: Choice | None = None  # that was chosen, once they are accepted
         self._accepted = False
         self._wake = asyncio.Event()
         self._on_arrival: Callable[[], bool] | None = None
@@ -84,8 +90,9 @@ class Answers:
         arrived, self._arrived = self._arrived, []
         return arrived
 
-    def accept(self) -> None:
-        """Called for the engine thread: all jobs are queued."""
+    def accept(self, depth: Choice | None = None) -> None:
+        """Called for the engine thread: all jobs are queued, at `depth` where the server chose it."""
+        self.depth = depth
         self._accepted = True
         self._wake.set()
 

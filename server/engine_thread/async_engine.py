@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sleb.engine.depth_policy import Choice, DepthPolicy
 from sleb.errors import EngineDeadError, RequestError
 from sleb.server.engine_thread.answers import Answers, Job
+from sleb.server.engine_thread.auto_depth import AutoDepth, AutoStats
 from sleb.server.engine_thread.chores import log_throughput, warm_up
 from sleb.server.engine_thread.handle import EngineHandle, Observer
 from sleb.server.engine_thread.intervals import Intervals
@@ -78,6 +80,8 @@ class AsyncEngine(EngineHandle):
         self.engine = engine
         self.max_open = max_open
         self.stats: EngineStats = engine.stats()
+        self.auto: AutoDepth | None = None
+        self.auto_stats: AutoStats | None = None
         self._intervals = Intervals(stream_interval)
         self._dead: EngineDeadError | None = None
         self._commands: deque[_Add | _Abort] = deque()
@@ -117,6 +121,11 @@ class AsyncEngine(EngineHandle):
         if self._stopping:
             raise ShuttingDownError
 
+    def choose_depths(self, policy: DepthPolicy, depths: tuple[int, ...]) -> None:
+        """Lets requests leave their depth to `policy`, which may choose of `depths`; before `start`."""
+        self.auto = AutoDepth(self.engine, policy, depths)
+        self.auto_stats = self.auto.stats()
+
     @property
     def compiler(self) -> GrammarCompiler:
         return compiler_for(self.model)
@@ -125,7 +134,7 @@ class AsyncEngine(EngineHandle):
         return await self.compiler.compile(spec)
 
     async def scrape(self) -> Scrape:
-        return Scrape(self.stats)
+        return Scrape(self.stats, None if self.auto is None else self.auto_stats)
 
     def open(
         self,
@@ -217,6 +226,8 @@ class AsyncEngine(EngineHandle):
             if outputs:
                 self._post(self._deliver, outputs)
         self.stats = engine.stats()
+        if self.auto is not None:
+            self.auto_stats = self.auto.stats()
 
     def _wait(self) -> bool:
         """Sleeps until there is work; False when the thread shall end."""
@@ -253,7 +264,12 @@ class AsyncEngine(EngineHandle):
         """Adds a request's jobs; yields True before each but the first."""
         added: list[str] = []
         firsts: dict[int, str] = {}
+        choice: Choice | None = None
         try:
+            first_job = next(iter(command.jobs.values()))
+            if first_job.conversation is not None and self.auto is not None:
+                num_tokens = sum(len(job.prompt_token_ids) for job in command.jobs.values())
+                choice = self.auto.choose(num_tokens, first_job.conversation)
             for request_id, job in command.jobs.items():
                 if added:
                     yield True
@@ -263,16 +279,16 @@ class AsyncEngine(EngineHandle):
                     request_id,
                     job.prompt_token_ids,
                     job.params,
-                    job.depth,
+                    job.depth if choice is None else choice.depth,
                     fork_of=None if first == request_id else first,
                 )
                 added.append(request_id)
-        except RequestError as error:
+        except (RequestError, OverloadedError) as error:
             for request_id in added:
                 self.engine.abort(request_id)
             self._post(command.answers.fail, error)
         else:
-            self._post(command.answers.accept)
+            self._post(command.answers.accept, choice)
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

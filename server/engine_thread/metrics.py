@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sleb.engine.outputs import EngineStats, StepOutput
     from sleb.engine.requests.tier import Tier
     from sleb.engine.served_model import ServedModel
+    from sleb.server.engine_thread.auto_depth import AutoStats
 
 # Upper bounds in seconds, those of vLLM (vllm/v1/metrics/loggers.py).
 FIRST_TOKEN_BOUNDS = (
@@ -223,10 +224,12 @@ class Scrape:
     """What /metrics needs beside this process's own counts.
 
     Attributes:
-        stats: the engine's. others: the counts of the server's other processes. pids: of all of its processes.
+        stats: the engine's. auto: of the depths that the server chose, if it does.
+        others: the counts of the server's other processes. pids: of all of its processes.
     """
 
     stats: EngineStats
+    auto: AutoStats | None = None
     others: Sequence[Mapping[str, Any]] = ()
     pids: Sequence[int] = ()
 
@@ -265,7 +268,7 @@ class ServerMetrics:
             for state in (self.counts.state(), *scrape.others):
                 counts.add(state)
         registry = CollectorRegistry()
-        registry.register(ServerCollector(self._model, self._prefix, counts, scrape.stats))
+        registry.register(ServerCollector(self._model, self._prefix, counts, scrape))
         registry.register(Processes(scrape.pids or (os.getpid(),)))
         return generate_latest(registry)
 
@@ -295,9 +298,9 @@ class ServerCollector(Collector):
     The cache and preemptions belong to all tiers together; their `model_name` is the model's own name.
     """
 
-    def __init__(self, model: ServedModel, prefix: str, counts: Counts, stats: EngineStats) -> None:
+    def __init__(self, model: ServedModel, prefix: str, counts: Counts, scrape: Scrape) -> None:
         self._prefix = f"{prefix}:"
-        self._stats = stats
+        self._stats, self._auto = scrape.stats, scrape.auto
         self._counts = counts
         self._model = model
         self._model_name = model.model_name
@@ -306,6 +309,8 @@ class ServerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         counts = self._counts
         yield from self._collect_engine()
+        if self._auto is not None:
+            yield from self._collect_auto(self._auto)
         for name, (series, text) in _HISTOGRAMS.items():
             for each in series:
                 family = HistogramMetricFamily(self._prefix + each, text, labels=("model_name",))
@@ -369,6 +374,14 @@ class ServerCollector(Collector):
         yield info
         text = "Requests that lost their pages and were computed again."
         yield self._counter("num_preemptions", text, ("model_name",), [(model, stats.num_preemptions)])
+
+    def _collect_auto(self, auto: AutoStats) -> Iterator[Metric]:
+        moved = (((str(auto.shallowest), str(depth)), count) for depth, count in auto.degraded.items())
+        text = "Requests that got a deeper cut than the shallowest, because of the queue."
+        yield self._counter("degraded_requests", text, ("from", "to"), moved)
+        seconds = (((str(depth),), spent) for depth, spent in auto.seconds.items())
+        text = "Seconds for which requests that leave their depth to the server were given this one."
+        yield self._counter("auto_depth_seconds", text, ("depth",), seconds)
 
     def _counter(
         self, name: str, text: str, labels: Sequence[str], values: Iterable[tuple[Sequence[str], float]]

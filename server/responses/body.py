@@ -289,6 +289,7 @@ class ResponsesBody(GenerationBody):
             | (self.chat_template_kwargs or {}),
             truncate_prompt_tokens=self.truncate_prompt_tokens,
             num_logprobs=self.num_logprobs,
+            fixed_depth=self.depth == "fixed",
         )
 
     def echo(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -49,15 +50,17 @@ class ResponseWriter(AnswerWriter):
         self._input_items, self._earlier = input_items, earlier
         self.tells_alike = body.num_logprobs is None
         self._keeps = body.store and self._store.keeps
-        self._head = self._make_head(body)
+        self._body = body
         self._store.running[self.id] = self
 
     @property
     def _store(self) -> Responses:
         return self.context.responses
 
-    def _make_head(self, body: ResponsesBody) -> dict[str, Any]:
-        """What no token changes."""
+    @cached_property
+    def _head(self) -> dict[str, Any]:
+        """What no token changes; made when the depth is known."""
+        body = self._body
         defaults = self.context.engine.model.defaults
         return {
             "id": self.id,

@@ -22,7 +22,7 @@ def serve(model: DemoModel = DEMO, *, engine: EngineConfig, options: ServeOption
     from sleb.server.logs import unblock_stderr
 
     unblock_stderr()
-    planned_names(engine, options.names)
+    planned_names(engine, options.names, options.depth_policy)
     from sleb.server.run import listen
     from sleb.server.run import serve as run_server
 

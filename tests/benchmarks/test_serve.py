@@ -458,6 +458,27 @@ def test_a_comparison_finds_the_slow_server(start) -> None:
     assert all(second == first[::-1] for first, second in zip(pairs[::2], pairs[1::2], strict=True))
 
 
+def test_models_in_turns_each_have_the_server_alone(start) -> None:
+    server = start(gap=0.003, first=lambda model: 0.03 if model == "b" else 0.0, models=("a", "b", "c"))
+    asked = ServeLoadOptions(
+        url=server.url,
+        model=["a", "b", "c"],
+        in_turns=True,
+        rate=[50.0],
+        goodput=["ttft:20"],
+        **sizes(24, 3, 0.0),
+        num_requests=4,
+    )
+    result = run_serve(asked, {})
+    assert result.complete and {each.subject for each in result.measurements} == {"a", "b", "c"}
+    assert found(result, "goodput requests/s", "a").value > 0
+    assert found(result, "TTFT p50 ms", "b").ratio.high < 0.8
+    assert found(result, "answered %", "c").value == 100
+    seen = [request.body["model"] for request in server.seen[6:]]  # after a question and a warm-up each
+    turns = [seen[at : at + 4] for at in range(0, len(seen), 4)]
+    assert len(turns) == 18 and all(len(set(turn)) == 1 for turn in turns)
+
+
 def test_a_comparison_of_a_server_with_itself(start) -> None:
     """Its prefix cache must not help the second time, so the words differ, but neither lengths nor anything else."""
     server = start(gap=0.004)

@@ -19,6 +19,7 @@ from sleb.benchmarks.load.load import arrival_times, failures, is_good, measure
 from sleb.benchmarks.load.options import Level, ServeLoadOptions
 from sleb.benchmarks.load.server import public_text, shown_url
 from sleb.benchmarks.prompts import DatasetPrompts, TokenPrompts, Vocabulary, calibrate
+from sleb.benchmarks.serve import mix
 from sleb.cli.bench import app
 from sleb.client.connection import base_url
 from sleb.errors import ConfigError
@@ -231,8 +232,10 @@ def refused(**changes: Any) -> ServeLoadOptions:
         ({"dataset": Path("x"), "prompt_tokens": 64}, "--dataset and --prompt-tokens are both given"),
         ({"dataset": Path("x"), "length_spread": 0.1}, "--dataset and --length-spread are both given"),
         ({"compare": TWO, "url": URL}, "--compare and --url are both given"),
-        ({"compare": TWO, "goodput": ["ttft:1"]}, "--compare and --goodput are both given"),
         ({"compare": TWO, "model": ["x", "y", "z"]}, "--compare takes one model"),
+        ({"compare": TWO, "in_turns": True}, "--compare and --in-turns are both given"),
+        ({"in_turns": True, "model": ["x"]}, "--in-turns takes two models or more"),
+        ({"in_turns": True, "model": ["x", "x"]}, "--in-turns takes two models or more"),
         ({"url": "https://user:secret@gw.corp/v1"}, "--api-key"),
     ],
 )
@@ -347,3 +350,15 @@ def test_prompts_hold_ordinary_tokens(tmp_path: Path, size: int, special: range,
 def test_token_prompts_need_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         TokenPrompts(tmp_path, 0)
+
+
+def test_the_quality_of_a_mix_is_a_mean_by_tokens_of_what_ran():
+    def answer(model, num_tokens, error=""):
+        return Outcome("m:auto", usage={"completion_tokens": num_tokens}, answered_by=model, error=error)
+
+    losses = {"m": 1.0, "m:sleb-3": 2.0}
+    told = mix([answer("m", 30), answer("m:sleb-3", 10), answer("", 0, "HTTP 429")], losses)
+    assert told["answered %"] == pytest.approx(200 / 3)
+    assert told["times depth 0's perplexity"] == pytest.approx(2 ** (10 / 40))
+    assert "times depth 0's perplexity" not in mix([answer("m:sleb-9", 10)], losses)
+    assert mix([], losses) == {}

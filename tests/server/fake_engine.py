@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sleb.engine.generation import GenerationDefaults
 from sleb.engine.outputs import EngineStats, StepOutput, Timings, TokenLogprobs
+from sleb.engine.pace import Pace, Work
 from sleb.engine.requests.detokenizer import Detokenizer
 from sleb.engine.requests.tier import Tier
 from sleb.errors import RequestError
@@ -83,6 +84,9 @@ class FakeEngine:
         self.defaults = GenerationDefaults()
         self.max_running = 4
         self.delay = 0.0
+        # A second for each request that waits, at any depth.
+        self.pace = Pace(dict.fromkeys((0, 1, 2), 1.0), 10**6, 1)
+        self.pace.seat_seconds = 1.0
         self.hold = threading.Event()
         self.hold.set()
         self.error = self.add_error = None
@@ -220,6 +224,13 @@ class FakeEngine:
             num_output_tokens=self.num_steps,
             num_preemptions=0,
         )
+
+    def follow_pace(self):
+        return self.pace
+
+    def work(self):
+        depths = Counter(request.depth for request in list(self._requests.values())[self.max_running :])
+        return Work(depths, depths.total(), self.max_running - min(len(self._requests), self.max_running))
 
     def check_integrity(self):
         pass
