@@ -131,7 +131,7 @@ def answer_in_pool(job: PoolJob, num_workers: int, blocks: Sequence[Block], on_p
         )
         answered = data.map(
             Worker,
-            fn_constructor_args=(replace(job, config=config),),
+            fn_constructor_args=(replace(job, config=_absolute(config)),),
             compute=ray.data.ActorPoolStrategy(
                 size=min(num_workers, len(blocks)), max_concurrent_calls_per_actor=NUM_UNDER_WAY
             ),
@@ -184,6 +184,19 @@ def _share(
         )
     threads = config.threads or num_cpus // num_workers
     return {"num_cpus": threads}, replace(config, threads=threads)
+
+
+def _absolute(config: EngineConfig) -> EngineConfig:
+    """Files and folders by paths that do not depend on where a worker is started; other names as they are."""
+    given = {
+        name: getattr(config, name) for name in ("model", "layer_map", "chat_template", "generation_config")
+    }
+    paths: dict[str, Any] = {
+        name: os.path.abspath(value)
+        for name, value in given.items()
+        if isinstance(value, str | Path) and os.path.exists(value)
+    }
+    return replace(config, **paths)
 
 
 @contextmanager
