@@ -60,6 +60,10 @@ class Pace:
         """A request that has ended had its seat for so long."""
         self.seat_seconds = _mixed(self.seat_seconds, seconds)
 
+    def forget(self) -> None:
+        """Begins anew: what is done at the first time takes longer than it ever will again."""
+        self.step_seconds = self.token_seconds = self.seat_seconds = 0.0
+
     def wait(self, work: Work, num_prompt_tokens: int, depth: int) -> float:
         """Predicted seconds to the first token of a prompt that comes behind `work`, at `depth`; 0 as long as nothing
         has been observed."""

@@ -126,6 +126,13 @@ class AsyncEngine(EngineHandle):
         self.auto = AutoDepth(self.engine, policy, depths)
         self.auto_stats = self.auto.stats()
 
+    def become_warm(self) -> None:
+        """Every tier has answered once, or could not."""
+        if self.auto is not None:
+            self.auto.forget_pace()
+        self.warm = True
+        self.on_change()
+
     @property
     def compiler(self) -> GrammarCompiler:
         return compiler_for(self.model)

@@ -65,6 +65,10 @@ class AutoDepth:
             self._degraded[choice.depth] += 1
         return choice
 
+    def forget_pace(self) -> None:
+        """Once the server is warm; from any thread."""
+        self._pace.forget()
+
     def _remember(self, key: bytes, depth: int) -> None:
         self._conversations[key] = depth
         self._conversations.move_to_end(key)

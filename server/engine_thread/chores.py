@@ -41,8 +41,7 @@ async def warm_up(engine: AsyncEngine) -> None:
         await asyncio.to_thread(compiler_for(engine.model).prepare)
     except Exception as error:  # requests without a grammar do not mind
         logger.warning("structured output cannot be had: %s", error)
-    engine.warm = True
-    engine.on_change()
+    engine.become_warm()
 
 
 async def _answer_once(engine: AsyncEngine, job: Job) -> None:

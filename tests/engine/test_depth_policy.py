@@ -134,3 +134,5 @@ def test_pace_learns_what_steps_cost_and_predicts_a_wait():
     assert pace.wait(Work({0: 100, 6: 100}, 0, 4), 100, 6) == pytest.approx(0.100 + 0.080 + 0.080 + 3 * 0.008)
     assert pace.wait(Work({}, 3, 0), 0, 0) == pytest.approx(4 * 2.0 / 4)  # four seats before it
     assert pace.wait(Work({}, 0, 1), 0, 0) == 0.0
+    pace.forget()
+    assert pace.wait(Work({0: 500}, 3, 0), 10, 0) == 0.0

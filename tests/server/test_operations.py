@@ -90,8 +90,8 @@ def test_a_full_queue_is_no_failure_to_warm_up():
         )
         warm, warm_up_failure = False, None
 
-        def on_change(self):
-            pass
+        def become_warm(self):
+            self.warm = True
 
         async def submit(self, jobs):
             tries.append(jobs)
