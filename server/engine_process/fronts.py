@@ -107,7 +107,7 @@ class Fronts:
         fronts = [await hub.connect(process) for process in self._processes]
         if await self._have_started(fronts):
             on_started()
-        elif any(process.end(0) == EXIT_ADDRESS_IN_USE for process in self._processes):
+        elif EXIT_ADDRESS_IN_USE in [process.end() for process in self._processes]:
             await engine.stop()
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         elif not any(front.ended.is_set() for front in fronts):  # one hangs; of an end all have been told

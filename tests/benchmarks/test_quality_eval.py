@@ -306,7 +306,8 @@ class TestWhole:
         engine = Engine(config)
         result.check(engine)
         context = SimpleNamespace(
-            engine=SimpleNamespace(engine=engine),
+            engine=SimpleNamespace(model=engine.served),
+            auto=None,
             results=(result,),
             created=0,
             names=name_tiers(engine.tiers, engine.default_tier, ()),

@@ -190,8 +190,9 @@ def test_connections_are_counted_together(serve_engine, make_fake_engine, wait_u
 def test_a_client_that_leaves_is_forgotten_by_the_engine(fronted, wait_until):
     fronted.engine.delay = 0.01
     with httpx.stream("POST", f"{fronted.url}/v1/completions", json=LONG | {"max_tokens": 3000}) as response:
+        assert response.status_code == 200
         next(response.iter_lines())
-        assert fronted.context.engine.num_open == 1
+        wait_until(lambda: fronted.context.engine.num_open == 1)
     fronted.wait_idle()
     fronted.engine.delay = 0.0
 
